@@ -1,0 +1,1 @@
+"""Models: one module per source, each a command that leaves a verified Hugging Face checkpoint."""

@@ -1,0 +1,172 @@
+"""Entry of the recipe: compose the config, check it, prepare what is embedded, launch verl, report.
+
+    python -m recipe.skpo.main [Hydra overrides]
+
+Everything that can be known to be wrong before a model is loaded stops the run here, in one line.
+"""
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from recipe.skpo.preflight import check_config, check_data, check_prompt_lengths, check_resume
+from recipe.skpo.report import summary
+from recipe.skpo.settings import ConfigError, SkpoSettings, known_keys
+
+logger = logging.getLogger(__name__)
+
+
+def rows_per_prompt(group_size: int) -> int:
+    """Rows that one prompt stores: G siblings and the segment."""
+    return int(group_size) + 1
+
+
+def context_length(prompt: int, response: int, split_high: float) -> int:
+    """Tokens of the longest [s, q] with a full response: problem, longest segment, response."""
+    return int(prompt) + int(split_high * response) + int(response)
+
+
+OmegaConf.register_new_resolver("skpo_rows", rows_per_prompt, replace=True)
+OmegaConf.register_new_resolver("skpo_context", context_length, replace=True)
+OmegaConf.register_new_resolver(
+    "platform_dtype", lambda name: {"bfloat16": "bf16", "float32": "fp32"}[name], replace=True
+)
+
+
+def detect_platform() -> str:
+    """``gpu`` where an NVIDIA driver lists a GPU, else ``cpu``."""
+    if shutil.which("nvidia-smi") is None:
+        return "cpu"
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return "gpu" if listed.returncode == 0 and "GPU" in listed.stdout else "cpu"
+
+
+def reject_unknown_keys(arguments: list[str]) -> None:
+    """Hydra's own message for an unknown key takes five lines; ours is one.
+
+    Raises:
+        ConfigError: an override of an ``skpo`` key that does not exist.
+    """
+    for argument in arguments:
+        match = re.match(r"[+~]{0,2}skpo\.([\w.]+)(=|$)", argument)
+        if match and match[1] not in [*known_keys(), "tracker"]:
+            raise ConfigError(f"skpo.{match[1]}: unknown key; known are {', '.join(known_keys())}")
+
+
+def apply_platform(config: DictConfig) -> None:
+    """Set the environment that the platform needs; before anything imports verl."""
+    # Runs are told apart from the ranks of a real job: neither telemetry nor hub look-ups start on their own.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if config.platform.name == "cpu":
+        from recipe.skpo import cpu
+
+        cpu.apply_environment(cpu.environment(config.platform.num_threads, config.platform.kv_cache_gib))
+        # Hydra's search path has imported verl already, at a time when nothing had chosen the platform.
+        from recipe.skpo.cpu import verl_plugin
+
+        verl_plugin.activate()
+    os.environ.setdefault("TENSORBOARD_DIR", str(Path(config.output_dir).resolve() / "tensorboard"))
+
+
+def prepare_data(config: DictConfig) -> None:
+    """Make the embedded task where the config names it and it is not there yet."""
+    if config.data.get("prep") == "arithmetic":
+        from data_prep import arithmetic
+
+        files = [Path(config.data.train_files), Path(config.data.val_files)]
+        if not all(file.exists() for file in files):
+            arithmetic.prepare(files[0].parent)
+
+
+def prepare_model(config: DictConfig) -> None:
+    """Make the embedded model where the config names it and it is not there yet."""
+    if config.get("model_prep") == "smollm2":
+        from model_prep import smollm2
+
+        smollm2.prepare(Path(config.actor_rollout_ref.model.path))
+
+
+def resolve_paths(config: DictConfig) -> None:
+    """Make local paths absolute: Ray's workers run in folders of their own."""
+
+    def absolute(path: Any) -> Any:
+        return str(Path(path).resolve()) if Path(path).exists() else path
+
+    with open_dict(config):
+        config.output_dir = str(Path(config.output_dir).resolve())
+        config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
+        config.actor_rollout_ref.model.path = absolute(config.actor_rollout_ref.model.path)
+        for name in ("train_files", "val_files"):
+            files = config.data[name]
+            config.data[name] = absolute(files) if isinstance(files, str) else [absolute(file) for file in files]
+
+
+def launch(config: DictConfig) -> None:
+    """Hand the checked config to verl."""
+    import ray
+    from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import validate_config
+
+    if config.platform.name == "cpu":
+        from recipe.skpo import cpu
+
+        cpu.check_active()
+    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+
+    class SkpoTaskRunner(TaskRunnerV1.__ray_actor_class__):  # type: ignore[name-defined,misc]
+        """verl's runner; importing our trainer registers it inside the actor's process."""
+
+        def run(self, config: DictConfig) -> None:
+            import recipe.skpo.trainer  # noqa: F401
+
+            super().run(config)
+
+    run_ppo(config, task_runner_class=ray.remote(SkpoTaskRunner))
+
+
+@hydra.main(version_base=None, config_path="config", config_name="skpo_trainer")
+def run(config: DictConfig) -> None:
+    """Check, prepare, train, report."""
+    started = time.monotonic()
+    try:
+        OmegaConf.resolve(config)
+        settings = SkpoSettings.from_config(config.skpo)
+        check_config(config, settings)
+        apply_platform(config)
+        prepare_data(config)
+        check_data(config)
+        prepare_model(config)
+        check_prompt_lengths(config)
+        check_resume(config)
+        resolve_paths(config)
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"error: {error}")
+    output_dir = Path(config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(config, output_dir / "config.yaml")
+    launch(config)
+    print(summary(output_dir, minutes=(time.monotonic() - started) / 60))
+
+
+def main() -> None:
+    """Command line."""
+    os.environ.setdefault("SKPO_PLATFORM", detect_platform())
+    try:
+        reject_unknown_keys(sys.argv[1:])
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    run()
+
+
+if __name__ == "__main__":
+    main()

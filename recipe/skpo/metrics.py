@@ -1,0 +1,180 @@
+"""What a run shows: metrics split by role, the metrics file, and rollout trees for people to read.
+
+verl's own score and length metrics mix both phases' rows; everything published here is under ``skpo/upstream``,
+``skpo/downstream`` or ``skpo/tracker``.  Names avoid the substrings that verl reduces by (max, min, sum, total).
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def rollout_metrics(
+    phase: torch.Tensor,
+    prompts: torch.Tensor,
+    valid: torch.Tensor,
+    rewards: torch.Tensor,
+    advantages: torch.Tensor,
+    lengths: torch.Tensor,
+    records: Sequence[Mapping[str, Any] | None],
+) -> dict[str, float]:
+    """Per-step metrics of what was rolled out, over valid rows.
+
+    Args:
+        phase, prompts, valid, rewards, advantages, lengths: per row, as in ``trainer``; (rows,).
+        records: per row, what ``rollout`` noted: on upstream rows split position, deviation, early finishes, times
+            and tokens; on downstream rows tokens.
+
+    Returns:
+        Metric name to value.  Tokens are sums over the batch; seconds are means over prompts; ``prefix_cache/hit_rate``
+        is cached / prefilled prompt tokens.
+    """
+    result: dict[str, float] = {}
+    for name, value in (("upstream", UPSTREAM), ("downstream", DOWNSTREAM)):
+        rows = (valid & (phase == value)).nonzero().flatten()
+        if not len(rows):
+            continue
+        own = [record for record in (records[int(row)] for row in rows) if record is not None]
+        cached, prefilled = (float(sum(record[key] for record in own)) for key in ("cached", "prefilled"))
+        result |= {
+            f"skpo/{name}/reward/mean": float(rewards[rows].mean()),
+            f"skpo/{name}/advantage/mean": float(advantages[rows].mean()),
+            f"skpo/{name}/advantage/std": float(advantages[rows].std(correction=0)),
+            f"skpo/{name}/length/mean": float(lengths[rows].to(torch.float64).mean()),
+            f"skpo/{name}/tokens_generated": float(sum(record["generated"] for record in own)),
+            f"skpo/{name}/tokens_prefilled": prefilled,
+            f"skpo/{name}/prefix_cache/hit_rate": cached / prefilled if prefilled else 0.0,
+        }
+        if value == UPSTREAM:
+            result |= {
+                f"skpo/{name}/split_position/mean": _mean([record["split_position"] for record in own]),
+                f"skpo/{name}/deviation/mean": _mean([record["deviation"] for record in own]),
+                f"skpo/{name}/early_finish_share": _mean([record["ended_early"] for record in own]),
+                f"skpo/{name}/seconds/mean": _mean([record["seconds"] for record in own]),
+                "skpo/downstream/seconds/mean": _mean([record["downstream_seconds"] for record in own]),
+            }
+        else:
+            groups = [rewards[rows][prompts[rows] == prompt] for prompt in prompts[rows].unique()]
+            equal = [float((group == group[0]).all()) for group in groups]
+            result[f"skpo/{name}/all_equal_share"] = _mean(equal)
+    return result
+
+
+def update_metrics(sums: Mapping[str, float]) -> tuple[dict[str, float], float]:
+    """Turn the sums that ``skpo_loss`` reports into shares.
+
+    Args:
+        sums: ``skpo/<phase>/<name>_sum``, already added over micro-batches and averaged over ranks and updates.
+
+    Returns:
+        Metrics (loss and, per trained token, clip shares and KL), and the KL that the policy moved by in this step,
+        in nats per token over both phases.
+    """
+    result = {"skpo/loss": float(sums["skpo/loss"])}
+    kl = tokens = 0.0
+    for name in ("upstream", "downstream"):
+        count = float(sums[f"skpo/{name}/tokens_sum"])
+        result[f"skpo/{name}/loss"] = float(sums[f"skpo/{name}/loss_sum"])
+        for share, source in (("ratio_clipped_low", "clipped_low"), ("ratio_clipped_high", "clipped_high")):
+            result[f"skpo/{name}/{share}_share"] = sums[f"skpo/{name}/{source}_sum"] / count if count else 0.0
+        result[f"skpo/{name}/kl"] = sums[f"skpo/{name}/kl_sum"] / count if count else 0.0
+        kl, tokens = kl + sums[f"skpo/{name}/kl_sum"], tokens + count
+    step_kl = float(kl / tokens) if tokens else 0.0
+    result["skpo/policy_kl"] = step_kl
+    return result, step_kl
+
+
+class MetricsFile:
+    """One JSON object per logged step, ``{"step": n, <name>: <number>, ...}``, kept across resumes.
+
+    verl's own file logger starts empty at every launch.  Lines of steps after the checkpoint that is resumed from are
+    dropped when the file is opened, because those steps are trained again.
+
+    Args:
+        path: the file.
+        resumed_at: step of the checkpoint resumed from; 0 for a fresh start, which begins an empty file.
+    """
+
+    def __init__(self, path: Path, resumed_at: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in read_metrics(path) if line["step"] <= resumed_at] if resumed_at else []
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        temporary.replace(path)
+        self._file = path.open("a", buffering=1)
+
+    def log(self, data: Mapping[str, Any], step: int) -> None:
+        """Append one line with every value of ``data`` that is a number; called by verl's ``Tracking``."""
+        numbers = {}
+        for name, value in data.items():
+            try:
+                numbers[name] = float(value)
+            except (TypeError, ValueError):
+                continue
+        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Lines of a metrics file; a last line cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = []
+    for line in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def rollout_tree(
+    problem: str,
+    answer: str,
+    record: Mapping[str, Any],
+    responses: Sequence[Mapping[str, Any]],
+    segment: Mapping[str, Any],
+    decode: Any,
+) -> dict[str, Any]:
+    """One prompt's rollout as a JSON-ready record: problem, candidates, chosen segment, responses.
+
+    Args:
+        problem, answer: texts.
+        record: the upstream row's record from ``rollout``.
+        responses: per sibling ``text``, ``reward``, ``advantage``.
+        segment: ``reward``, ``advantage`` of the chosen segment.
+        decode: token ids to text.
+    """
+    candidates = [
+        {
+            "text": decode(candidate["token_ids"]),
+            "deviation": candidate["deviation"],
+            "ended_early": candidate["ended_early"],
+        }
+        for candidate in record["candidates"]
+    ]
+    return {
+        "problem": problem,
+        "answer": answer,
+        "split_position": record["split_position"],
+        "candidates": candidates,
+        "chosen": record["chosen"],
+        "segment": {"text": candidates[record["chosen"]]["text"], **segment},
+        "responses": list(responses),
+    }
+
+
+def append_trees(path: Path, trees: Sequence[Mapping[str, Any]]) -> None:
+    """Append trees to a JSON-lines file, one per line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps(tree, ensure_ascii=False) + "\n" for tree in trees)

@@ -1,0 +1,91 @@
+"""Which rows share an update, and what share of the objective each row carries.
+
+SPEC section 6: both objectives are means over the prompts of a mini-batch, and eq. 5 normalises by the tokens of a
+whole group.  verl splits rows into mini-batches by position: a data-parallel rank trains a contiguous chunk of the
+batch, in equal contiguous parts, one per update.  So rows are ordered such that an update sees whole prompts, and
+every row gets a factor that does not depend on the micro-batch it lands in.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from recipe.skpo.loss import UPSTREAM
+
+
+def minibatch_order(
+    prompts: Sequence[int],
+    lengths: Sequence[int],
+    rows_per_minibatch: int,
+    ranks: int,
+    partition: Callable[[list[int], int], list[list[int]]],
+) -> list[int]:
+    """Row order in which every update takes whole prompts and its ranks get rows of similar total length.
+
+    Args:
+        prompts: per row, the number of its prompt; rows of one prompt keep together, prompts go in ascending order.
+        lengths: per row, tokens.
+        rows_per_minibatch: over all ranks; divides the number of rows and is a multiple of ``ranks``.
+        ranks: data-parallel size.
+        partition: ``(lengths, ranks) -> indices per rank``, all parts of equal size.
+
+    Returns:
+        A permutation of the rows: rank by rank, within a rank mini-batch by mini-batch.
+
+    Raises:
+        ValueError: the rows cannot be split evenly.
+    """
+    if len(prompts) % rows_per_minibatch or rows_per_minibatch % ranks:
+        raise ValueError(
+            f"{len(prompts)} rows do not split into mini-batches of {rows_per_minibatch} rows on {ranks} ranks"
+        )
+    by_prompt = sorted(range(len(prompts)), key=lambda row: prompts[row])
+    chunks: list[list[int]] = [[] for _ in range(ranks)]
+    for start in range(0, len(by_prompt), rows_per_minibatch):
+        rows = by_prompt[start : start + rows_per_minibatch]
+        parts = partition([lengths[row] for row in rows], ranks) if ranks > 1 else [list(range(len(rows)))]
+        for chunk, part in zip(chunks, parts, strict=True):
+            chunk.extend(rows[index] for index in sorted(part))
+    return [row for chunk in chunks for row in chunk]
+
+
+def minibatch_of_rows(rows: int, rows_per_minibatch: int, ranks: int) -> torch.Tensor:
+    """Per row of a batch in ``minibatch_order``, the number of the update that trains it; int64 (rows,)."""
+    position_in_rank = torch.arange(rows) % (rows // ranks)
+    return position_in_rank // (rows_per_minibatch // ranks)
+
+
+def row_scales(
+    phase: torch.Tensor,
+    prompts: torch.Tensor,
+    minibatch: torch.Tensor,
+    lengths: torch.Tensor,
+    valid: torch.Tensor,
+    weight_up: float,
+    weight_down: float,
+) -> torch.Tensor:
+    """The per-row factor that turns row losses into the objective of SPEC section 6.
+
+    Args:
+        phase: UPSTREAM or DOWNSTREAM, (rows,).
+        prompts: number of the row's prompt, int64 (rows,).
+        minibatch: number of the row's update, int64 (rows,).
+        lengths: trained tokens of the row, (rows,).
+        valid: bool (rows,); False for padding and for siblings that failed.
+        weight_up, weight_down: weights of the objectives.
+
+    Returns:
+        float32 (rows,).  With P the valid prompts of the row's update: ``weight_up / P`` upstream and
+        ``weight_down / (P * sum_i |o_i|)`` downstream, 0 where not valid.
+    """
+    upstream = phase == UPSTREAM
+    # A prompt's rows share its update; its prompt count is taken once per prompt, at any of its valid rows.
+    pairs = torch.unique(torch.stack([minibatch[valid], prompts[valid]]), dim=1)
+    prompts_per_update = torch.bincount(pairs[0], minlength=int(minibatch.max()) + 1).clamp(min=1)
+    _, group = torch.unique(prompts, return_inverse=True)
+    downstream_tokens = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add(
+        0, group, (lengths * (valid & ~upstream)).to(torch.float64)
+    )
+    share = 1.0 / prompts_per_update[minibatch].to(torch.float64)
+    scale = torch.where(upstream, weight_up * share, weight_down * share / downstream_tokens[group].clamp(min=1))
+    return (scale * valid).to(torch.float32)

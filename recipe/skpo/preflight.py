@@ -1,0 +1,166 @@
+"""Start-up checks: what can be known to be wrong before a model is loaded, each as one line that names the fix."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import DictConfig, OmegaConf
+
+from data_prep.schema import DataError, check_parquet
+from recipe.skpo.settings import ConfigError, SkpoSettings
+from recipe.skpo.state import require_state_file
+
+
+def check_config(config: DictConfig, settings: SkpoSettings) -> None:
+    """Refuse combinations that SKPO cannot train with.
+
+    Raises:
+        ConfigError: naming the config path, what it is and what it must be.
+    """
+    rows = settings.group_size + 1
+    required = {
+        "algorithm.adv_estimator": ("skpo", "SKPO computes its own advantages"),
+        "algorithm.use_kl_in_reward": (False, "SKPO has no KL penalty"),
+        "algorithm.filter_groups.enable": (False, "filtered groups would tear a segment from its responses"),
+        "algorithm.rollout_correction.rollout_is": (None, "the objectives have no importance weights"),
+        "algorithm.rollout_correction.rollout_rs": (None, "the objectives reject no samples"),
+        "actor_rollout_ref.actor.use_kl_loss": (False, "SKPO has no KL penalty"),
+        "actor_rollout_ref.actor.entropy_coeff": (0, "SKPO has no entropy bonus"),
+        "actor_rollout_ref.actor.shuffle": (False, "an update must see whole prompts"),
+        "actor_rollout_ref.rollout.n": (
+            rows,
+            "one row per sibling and one for the segment; set skpo.group_size",
+        ),
+        "actor_rollout_ref.rollout.calculate_log_probs": (True, "the segment is chosen by its log-probs"),
+        "data.dataloader_num_workers": (0, "prefetched prompts would be lost to a checkpoint"),
+        "reward.reward_model.enable": (
+            False,
+            "the segment's reward is the mean of its siblings' rule rewards",
+        ),
+        "trainer.use_v1": (True, "SKPO is a V1 trainer"),
+        "trainer.v1.trainer_mode": ("skpo", "the asynchronous modes are not supported"),
+    }
+    for path, (wanted, reason) in required.items():
+        value = OmegaConf.select(config, path)
+        if value != wanted:
+            raise ConfigError(f"{path}: is {value}, must be {wanted}: {reason}")
+    batch, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
+    if batch % mini:
+        raise ConfigError(
+            f"data.train_batch_size: {batch} prompts do not split into mini-batches of "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
+        )
+    _check_context(config, settings)
+
+
+def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
+    context = config.actor_rollout_ref.rollout.max_model_len
+    segment = max(1, int(settings.split_high * config.data.max_response_length))
+    longest = config.data.max_prompt_length + segment
+    if context is not None and context <= longest:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.max_model_len: {context} leaves no room for a response after the longest "
+            f"skip prompt ({config.data.max_prompt_length} problem + {segment} segment tokens); raise it, or lower "
+            f"data.max_prompt_length or data.max_response_length"
+        )
+    if context is not None and context < longest + config.data.max_response_length:
+        print(
+            f"note: after the longest skip prompt ({longest} tokens) a response has {context - longest} of "
+            f"data.max_response_length={config.data.max_response_length} tokens within max_model_len={context}"
+        )
+
+
+def check_data(config: DictConfig) -> None:
+    """Check the parquet files.
+
+    Raises:
+        DataError: naming file, row or column, and the fix.
+    """
+    tables = []
+    roles: tuple[Literal["train", "val"], ...] = ("train", "val")
+    for role in roles:
+        for file in _files(config, role):
+            tables.append((role, file, check_parquet(Path(file), role=role, prompt_key=config.data.prompt_key)))
+    train = [(file, table) for role, file, table in tables if role == "train"]
+    rows = sum(table.num_rows for _, table in train)
+    if rows < config.data.train_batch_size:
+        raise DataError(
+            f"data.train_files: {rows} rows are fewer than data.train_batch_size={config.data.train_batch_size}"
+        )
+    _check_unique_over_files(train)
+
+
+def check_prompt_lengths(config: DictConfig) -> None:
+    """Check every prompt's length under the run's own tokenizer and chat template.
+
+    Raises:
+        ConfigError: no tokenizer at the model's path.
+        DataError: naming file and row of the first prompt that is too long.
+    """
+    if config.data.filter_overlong_prompts:
+        return
+    tokenizer, limit = _tokenizer(config), config.data.max_prompt_length
+    options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
+    for file in [*_files(config, "train"), *_files(config, "val")]:
+        prompts = pq.read_table(file, columns=[config.data.prompt_key])[config.data.prompt_key].to_pylist()
+        for index, messages in enumerate(prompts):
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+            length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if length > limit:
+                raise DataError(
+                    f"{file}: row {index}: the prompt has {length} tokens, data.max_prompt_length is {limit}; raise "
+                    f"it, or set data.filter_overlong_prompts=true to leave such prompts out"
+                )
+
+
+def _check_unique_over_files(tables: Iterable[tuple[str, pa.Table]]) -> None:
+    seen: dict[str, str] = {}
+    for file, table in tables:
+        for prompt_id in table["id"].to_pylist():
+            if seen.setdefault(prompt_id, file) != file:
+                raise DataError(f"{file}: id {prompt_id} is in {seen[prompt_id]} too; ids must be unique over all "
+                                f"of data.train_files")  # fmt: skip
+
+
+def _files(config: DictConfig, role: Literal["train", "val"]) -> list[str]:
+    value = config.data[f"{role}_files"]
+    if not value:
+        raise ConfigError(f"data.{role}_files: is not set; name a parquet file, or choose a data set with data=<name>")
+    return [str(file) for file in ([value] if isinstance(value, str) else value)]
+
+
+def _tokenizer(config: DictConfig):
+    from transformers import AutoTokenizer
+
+    model = config.actor_rollout_ref.model
+    path = model.get("tokenizer_path") or model.path
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"actor_rollout_ref.model.path: no tokenizer can be loaded from {path} ({reason})") from error
+
+
+def check_resume(config: DictConfig) -> None:
+    """Refuse to resume from a checkpoint without SKPO's state.
+
+    Raises:
+        StateError: naming the folder.
+    """
+    folder = resume_folder(config)
+    if folder is not None:
+        require_state_file(folder)
+
+
+def resume_folder(config: DictConfig) -> Path | None:
+    """The checkpoint folder that verl will resume from, None for a fresh start."""
+    trainer = config.trainer
+    if trainer.resume_mode == "resume_path":
+        return Path(trainer.resume_from_path)
+    marker = Path(trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
+    if trainer.resume_mode == "disable" or not marker.is_file():
+        return None
+    folder = marker.parent / f"global_step_{int(marker.read_text())}"
+    return folder if folder.is_dir() else None

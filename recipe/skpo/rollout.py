@@ -1,0 +1,251 @@
+"""The rollout hook: one coroutine per prompt, from q to the G + 1 rows of verl's TransferQueue.
+
+SPEC section 2.  Per prompt: G candidates of at most t_q tokens under q; the median one is kept as s; G responses
+under [s, q]; their rewards while others still generate; then the rows are stored, segment last:
+
+    session 0        the segment under q              reward = mean of the siblings     phase UPSTREAM
+    session 1..G     the responses under [s, q]       reward of each                    phase DOWNSTREAM
+
+Nothing waits for other prompts.  All requests of one phase carry one routing id, so that they land on one replica and
+share its prefix cache.  A sibling that fails leaves a row without trained tokens; a prompt without a usable candidate
+or sibling is marked failed and stores nothing.  Validation is verl's own path, plain pi(.|q).
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+import transfer_queue as tq
+from verl.experimental.agent_loop import AgentLoopOutput
+from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
+from verl.workers.rollout.replica import TokenOutput
+
+from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.segments import Segment, cut_segment, select_segment, skip_prompt
+from recipe.skpo.settings import SkpoSettings
+
+logger = logging.getLogger(__name__)
+
+SPLIT_FIELD, SEED_FIELD = "skpo_split_position", "skpo_seed"
+"""Fields that the trainer adds to every training prompt."""
+
+
+class RolloutError(RuntimeError):
+    """A prompt that cannot be rolled out; the message names it and why."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One upstream candidate: its segment, whether it ended before t_q, and what it cost."""
+
+    segment: Segment
+    ended_early: bool
+    output: TokenOutput
+
+
+def log_failures(results: Sequence[object], what: str) -> None:
+    """Log every exception among gathered results, with its traceback."""
+    for index, result in enumerate(results):
+        if isinstance(result, BaseException):
+            logger.error("%s %d failed", what, index, exc_info=result)
+
+
+class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name-defined,misc]
+    """verl's TransferQueue rollout worker with the two SKPO phases in place of n independent samples.
+
+    ``AgentLoopWorkerTQ`` is a Ray actor class and cannot be subclassed itself, hence ``__ray_actor_class__``.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.settings = SkpoSettings.from_config(self.config.skpo)
+        # The same builder as verl's single-turn agent: training and validation see the same tokens of q.
+        self.token_builder = create_continuous_token_builder(
+            self.tokenizer,
+            hf_model_type=self.hf_model_type,
+            chat_template_kwargs=self.config.data.get("apply_chat_template_kwargs", {}),
+            mm_processor_kwargs=self.mm_processor_kwargs,
+            processor=self.processor,
+        )
+        stops = getattr(self.model_config.generation_config, "eos_token_id", None)
+        self.stop_ids = {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+
+    async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
+        """Roll one prompt out; override of verl's hook, which samples n independent responses."""
+        if trajectory["validate"]:
+            await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+            return
+        uid = prompt["uid"]
+        await tq.async_kv_put(key=uid, partition_id="train", tag={"status": "running"})
+        try:
+            async with asyncio.timeout(self.settings.prompt_timeout_s):
+                rows = await self._roll_out(prompt, sampling_params)
+            # Outside the time-out: half of a prompt's rows must never be stored.
+            await asyncio.gather(*(self._agent_loop_postprocess(output, False, **fields) for output, fields in rows))
+            status = "finished"
+        except Exception:  # process border: verl must learn of every prompt's end, or its replay buffer polls for ever
+            logger.exception("prompt %s (%s) is dropped", prompt.get("id"), uid)
+            status = "failure"
+        await tq.async_kv_put(key=uid, partition_id="train", tag={"status": status})
+
+    async def _roll_out(self, prompt: dict, sampling_params: dict) -> list[tuple[AgentLoopOutput, dict]]:
+        """Both phases of one prompt.
+
+        Returns:
+            G + 1 pairs of verl output and row fields: the siblings in order, then the segment.
+
+        Raises:
+            RolloutError: no usable candidate, no usable sibling, or [s, q] leaves no room for a response.
+        """
+        prompt = {key: value for key, value in prompt.items() if key != "agent_name"}
+        split_position, seed = int(prompt[SPLIT_FIELD]), int(prompt[SEED_FIELD])
+        size, uid = self.settings.group_size, prompt["uid"]
+        loop = asyncio.get_running_loop()
+        messages = list(prompt["raw_prompt"])
+        problem_ids = list(await loop.run_in_executor(None, self.token_builder.build_initial_tokens, messages))
+
+        started = time.perf_counter()
+        candidates = await self._sample_candidates(f"{uid}-up", problem_ids, sampling_params, split_position, seed)
+        chosen = candidates[select_segment([candidate.segment.deviation for candidate in candidates])]
+        segment = chosen.segment
+        skip_ids = skip_prompt(segment.token_ids, problem_ids, self.tokenizer.bos_token_id)
+        budget = min(self.rollout_config.response_length, self.rollout_config.max_model_len - len(skip_ids))
+        if budget < 1:
+            raise RolloutError(f"skip prompt of {len(skip_ids)} tokens leaves no room in max_model_len")
+
+        upstream_done = time.perf_counter()
+        requests = [
+            self._respond(f"{uid}-down", index, skip_ids, dict(sampling_params, max_tokens=budget), seed, prompt)
+            for index in range(size)
+        ]
+        settled = await asyncio.gather(*requests, return_exceptions=True)
+        log_failures(settled, f"prompt {prompt['id']} ({uid}): sibling")
+        responses = [response for response in settled if isinstance(response, AgentLoopOutput)]
+        if not responses:
+            raise RolloutError(f"all {size} siblings failed")
+
+        reward = sum(response.reward_score or 0.0 for response in responses) / len(responses)
+        outputs = [
+            response if isinstance(response, AgentLoopOutput) else self._missing_sibling(skip_ids, responses[0])
+            for response in settled
+        ]
+        record = {
+            "split_position": split_position,
+            "candidates": [
+                {
+                    "token_ids": list(candidate.segment.token_ids),
+                    "deviation": candidate.segment.deviation,
+                    "ended_early": candidate.ended_early,
+                }
+                for candidate in candidates
+            ],
+            "chosen": candidates.index(chosen),
+            "deviation": segment.deviation,
+            "ended_early": sum(candidate.ended_early for candidate in candidates) / len(candidates),
+            "generated": sum(len(candidate.output.token_ids) for candidate in candidates),
+            "prefilled": len(problem_ids) * len(candidates),
+            "cached": sum(_cached(candidate.output) for candidate in candidates),
+            "seconds": upstream_done - started,
+            "downstream_seconds": time.perf_counter() - upstream_done,
+        }
+        upstream = self._row(
+            problem_ids,
+            list(segment.token_ids),
+            list(segment.logprobs),
+            dict(chosen.output.extra_fields, skpo=record),
+        )
+        upstream.reward_score = reward
+        upstream.extra_fields["reward_extra_info"] = {}
+        return [
+            (output, dict(prompt, session_id=session, skpo_phase=torch.tensor(phase)))
+            for output, session, phase in [
+                *((output, index + 1, DOWNSTREAM) for index, output in enumerate(outputs)),
+                (upstream, 0, UPSTREAM),
+            ]
+        ]
+
+    async def _sample_candidates(
+        self, route: str, problem_ids: list[int], sampling_params: dict, split_position: int, seed: int
+    ) -> list[Candidate]:
+        """G candidates of at most t_q tokens, cut; those that failed are left out."""
+        params = dict(sampling_params, max_tokens=split_position)
+        outputs = await asyncio.gather(
+            *(self._generate(route, index, problem_ids, params, seed) for index in range(self.settings.group_size)),
+            return_exceptions=True,
+        )
+        log_failures(outputs, f"{route}: candidate")
+        candidates = []
+        for output in outputs:
+            if isinstance(output, TokenOutput):
+                finished = len(output.token_ids) < split_position or output.token_ids[-1] in self.stop_ids
+                segment = cut_segment(output.token_ids, output.log_probs or [], split_position, finished)
+                candidates.append(Candidate(segment, finished, output))
+        if not candidates:
+            raise RolloutError(f"all {self.settings.group_size} upstream candidates failed")
+        return candidates
+
+    async def _respond(
+        self, route: str, index: int, skip_ids: list[int], params: dict, seed: int, prompt: dict
+    ) -> AgentLoopOutput:
+        """One downstream sibling with its reward."""
+        # Seeds of the siblings follow those of the candidates: no two requests of a prompt share one.
+        output = await self._generate(route, index, skip_ids, params, seed + self.settings.group_size)
+        record = {"generated": len(output.token_ids), "prefilled": len(skip_ids), "cached": _cached(output)}
+        row = self._row(skip_ids, output.token_ids, output.log_probs, dict(output.extra_fields, skpo=record))
+        await self._compute_score([row], kwargs=prompt)
+        return row
+
+    async def _generate(self, route: str, index: int, prompt_ids: list[int], params: dict, seed: int) -> TokenOutput:
+        """One request.  The server empties the parameters it is given, so each gets its own copy.
+
+        Raises:
+            RolloutError: an answer without tokens or without one log-prob per token, as an aborted request gives.
+        """
+        own = dict(params, seed=seed + index) if self.settings.seed_requests else dict(params)
+        # Full determinism hands the routing id on to vLLM as the request's name, which must be unique there.
+        request_id = f"{route}-{index}" if self.rollout_config.full_determinism else route
+        return await self.llm_client.generate(request_id=request_id, prompt_ids=prompt_ids, sampling_params=own)
+
+    def _row(
+        self, prompt_ids: list[int], token_ids: list[int], logprobs: list[float] | None, extra_fields: dict
+    ) -> AgentLoopOutput:
+        """verl's output record; all rows set the same fields, as one TransferQueue partition needs."""
+        return AgentLoopOutput(
+            prompt_ids=prompt_ids,
+            response_ids=list(token_ids),
+            response_mask=[1] * len(token_ids),
+            response_logprobs=logprobs,
+            num_turns=2,
+            metrics=AgentLoopMetrics(),
+            extra_fields=dict(extra_fields, turn_scores=[], tool_rewards=[]),
+        )
+
+    def _missing_sibling(self, skip_ids: list[int], sibling: AgentLoopOutput) -> AgentLoopOutput:
+        """A row of one untrained token for a sibling that failed: verl expects G + 1 rows per prompt."""
+        fields = {key: sibling.extra_fields.get(key) for key in ("min_global_steps", "max_global_steps")}
+        row = self._row(skip_ids, [self.tokenizer.eos_token_id], [0.0], dict(fields, skpo=None))
+        row.response_mask = [0]
+        row.reward_score = 0.0
+        row.extra_fields["reward_extra_info"] = {}
+        return row
+
+
+def _cached(output: TokenOutput) -> int:
+    """Prompt tokens of a request that came from the server's prefix cache."""
+    return int(output.extra_fields.get("num_cached_tokens") or 0)
+
+
+class SkpoAgentLoopManager(AgentLoopManagerTQ):
+    """Starts our workers; ``actor_rollout_ref.rollout.agent.agent_loop_manager_class`` names it."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # verl's constructor sets its own worker class; workers are started later, by ``create``.
+        self.agent_loop_workers_class = ray.remote(SkpoAgentLoopWorker)

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Lint, types and all tests. Arguments go to pytest and leave lint and types out (SKPO_LINT=1 brings them back):
+#
+#     bash run_tests.sh
+#     bash run_tests.sh -m "not e2e"
+set -euo pipefail
+unset CDPATH
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
+
+SKPO_PLATFORM="$(bash scripts/bootstrap.sh)"
+export SKPO_PLATFORM
+# No test may depend on a download, and forking after a tokenizer ran would print a warning each time.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+python=.venv/bin/python
+status=0
+# Everything runs even if something failed before: one run shows all there is to repair.
+if [[ $# -eq 0 || "${SKPO_LINT:-0}" == 1 ]]; then
+    "$python" -m ruff check . || status=1
+    "$python" -m ruff format --check . || status=1
+    "$python" -m mypy || status=1
+fi
+"$python" -m pytest "$@" || status=$?
+exit "$status"

@@ -1,0 +1,170 @@
+"""Rewards are -1 or +1, follow the last "#### number", and never fail on what a model wrote."""
+
+import json
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from reward_fns import TAIL_CHARACTERS, compute_score
+
+GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"
+
+
+def score(text: str, truth: str = "7", source: str = "skpo/arithmetic") -> float:
+    result = compute_score(data_source=source, solution_str=text, ground_truth=truth)
+    assert isinstance(result["score"], float)
+    return result["score"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "3 + 4 = 7\n#### 7",
+        "#### 7.",
+        "####7",
+        "#### 7.0",
+        "#### +7",
+        "#### 07",
+        "#### 7 pens",
+        "#### 7\nDone.",
+        "#### 1\n#### 7",
+    ],
+)
+def test_right_answers_score_plus_one(text: str) -> None:
+    assert compute_score("skpo/arithmetic", text, "7")["score"] == 1.0
+
+
+@pytest.mark.parametrize("text", ["#### 8", "#### -7", "#### 7.5", "#### 77", "#### 7\n#### 8", "#### 7,000"])
+def test_wrong_answers_are_well_formed_and_score_minus_one(text: str) -> None:
+    result = compute_score("skpo/arithmetic", text, "7")
+    assert (result["score"], result["acc"], result["well_formed"]) == (-1.0, 0.0, 1.0)
+    assert result["pred"] != ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "7",
+        "The answer is 7",
+        "### 7",
+        "####",
+        "#### seven",
+        "####\n7",
+        "#### 7 - 0",
+        "#### 7-0",
+        "#### 1,007 + 1",
+        "#### 7.0.0",
+        "#### $7",
+        "#### ٧",
+        "#### 7\n####",
+        "#### " + "0" * 200 + "7",
+    ],
+)
+def test_answers_not_of_the_form_are_not_well_formed(text: str) -> None:
+    assert compute_score("skpo/arithmetic", text, "7") == {
+        "score": -1.0,
+        "acc": 0.0,
+        "well_formed": 0.0,
+        "pred": "",
+    }
+
+
+def test_commas_are_removed_on_both_sides() -> None:
+    assert compute_score("openai/gsm8k", "#### 1,234,567", "1234567")["pred"] == "1234567"
+    assert score("#### 1,234", "1234", "openai/gsm8k") == 1.0
+    assert score("#### 1234", "1,234", "openai/gsm8k") == 1.0
+
+
+def test_only_the_end_of_a_long_response_is_read() -> None:
+    assert score("#### 7" + "x" * (TAIL_CHARACTERS - 6)) == 1.0
+    assert score("#### 7" + " " * TAIL_CHARACTERS) == -1.0
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(0, 10**6), st.integers(0, 6))
+def test_numbers_are_compared_exactly(whole: int, fraction: int, places: int) -> None:
+    number = Decimal(whole) + Decimal(fraction).scaleb(-places)
+    truth = f"{number:f}"
+    assert score(f"so\n#### {number:,f}", truth) == 1.0
+    assert score(f"so\n#### {number + Decimal('0.000001'):f}", truth) == -1.0
+
+
+SOURCES = ["skpo/arithmetic", "openai/gsm8k", "lighteval/MATH", "math_dapo", "aime2025"]
+
+
+@settings(deadline=None)  # the first maths source imports verl, which takes seconds
+@given(st.text(alphabet=st.sampled_from("#0123456789,.-+= \n\\boxed{}$Answer:xٴ٣é\0")), st.sampled_from(SOURCES))
+@example("#### " + "9" * 5000, "skpo/arithmetic")
+@example("####" * 500, "openai/gsm8k")
+@example("\\boxed{" * 280, "lighteval/MATH")
+@example("\\boxed", "lighteval/MATH")
+@example("\\boxed{1}", "aime2025")
+@example("Answer: \\frac{", "math_dapo")
+def test_reward_never_raises_and_is_minus_or_plus_one(text: str, source: str) -> None:
+    result = compute_score(source, text, "7")
+    assert result["score"] in (-1.0, 1.0)
+    assert result["score"] == 2 * result["acc"] - 1
+    assert result["well_formed"] in (0.0, 1.0)
+    assert isinstance(result["pred"], str)
+    assert result["acc"] <= result["well_formed"]
+
+
+@given(st.text())
+def test_any_unicode_text_gets_a_reward(text: str) -> None:
+    assert score("#### " + text) in (-1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("source", "right", "wrong", "unformed"),
+    [
+        ("HuggingFaceH4/MATH-500", "so \\boxed{\\frac{1}{2}}", "so \\boxed{2}", "so 1/2"),
+        ("math_dapo", "Answer: \\frac{1}{2}", "Answer: 2", "it is a half"),
+        ("aime2024", "Answer: \\frac{1}{2}", "Answer: 2", "it is a half"),
+    ],
+)
+def test_verls_maths_checks_become_plus_and_minus_one(source: str, right: str, wrong: str, unformed: str) -> None:
+    truth = "\\frac{1}{2}"
+    results = [compute_score(source, text, truth) for text in (right, wrong, unformed)]
+    assert [result["score"] for result in results] == [1.0, -1.0, -1.0]
+    assert [result["well_formed"] for result in results] == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("source", ["no/such", "codecontests", "numina_cn_k12"])
+def test_unknown_and_code_running_sources_are_refused_by_name(source: str) -> None:
+    with pytest.raises(ValueError, match=f"data_source '{source}' has no reward here"):
+        compute_score(source, "#### 7", "7")
+
+
+def test_a_ground_truth_that_is_no_number_is_a_fault_of_the_data() -> None:
+    with pytest.raises(ValueError, match="ground_truth 'seven' is not a number"):
+        compute_score("skpo/arithmetic", "#### 7", "seven")
+
+
+def test_verl_can_load_and_call_the_reward_by_path_and_by_package() -> None:
+    from verl.utils.import_utils import load_extern_object
+
+    import reward_fns
+
+    for path in (str(reward_fns.__file__), "pkg://reward_fns"):
+        loaded = load_extern_object(path, "compute_score")
+        result = loaded(
+            data_source="skpo/arithmetic",
+            solution_str="#### 7",
+            ground_truth="7",
+            extra_info={"num_turns": None},
+        )
+        assert result == {"score": 1.0, "acc": 1.0, "well_formed": 1.0, "pred": "7"}
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K is not beside the repository")
+def test_gold_answers_of_gsm8k_score_plus_one_and_one_more_scores_minus_one() -> None:
+    with GSM8K.open() as lines:
+        answers = [json.loads(line)["answer"] for line, _ in zip(lines, range(200), strict=False)]
+    assert len(answers) == 200
+    for answer in answers:
+        work, gold = answer.split("#### ")
+        assert score(answer, gold, "openai/gsm8k") == 1.0
+        assert score(f"{work}#### {int(gold.replace(',', '')) + 1}", gold, "openai/gsm8k") == -1.0
