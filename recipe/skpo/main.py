@@ -5,24 +5,23 @@
 Everything that can be known to be wrong before a model is loaded stops the run here, in one line.
 """
 
-import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from recipe.skpo.preflight import check_config, check_data, check_prompt_lengths, check_resume
+from recipe.skpo.preflight import check_config, check_data, check_prompt_lengths, check_resume, is_finished
 from recipe.skpo.report import summary
 from recipe.skpo.settings import ConfigError, SkpoSettings, known_keys
-
-logger = logging.getLogger(__name__)
 
 
 def rows_per_prompt(group_size: int) -> int:
@@ -110,6 +109,21 @@ def resolve_paths(config: DictConfig) -> None:
             config.data[name] = absolute(files) if isinstance(files, str) else [absolute(file) for file in files]
 
 
+@contextmanager
+def clean_shared_memory(active: bool) -> Iterator[None]:
+    """Remove the shared-memory segments that this run leaves behind, however it ends."""
+    if not active:
+        yield
+        return
+    from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments, segments
+
+    before = segments()
+    try:
+        yield
+    finally:
+        remove_segments(leftover_segments(before))
+
+
 def launch(config: DictConfig) -> None:
     """Hand the checked config to verl."""
     import ray
@@ -131,7 +145,11 @@ def launch(config: DictConfig) -> None:
 
             super().run(config)
 
-    run_ppo(config, task_runner_class=ray.remote(SkpoTaskRunner))
+    with clean_shared_memory(config.platform.name == "cpu"):
+        try:
+            run_ppo(config, task_runner_class=ray.remote(SkpoTaskRunner))
+        finally:
+            ray.shutdown()
 
 
 @hydra.main(version_base=None, config_path="config", config_name="skpo_trainer")
@@ -152,6 +170,11 @@ def run(config: DictConfig) -> None:
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     output_dir = Path(config.output_dir)
+    if is_finished(config):
+        print(f"this run is finished; for another one give output_dir=<folder>, to go on trainer.total_training_steps="
+              f"<more than {config.trainer.total_training_steps}>")  # fmt: skip
+        print(summary(output_dir))
+        return
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, output_dir / "config.yaml")
     launch(config)

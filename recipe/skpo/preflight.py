@@ -154,6 +154,12 @@ def check_resume(config: DictConfig) -> None:
         require_state_file(folder)
 
 
+def is_finished(config: DictConfig) -> bool:
+    """Whether the checkpoint that would be resumed from is already at the last training step."""
+    folder, last = resume_folder(config), config.trainer.total_training_steps
+    return folder is not None and last is not None and int(folder.name.removeprefix("global_step_")) >= last
+
+
 def resume_folder(config: DictConfig) -> Path | None:
     """The checkpoint folder that verl will resume from, None for a fresh start."""
     trainer = config.trainer

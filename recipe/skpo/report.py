@@ -34,17 +34,17 @@ def held_out(line: dict[str, float]) -> dict[str, dict[str, float]]:
     return result
 
 
-def summary(output_dir: Path, minutes: float) -> str:
+def summary(output_dir: Path, minutes: float | None = None) -> str:
     """Text of the summary.
 
     Args:
         output_dir: of the run.
-        minutes: wall time of this launch.
+        minutes: wall time of this launch; None where nothing was trained.
     """
     lines = read_metrics(output_dir / "metrics.jsonl")
     validated = [(int(line["step"]), held_out(line)) for line in lines if held_out(line)]
     steps = max((int(line["step"]) for line in lines), default=0)
-    text = ["", f"SKPO: {steps} steps, {minutes:.1f} minutes in this launch"]
+    text = ["", f"SKPO: {steps} steps" + (f", {minutes:.1f} minutes in this launch" if minutes is not None else "")]
     if validated:
         (first, before), (last, after) = validated[0], validated[-1]
         for source in after:

@@ -130,7 +130,8 @@ class SkpoTrainer(PPOTrainerSync):
     # ---------------------------------------------------------------- advantages, trackers, update
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        fields = ["id", "uid", "skpo_phase", "response_mask", "rm_scores", "extra_fields"]
+        log_probs = ["rollout_log_probs", "old_log_probs"]
+        fields = ["id", "uid", "skpo_phase", "response_mask", "rm_scores", "extra_fields", *log_probs]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         masks = list(data["response_mask"].unbind())
         lengths = torch.stack([mask.sum() for mask in masks])
@@ -162,6 +163,8 @@ class SkpoTrainer(PPOTrainerSync):
         records = [extra.get("skpo") for extra in data.get("extra_fields").tolist()]
         metrics.update(rollout_metrics(phase, prompts, valid, rewards, advantages, lengths, records))
         metrics.update(self._tracker_metrics([ids[row] for row in segments], baselines[segments], drifts))
+        gaps = [(data[log_probs[0]][row] - data[log_probs[1]][row]).abs() for row in valid.nonzero().flatten().tolist()]
+        metrics["skpo/rollout_actor_logprob_gap/mean"] = float(torch.cat(gaps).mean()) if gaps else 0.0
         metrics["skpo/prompts_dropped"] = self.config.data.train_batch_size - len(segments)
         shown = segments[: self.settings.trees_per_step]
         self._write_trees(batch, [(row, prompts == prompts[row]) for row in shown], siblings, rewards, advantages)

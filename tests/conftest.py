@@ -1,0 +1,217 @@
+"""What the tests share: a fake LLM client, a tiny real tokenizer, the composed config.
+
+The LLM server is the only thing that is faked.  verl's classes, the reward functions, the chat template and Hydra are
+the real ones; there are no model weights.
+"""
+
+import asyncio
+import inspect
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# ---------------------------------------------------------------- the LLM server
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of ``generate``.
+
+    Attributes:
+        number: running number of the call, from 0.
+        request_id: the routing id.
+        prompt_ids: as they arrived.
+        params: the sampling parameters as they arrived, before the server took keys out.
+        given: the caller's own dictionary, emptied by now.
+    """
+
+    number: int
+    request_id: str
+    prompt_ids: list[int]
+    params: dict[str, Any]
+    given: dict[str, Any]
+
+
+Answer = Any
+"""Token ids, or (token ids, log-probs), or a whole TokenOutput, or an exception that is raised."""
+
+
+class FakeLLMClient:
+    """``verl.workers.rollout.llm_server.LLMServerClient`` without a server: same ``generate``, scripted answers.
+
+    Like the server it cuts an answer at ``max_tokens``, empties the sampling parameters it is given, and sends the
+    weight version and the number of cached prompt tokens along.
+
+    Args:
+        script: what to answer to a request, at once or later.
+        response_length: longest answer to a request without ``max_tokens``.
+    """
+
+    def __init__(self, script: Callable[[Request], Answer | Awaitable[Answer]], response_length: int = 32) -> None:
+        self.script = script
+        self.response_length = response_length
+        self.requests: list[Request] = []
+
+    async def generate(
+        self,
+        request_id,
+        *,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        image_data: list[Any] | None = None,
+        video_data: list[Any] | None = None,
+        audio_data: list[Any] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        from verl.workers.rollout.replica import TokenOutput
+
+        request = Request(len(self.requests), request_id, list(prompt_ids), dict(sampling_params), sampling_params)
+        self.requests.append(request)
+        sampling_params.clear()
+        await asyncio.sleep(0)
+        answer = self.script(request)
+        if inspect.isawaitable(answer):
+            answer = await answer
+        if isinstance(answer, BaseException):
+            raise answer
+        if isinstance(answer, TokenOutput):
+            return answer
+        token_ids, logprobs = answer if isinstance(answer, tuple) else (answer, [-0.5] * len(answer))
+        limit = request.params.get("max_tokens", self.response_length)
+        return TokenOutput(
+            token_ids=list(token_ids)[:limit],
+            log_probs=list(logprobs)[:limit],
+            stop_reason="completed",
+            num_preempted=0,
+            extra_fields={
+                "global_steps": 7,
+                "min_global_steps": 7,
+                "max_global_steps": 7,
+                "num_cached_tokens": min(16, len(request.prompt_ids)),
+            },
+        )
+
+
+def seeded_answer(request: Request) -> tuple[list[int], list[float]]:
+    """A script: 1 to 40 random byte tokens, the same for the same prompt and seed."""
+    rng = random.Random(f"{request.params.get('seed')} {request.prompt_ids}")
+    length = rng.randint(1, 40)
+    return [rng.randrange(N_SPECIAL, N_SPECIAL + 256) for _ in range(length)], [
+        -3 * rng.random() for _ in range(length)
+    ]
+
+
+@pytest.fixture
+def fake_llm() -> Callable[..., FakeLLMClient]:
+    """Make a fake LLM client; without a script its answers are random and depend on prompt and seed."""
+
+    def make(script: Callable[[Request], Any] = seeded_answer, **options: Any) -> FakeLLMClient:
+        return FakeLLMClient(script, **options)
+
+    return make
+
+
+# ---------------------------------------------------------------- tokenizer
+
+SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+N_SPECIAL = len(SPECIAL_TOKENS)
+"""One token per byte follows the special ones, so that every text comes back as it was."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build_tokenizer(with_bos: bool):
+    """A byte-level tokenizer of 261 tokens.  With BOS it behaves as Llama's: template and tokenizer both add it."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(vocabulary)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    names = {"pad_token": "<pad>", "eos_token": "</s>"}
+    template = CHAT_TEMPLATE
+    if with_bos:
+        names["bos_token"] = "<s>"
+        template = "{{ bos_token }}" + template
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
+
+
+def _write_model_folder(folder: Path, with_bos: bool) -> Path:
+    from transformers import GenerationConfig, LlamaConfig
+
+    tokenizer = build_tokenizer(with_bos)
+    tokenizer.save_pretrained(folder)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)
+    GenerationConfig(eos_token_id=ends).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder without weights; its tokenizer has no BOS.  Two tokens end a response: </s>, <|im_end|>."""
+    return _write_model_folder(tmp_path_factory.mktemp("model"), with_bos=False)
+
+
+@pytest.fixture(scope="session")
+def bos_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``model_folder``, with a BOS that the chat template and the tokenizer each add."""
+    return _write_model_folder(tmp_path_factory.mktemp("bos_model"), with_bos=True)
+
+
+# ---------------------------------------------------------------- config
+
+
+@cache
+def _composed(overrides: Sequence[str]):
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf, open_dict
+
+    import recipe.skpo.main  # noqa: F401  registers the resolvers
+
+    with initialize_config_dir(str(REPOSITORY / "recipe/skpo/config"), version_base=None):
+        config = compose("skpo_trainer", overrides=list(overrides), return_hydra_config=True)
+    # As hydra.main does: ${hydra:...} is answered by the singleton, and the job's config has no hydra node.
+    singleton = HydraConfig.instance()
+    before, singleton.cfg = singleton.cfg, None
+    try:
+        singleton.set_config(config)
+        with open_dict(config):
+            del config["hydra"]
+        OmegaConf.resolve(config)
+    finally:
+        singleton.cfg = before
+    return config
+
+
+@pytest.fixture(scope="session")
+def compose_config() -> Callable[..., Any]:
+    """Compose the recipe's config under Hydra overrides and resolve it; every call gives a copy of its own."""
+
+    def compose_with(*overrides: str):
+        return deepcopy(_composed(overrides))
+
+    return compose_with

@@ -1,0 +1,106 @@
+"""The real stack, end to end: Ray, vLLM, FSDP2, TransferQueue; train, save, die, resume, train on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recipe.skpo.state import FILE_NAME
+from tests.e2e.tiny import overrides, read_lines
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+
+LAUNCH = [sys.executable, "-m", "recipe.skpo.main"]
+ROOT = Path(__file__).parents[2]
+
+
+def wait_for_marker(folder: Path, process: subprocess.Popen, step: int, seconds: float = 420) -> None:
+    """Wait until verl has marked the checkpoint of ``step`` as complete."""
+    marker = folder / "out/checkpoints/latest_checkpointed_iteration.txt"
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if marker.is_file() and marker.read_text().strip() == str(step):
+            return
+        assert process.poll() is None, f"the run ended early:\n{(folder / 'first.log').read_text()[-4000:]}"
+        time.sleep(0.2)
+    raise AssertionError(f"no checkpoint of step {step} after {seconds} s")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Two steps, SIGKILL right after their checkpoint, the same command again for one step more."""
+    folder = tmp_path_factory.mktemp("tiny")
+    arguments = overrides(folder)
+    with (folder / "first.log").open("w") as log:
+        process = subprocess.Popen([*LAUNCH, *arguments, "trainer.total_training_steps=1000"], cwd=ROOT,
+                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        wait_for_marker(folder, process, step=2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    saved = dict(np.load(folder / "out/checkpoints/global_step_2" / FILE_NAME))
+    # Ray's processes follow their driver; give them the time to.
+    time.sleep(5)
+    again = subprocess.run([*LAUNCH, *arguments, "trainer.total_training_steps=3"], cwd=ROOT, capture_output=True,
+                           text=True, timeout=600, env=os.environ)  # fmt: skip
+    return {"folder": folder, "saved": saved, "again": again, "out": folder / "out"}
+
+
+def test_resumes_after_a_kill_and_ends_well(run: dict) -> None:
+    again = run["again"]
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert "global_step_2" in again.stdout + again.stderr
+    assert "SKPO: 3 steps" in again.stdout
+
+
+def test_metrics_are_kept_over_the_kill(run: dict) -> None:
+    steps = [int(line["step"]) for line in read_lines(run["out"] / "metrics.jsonl") if "skpo/loss" in line]
+    assert steps == [1, 2, 3]
+
+
+def test_trackers_go_on_where_they_were(run: dict) -> None:
+    before, after = run["saved"], dict(np.load(run["out"] / "checkpoints/global_step_3" / FILE_NAME))
+    assert len(before["values.keys"]) == 8, "two steps of four prompts"
+    # 16 prompts and shuffling without replacement: the third step visits four others, the first eight stay as saved.
+    assert len(after["values.keys"]) == 12
+    for name in ("values.keys", "values.values", "values.counts", "lengths.values"):
+        np.testing.assert_array_equal(after[name][:8], before[name])
+    assert int(after["clock.steps"]) == 3
+
+
+def test_rollout_and_actor_agree(run: dict) -> None:
+    """fp32 on both sides: mean absolute difference of log-probs, over every step and also after weight syncs."""
+    gaps = [line["skpo/rollout_actor_logprob_gap/mean"] for line in read_lines(run["out"] / "metrics.jsonl")
+            if "skpo/loss" in line]  # fmt: skip
+    assert len(gaps) == 3
+    assert 0 < max(gaps) < 1e-3, "exactly 0 would mean that they were not compared"
+
+
+def test_every_promised_metric_is_there(run: dict) -> None:
+    line = [line for line in read_lines(run["out"] / "metrics.jsonl") if "skpo/loss" in line][-1]
+    for phase in ("upstream", "downstream"):
+        for name in ("reward/mean", "advantage/mean", "advantage/std", "length/mean", "tokens_generated",
+                     "prefix_cache/hit_rate", "seconds/mean", "ratio_clipped_low_share",
+                     "ratio_clipped_high_share"):  # fmt: skip
+            assert f"skpo/{phase}/{name}" in line
+    for name in ("upstream/split_position/mean", "upstream/deviation/mean", "upstream/early_finish_share",
+                 "downstream/all_equal_share", "tracker/value/mean", "tracker/effective_count/mean",
+                 "tracker/drift/mean"):  # fmt: skip
+        assert f"skpo/{name}" in line
+
+
+def test_the_update_changed_the_policy(run: dict) -> None:
+    lines = [line for line in read_lines(run["out"] / "metrics.jsonl") if "skpo/loss" in line]
+    assert all(line["actor/grad_norm"] > 0 for line in lines)
+    assert any(line["skpo/policy_kl"] > 0 for line in lines), "the second update of a step sees the first one"
+
+
+def test_trees_and_tensorboard_are_written(run: dict) -> None:
+    text = (run["out"] / "sample_trees.txt").read_text()
+    assert text.count("upstream candidates") == 3
+    assert text.count("->") == 3
+    assert list((run["out"] / "tensorboard").rglob("events.out.tfevents.*"))

@@ -1,0 +1,110 @@
+"""A tiny random Llama with its own tokenizer, a task and a reward for it: the real stack in a minute."""
+
+import json
+from pathlib import Path
+
+from data_prep.schema import Row, write_parquet
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}answer: {% endif %}"
+)
+
+
+def make_model(folder: Path) -> Path:
+    """Write a Llama of about 100,000 parameters with a byte-level tokenizer of 260 tokens; returns the folder."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    specials = ["<s>", "</s>", "<pad>", "<unk>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*specials, *letters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    return folder
+
+
+def make_data(folder: Path, rows: int = 16) -> tuple[Path, Path]:
+    """Write train and val parquet files of made-up problems; returns both paths."""
+    paths = []
+    for split in ("train", "val"):
+        path = folder / f"{split}.parquet"
+        write_parquet(
+            [
+                Row(
+                    "tiny",
+                    [{"role": "user", "content": f"{split} {index}"}],
+                    str(index),
+                    "none",
+                    split,
+                    index,
+                    f"{split} {index}",
+                )
+                for index in range(rows)
+            ],
+            path,
+        )
+        paths.append(path)
+    return paths[0], paths[1]
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: object = None, **kwargs: object
+) -> dict[str, float]:
+    """Right where the response has an even number of characters: a coin that a random model can win."""
+    correct = len(solution_str) % 2 == 0
+    return {"score": 1.0 if correct else -1.0, "acc": float(correct), "well_formed": 1.0}
+
+
+def overrides(folder: Path) -> list[str]:
+    """Overrides of ``recipe.skpo.main`` that train the tiny model in ``folder``."""
+    train, val = make_data(folder)
+    model = make_model(folder / "model")
+    return [
+        "platform=cpu",
+        "data=files",
+        "model_prep=null",
+        f"data.train_files={train}",
+        f"data.val_files={val}",
+        "data.train_batch_size=4",
+        "data.max_prompt_length=48",
+        "data.max_response_length=16",
+        f"actor_rollout_ref.model.path={model}",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+        "actor_rollout_ref.actor.optim.lr=1e-3",
+        # The same precision on both sides, high enough to tell agreement from luck.
+        "actor_rollout_ref.rollout.dtype=float32",
+        "actor_rollout_ref.rollout.temperature=1.0",
+        "skpo.group_size=4",
+        f"reward.custom_reward_function.path={Path(__file__).resolve()}",
+        f"output_dir={folder / 'out'}",
+        "trainer.save_freq=2",
+        "trainer.test_freq=1000",
+    ]
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """Lines of a metrics file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]

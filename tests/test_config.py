@@ -1,0 +1,282 @@
+"""The composed configs: the paper's values for the paper's models, every setting that cannot train refused in one line."""
+
+import io
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from recipe.skpo.main import context_length, rows_per_prompt
+from recipe.skpo.preflight import check_config
+from recipe.skpo.settings import ConfigError, SkpoSettings, TrackerSettings, known_keys
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FILES = ("data=files", "data.train_files=/data/train.parquet", "data.val_files=[/data/a.parquet,/data/b.parquet]")
+RUNS = {
+    "cpu": ("platform=cpu",),
+    "qwen": ("platform=gpu", "model=qwen2_5_math_7b", *FILES),
+    "llama": ("platform=gpu", "model=llama3_2_3b_instruct", *FILES),
+}
+PAPER = ["qwen", "llama"]
+
+# SPEC section 7, and sections 2, 4 and 6 for what is SKPO's own.
+PAPER_VALUES = {
+    "data.train_batch_size": 128,
+    "data.max_prompt_length": 1024,
+    "data.max_response_length": 3072,
+    "trainer.total_training_steps": 500,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 32,
+    "actor_rollout_ref.actor.ppo_epochs": 1,
+    "actor_rollout_ref.actor.grad_clip": 1.0,
+    "actor_rollout_ref.actor.optim.optimizer": "AdamW",
+    "actor_rollout_ref.actor.optim.lr": 1e-6,
+    "actor_rollout_ref.actor.optim.lr_warmup_steps": 10,
+    "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant",
+    "actor_rollout_ref.actor.optim.weight_decay": 0.1,
+    "actor_rollout_ref.actor.optim.betas": [0.9, 0.999],
+    "actor_rollout_ref.actor.use_kl_loss": False,
+    "actor_rollout_ref.actor.entropy_coeff": 0,
+    "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype": "bf16",
+    "actor_rollout_ref.rollout.dtype": "bfloat16",
+    "actor_rollout_ref.rollout.temperature": 1.0,
+    "actor_rollout_ref.rollout.top_p": 1,
+    "algorithm.adv_estimator": "skpo",
+    "algorithm.use_kl_in_reward": False,
+    "skpo.group_size": 8,
+    "skpo.split_low": 1 / 6,
+    "skpo.split_high": 1 / 2,
+    "skpo.selection": "median",
+    "skpo.skip": "concat",
+    "skpo.initial_length": 1024,
+    "skpo.weight_up": 0.5,
+    "skpo.weight_down": 0.5,
+    "skpo.clip_low": 0.2,
+    "skpo.clip_high": 0.28,
+    "skpo.tracker": {"rho_min": 0.875, "rho_max": 0.96, "half_life": 8.0, "drift": "kl_steps"},
+}
+
+
+@pytest.fixture
+def run_config(compose_config):
+    """The config of one of RUNS, resolved."""
+    return lambda name, *overrides: compose_config(*RUNS[name], *overrides)
+
+
+# ---------------------------------------------------------------- composed values
+
+
+@pytest.mark.parametrize("run", PAPER)
+@pytest.mark.parametrize(("path", "value"), PAPER_VALUES.items())
+def test_the_paper_runs_have_the_papers_values(run_config, run: str, path: str, value: object) -> None:
+    assert OmegaConf.select(run_config(run), path, throw_on_missing=True) == value
+
+
+@pytest.mark.parametrize(
+    ("run", "model", "context"),
+    [
+        ("qwen", "Qwen/Qwen2.5-Math-7B", 4096),  # what the model has been trained for
+        ("llama", "meta-llama/Llama-3.2-3B-Instruct", 1024 + 1536 + 3072),
+    ],
+)
+def test_the_paper_runs_train_the_papers_models(run_config, run: str, model: str, context: int) -> None:
+    config = run_config(run)
+    assert config.actor_rollout_ref.model.path == model
+    assert config.actor_rollout_ref.rollout.max_model_len == context
+    assert config.trainer.device == "cuda" and config.platform.name == "gpu"
+    assert config.get("model_prep") is None and config.data.get("prep") is None, "nothing embedded is prepared"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_skpo_is_what_verl_is_told_to_run(run_config, run: str) -> None:
+    config = run_config(run)
+    rollout = config.actor_rollout_ref.rollout
+    assert rollout.n == config.skpo.group_size + 1
+    assert config.algorithm.adv_estimator == config.trainer.v1.trainer_mode == "skpo"
+    assert config.trainer.use_v1 is True
+    assert rollout.name == "vllm" and rollout.calculate_log_probs is True
+    assert rollout.agent.agent_loop_manager_class == "recipe.skpo.rollout.SkpoAgentLoopManager"
+    assert config.reward.custom_reward_function.path == "pkg://reward_fns"
+    assert config.actor_rollout_ref.rollout.prompt_length == config.data.max_prompt_length
+    assert config.actor_rollout_ref.rollout.response_length == config.data.max_response_length
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_composed_config_passes_its_own_checks(run_config, run: str) -> None:
+    config = run_config(run)
+    check_config(config, SkpoSettings.from_config(config.skpo))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_verl_accepts_actor_and_rollout(run_config, run: str) -> None:
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+    from verl.workers.config import FSDPActorConfig, RolloutConfig
+
+    config = run_config(run)
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    rollout = omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
+    assert isinstance(actor, FSDPActorConfig) and isinstance(rollout, RolloutConfig)
+    assert tuple(actor.optim.betas) == (0.9, 0.999)
+    assert rollout.n == config.skpo.group_size + 1
+    assert not need_critic(config) and not need_reference_policy(config)
+    validate_config(config, use_reference_policy=False, use_critic=False)
+
+
+def test_cpu_and_embedded_model_are_the_default(compose_config, monkeypatch) -> None:
+    monkeypatch.delenv("SKPO_PLATFORM", raising=False)
+    config = compose_config()
+    assert (config.platform.name, config.trainer.device) == ("cpu", "cpu")
+    assert (config.model_prep, config.data.prep) == ("smollm2", "arithmetic")
+    assert config.output_dir == "outputs/smollm2_135m-arithmetic"
+
+
+def test_every_run_has_a_folder_of_its_own(run_config) -> None:
+    config = run_config("llama")
+    assert config.output_dir == "outputs/llama3_2_3b_instruct-files"
+    assert config.trainer.default_local_dir == f"{config.output_dir}/checkpoints"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_group_size_and_lengths_carry_over(run_config, run: str) -> None:
+    changed = ("skpo.group_size=4", "data.max_prompt_length=100", "data.max_response_length=60", "skpo.split_high=0.25")
+    config = run_config(run, *changed)
+    assert config.actor_rollout_ref.rollout.n == 5
+    if run != "qwen":  # which states its context
+        assert config.actor_rollout_ref.rollout.max_model_len == 100 + 15 + 60
+
+
+def test_the_resolvers() -> None:
+    assert rows_per_prompt(8) == 9
+    assert context_length(1024, 3072, 0.5) == 1024 + 1536 + 3072
+    assert context_length(10, 7, 0.5) == 10 + 3 + 7
+
+
+# ---------------------------------------------------------------- yaml and dataclass do not drift apart
+
+
+def test_the_yaml_defaults_are_the_settings_defaults() -> None:
+    node = OmegaConf.load(REPOSITORY / "recipe/skpo/config/skpo_trainer.yaml").skpo
+    assert SkpoSettings.from_config(node) == SkpoSettings()
+
+
+def test_the_yaml_names_every_setting() -> None:
+    node = OmegaConf.to_container(OmegaConf.load(REPOSITORY / "recipe/skpo/config/skpo_trainer.yaml").skpo)
+    tracker = node.pop("tracker")
+    assert sorted([*node, *(f"tracker.{key}" for key in tracker)]) == sorted(known_keys())
+
+
+def test_the_settings_survive_the_config(run_config) -> None:
+    config = run_config("cpu", "skpo.group_size=3", "skpo.tracker.drift=nats", "skpo.clip_high=0.3")
+    settings = SkpoSettings.from_config(config.skpo)
+    assert (settings.group_size, settings.tracker.drift, settings.clip_high) == (3, "nats", 0.3)
+    assert isinstance(settings.tracker, TrackerSettings)
+
+
+# ---------------------------------------------------------------- refused settings
+
+REJECTED = [
+    ("algorithm.adv_estimator", "grpo"),
+    ("algorithm.use_kl_in_reward", True),
+    ("algorithm.filter_groups.enable", True),
+    ("algorithm.rollout_correction.rollout_is", "token"),
+    ("algorithm.rollout_correction.rollout_rs", "sequence"),
+    ("actor_rollout_ref.actor.use_kl_loss", True),
+    ("actor_rollout_ref.actor.entropy_coeff", 0.01),
+    ("actor_rollout_ref.actor.shuffle", True),
+    ("actor_rollout_ref.rollout.n", 8),
+    ("actor_rollout_ref.rollout.calculate_log_probs", False),
+    ("data.dataloader_num_workers", 4),
+    ("reward.reward_model.enable", True),
+    ("trainer.use_v1", False),
+    ("trainer.v1.trainer_mode", "sync"),
+    ("trainer.v1.trainer_mode", "separate_async"),
+    ("data.train_batch_size", 100),
+    ("actor_rollout_ref.rollout.max_model_len", 1024 + 1536),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), REJECTED, ids=[f"{path}={value}" for path, value in REJECTED])
+def test_what_skpo_cannot_train_with_is_refused_in_one_line(run_config, path: str, value: object) -> None:
+    config = run_config("qwen")
+    OmegaConf.update(config, path, value, force_add=True)
+    with pytest.raises(ConfigError) as refused:
+        check_config(config, SkpoSettings.from_config(config.skpo))
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ") and str(value) in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_context_of_one_token_more_is_enough(run_config) -> None:
+    config = run_config("qwen", f"actor_rollout_ref.rollout.max_model_len={1024 + 1536 + 1}")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+
+
+@pytest.mark.parametrize(("run", "said"), [("qwen", True), ("llama", False), ("cpu", False)])
+def test_a_shortened_response_budget_is_said(run_config, run: str, said: bool) -> None:
+    config = run_config(run)
+    out = io.StringIO()
+    with redirect_stdout(out):
+        check_config(config, SkpoSettings.from_config(config.skpo))
+    assert ("a response has 1536 of data.max_response_length=3072 tokens" in out.getvalue()) is said
+    assert len(out.getvalue().splitlines()) == int(said)
+
+
+BAD_SETTINGS = [
+    ("group_size", 1),
+    ("group_size", 2.5),
+    ("group_size", "many"),
+    ("split_low", 0),
+    ("split_low", 0.6),
+    ("split_high", 1),
+    ("split_high", 1.5),
+    ("selection", "best"),
+    ("skip", "none"),
+    ("initial_length", 0),
+    ("weight_up", -0.1),
+    ("clip_low", 0),
+    ("clip_low", 1),
+    ("clip_high", 0),
+    ("seed", -1),
+    ("seed_requests", "perhaps"),
+    ("prompt_timeout_s", 0),
+    ("poll_interval_s", 0),
+    ("trees_per_step", -1),
+    ("tracker.rho_min", 0.99),
+    ("tracker.rho_min", -0.1),
+    ("tracker.rho_max", 1.1),
+    ("tracker.half_life", 0),
+    ("tracker.drift", "miles"),
+    ("tracker.nope", 1),
+    ("nope", 1),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), BAD_SETTINGS, ids=[f"{key}={value}" for key, value in BAD_SETTINGS])
+def test_a_bad_setting_is_refused_in_one_line_that_names_it(run_config, key: str, value: object) -> None:
+    config = run_config("cpu")
+    OmegaConf.update(config, f"skpo.{key}", value, force_add=True)
+    with pytest.raises(ConfigError) as refused:
+        SkpoSettings.from_config(config.skpo)
+    message = str(refused.value)
+    assert message.startswith("skpo.") and key.split(".")[-1] in message
+    assert len(message.splitlines()) == 1
+
+
+def test_both_weights_zero_is_refused(run_config) -> None:
+    config = run_config("cpu", "skpo.weight_up=0", "skpo.weight_down=0")
+    with pytest.raises(ConfigError, match=r"weight_up, skpo\.weight_down"):
+        SkpoSettings.from_config(config.skpo)
+
+
+def test_one_weight_may_be_zero(run_config) -> None:
+    assert SkpoSettings.from_config(run_config("cpu", "skpo.weight_up=0").skpo).weight_up == 0
+
+
+@pytest.mark.parametrize("value", [5, "x", [1]], ids=str)
+def test_a_tracker_node_that_is_no_mapping_is_refused_in_one_line(run_config, value: object) -> None:
+    config = run_config("cpu")
+    config.skpo.tracker = value
+    with pytest.raises(ConfigError) as refused:
+        SkpoSettings.from_config(config.skpo)
+    assert "skpo.tracker" in str(refused.value) and len(str(refused.value).splitlines()) == 1

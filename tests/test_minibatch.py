@@ -1,0 +1,205 @@
+"""Rows in order, and each row's share of the objective (SPEC section 6), against plain loops."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, downstream_loss, upstream_loss
+from recipe.skpo.minibatch import minibatch_of_rows, minibatch_order, row_scales
+from tests.reference import FlatRow, Row, random_batch, reference_batch_objective
+
+CLIPS = (0.2, 0.28)
+seeds = st.integers(0, 2**32)
+
+
+def verl_updates(order: list[int], rows_per_minibatch: int, ranks: int) -> list[list[list[int]]]:
+    """Rows per update and rank, as verl splits a batch: a contiguous chunk per rank, in equal contiguous parts."""
+    per_rank, part = len(order) // ranks, rows_per_minibatch // ranks
+    chunks = [order[rank * per_rank : (rank + 1) * per_rank] for rank in range(ranks)]
+    return [[chunk[start : start + part] for chunk in chunks] for start in range(0, per_rank, part)]
+
+
+def any_even_partition(seed: int) -> Callable[[list[int], int], list[list[int]]]:
+    """A partition of equal sizes with no order in it; verl's balances lengths, which must not matter here."""
+    rng = np.random.default_rng(seed)
+
+    def partition(lengths: list[int], ranks: int) -> list[list[int]]:
+        return rng.permutation(len(lengths)).reshape(ranks, -1).tolist()
+
+    return partition
+
+
+def scales_of(
+    rows: list[FlatRow], minibatch: list[int] | torch.Tensor, weight_up: float = 0.7, weight_down: float = 0.3
+) -> torch.Tensor:
+    return row_scales(
+        torch.tensor([UPSTREAM if row.upstream else DOWNSTREAM for row in rows]),
+        torch.tensor([row.prompt for row in rows]),
+        torch.as_tensor(minibatch),
+        torch.tensor([sum(row.row.mask) for row in rows]),
+        torch.tensor([row.valid for row in rows]),
+        weight_up,
+        weight_down,
+    )
+
+
+# ---------------------------------------------------------------- order
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@given(seed=seeds)
+def test_every_update_takes_whole_prompts(ranks: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows_per_prompt, prompts_per_update, updates = int(rng.integers(2, 9)), 4, int(rng.integers(1, 4))
+    prompts = rng.permutation(np.repeat(np.arange(prompts_per_update * updates), rows_per_prompt)).tolist()
+    lengths = rng.integers(1, 100, len(prompts)).tolist()
+    rows_per_minibatch = rows_per_prompt * prompts_per_update
+    order = minibatch_order(prompts, lengths, rows_per_minibatch, ranks, any_even_partition(seed))
+    assert sorted(order) == list(range(len(prompts)))
+    for number, update in enumerate(verl_updates(order, rows_per_minibatch, ranks)):
+        first = number * prompts_per_update
+        trained = [prompts[row] for rank in update for row in rank]
+        assert sorted(trained) == sorted([*range(first, first + prompts_per_update)] * rows_per_prompt)
+        assert {len(rank) for rank in update} == {rows_per_minibatch // ranks}
+
+
+def test_the_partition_is_asked_per_update_with_its_own_lengths() -> None:
+    asked = []
+
+    def partition(lengths: list[int], ranks: int) -> list[list[int]]:
+        asked.append((lengths, ranks))
+        return [[3, 0], [1, 2]]
+
+    prompts, lengths = [1, 0, 1, 0, 1, 0, 1, 0], [50, 10, 60, 20, 70, 30, 80, 40]
+    order = minibatch_order(prompts, lengths, 4, 2, partition)
+    assert asked == [([10, 20, 30, 40], 2), ([50, 60, 70, 80], 2)]
+    # Rank by rank; within a rank the rows of prompt 0 (1, 3, 5, 7) before those of prompt 1 (0, 2, 4, 6).
+    assert order == [1, 7, 0, 6, 3, 5, 2, 4]
+
+
+def test_one_rank_keeps_the_rows_of_a_prompt_in_their_order() -> None:
+    def never(lengths: list[int], ranks: int) -> list[list[int]]:
+        raise AssertionError("one rank has nothing to partition")
+
+    assert minibatch_order([2, 0, 2, 0, 1, 1], [1] * 6, 2, 1, never) == [1, 3, 4, 5, 0, 2]
+
+
+def test_ranks_get_rows_of_similar_length_with_the_partition_of_verl() -> None:
+    from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+
+    rng = np.random.default_rng(3)
+    prompts = np.repeat(np.arange(8), 9).tolist()
+    lengths = rng.integers(1, 1000, len(prompts)).tolist()
+    order = minibatch_order(
+        prompts, lengths, 36, 2, lambda own, ranks: get_seqlen_balanced_partitions(own, ranks, equal_size=True)
+    )
+    for update in verl_updates(order, 36, 2):
+        first, second = (sum(lengths[row] for row in rank) for rank in update)
+        assert abs(first - second) < 0.02 * (first + second)
+
+
+@pytest.mark.parametrize(("rows", "rows_per_minibatch", "ranks"), [(10, 4, 1), (12, 6, 4)])
+def test_rows_that_do_not_split_evenly_are_refused(rows: int, rows_per_minibatch: int, ranks: int) -> None:
+    with pytest.raises(ValueError, match=f"{rows} rows .* of {rows_per_minibatch} rows on {ranks} ranks"):
+        minibatch_order([0] * rows, [1] * rows, rows_per_minibatch, ranks, any_even_partition(0))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_number_of_the_update_is_where_verl_trains_the_row(ranks: int) -> None:
+    numbers = minibatch_of_rows(48, 16, ranks).tolist()
+    for update, parts in enumerate(verl_updates(list(range(48)), 16, ranks)):
+        assert {numbers[row] for part in parts for row in part} == {update}
+    assert sorted(numbers) == [0] * 16 + [1] * 16 + [2] * 16
+
+
+# ---------------------------------------------------------------- shares
+
+
+def row_of(tokens: int, upstream: bool, prompt: int, valid: bool = True) -> FlatRow:
+    return FlatRow(Row([-1.0] * tokens, [-1.0] * tokens, [1] * tokens, 1.0), upstream, prompt, valid)
+
+
+def test_a_segment_carries_the_weight_over_the_prompts_of_its_update() -> None:
+    rows = [row_of(5, True, 0), row_of(9, True, 1), row_of(2, True, 2)]
+    assert scales_of(rows, [0, 0, 1]).tolist() == pytest.approx([0.35, 0.35, 0.7])
+
+
+def test_a_response_carries_its_share_of_the_tokens_of_its_group() -> None:
+    rows = [row_of(4, True, 0), row_of(3, False, 0), row_of(7, False, 0), row_of(6, True, 1), row_of(5, False, 1)]
+    scales = scales_of(rows, [0] * 5).tolist()
+    assert scales == pytest.approx([0.35, 0.15 / 10, 0.15 / 10, 0.35, 0.15 / 5])
+
+
+def test_padding_rows_and_failed_siblings_carry_nothing_and_count_nowhere() -> None:
+    rows = [
+        row_of(4, True, 0),
+        row_of(3, False, 0),
+        row_of(50, False, 0, valid=False),
+        row_of(50, True, 7, valid=False),
+    ]
+    assert scales_of(rows, [0] * 4).tolist() == pytest.approx([0.7, 0.1, 0.0, 0.0])
+
+
+def test_an_update_of_padding_alone_carries_nothing() -> None:
+    rows = [row_of(4, True, 0), row_of(3, False, 0), row_of(4, True, 1, valid=False), row_of(3, False, 1, valid=False)]
+    assert scales_of(rows, [0, 0, 1, 1]).tolist() == pytest.approx([0.7, 0.1, 0.0, 0.0])
+    assert scales_of(rows[2:], [0, 0]).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@settings(max_examples=40)
+@given(seed=seeds)
+def test_micro_batch_losses_add_up_to_the_objective_whatever_their_size_and_order(ranks: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    group_size, per_update, updates = int(rng.integers(1, 5)), 4, int(rng.integers(1, 4))
+    padding = int(rng.integers(0, per_update)) if rng.random() < 0.5 else 0
+    rows = random_batch(rng, updates, per_update, group_size, padding)
+    size = (group_size + 1) * per_update
+    order = minibatch_order(
+        [row.prompt for row in rows], [len(row.row.mask) for row in rows], size, ranks, any_even_partition(seed)
+    )
+    numbers = minibatch_of_rows(len(rows), size, ranks)
+    ordered = [rows[index] for index in order]
+    scales = scales_of(ordered, numbers).double()
+
+    leaves = [torch.tensor([row.row.log_prob], dtype=torch.float64, requires_grad=True) for row in ordered]
+    positions = verl_updates(list(range(len(rows))), size, ranks)
+    values = {}
+    for update, parts in enumerate(positions):
+        values[update] = 0.0
+        for part in parts:
+            shuffled, start = rng.permutation(part).tolist(), 0
+            while start < len(shuffled):
+                micro_batch = shuffled[start : start + int(rng.integers(1, 5))]
+                start += len(micro_batch)
+                losses = []
+                for index in micro_batch:
+                    row = ordered[index].row
+                    loss = upstream_loss if ordered[index].upstream else downstream_loss
+                    old, mask = torch.tensor([row.old_log_prob]).double(), torch.tensor([row.mask]).double()
+                    value = loss(leaves[index], old, torch.tensor([row.advantage]).double(), mask, *CLIPS)
+                    losses.append(value.sum() * scales[index])
+                total = torch.stack(losses).sum()
+                total.backward()
+                values[update] += float(total.detach())
+
+    expected_values, expected = reference_batch_objective(ordered, numbers.tolist(), (0.7, 0.3), CLIPS)
+    for update, value in values.items():
+        assert value == pytest.approx(-expected_values.get(update, 0.0), rel=1e-6, abs=1e-5)
+    for leaf, gradient in zip(leaves, expected, strict=True):
+        assert leaf.grad is not None
+        assert leaf.grad[0].tolist() == pytest.approx([-slope for slope in gradient], rel=1e-6, abs=1e-12)
+
+
+@given(seeds)
+def test_shares_do_not_depend_on_the_order_of_rows(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = random_batch(rng, 2, 2, 3, padding_prompts=1)
+    minibatch = [row.prompt // 2 for row in rows]
+    order = rng.permutation(len(rows)).tolist()
+    shuffled = scales_of([rows[index] for index in order], [minibatch[index] for index in order])
+    torch.testing.assert_close(shuffled, scales_of(rows, minibatch)[order])

@@ -1,0 +1,739 @@
+"""The rollout hook on verl's real worker class: from q to G + 1 stored rows, and every way a prompt can go wrong.
+
+Real here: verl's worker with its constructor and ``generate_sequences``, chat template, verl's reward worker with our
+reward function.  In place of a process border: the LLM client is a fake, TransferQueue's two asynchronous puts are
+caught, the reward worker lives in this process behind a handle that pickles what it is given.
+"""
+
+import asyncio
+import itertools
+import logging
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+G, SPLIT, SEED, STEP = 4, 6, 1000, 3
+QUESTION, ANSWER = "What is 2 plus 3?", "5"
+
+# ---------------------------------------------------------------- the borders
+
+
+@dataclass
+class Store:
+    """What workers put into TransferQueue, in order.
+
+    Attributes:
+        rows: key -> fields of the row, each without the batch dimension.
+        tags: key -> tag.
+        partitions: key -> partition, prompts included.
+        events: ("row", key) or (status, uid).
+    """
+
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tags: dict[str, dict[str, Any]] = field(default_factory=dict)
+    partitions: dict[str, str] = field(default_factory=dict)
+    events: list[tuple[str, str]] = field(default_factory=list)
+    before_row: Callable[[str], Any] | None = None
+
+    async def kv_put(self, key, partition_id, fields=None, tag=None, data_parser=None):
+        assert fields is None
+        await asyncio.sleep(0)
+        self.partitions[key] = partition_id
+        self.events.append((tag["status"], key))
+
+    async def kv_batch_put(self, keys, partition_id, fields=None, tags=None, data_parser=None):
+        for key in keys:
+            if self.before_row is not None:
+                await self.before_row(key)
+        await asyncio.sleep(0)
+        for index, (key, tag) in enumerate(zip(keys, tags, strict=True)):
+            self.rows[key] = {name: plain(fields.get(name)[index]) for name in fields.keys()}  # noqa: SIM118
+            self.tags[key] = tag
+            self.partitions[key] = partition_id
+            self.events.append(("row", key))
+
+    def status(self, uid: str) -> list[str]:
+        return [status for status, key in self.events if key == uid]
+
+    def row(self, uid: str, session: int) -> dict[str, Any]:
+        return self.rows[f"{uid}_{session}_0"]
+
+    def siblings(self, uid: str) -> list[dict[str, Any]]:
+        return [self.row(uid, session) for session in range(1, G + 1)]
+
+
+def plain(value: Any) -> Any:
+    return getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
+    import transfer_queue
+
+    store = Store()
+    monkeypatch.setattr(transfer_queue, "init", lambda *args, **kwargs: None)
+    monkeypatch.setattr(transfer_queue, "async_kv_put", store.kv_put)
+    monkeypatch.setattr(transfer_queue, "async_kv_batch_put", store.kv_batch_put)
+    return store
+
+
+class RewardHandle:
+    """Stands for the Ray handle of verl's reward worker: arguments are copied as Ray would copy them.
+
+    Attributes:
+        calls: number of rewards asked for.
+        raises_at: numbers of the calls that raise.
+        hangs: no call ever returns.
+    """
+
+    def __init__(self, config: Any) -> None:
+        from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
+
+        self.worker = RewardLoopWorker(config)
+        self.compute_score = SimpleNamespace(remote=self._compute_score)
+        self.calls = 0
+        self.raises_at: set[int] = set()
+        self.hangs = False
+
+    async def _compute_score(self, data):
+        number, self.calls = self.calls, self.calls + 1
+        if self.hangs:
+            await asyncio.Event().wait()
+        if number in self.raises_at:
+            raise RuntimeError("the reward function raised")
+        return await self.worker.compute_score(pickle.loads(pickle.dumps(data)))
+
+
+@dataclass
+class Setup:
+    """One worker with what surrounds it."""
+
+    worker: Any
+    llm: Any
+    store: Store
+    reward: RewardHandle
+
+    @property
+    def tokenizer(self):
+        return self.worker.tokenizer
+
+    def tokens(self, text: str, end: str = "</s>") -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids + [self.tokenizer.convert_tokens_to_ids(end)] if end else ids
+
+    def problem_ids(self, question: str = QUESTION) -> list[int]:
+        """Tokens of q, straight from the tokenizer's chat template."""
+        message = {"role": "user", "content": question}
+        return self.tokenizer.apply_chat_template([message], add_generation_prompt=True)["input_ids"]
+
+    def upstream(self, question: str = QUESTION) -> list[Any]:
+        """Requests under q alone."""
+        return [request for request in self.llm.requests if request.prompt_ids == self.problem_ids(question)]
+
+    def downstream(self, question: str = QUESTION) -> list[Any]:
+        """Requests under [s, q]."""
+        tail = self.problem_ids(question)[1:]
+        return [
+            request
+            for request in self.llm.requests
+            if len(request.prompt_ids) > len(tail) + 1 and request.prompt_ids[-len(tail) :] == tail
+        ]
+
+    async def roll_out(self, *prompts: dict[str, Any], validate: bool = False) -> None:
+        """What verl's manager does with a batch, up to the end of the worker's background tasks."""
+        await self.worker.generate_sequences(make_batch(prompts, validate))
+        # A hanging prompt must fail the test, not hang it.
+        await asyncio.wait_for(asyncio.gather(*self.worker.background_tasks), 20)
+
+
+def make_prompt(uid: str = "v0000000000", question: str = QUESTION, **changes: Any) -> dict[str, Any]:
+    return {
+        "id": f"id-{uid}",
+        "uid": uid,
+        "data_source": "skpo/arithmetic",
+        "raw_prompt": [{"role": "user", "content": question}],
+        "reward_model": {"style": "rule", "ground_truth": ANSWER},
+        "extra_info": {"split": "train", "index": 0, "question": question},
+        "index": 0,
+        "skpo_split_position": SPLIT,
+        "skpo_seed": SEED,
+        **changes,
+    }
+
+
+def make_batch(prompts, validate: bool):
+    """A batch as the trainer hands it to verl's manager."""
+    from verl.utils import tensordict_utils as tu
+
+    columns: dict[str, Any] = {}
+    for name in prompts[0]:
+        values = [prompt[name] for prompt in prompts]
+        if name.startswith("skpo_"):
+            columns[name] = torch.tensor(values)
+        else:
+            columns[name] = np.empty(len(values), dtype=object)
+            columns[name][:] = values
+    if validate:  # the trainer adds ours to training prompts only
+        columns = {name: value for name, value in columns.items() if not name.startswith("skpo_")}
+    batch = tu.get_tensordict(columns)
+    tu.assign_non_tensor_data(batch, "global_steps", STEP)
+    if validate:
+        tu.assign_non_tensor_data(batch, "validate", True)
+    return batch
+
+
+@pytest.fixture
+def make_config(compose_config, model_folder):
+    def make(*overrides: str, model=model_folder):
+        return compose_config(
+            "platform=cpu",
+            f"actor_rollout_ref.model.path={model}",
+            f"skpo.group_size={G}",
+            "data.max_prompt_length=96",
+            "data.max_response_length=32",
+            *overrides,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_worker(make_config, fake_llm, store: Store) -> Callable[..., Setup]:
+    """Make an ``SkpoAgentLoopWorker`` by its real constructor; ``script`` answers its requests."""
+    from recipe.skpo.rollout import SkpoAgentLoopWorker
+
+    def make(script=None, *overrides: str, worker_class=SkpoAgentLoopWorker, **options: Any) -> Setup:
+        config = make_config(*overrides, **options)
+        llm = fake_llm(script) if script else fake_llm()
+        reward = RewardHandle(config)
+        worker = worker_class(config, llm, reward_loop_worker_handles=[reward])
+        return Setup(worker, llm, store, reward)
+
+    return make
+
+
+def scripted(setup_box: list[Setup], upstream, downstream) -> Callable[[Any], Any]:
+    """A script from two: each gets the running number of the request within its phase."""
+    numbers = {"up": itertools.count(), "down": itertools.count()}
+
+    def script(request):
+        if request.prompt_ids == setup_box[0].problem_ids():
+            return upstream(next(numbers["up"]))
+        return downstream(next(numbers["down"]))
+
+    return script
+
+
+@pytest.fixture
+def two_phases(make_worker) -> Callable[..., Setup]:
+    """A worker whose upstream and downstream answers are scripted apart, each by its number within the phase."""
+
+    def make(upstream=None, downstream=None, *overrides: str, **options: Any) -> Setup:
+        box: list[Setup] = []
+        up = upstream or (lambda number: box[0].tokens(f"candidate {number}", end=""))
+        down = downstream or (lambda number: box[0].tokens(f"So it is #### {ANSWER if number % 2 else 6}"))
+        box.append(make_worker(scripted(box, up, down), *overrides, **options))
+        return box[0]
+
+    return make
+
+
+# ---------------------------------------------------------------- what is stored
+
+
+async def test_a_prompt_ends_in_g_plus_one_rows_of_one_schema(two_phases) -> None:
+    setup = two_phases()
+    await setup.roll_out(make_prompt("v7"))
+
+    assert sorted(setup.store.rows) == [f"v7_{session}_0" for session in range(G + 1)]
+    assert {setup.store.partitions[key] for key in [*setup.store.rows, "v7"]} == {"train"}
+    names = {frozenset(row) for row in setup.store.rows.values()}
+    assert len(names) == 1, "TransferQueue partitions need one schema"
+    expected = {"prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask", "rm_scores"}
+    expected |= {"rollout_log_probs", "uid", "id", "skpo_phase", "extra_fields", "raw_prompt", "reward_model"}
+    assert expected <= next(iter(names))
+    kinds = {
+        tuple((name, value.dtype) for name, value in sorted(row.items()) if isinstance(value, torch.Tensor))
+        for row in setup.store.rows.values()
+    }
+    assert len(kinds) == 1
+    for row in setup.store.rows.values():
+        assert (row["id"], row["uid"]) == ("id-v7", "v7")
+        tokens = len(row["responses"])
+        assert len(row["rollout_log_probs"]) == len(row["response_mask"]) == len(row["rm_scores"]) == tokens
+        assert row["input_ids"].tolist() == row["prompts"].tolist() + row["responses"].tolist()
+
+
+async def test_the_status_runs_from_running_to_finished_and_the_last_row_comes_before_it(two_phases) -> None:
+    setup = two_phases()
+    await setup.roll_out(make_prompt("v7"))
+    assert setup.store.events[0] == ("running", "v7")
+    assert setup.store.events[-1] == ("finished", "v7")
+    assert len(setup.store.events) == 2 + G + 1
+
+
+async def test_tags_carry_lengths_and_weight_versions(two_phases) -> None:
+    setup = two_phases()
+    await setup.roll_out(make_prompt("v7"))
+    for key, tag in setup.store.tags.items():
+        row = setup.store.rows[key]
+        assert tag["seq_len"] == len(row["input_ids"])
+        assert (tag["global_steps"], tag["min_global_steps"], tag["max_global_steps"]) == (STEP, 7, 7)
+
+
+async def test_the_segment_row_is_the_segment_under_q_with_the_mean_reward_of_the_siblings(two_phases) -> None:
+    setup = two_phases(
+        upstream=lambda number: ([10, 11, 12, 13, 14, 15, 16, 17], [-0.1] * 8),
+        downstream=lambda number: setup.tokens(f"#### {ANSWER if number == 2 else 9}"),
+    )
+    await setup.roll_out(make_prompt("v7"))
+    segment, siblings = setup.store.row("v7", 0), setup.store.siblings("v7")
+    assert segment["prompts"].tolist() == setup.problem_ids()
+    assert segment["responses"].tolist() == [10, 11, 12, 13, 14, 15]
+    assert segment["rollout_log_probs"].tolist() == pytest.approx([-0.1] * 6)
+    assert segment["response_mask"].tolist() == segment["loss_mask"].tolist() == [1] * 6
+    assert [float(row["rm_scores"].sum()) for row in siblings] == [-1, -1, 1, -1]
+    assert segment["rm_scores"].tolist() == [0, 0, 0, 0, 0, -0.5]
+    assert int(segment["skpo_phase"]) == 0
+    assert [int(row["skpo_phase"]) for row in siblings] == [1] * G
+
+
+async def test_a_response_row_keeps_what_the_server_wrote(two_phases) -> None:
+    answers = [([20 + n, 30, 2], [-0.1 - n, -0.2, -0.3]) for n in range(G)]
+    setup = two_phases(downstream=lambda number: answers[number])
+    await setup.roll_out(make_prompt("v7"))
+    for row, (token_ids, logprobs) in zip(setup.store.siblings("v7"), answers, strict=True):
+        assert row["responses"].tolist() == token_ids
+        assert row["rollout_log_probs"].tolist() == pytest.approx(logprobs)
+        assert row["response_mask"].tolist() == row["loss_mask"].tolist() == [1, 1, 1]
+
+
+async def test_the_truncated_segment_is_never_scored_itself(two_phases) -> None:
+    setup = two_phases()
+    await setup.roll_out(make_prompt())
+    assert setup.reward.calls == G
+
+
+# ---------------------------------------------------------------- phase one
+
+
+async def test_candidates_are_limited_to_the_split_position(two_phases) -> None:
+    setup = two_phases()
+    await setup.roll_out(make_prompt(skpo_split_position=5))
+    assert [request.params["max_tokens"] for request in setup.upstream()] == [5] * G
+    assert len(setup.store.row("v0000000000", 0)["responses"]) == 5
+
+
+async def test_the_candidate_with_the_median_deviation_is_kept(two_phases) -> None:
+    deviations = [2.0, 0.1, 0.9, 1.0]  # middle values 0.9 and 1.0: the earlier of them wins
+    setup = two_phases(upstream=lambda number: ([10 + number] * SPLIT, [-deviations[number]] * SPLIT))
+    await setup.roll_out(make_prompt("v7"))
+    assert setup.store.row("v7", 0)["responses"].tolist() == [12] * SPLIT
+    record = setup.store.row("v7", 0)["extra_fields"]["skpo"]
+    assert record["chosen"] == 2
+    assert record["deviation"] == pytest.approx(0.9)
+    assert [candidate["deviation"] for candidate in record["candidates"]] == pytest.approx(deviations)
+
+
+@pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [(1, 1), (4, 2), (5, 2), (SPLIT, SPLIT // 2)],
+    ids=["one token", "even", "odd", "end token right at the split position"],
+)
+async def test_a_candidate_that_ends_early_is_cut_in_half(two_phases, end: str, written: int, kept: int) -> None:
+    setup = two_phases(upstream=lambda number: setup.tokens("abcdefgh"[: written - 1], end=end))
+    await setup.roll_out(make_prompt("v7"))
+    text = setup.tokens("abcdefgh"[: written - 1], end=end)
+    assert setup.store.row("v7", 0)["responses"].tolist() == text[:kept]
+    record = setup.store.row("v7", 0)["extra_fields"]["skpo"]
+    assert record["ended_early"] == 1.0
+
+
+async def test_a_candidate_that_fills_the_split_position_is_kept_whole(two_phases) -> None:
+    setup = two_phases(upstream=lambda number: setup.tokens("abcdef", end=""))
+    await setup.roll_out(make_prompt("v7"))
+    assert setup.store.row("v7", 0)["responses"].tolist() == setup.tokens("abcdef", end="")
+    assert setup.store.row("v7", 0)["extra_fields"]["skpo"]["ended_early"] == 0.0
+
+
+# ---------------------------------------------------------------- the skip prompt
+
+
+async def test_siblings_are_asked_under_segment_then_problem(two_phases) -> None:
+    setup = two_phases()
+    await setup.roll_out(make_prompt("v7"))
+    segment = setup.store.row("v7", 0)["responses"].tolist()
+    expected = segment + setup.problem_ids()
+    assert [request.prompt_ids for request in setup.downstream()] == [expected] * G
+    assert [row["prompts"].tolist() for row in setup.store.siblings("v7")] == [expected] * G
+
+
+async def test_the_skip_prompt_has_exactly_one_bos_at_the_front(two_phases, bos_model_folder) -> None:
+    setup = two_phases(model=bos_model_folder)
+    await setup.roll_out(make_prompt("v7"))
+    bos, problem = setup.tokenizer.bos_token_id, setup.problem_ids()
+    assert problem.count(bos) == 1 and problem[0] == bos, "one from the template, none from the tokenizer"
+    segment = setup.store.row("v7", 0)
+    assert segment["prompts"].tolist() == problem
+    expected = [bos, *segment["responses"].tolist(), *problem[1:]]
+    assert [row["prompts"].tolist() for row in setup.store.siblings("v7")] == [expected] * G
+    assert [request.prompt_ids for request in setup.downstream()] == [expected] * G
+
+
+async def test_a_response_may_use_the_whole_response_budget(two_phases) -> None:
+    setup = two_phases(downstream=lambda number: [40] * 100)
+    await setup.roll_out(make_prompt("v7"))
+    assert [request.params["max_tokens"] for request in setup.downstream()] == [32] * G
+    assert [len(row["responses"]) for row in setup.store.siblings("v7")] == [32] * G
+
+
+async def test_a_response_gets_what_the_context_leaves_after_the_skip_prompt(two_phases) -> None:
+    setup = two_phases(None, None, "actor_rollout_ref.rollout.max_model_len=60")
+    await setup.roll_out(make_prompt("v7"))
+    left = 60 - SPLIT - len(setup.problem_ids())
+    assert 0 < left < 32
+    assert [request.params["max_tokens"] for request in setup.downstream()] == [left] * G
+
+
+async def test_a_skip_prompt_that_fills_the_context_fails_the_prompt(two_phases, caplog) -> None:
+    setup = two_phases()
+    question = "x" * 200
+    await setup.roll_out(make_prompt("v7", question=question))
+    assert setup.store.status("v7") == ["running", "failure"]
+    assert not setup.store.rows and not setup.downstream(question)
+    assert "no room in max_model_len" in caplog.text
+
+
+# ---------------------------------------------------------------- requests
+
+
+async def test_each_phase_has_one_routing_id_of_its_own(two_phases) -> None:
+    setup = two_phases()
+    await setup.roll_out(make_prompt("v7", "2+2?"), make_prompt("v8", "3+3?"))
+    routes = [
+        {request.request_id for request in phase(question)}
+        for phase in (setup.upstream, setup.downstream)
+        for question in ("2+2?", "3+3?")
+    ]
+    assert [len(route) for route in routes] == [1, 1, 1, 1], "one replica per phase: its prefix cache is shared"
+    assert len(set.union(*routes)) == 4
+
+
+async def test_full_determinism_names_every_request_apart(two_phases) -> None:
+    setup = two_phases(None, None, "actor_rollout_ref.rollout.full_determinism=true")
+    await setup.roll_out(make_prompt())
+    assert len({request.request_id for request in setup.llm.requests}) == 2 * G
+
+
+async def test_every_request_owns_its_sampling_parameters(two_phases) -> None:
+    setup = two_phases()
+    await setup.roll_out(make_prompt("v7", "2+2?"), make_prompt("v8", "3+3?"))
+    requests = setup.llm.requests
+    assert len({id(request.given) for request in requests}) == len(requests) == 4 * G
+    rollout = setup.worker.config.actor_rollout_ref.rollout
+    for request in requests:  # the server has emptied all the dictionaries before
+        assert request.params["temperature"] == rollout.temperature
+        assert (request.params["top_p"], request.params["top_k"]) == (rollout.top_p, rollout.top_k)
+        assert request.params["logprobs"] is True
+        assert set(request.params) >= {"max_tokens", "repetition_penalty"}
+
+
+async def test_every_request_has_its_own_seed(two_phases) -> None:
+    setup = two_phases()
+    await setup.roll_out(make_prompt())
+    seeds = [request.params["seed"] for request in setup.llm.requests]
+    assert seeds == list(range(SEED, SEED + 2 * G))
+
+
+async def test_the_same_seed_gives_the_same_rows(make_worker, store: Store) -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        store.rows.clear()
+        await make_worker().roll_out(make_prompt("v7", skpo_seed=seed))
+        runs.append({key: row["input_ids"].tolist() for key, row in store.rows.items()})
+    assert runs[0] == runs[1] != runs[2]
+
+
+async def test_seeds_can_be_left_to_the_server(two_phases) -> None:
+    setup = two_phases(None, None, "skpo.seed_requests=false")
+    await setup.roll_out(make_prompt())
+    assert not any("seed" in request.params for request in setup.llm.requests)
+
+
+async def test_the_records_count_tokens_and_cache_hits(two_phases) -> None:
+    setup = two_phases(
+        upstream=lambda number: [10] * (3 + number), downstream=lambda number: [20] * (number + 1)
+    )
+    await setup.roll_out(make_prompt("v7"))
+    record = setup.store.row("v7", 0)["extra_fields"]["skpo"]
+    problem = len(setup.problem_ids())
+    assert (record["generated"], record["prefilled"]) == (3 + 4 + 5 + 6, problem * G)
+    assert record["cached"] == 16 * G
+    assert record["split_position"] == SPLIT
+    assert record["ended_early"] == 0.75
+    assert record["seconds"] >= 0 and record["downstream_seconds"] >= 0
+    for number, row in enumerate(setup.store.siblings("v7")):
+        expected = {"generated": number + 1, "prefilled": len(row["prompts"]), "cached": 16}
+        assert row["extra_fields"]["skpo"] == expected
+
+
+# ---------------------------------------------------------------- what goes wrong
+
+
+FAILURES = {
+    "an error": lambda: RuntimeError("the server died"),
+    "no tokens": lambda: [],
+    "no log-probs": lambda: ([40, 41, 42], []),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+async def test_a_failing_sibling_leaves_an_untrained_row(two_phases, failure, caplog) -> None:
+    setup = two_phases(
+        downstream=lambda number: failure() if number == 1 else setup.tokens(f"#### {ANSWER if number == 0 else 9}")
+    )
+    await setup.roll_out(make_prompt("v7"))
+
+    assert setup.store.status("v7") == ["running", "finished"]
+    assert len(setup.store.rows) == G + 1
+    missing = setup.store.row("v7", 2)
+    assert not missing["response_mask"].any() and not missing["loss_mask"].any()
+    assert len(missing["responses"]) >= 1, "verl needs at least one token per row"
+    assert int(missing["skpo_phase"]) == 1
+    assert missing["prompts"].tolist() == setup.store.row("v7", 1)["prompts"].tolist()
+    assert len({frozenset(row) for row in setup.store.rows.values()}) == 1
+    tag = setup.store.tags["v7_2_0"]
+    assert (tag["min_global_steps"], tag["max_global_steps"]) == (7, 7)
+    # +1, -1, -1: the one that failed does not count.
+    assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == pytest.approx(-1 / 3)
+    assert "sibling 1 failed" in caplog.text
+
+
+async def test_a_sibling_whose_reward_raises_leaves_an_untrained_row(two_phases) -> None:
+    setup = two_phases(downstream=lambda number: setup.tokens(f"#### {ANSWER}"))
+    setup.reward.raises_at = {0}
+    await setup.roll_out(make_prompt("v7"))
+    assert setup.store.status("v7") == ["running", "finished"]
+    trained = [bool(row["response_mask"].any()) for row in setup.store.siblings("v7")]
+    assert sorted(trained) == [False, True, True, True]
+    assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == 1.0
+
+
+@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
+async def test_a_failing_candidate_is_left_out(two_phases, failure, caplog) -> None:
+    deviations = [0.1, 5.0, 1.0, 2.0]  # without number 1 the median is 1.0, of number 2
+
+    def upstream(number: int):
+        return failure() if number == 1 else ([10 + number] * SPLIT, [-deviations[number]] * SPLIT)
+
+    setup = two_phases(upstream=upstream)
+    await setup.roll_out(make_prompt("v7"))
+    assert setup.store.status("v7") == ["running", "finished"]
+    assert len(setup.store.rows) == G + 1
+    assert setup.store.row("v7", 0)["responses"].tolist() == [12] * SPLIT
+    assert len(setup.store.row("v7", 0)["extra_fields"]["skpo"]["candidates"]) == G - 1
+    assert "candidate 1 failed" in caplog.text
+
+
+def all_candidates_fail(two_phases) -> Setup:
+    return two_phases(upstream=lambda number: RuntimeError("the server died"))
+
+
+def all_candidates_are_aborted(two_phases) -> Setup:
+    return two_phases(upstream=lambda number: [])
+
+
+def all_siblings_fail(two_phases) -> Setup:
+    return two_phases(downstream=lambda number: RuntimeError("the server died"))
+
+
+def all_siblings_are_aborted(two_phases) -> Setup:
+    return two_phases(downstream=lambda number: [])
+
+
+def every_reward_raises(two_phases) -> Setup:
+    setup = two_phases()
+    setup.reward.raises_at = set(range(G))
+    return setup
+
+
+def candidates_never_come(two_phases) -> Setup:
+    return two_phases(lambda number: asyncio.Event().wait(), None, "skpo.prompt_timeout_s=0.1")
+
+
+def one_sibling_never_comes(two_phases) -> Setup:
+    setup = two_phases(
+        None,
+        lambda number: asyncio.Event().wait() if number == 2 else setup.tokens(f"#### {ANSWER}"),
+        "skpo.prompt_timeout_s=0.1",
+    )
+    return setup
+
+
+def rewards_never_come(two_phases) -> Setup:
+    setup = two_phases(None, None, "skpo.prompt_timeout_s=0.1")
+    setup.reward.hangs = True
+    return setup
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        all_candidates_fail,
+        all_candidates_are_aborted,
+        all_siblings_fail,
+        all_siblings_are_aborted,
+        every_reward_raises,
+        candidates_never_come,
+        one_sibling_never_comes,
+        rewards_never_come,
+    ],
+    ids=lambda case: case.__name__.replace("_", " "),
+)
+async def test_a_prompt_that_cannot_be_rolled_out_is_a_failure_without_rows(two_phases, case, caplog) -> None:
+    setup = case(two_phases)
+    await setup.roll_out(make_prompt("v7"))
+    assert setup.store.status("v7") == ["running", "failure"]
+    assert not setup.store.rows
+    assert "prompt id-v7 (v7) is dropped" in caplog.text
+
+
+async def test_a_failing_prompt_does_not_touch_its_neighbour(make_worker) -> None:
+    def script(request):
+        bad = bytes(token - 5 for token in request.prompt_ids if token >= 5)
+        return RuntimeError("no") if len(bad) == len_bad[0] else setup.tokens("#### 5")
+
+    len_bad = [0]
+    setup = make_worker(script)
+    len_bad[0] = sum(token >= 5 for token in setup.problem_ids("bad?!"))
+    await setup.roll_out(make_prompt("v7", "bad?!"), make_prompt("v8"))
+    assert setup.store.status("v7") == ["running", "failure"]
+    assert setup.store.status("v8") == ["running", "finished"]
+    assert {key.split("_")[0] for key in setup.store.rows} == {"v8"}
+
+
+async def test_rows_are_settled_before_a_prompt_is_called_a_failure(two_phases) -> None:
+    """verl clears a failed group; a row written after that would belong to no prompt."""
+    setup = two_phases()
+
+    async def before_row(key: str) -> None:
+        if key == "v7_1_0":
+            raise RuntimeError("the storage unit died")
+        await asyncio.sleep(0.05)
+
+    setup.store.before_row = before_row
+    await setup.roll_out(make_prompt("v7"))
+    await asyncio.sleep(0.1)
+    assert setup.store.status("v7") == ["running", "failure"]
+    assert setup.store.events[-1] == ("failure", "v7")
+
+
+# ---------------------------------------------------------------- prompts side by side, validation
+
+
+async def test_a_prompt_does_not_wait_for_another_ones_first_phase(make_worker) -> None:
+    slow, quick = "slow question", "quick question"
+    release = asyncio.Event()
+
+    async def script(request):
+        if request.prompt_ids == setup.problem_ids(slow):
+            await release.wait()
+        return setup.tokens(f"#### {ANSWER}")
+
+    setup = make_worker(script)
+    running = asyncio.create_task(setup.roll_out(make_prompt("v1", slow), make_prompt("v2", quick)))
+    async with asyncio.timeout(10):
+        while setup.store.status("v2") != ["running", "finished"]:
+            await asyncio.sleep(0.01)
+    assert len(setup.upstream(slow)) == G and not setup.downstream(slow)
+    assert setup.store.status("v1") == ["running"]
+    release.set()
+    await running
+    assert setup.store.status("v1") == ["running", "finished"]
+    assert len(setup.store.rows) == 2 * (G + 1)
+
+
+async def test_a_reward_is_asked_for_while_siblings_still_generate(two_phases) -> None:
+    release = asyncio.Event()
+
+    async def downstream(number: int):
+        if number:
+            await release.wait()
+        return setup.tokens(f"#### {ANSWER}")
+
+    setup = two_phases(downstream=downstream)
+    running = asyncio.create_task(setup.roll_out(make_prompt("v7")))
+    async with asyncio.timeout(10):
+        while setup.reward.calls == 0:
+            await asyncio.sleep(0.01)
+    assert setup.reward.calls == 1
+    release.set()
+    await running
+    assert setup.reward.calls == G
+
+
+async def test_validation_is_verls_own_path(make_worker, store: Store, caplog) -> None:
+    """The same requests and the same rows as verl's stock worker: plain q, no split, no skip, no seed of ours."""
+    from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
+
+    override = "actor_rollout_ref.rollout.val_kwargs.n=2"
+    caplog.set_level(logging.ERROR)
+    ours = make_worker(None, override)
+    await ours.roll_out(make_prompt("val"), validate=True)
+    rows, events = dict(store.rows), sorted(store.events)
+    store.rows.clear()
+    store.events.clear()
+    stock = make_worker(None, override, worker_class=AgentLoopWorkerTQ.__ray_actor_class__)
+    await stock.roll_out(make_prompt("val"), validate=True)
+
+    assert sorted(rows) == sorted(store.rows) == ["val_0_0", "val_1_0"]
+    assert events == sorted(store.events)
+    for key, row in rows.items():
+        assert row.keys() == store.rows[key].keys()
+        assert row["input_ids"].tolist() == store.rows[key]["input_ids"].tolist()
+        assert row["prompts"].tolist() == ours.problem_ids()
+        assert row["rm_scores"].tolist() == store.rows[key]["rm_scores"].tolist()
+        assert not any(name.startswith("skpo") for name in [*row, *row["extra_fields"]])
+    assert [request.params for request in ours.llm.requests] == [request.params for request in stock.llm.requests]
+    assert ours.llm.requests[0].params["temperature"] == 0, "validation is greedy by default"
+    assert set(store.partitions.values()) == {"val"}
+    assert not caplog.records
+
+
+async def test_the_mean_reward_is_the_mean_of_what_is_stored(make_worker, store: Store) -> None:
+    setup = make_worker()
+    await setup.roll_out(*(make_prompt(f"v{n}", f"{n} + 1?", skpo_split_position=n + 1) for n in range(6)))
+    for n in range(6):
+        scores = [float(row["rm_scores"].sum()) for row in store.siblings(f"v{n}")]
+        assert float(store.row(f"v{n}", 0)["rm_scores"].sum()) == pytest.approx(fmean(scores))
+        assert 1 <= len(store.row(f"v{n}", 0)["responses"]) <= n + 1
+
+
+# ---------------------------------------------------------------- construction
+
+
+def test_both_end_tokens_of_the_generation_config_are_known(make_worker) -> None:
+    setup = make_worker()
+    ends = [setup.tokenizer.eos_token_id, setup.tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert setup.worker.stop_ids == set(ends)
+
+
+def test_the_manager_starts_our_workers(make_config, fake_llm) -> None:
+    from verl.utils.import_utils import load_class_from_fqn
+
+    from recipe.skpo.rollout import SkpoAgentLoopWorker
+
+    config = make_config()
+    manager_class = load_class_from_fqn(
+        config.actor_rollout_ref.rollout.agent.agent_loop_manager_class, "AgentLoopManager"
+    )
+    manager = manager_class(config=config, llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[])
+    assert manager.agent_loop_workers_class.__ray_actor_class__ is SkpoAgentLoopWorker

@@ -1,0 +1,418 @@
+"""What we rely on in verl 0.9.1, pinned: signatures of all we override or call, and facts read from its source.
+
+When one fails after an upgrade of verl: read the change upstream, then what the message names on our side, adapt it, and
+only then the table.  docs/verl_seams.md tells the reason of each override.
+"""
+
+import importlib
+import inspect
+from functools import reduce
+from typing import Any
+
+import pytest
+import verl
+
+BASE = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
+SYNC = "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync"
+WORKER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class__"
+LOOPS = "verl.experimental.agent_loop.agent_loop"
+MANAGER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ"
+
+# (where it is upstream, its signature without annotations, where and how we rely on it).  Ray adds _ray_trace_ctx to the
+# methods of an actor class; it is left out here.
+SEAMS = [
+    # rollout.py: overridden
+    (f"{WORKER}.__init__", "(self, *args, **kwargs)", "rollout.SkpoAgentLoopWorker.__init__ extends it"),
+    (
+        f"{WORKER}._run_prompt",
+        "async (self, prompt, sampling_params, trajectory, trace=False)",
+        "rollout.SkpoAgentLoopWorker._run_prompt overrides it",
+    ),
+    (f"{MANAGER}.__init__", "(self, *args, **kwargs)", "rollout.SkpoAgentLoopManager.__init__ extends it"),
+    # rollout.py: called, or what calls us
+    (
+        f"{WORKER}.generate_sequences",
+        "async (self, batch)",
+        "it starts one rollout._run_prompt per prompt, in the background",
+    ),
+    (
+        f"{WORKER}._agent_loop_postprocess",
+        "async (self, output, validate, **kwargs)",
+        "rollout._run_prompt stores each row by it",
+    ),
+    (f"{WORKER}._compute_score", "async (self, outputs, kwargs)", "rollout._respond gets a sibling's reward by it"),
+    (
+        f"{MANAGER}._init_agent_loop_workers",
+        "async (self)",
+        "it starts self.agent_loop_workers_class, which rollout.SkpoAgentLoopManager sets",
+    ),
+    (
+        "verl.workers.rollout.llm_server:LLMServerClient.generate",
+        "async (self, request_id, *, prompt_ids, sampling_params, image_data=None, video_data=None, audio_data=None, "
+        "mm_processor_kwargs=None, **kwargs)",
+        "rollout._generate calls it; tests/conftest.py:FakeLLMClient stands for it",
+    ),
+    (
+        "verl.utils.tokenizer.continuous_token_wiring:create_continuous_token_builder",
+        "(tokenizer, *, model_family='auto', hf_model_type=None, chat_template_kwargs=None, mm_processor_kwargs=None, "
+        "processor=None, **builder_kwargs)",
+        "rollout.SkpoAgentLoopWorker.__init__ builds the tokens of q as verl's agent loops do",
+    ),
+    (
+        "verl.utils.tokenizer.continuous_token:ContinuousTokenBuilder.build_initial_tokens",
+        "(self, messages, *, tools=None, images=None, videos=None, audios=None, mm_inputs_out=None)",
+        "rollout._roll_out calls it with the messages alone",
+    ),
+    (f"{LOOPS}:AgentLoopOutput.as_dict", "(self)", "rollout._row: the fields that are set become the stored fields"),
+    (
+        "transfer_queue:async_kv_put",
+        "async (key, partition_id, fields=None, tag=None, data_parser=None)",
+        "rollout._run_prompt puts a prompt's status by it",
+    ),
+    (
+        "transfer_queue:async_kv_batch_put",
+        "async (keys, partition_id, fields=None, tags=None, data_parser=None)",
+        "verl stores our rows by it; tests/test_rollout.py stands in for it",
+    ),
+    # trainer.py: overridden
+    (f"{SYNC}.__init__", "(self, config)", "trainer.SkpoTrainer.__init__ extends it"),
+    (f"{SYNC}._build_replay_buffer", "(self)", "trainer.SkpoTrainer sets trainer_mode before it runs"),
+    (f"{SYNC}.on_init_end", "(self)", "trainer.SkpoTrainer sets the loss function there"),
+    (f"{SYNC}._load_checkpoint", "(self)", "trainer.SkpoTrainer loads its state after it"),
+    (f"{SYNC}._save_checkpoint", "(self)", "trainer.SkpoTrainer saves its state before it"),
+    (f"{SYNC}.on_validate_begin", "(self)", "trainer.SkpoTrainer adds its metrics file at the first hook of fit()"),
+    (f"{SYNC}.on_train_begin", "(self)", "trainer.SkpoTrainer adds its metrics file at the first hook of fit()"),
+    (f"{SYNC}._fetch_one_gen_batch", "(self)", "trainer.SkpoTrainer adds uid, split position and seed to its batch"),
+    (
+        f"{SYNC}._balance_batch",
+        "(self, batch, metrics, logging_prefix='global_seqlen', keep_minibatch=False)",
+        "trainer.SkpoTrainer orders the rows after it",
+    ),
+    (f"{SYNC}._compute_advantage", "(self, batch, metrics)", "trainer.SkpoTrainer replaces it"),
+    (f"{SYNC}._update_actor", "(self, batch, metrics)", "trainer.SkpoTrainer turns sums into shares after it"),
+    # trainer.py and loss.py: called
+    (
+        "verl.workers.engine_workers:ActorRolloutRefWorker.set_loss_fn",
+        "(self, loss_fn)",
+        "trainer.on_init_end sets loss.skpo_loss by it",
+    ),
+    (
+        "transfer_queue:kv_batch_get",
+        "(keys, partition_id, select_fields=None)",
+        "trainer._compute_advantage reads rows by it",
+    ),
+    (
+        "transfer_queue:kv_batch_put",
+        "(keys, partition_id, fields=None, tags=None, data_parser=None)",
+        "trainer._compute_advantage writes advantages by it",
+    ),
+    ("transfer_queue:KVBatchMeta.reorder", "(self, indexes)", "trainer._balance_batch orders rows by it"),
+    (
+        "verl.trainer.ppo.core_algos:register_adv_est",
+        "(name_or_enum)",
+        "trainer registers advantage.skpo_advantage as 'skpo'",
+    ),
+    (
+        "verl.trainer.ppo.core_algos:get_adv_estimator_fn",
+        "(name_or_enum)",
+        "trainer._compute_advantage looks 'skpo' up",
+    ),
+    ("verl.trainer.ppo.v1.trainer_base:register_trainer", "(name)", "trainer registers SkpoTrainer as 'skpo'"),
+    (
+        "verl.utils.seqlen_balancing:get_seqlen_balanced_partitions",
+        "(seqlen_list, k_partitions, equal_size)",
+        "trainer._balance_batch shares rows out to ranks by it",
+    ),
+    (
+        "verl.workers.utils.padding:no_padding_2_padding",
+        "(tensor, data)",
+        "loss.skpo_loss cuts the response's log-probs out by it",
+    ),
+    (
+        "verl.utils.metric:Metric.from_dict",
+        "(data, aggregation)",
+        "loss.skpo_loss hands its sums over by it",
+    ),
+    # main.py
+    ("verl.trainer.main_ppo:run_ppo", "(config, task_runner_class)", "main.launch calls it"),
+    (
+        "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run",
+        "(self, config)",
+        "main.SkpoTaskRunner.run extends it: it imports our trainer first",
+    ),
+    (
+        "verl.utils.config:validate_config",
+        "(config, use_reference_policy, use_critic)",
+        "main.launch calls it before Ray starts",
+    ),
+    ("verl.trainer.ppo.utils:need_critic", "(config)", "main.launch calls it"),
+    ("verl.trainer.ppo.utils:need_reference_policy", "(config)", "main.launch calls it"),
+]
+
+
+def locate(place: str) -> Any:
+    module, _, path = place.partition(":")
+    return reduce(getattr, path.split("."), importlib.import_module(module))
+
+
+def signature(function: Any) -> str:
+    """Names, kinds and defaults of the parameters; annotations say nothing about a call."""
+    full = inspect.signature(function)
+    own = [p.replace(annotation=p.empty) for name, p in full.parameters.items() if name != "_ray_trace_ctx"]
+    text = str(full.replace(parameters=own, return_annotation=inspect.Signature.empty)).replace(", *)", ")")
+    return f"async {text}" if inspect.iscoroutinefunction(function) else text
+
+
+def changed(what: str, ours: str) -> str:
+    return f"verl {verl.__version__} is not the 0.9.1 we know: {what}.\nWhere we rely on it: {ours}."
+
+
+def test_verl_is_the_pinned_release() -> None:
+    assert verl.__version__ == "0.9.1", "another verl: run this file, repair what it names, then pin the new version"
+
+
+@pytest.mark.parametrize(("place", "pinned", "ours"), SEAMS, ids=[place for place, _, _ in SEAMS])
+def test_signature_is_the_pinned_one(place: str, pinned: str, ours: str) -> None:
+    try:
+        found = signature(locate(place))
+    except (ImportError, AttributeError) as error:
+        pytest.fail(changed(f"{place} is gone ({error})", ours))
+    assert found == pinned, changed(f"{place}{pinned} became {found}", ours)
+
+
+def our_classes() -> dict[str, tuple[type, str]]:
+    from recipe.skpo.rollout import SkpoAgentLoopManager, SkpoAgentLoopWorker
+    from recipe.skpo.trainer import SkpoTrainer
+
+    pairs = [(SkpoAgentLoopWorker, WORKER), (SkpoAgentLoopManager, MANAGER), (SkpoTrainer, SYNC)]
+    return {ours.__name__: (ours, base) for ours, base in pairs}
+
+
+@pytest.mark.parametrize("name", ["SkpoAgentLoopWorker", "SkpoAgentLoopManager", "SkpoTrainer"])
+def test_every_override_is_in_the_table(name: str) -> None:
+    ours, place = our_classes()[name]
+    base = locate(place)
+    assert issubclass(ours, base)
+    overrides = {f"{place}.{key}" for key, value in vars(ours).items() if callable(value) and hasattr(base, key)}
+    missing = overrides - {seam for seam, _, _ in SEAMS}
+    assert overrides and not missing, f"pin the signature of {', '.join(sorted(missing))} in SEAMS"
+
+
+@pytest.mark.parametrize("name", ["SkpoAgentLoopWorker", "SkpoAgentLoopManager", "SkpoTrainer"])
+def test_every_override_can_be_called_as_upstream_calls_it(name: str) -> None:
+    ours, place = our_classes()[name]
+    base = locate(place)
+    for key, value in vars(ours).items():
+        if not callable(value) or not hasattr(base, key):
+            continue
+        upstream = inspect.signature(getattr(base, key))
+        positional = [p.name for p in upstream.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        mine = inspect.signature(value)
+        mine.bind(*positional)  # raises TypeError where it cannot
+        mine.bind("self", **{parameter: None for parameter in positional[1:]})
+        assert inspect.iscoroutinefunction(value) == inspect.iscoroutinefunction(getattr(base, key)), key
+
+
+def test_the_fake_llm_client_has_the_interface_of_verls(fake_llm) -> None:
+    real = locate("verl.workers.rollout.llm_server:LLMServerClient.generate")
+    assert signature(type(fake_llm()).generate) == signature(real)
+
+
+# ---------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize(
+    ("place", "needed", "ours"),
+    [
+        (
+            f"{LOOPS}:AgentLoopOutput",
+            "prompt_ids response_ids response_mask response_logprobs reward_score num_turns metrics extra_fields",
+            "rollout._row sets them",
+        ),
+        (
+            "verl.workers.rollout.replica:TokenOutput",
+            "token_ids log_probs extra_fields",
+            "rollout reads them from every answer",
+        ),
+    ],
+    ids=["AgentLoopOutput", "TokenOutput"],
+)
+def test_record_has_the_fields_we_use(place: str, needed: str, ours: str) -> None:
+    missing = set(needed.split()) - set(locate(place).model_fields)
+    assert not missing, changed(f"{place} has lost {sorted(missing)}", ours)
+
+
+def test_batch_meta_can_be_reordered_and_counted() -> None:
+    from transfer_queue import KVBatchMeta
+
+    batch = KVBatchMeta(keys=["a", "b", "c"], tags=[{"n": 0}, {"n": 1}, {"n": 2}], partition_id="train")
+    batch.reorder([2, 0, 1])
+    assert (batch.keys, [tag["n"] for tag in batch.tags], len(batch)) == (["c", "a", "b"], [2, 0, 1], 3)
+
+
+def test_a_metric_sum_adds_up_over_micro_batches() -> None:
+    from verl.utils.metric import Metric
+
+    metric = Metric.from_dict({"skpo/loss": 2.0}, aggregation="sum")["skpo/loss"]
+    metric.append(3.0)
+    assert metric.aggregate() == 5.0
+
+
+# ---------------------------------------------------------------- actor classes, registries
+
+
+@pytest.mark.parametrize("place", [WORKER, "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__"])
+def test_the_plain_class_behind_an_actor_class_can_be_subclassed(place: str) -> None:
+    plain = locate(place)
+    assert inspect.isclass(plain), changed(f"{place} is no class", "rollout and main subclass it")
+    assert issubclass(type("Sub", (plain,), {}), plain)
+
+
+def test_our_names_are_registered_with_verl() -> None:
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    from recipe.skpo.advantage import skpo_advantage
+    from recipe.skpo.trainer import SkpoTrainer
+
+    assert get_trainer_cls("skpo") is SkpoTrainer
+    assert get_adv_estimator_fn("skpo") is skpo_advantage
+
+
+# ---------------------------------------------------------------- facts of the source
+
+
+def source(place: str) -> str:
+    return " ".join(inspect.getsource(locate(place)).split())
+
+
+FACTS = [
+    (
+        f"{BASE}._get_required_batch_multiple",
+        "actor_global_mini_batch_size *= self.config.actor_rollout_ref.rollout.n",
+        "rollout.n = G + 1: verl multiplies the mini-batch by it, trainer._rows_per_minibatch does the same",
+    ),
+    (
+        f"{BASE}._update_actor",
+        "ppo_mini_batch_size = ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n",
+        "rollout.n = G + 1: verl multiplies the mini-batch by it, trainer._rows_per_minibatch does the same",
+    ),
+    (
+        f"{BASE}._update_actor",
+        'rename_dict(output["metrics"], "actor/")',
+        "trainer._update_actor takes the prefix 'actor/' off our metrics",
+    ),
+    (
+        f"{BASE}._balance_batch",
+        "dp_size = max(dp_rank_mapping) + 1",
+        "trainer._data_parallel_size computes it in the same way, from the same _dispatch_info['actor']",
+    ),
+    (
+        f"{BASE}._balance_batch",
+        "worker_group._dispatch_info[role] = dp_rank_mapping",
+        "trainer._data_parallel_size reads it",
+    ),
+    (
+        f"{BASE}._step_once",
+        "batch = self._balance_batch(batch, metrics=metrics)",
+        "trainer orders rows once per step, before log-probs and advantages",
+    ),
+    (
+        f"{BASE}.__init__",
+        "self.replay_buffer = self._build_replay_buffer()",
+        "trainer._build_replay_buffer sets trainer_mode = 'sync' before anything compares it",
+    ),
+    (
+        f"{BASE}._build_replay_buffer",
+        'ReplayBuffer if self.trainer_mode == "sync" else ReplayBufferAsync',
+        "trainer._build_replay_buffer sets trainer_mode = 'sync'",
+    ),
+    (
+        f"{BASE}._load_checkpoint",
+        "self.global_steps = 0",
+        "trainer._load_checkpoint knows a fresh start by it",
+    ),
+    (
+        f"{BASE}._load_checkpoint",
+        "find_latest_ckpt_path(checkpoint_folder)",
+        "preflight.resume_folder finds the same folder by the same marker file",
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        'self.config.trainer.default_local_dir, "latest_checkpointed_iteration.txt"',
+        "trainer._save_checkpoint: our state is written before this marker",
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        'self.config.trainer.default_local_dir, f"global_step_{self.global_steps}"',
+        "trainer._checkpoint_folder names the same folder",
+    ),
+    (
+        f"{BASE}.fit",
+        "self.logger = Tracking(",
+        "trainer._open_metrics_file adds ours to Tracking.logger in the first hook after it",
+    ),
+    ("verl.utils.tracking:Tracking.__init__", "self.logger = {}", "trainer._open_metrics_file adds ours to it"),
+    (
+        "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer",
+        "time.sleep(self.poll_interval)",
+        "trainer._build_replay_buffer sets poll_interval",
+    ),
+    (
+        "verl.trainer.ppo.padding_utils:upsample_batch_to_divisible_size",
+        'pad_keys.append(f"{pad_uid}_{local_idx}_0")',
+        "trainer._balance_batch takes uid and session from every key, padding included",
+    ),
+    (
+        "verl.trainer.ppo.padding_utils:construct_minimal_padding_template",
+        "is_padding=True",
+        "trainer tells padding rows by this tag",
+    ),
+    (
+        f"{WORKER}._agent_loop_postprocess",
+        'keys.append(f"{uid}_{session_id}_{i}")',
+        "trainer._balance_batch takes uid and session from the keys",
+    ),
+    (
+        f"{WORKER}._agent_loop_postprocess",
+        'field["loss_mask"] = field["response_mask"]',
+        "rollout._missing_sibling zeroes the response mask alone",
+    ),
+    (
+        f"{WORKER}._compute_score",
+        "if final_output.reward_score is None and enable_async_reward",
+        "rollout._roll_out sets the segment's reward before its row is stored, so that it is not scored",
+    ),
+    (
+        f"{MANAGER}._init_agent_loop_workers",
+        "self.agent_loop_workers_class.options(",
+        "rollout.SkpoAgentLoopManager names our worker class there",
+    ),
+    (
+        "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run",
+        "get_trainer_cls(config.trainer.v1.trainer_mode)",
+        "trainer.v1.trainer_mode=skpo chooses trainer.SkpoTrainer",
+    ),
+    (
+        "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.init_agent_loop_manager",
+        'rollout.get("agent", {}).get("agent_loop_manager_class")',
+        "config/skpo_trainer.yaml names rollout.SkpoAgentLoopManager there",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "fact", "ours"), FACTS, ids=[f"{place.split(':')[1]}: {fact[:40]}" for place, fact, _ in FACTS]
+)
+def test_source_still_says_so(place: str, fact: str, ours: str) -> None:
+    try:
+        text = source(place)
+    except (ImportError, AttributeError) as error:
+        pytest.fail(changed(f"{place} is gone ({error})", ours))
+    assert fact in text, changed(f"{place} no longer says `{fact}`", ours)
+
+
+def test_the_synchronous_trainer_overrides_nothing_that_the_facts_were_read_in() -> None:
+    base, sync = locate(BASE), locate(SYNC)
+    read = {place.rpartition(".")[2] for place, _, _ in FACTS if place.startswith(BASE)}
+    assert not {name for name in read if getattr(sync, name) is not getattr(base, name)}
