@@ -90,8 +90,8 @@ def row(text: str, label: str) -> list[str]:
 
 
 def test_summary_shows_the_numbers_before_and_after(tmp_path: Path) -> None:
-    text = summary(run(tmp_path), minutes=7.25)
-    assert "SKPO: 4 steps, 7.2 minutes" in text
+    text = summary(run(tmp_path), minutes=7.5)
+    assert "SKPO: 4 steps, 7.5 minutes" in text
     assert row(text, f"held-out {SOURCE}, greedy") == ["step", "0", "step", "4"]
     assert row(text, "accuracy among well-formed") == ["0.500", "0.500"]
     assert row(text, "share of well-formed answers") == ["0.200", "0.900"]

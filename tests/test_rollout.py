@@ -469,9 +469,7 @@ async def test_seeds_can_be_left_to_the_server(two_phases) -> None:
 
 
 async def test_the_records_count_tokens_and_cache_hits(two_phases) -> None:
-    setup = two_phases(
-        upstream=lambda number: [10] * (3 + number), downstream=lambda number: [20] * (number + 1)
-    )
+    setup = two_phases(upstream=lambda number: [10] * (3 + number), downstream=lambda number: [20] * (number + 1))
     await setup.roll_out(make_prompt("v7"))
     record = setup.store.row("v7", 0)["extra_fields"]["skpo"]
     problem = len(setup.problem_ids())

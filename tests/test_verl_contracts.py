@@ -1,7 +1,7 @@
 """What we rely on in verl 0.9.1, pinned: signatures of all we override or call, and facts read from its source.
 
-When one fails after an upgrade of verl: read the change upstream, then what the message names on our side, adapt it, and
-only then the table.  docs/verl_seams.md tells the reason of each override.
+When one fails after an upgrade of verl: read the change upstream, then what the message names on our side, adapt it,
+and only then the table.  docs/verl_seams.md tells the reason of each override.
 """
 
 import importlib
@@ -18,8 +18,8 @@ WORKER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class_
 LOOPS = "verl.experimental.agent_loop.agent_loop"
 MANAGER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ"
 
-# (where it is upstream, its signature without annotations, where and how we rely on it).  Ray adds _ray_trace_ctx to the
-# methods of an actor class; it is left out here.
+# (where it is upstream, its signature without annotations, where and how we rely on it).  Ray adds _ray_trace_ctx to
+# the methods of an actor class; it is left out here.
 SEAMS = [
     # rollout.py: overridden
     (f"{WORKER}.__init__", "(self, *args, **kwargs)", "rollout.SkpoAgentLoopWorker.__init__ extends it"),

@@ -48,8 +48,9 @@ def single_stream_advantage(
         raise ValueError(f"baselines have shape {tuple(baselines.shape)}, rewards {tuple(rewards.shape)}")
     advantage = torch.zeros_like(rewards)
     if mask.any():
-        raw = (rewards - baselines)[mask]
-        advantage[mask] = (raw - raw.mean()) / (raw.std(correction=0) + EPSILON)
+        # In float64: the rounding of a float32 mean is as large as EPSILON, and equal rows would not give 0.
+        raw = (rewards.double() - baselines.double())[mask]
+        advantage[mask] = ((raw - raw.mean()) / (raw.std(correction=0) + EPSILON)).to(rewards.dtype)
     return advantage
 
 
@@ -73,13 +74,15 @@ def group_relative_advantage(
     if group_ids.shape != rewards.shape:
         raise ValueError(f"group_ids have shape {tuple(group_ids.shape)}, rewards {tuple(rewards.shape)}")
     groups, member = torch.unique(group_ids, return_inverse=True)
-    weight = mask.to(rewards.dtype)
-    zeros = torch.zeros(groups.numel(), dtype=rewards.dtype)
+    # In float64, so that rounding cannot pass for a difference between equal rewards.
+    weight, value = mask.double(), rewards.double()
+    zeros = torch.zeros(groups.numel(), dtype=torch.float64)
     size = zeros.index_add(0, member, weight).clamp(min=1)
-    mean = zeros.index_add(0, member, rewards * weight) / size
-    centred = (rewards - mean[member]) * weight
+    mean = zeros.index_add(0, member, value * weight) / size
+    centred = (value - mean[member]) * weight
     std = (zeros.index_add(0, member, centred**2) / size).sqrt()[member]
-    return torch.where(std > EPSILON, centred / std.clamp(min=EPSILON), torch.zeros_like(rewards))
+    advantage = torch.where(std > EPSILON, centred / std.clamp(min=EPSILON), torch.zeros_like(value))
+    return advantage.to(rewards.dtype)
 
 
 def skpo_advantage(

@@ -62,36 +62,40 @@ def reject_unknown_keys(arguments: list[str]) -> None:
 
 
 def apply_platform(config: DictConfig) -> None:
-    """Set the environment that the platform needs; before anything imports verl."""
-    # Runs are told apart from the ranks of a real job: neither telemetry nor hub look-ups start on their own.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    """Set the environment that the platform needs, here and for Ray's workers."""
+    os.environ.setdefault("TENSORBOARD_DIR", str(Path(config.output_dir).resolve() / "tensorboard"))
+    variables = {"TENSORBOARD_DIR": os.environ["TENSORBOARD_DIR"]}
     if config.platform.name == "cpu":
         from recipe.skpo import cpu
 
-        cpu.apply_environment(cpu.environment(config.platform.num_threads, config.platform.kv_cache_gib))
+        variables |= cpu.apply_environment(cpu.environment(config.platform.num_threads, config.platform.kv_cache_gib))
         # Hydra's search path has imported verl already, at a time when nothing had chosen the platform.
         from recipe.skpo.cpu import verl_plugin
 
         verl_plugin.activate()
-    os.environ.setdefault("TENSORBOARD_DIR", str(Path(config.output_dir).resolve() / "tensorboard"))
+    with open_dict(config):
+        # A Ray that is already running does not inherit this process's environment.
+        runtime_env = config.ray_kwargs.ray_init.runtime_env
+        runtime_env.env_vars = {**variables, **(runtime_env.get("env_vars") or {})}
 
 
 def prepare_data(config: DictConfig) -> None:
-    """Make the embedded task where the config names it and it is not there yet."""
-    if config.data.get("prep") == "arithmetic":
+    """Make the embedded task if one of its files is to be used and not there yet."""
+    folder = config.data.get("embedded")
+    files = [f"{folder}/train.parquet", f"{folder}/val.parquet"] if folder else []
+    if any(file in (config.data.train_files, config.data.val_files) and not Path(file).exists() for file in files):
         from data_prep import arithmetic
 
-        files = [Path(config.data.train_files), Path(config.data.val_files)]
-        if not all(file.exists() for file in files):
-            arithmetic.prepare(files[0].parent)
+        arithmetic.prepare(Path(folder))
 
 
 def prepare_model(config: DictConfig) -> None:
-    """Make the embedded model where the config names it and it is not there yet."""
-    if config.get("model_prep") == "smollm2":
+    """Make the embedded model if it is the one to train and not there yet."""
+    path = config.actor_rollout_ref.model.path
+    if path == config.get("embedded_model"):
         from model_prep import smollm2
 
-        smollm2.prepare(Path(config.actor_rollout_ref.model.path))
+        smollm2.prepare(Path(path))
 
 
 def resolve_paths(config: DictConfig) -> None:
@@ -104,6 +108,8 @@ def resolve_paths(config: DictConfig) -> None:
         config.output_dir = str(Path(config.output_dir).resolve())
         config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
         config.actor_rollout_ref.model.path = absolute(config.actor_rollout_ref.model.path)
+        if config.trainer.resume_from_path:
+            config.trainer.resume_from_path = absolute(config.trainer.resume_from_path)
         for name in ("train_files", "val_files"):
             files = config.data[name]
             config.data[name] = absolute(files) if isinstance(files, str) else [absolute(file) for file in files]
@@ -143,6 +149,10 @@ def launch(config: DictConfig) -> None:
         def run(self, config: DictConfig) -> None:
             import recipe.skpo.trainer  # noqa: F401
 
+            if config.platform.name == "cpu":
+                from recipe.skpo import cpu
+
+                cpu.check_active()
             super().run(config)
 
     with clean_shared_memory(config.platform.name == "cpu"):
@@ -167,10 +177,11 @@ def run(config: DictConfig) -> None:
         check_prompt_lengths(config)
         check_resume(config)
         resolve_paths(config)
+        finished = is_finished(config)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
     output_dir = Path(config.output_dir)
-    if is_finished(config):
+    if finished:
         print(f"this run is finished; for another one give output_dir=<folder>, to go on trainer.total_training_steps="
               f"<more than {config.trainer.total_training_steps}>")  # fmt: skip
         print(summary(output_dir))

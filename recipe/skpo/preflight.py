@@ -1,5 +1,6 @@
 """Start-up checks: what can be known to be wrong before a model is loaded, each as one line that names the fix."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -59,13 +60,16 @@ def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
     context = config.actor_rollout_ref.rollout.max_model_len
     segment = max(1, int(settings.split_high * config.data.max_response_length))
     longest = config.data.max_prompt_length + segment
-    if context is not None and context <= longest:
+    if context is None:
+        raise ConfigError("actor_rollout_ref.rollout.max_model_len: is null; give the tokens that [s, q] and a response "
+                          "may take together")  # fmt: skip
+    if context <= longest:
         raise ConfigError(
             f"actor_rollout_ref.rollout.max_model_len: {context} leaves no room for a response after the longest "
             f"skip prompt ({config.data.max_prompt_length} problem + {segment} segment tokens); raise it, or lower "
             f"data.max_prompt_length or data.max_response_length"
         )
-    if context is not None and context < longest + config.data.max_response_length:
+    if context < longest + config.data.max_response_length:
         print(
             f"note: after the longest skip prompt ({longest} tokens) a response has {context - longest} of "
             f"data.max_response_length={config.data.max_response_length} tokens within max_model_len={context}"
@@ -164,7 +168,10 @@ def resume_folder(config: DictConfig) -> Path | None:
     """The checkpoint folder that verl will resume from, None for a fresh start."""
     trainer = config.trainer
     if trainer.resume_mode == "resume_path":
-        return Path(trainer.resume_from_path)
+        folder = Path(str(trainer.resume_from_path))
+        if not re.fullmatch(r"global_step_\d+", folder.name) or not folder.is_dir():
+            raise ConfigError(f"trainer.resume_from_path: {folder} is no folder named global_step_<N>")
+        return folder
     marker = Path(trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
     if trainer.resume_mode == "disable" or not marker.is_file():
         return None

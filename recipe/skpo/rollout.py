@@ -1,7 +1,7 @@
 """The rollout hook: one coroutine per prompt, from q to the G + 1 rows of verl's TransferQueue.
 
 SPEC section 2.  Per prompt: G candidates of at most t_q tokens under q; the median one is kept as s; G responses
-under [s, q]; their rewards while others still generate; then the rows are stored, segment last:
+under [s, q]; their rewards while others still generate; then the rows are stored:
 
     session 0        the segment under q              reward = mean of the siblings     phase UPSTREAM
     session 1..G     the responses under [s, q]       reward of each                    phase DOWNSTREAM
@@ -43,7 +43,7 @@ class RolloutError(RuntimeError):
 
 @dataclass(frozen=True)
 class Candidate:
-    """One upstream candidate: its segment, whether it ended before t_q, and what it cost."""
+    """One upstream candidate: its segment, whether it ended by itself (at t_q at the latest), and what it cost."""
 
     segment: Segment
     ended_early: bool
@@ -55,6 +55,18 @@ def log_failures(results: Sequence[object], what: str) -> None:
     for index, result in enumerate(results):
         if isinstance(result, BaseException):
             logger.error("%s %d failed", what, index, exc_info=result)
+
+
+def automatic_bos(tokenizer: Any) -> int | None:
+    """The BOS that prompts of this tokenizer start with, or None.
+
+    Only a token that the tokenizer or its chat template puts there as BOS counts: in ChatML models like SmolLM2 the
+    "BOS" is ``<|im_start|>``, the mark of a turn, and moving it would tear the first turn apart.
+    """
+    bos = tokenizer.bos_token_id
+    template = str(tokenizer.chat_template or "")
+    starts_with_bos = bos is not None and list(tokenizer("").input_ids[:1]) == [bos]
+    return bos if starts_with_bos or "bos_token" in template else None
 
 
 class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name-defined,misc]
@@ -75,6 +87,7 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
             processor=self.processor,
         )
         stops = getattr(self.model_config.generation_config, "eos_token_id", None)
+        self.bos_token_id = automatic_bos(self.tokenizer)
         self.stop_ids = {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
@@ -88,7 +101,11 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
             async with asyncio.timeout(self.settings.prompt_timeout_s):
                 rows = await self._roll_out(prompt, sampling_params)
             # Outside the time-out: half of a prompt's rows must never be stored.
-            await asyncio.gather(*(self._agent_loop_postprocess(output, False, **fields) for output, fields in rows))
+            puts = [self._agent_loop_postprocess(output, False, **fields) for output, fields in rows]
+            # All settle before the status says so: verl may clear a failed prompt, and no row may follow.
+            errors = [result for result in await asyncio.gather(*puts, return_exceptions=True) if result]
+            if errors:
+                raise errors[0]
             status = "finished"
         except Exception:  # process border: verl must learn of every prompt's end, or its replay buffer polls for ever
             logger.exception("prompt %s (%s) is dropped", prompt.get("id"), uid)
@@ -115,7 +132,7 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
         candidates = await self._sample_candidates(f"{uid}-up", problem_ids, sampling_params, split_position, seed)
         chosen = candidates[select_segment([candidate.segment.deviation for candidate in candidates])]
         segment = chosen.segment
-        skip_ids = skip_prompt(segment.token_ids, problem_ids, self.tokenizer.bos_token_id)
+        skip_ids = skip_prompt(segment.token_ids, problem_ids, self.bos_token_id)
         budget = min(self.rollout_config.response_length, self.rollout_config.max_model_len - len(skip_ids))
         if budget < 1:
             raise RolloutError(f"skip prompt of {len(skip_ids)} tokens leaves no room in max_model_len")
@@ -211,7 +228,13 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
         own = dict(params, seed=seed + index) if self.settings.seed_requests else dict(params)
         # Full determinism hands the routing id on to vLLM as the request's name, which must be unique there.
         request_id = f"{route}-{index}" if self.rollout_config.full_determinism else route
-        return await self.llm_client.generate(request_id=request_id, prompt_ids=prompt_ids, sampling_params=own)
+        output = await self.llm_client.generate(request_id=request_id, prompt_ids=prompt_ids, sampling_params=own)
+        if not output.token_ids or len(output.log_probs or ()) != len(output.token_ids):
+            raise RolloutError(
+                f"{len(output.token_ids)} tokens with {len(output.log_probs or ())} log-probs "
+                f"(stop reason {output.stop_reason})"
+            )
+        return output
 
     def _row(
         self, prompt_ids: list[int], token_ids: list[int], logprobs: list[float] | None, extra_fields: dict

@@ -85,7 +85,6 @@ def overrides(folder: Path) -> list[str]:
     return [
         "platform=cpu",
         "data=files",
-        "model_prep=null",
         f"data.train_files={train}",
         f"data.val_files={val}",
         "data.train_batch_size=4",

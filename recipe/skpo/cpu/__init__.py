@@ -65,7 +65,7 @@ def environment(num_threads: int, kv_cache_gib: int) -> dict[str, str]:
         # Makes vLLM take its CPU platform without probing for accelerators (vllm/platforms/__init__.py:226).
         "VLLM_TARGET_DEVICE": "cpu",
         # Else vLLM takes gpu_memory_utilization (0.5 in verl) of all memory
-        # (vllm/v1/worker/cpu_worker.py:69).
+        # (vllm/platforms/cpu.py:166, vllm/v1/worker/cpu_worker.py:74).
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
         # vllm/utils/ompmultiprocessing.py: "auto" keeps one core for the scheduler, which leaves one of two.
         # A list of cores takes no notice of the affinity mask of the process: with cores 2-3 allowed, "0-1"

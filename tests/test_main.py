@@ -1,0 +1,324 @@
+"""The entry of the recipe: what it refuses, that it refuses before anything heavy, and what it prepares.
+
+A few command lines run in processes of their own, side by side, because each of them imports verl; more of them go
+through Hydra in this process; and where a config is enough the function that Hydra decorates is called without it.
+"""
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from recipe.skpo import main
+from recipe.skpo.settings import ConfigError, known_keys
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# ---------------------------------------------------------------- the command line
+
+REFUSED = {
+    "skpo.nope=1": "skpo.nope: unknown key; known are group_size, ",
+    "skpo.tracker.rho_min=0.99": "skpo.tracker: needs 0 <= rho_min <= rho_max <= 1, got rho_min=0.99, rho_max=0.96",
+    "skpo.group_size=1": "skpo.group_size: must be >= 2",
+    "skpo.split_high=1.5": "skpo.split_low, skpo.split_high: need 0 < split_low <= split_high < 1",
+}
+"""Override -> how its message starts."""
+
+REFUSED_IN_PROCESS = {
+    "+skpo.tracker.nope=1": "skpo.tracker.nope: unknown key; known are group_size, ",
+    "skpo={group_size: 1}": "skpo.group_size: must be >= 2",
+    "skpo.group_size=many": "skpo.group_size: ",
+    "skpo.split_high=null": "skpo.split_high: ",
+    "skpo.tracker=5": "skpo.tracker: ",
+    "actor_rollout_ref.actor.use_kl_loss=true": "actor_rollout_ref.actor.use_kl_loss: is True, must be False",
+    "data=files": "data.train_files: is not set; name a parquet file",
+    "trainer.resume_mode=resume_path": "trainer.resume_from_path: ",
+}
+
+# Loaded by the interpreter before anything of ours; notes at the end what the process has imported.
+SITE = """\
+import atexit, os, sys
+atexit.register(lambda: open(os.environ["IMPORTED"], "w").write("\\n".join(sys.modules)))
+"""
+
+HEAVY = ("verl.trainer.main_ppo", "recipe.skpo.trainer", "recipe.skpo.rollout", "vllm")
+"""Modules that only training needs: what starts Ray, what trains, what loads weights."""
+
+
+class Run:
+    """``python -m recipe.skpo.main`` with one override, in a process of its own and an empty folder."""
+
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        self.folder = folder
+        folder.mkdir()
+        (folder / "site").mkdir()
+        (folder / "site" / "sitecustomize.py").write_text(SITE)
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith(("SKPO_", "VERL_", "HYDRA_"))},
+            "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(REPOSITORY)]),
+            "IMPORTED": str(folder / "imported"),
+            "SKPO_PLATFORM": "cpu",
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "recipe.skpo.main", *arguments],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        self.exit, self.out, self.err = done.returncode, done.stdout, done.stderr
+        self.imported = set((folder / "imported").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    folder = tmp_path_factory.mktemp("runs")
+    arguments = {"--cfg job": ("--cfg", "job"), **{override: (override,) for override in REFUSED}}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        started = [pool.submit(Run, folder / str(number), *words) for number, words in enumerate(arguments.values())]
+        return dict(zip(arguments, [run.result() for run in started], strict=True))
+
+
+def test_cfg_job_prints_the_composed_config(runs) -> None:
+    run = runs["--cfg job"]
+    assert run.exit == 0, run.err
+    printed = OmegaConf.create(run.out)
+    assert printed.skpo.group_size == 8 and printed.algorithm.adv_estimator == "skpo"
+    assert OmegaConf.select(printed, "actor_rollout_ref.rollout.n") == 9, "resolvers are there"
+    assert printed.trainer.device == "cpu"
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_a_bad_override_gives_one_line_and_a_non_zero_exit(runs, override: str) -> None:
+    run = runs[override]
+    assert run.exit not in (0, None)
+    assert len(run.err.splitlines()) == 1, run.err
+    assert run.err.startswith(f"error: {REFUSED[override]}")
+    assert run.out == ""
+
+
+@pytest.mark.parametrize("override", ["--cfg job", *REFUSED])
+def test_nothing_heavy_is_imported_before_the_config_is_right(runs, override: str) -> None:
+    assert runs[override].imported.isdisjoint(HEAVY)
+    assert "recipe.skpo.main" in runs[override].imported or "__main__" in runs[override].imported
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the steps that were taken; those that would change this process or start something do nothing."""
+    taken: list[str] = []
+
+    def watch(name: str, real=None):
+        def step(*arguments, **options):
+            taken.append(name)
+            return real(*arguments, **options) if real else None
+
+        monkeypatch.setattr(main, name, step)
+
+    for name in ("check_config", "check_data", "check_prompt_lengths", "check_resume", "prepare_data", "prepare_model"):
+        watch(name, getattr(main, name))
+    for name in ("apply_platform", "launch", "summary"):
+        watch(name)
+    return taken
+
+
+@pytest.mark.parametrize("override", REFUSED_IN_PROCESS)
+def test_more_bad_overrides(tmp_path: Path, monkeypatch, steps, override: str) -> None:
+    from hydra.core.global_hydra import GlobalHydra
+
+    for check in ("check_data", "prepare_data", "prepare_model", "check_prompt_lengths"):
+        if override != "data=files":  # the embedded data and model are not there
+            monkeypatch.setattr(main, check, lambda config: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SKPO_PLATFORM", "cpu")
+    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    # An imported module has no config folder beside it, as far as Hydra is concerned.
+    folder = ["--config-path", str(REPOSITORY / "recipe/skpo/config")]
+    monkeypatch.setattr(sys, "argv", ["main", override, *quiet, *folder])
+    try:
+        with pytest.raises(SystemExit) as exit_info:
+            main.main()
+    finally:
+        GlobalHydra.instance().clear()
+    message = exit_info.value.code
+    assert isinstance(message, str), "Hydra printed a traceback"
+    assert message.startswith(f"error: {REFUSED_IN_PROCESS[override]}")
+    assert len(message.splitlines()) == 1
+    assert "launch" not in steps
+
+
+# ---------------------------------------------------------------- unknown keys
+
+
+@pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
+@pytest.mark.parametrize("key", ["nope", "tracker.nope", "group_sizes", "tracker.rho_min.x"])
+def test_unknown_keys_are_refused(prefix: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^skpo\.{key}: unknown key; known are group_size, .*tracker\.drift$"):
+        main.reject_unknown_keys(["trainer.nnodes=1", f"{prefix}skpo.{key}=1"])
+
+
+def test_known_keys_and_other_arguments_pass() -> None:
+    overrides = [f"skpo.{key}=1" for key in known_keys()]
+    main.reject_unknown_keys([*overrides, "--cfg", "job", "skpo.tracker={rho_min: 0.9}", "data.skpo.nope=1"])
+
+
+# ---------------------------------------------------------------- what run() does in which order
+
+
+@pytest.fixture
+def config(compose_config, model_folder: Path, tmp_path: Path):
+    config = compose_config("platform=cpu", "data=files")
+    config.output_dir = str(tmp_path / "out")
+    config.trainer.default_local_dir = str(tmp_path / "out" / "checkpoints")
+    config.model_prep = None
+    config.actor_rollout_ref.model.path = str(model_folder)
+    return config
+
+
+def good_files(config, tmp_path: Path) -> None:
+    from data_prep.schema import Row, write_parquet
+
+    for role in ("train", "val"):
+        rows = [
+            Row("skpo/arithmetic", [{"role": "user", "content": f"{n}?"}], "5", "math", role, n, f"{n}?")
+            for n in range(config.data.train_batch_size)
+        ]
+        write_parquet(rows, tmp_path / f"{role}.parquet")
+        config.data[f"{role}_files"] = str(tmp_path / f"{role}.parquet")
+
+
+def test_a_run_checks_then_launches_then_reports(config, steps, tmp_path: Path) -> None:
+    good_files(config, tmp_path)
+    main.run.__wrapped__(config)
+    assert steps.index("check_config") < steps.index("apply_platform") < steps.index("check_data")
+    assert steps.index("check_data") < steps.index("prepare_model") < steps.index("check_prompt_lengths")
+    assert steps[-3:] == ["check_resume", "launch", "summary"]
+    saved = OmegaConf.load(tmp_path / "out" / "config.yaml")
+    assert saved.skpo == config.skpo and saved.data.train_files == str(tmp_path / "train.parquet")
+
+
+def refused(config) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        main.run.__wrapped__(config)
+    message = exit_info.value.code
+    assert isinstance(message, str) and message.startswith("error: "), "a string is printed on stderr, with exit code 1"
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def spoil_parquet(config, tmp_path: Path) -> str:
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 not really PAR1")
+    return "cannot be read as parquet"
+
+
+def spoil_column(config, tmp_path: Path) -> str:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(tmp_path / "train.parquet").drop_columns(["id"])
+    pq.write_table(table, tmp_path / "train.parquet")
+    return "missing column(s) id"
+
+
+def spoil_batch(config, tmp_path: Path) -> str:
+    config.data.train_batch_size *= 2
+    return "rows are fewer than data.train_batch_size"
+
+
+def spoil_checkpoint(config, tmp_path: Path) -> str:
+    folder = Path(config.trainer.default_local_dir)
+    (folder / "global_step_3").mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    return "holds no skpo_state.npz"
+
+
+def spoil_prompt(config, tmp_path: Path) -> str:
+    config.data.max_prompt_length = 20
+    return "tokens, data.max_prompt_length is 20"
+
+
+def spoil_combination(config, tmp_path: Path) -> str:
+    config.actor_rollout_ref.actor.use_kl_loss = True
+    return "actor_rollout_ref.actor.use_kl_loss: is True, must be False"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [spoil_parquet, spoil_column, spoil_batch, spoil_checkpoint, spoil_prompt, spoil_combination],
+    ids=lambda spoil: spoil.__name__.removeprefix("spoil_"),
+)
+def test_what_is_wrong_ends_the_run_in_one_line_before_the_launch(config, steps, tmp_path: Path, spoil) -> None:
+    good_files(config, tmp_path)
+    said = spoil(config, tmp_path)
+    assert said in refused(config)
+    assert "launch" not in steps
+    assert not (tmp_path / "out" / "config.yaml").exists()
+
+
+# ---------------------------------------------------------------- its parts
+
+
+@pytest.mark.parametrize(
+    ("script", "platform"),
+    [
+        (None, "cpu"),
+        ("echo 'GPU 0: NVIDIA H100 (UUID: x)'", "gpu"),
+        ("echo 'No devices found.'", "cpu"),
+        ("echo 'GPU 0: driver mismatch'; exit 9", "cpu"),
+    ],
+    ids=["no driver", "a GPU", "no GPU", "a broken driver"],
+)
+def test_the_platform_is_what_the_driver_says(tmp_path: Path, monkeypatch, script: str | None, platform: str) -> None:
+    if script is not None:
+        tool = tmp_path / "nvidia-smi"
+        tool.write_text(f"#!/bin/sh\n{script}\n")
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main.detect_platform() == platform
+
+
+def test_embedded_data_and_model_are_made_once(compose_config, tmp_path: Path, monkeypatch) -> None:
+    from data_prep import arithmetic
+    from model_prep import smollm2
+
+    made = []
+    monkeypatch.setattr(arithmetic, "prepare", lambda folder: made.append(folder))
+    monkeypatch.setattr(smollm2, "prepare", lambda folder: made.append(folder))
+    config = compose_config("platform=cpu")
+    config.data.train_files, config.data.val_files = str(tmp_path / "train.parquet"), str(tmp_path / "val.parquet")
+    main.prepare_data(config)
+    main.prepare_model(config)
+    assert made == [tmp_path, Path(config.actor_rollout_ref.model.path)]
+    for name in ("train", "val"):
+        (tmp_path / f"{name}.parquet").touch()
+    main.prepare_data(config)
+    assert len(made) == 2
+
+
+def test_nothing_is_made_for_ones_own_files_and_model(config, monkeypatch) -> None:
+    from data_prep import arithmetic
+    from model_prep import smollm2
+
+    for module in (arithmetic, smollm2):
+        monkeypatch.setattr(module, "prepare", lambda folder: pytest.fail("nothing was to be made"))
+    main.prepare_data(config)
+    main.prepare_model(config)
+
+
+def test_paths_become_absolute_and_hub_names_stay(config, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.parquet").touch()
+    config.output_dir, config.trainer.default_local_dir = "out", "out/checkpoints"
+    config.data.train_files = ["a.parquet", "hdfs://cluster/b.parquet"]
+    config.data.val_files = "a.parquet"
+    config.actor_rollout_ref.model.path = "Qwen/Qwen2.5-Math-7B"
+    main.resolve_paths(config)
+    assert config.output_dir == str(tmp_path / "out")
+    assert config.trainer.default_local_dir == str(tmp_path / "out/checkpoints")
+    assert config.data.train_files == [str(tmp_path / "a.parquet"), "hdfs://cluster/b.parquet"]
+    assert config.data.val_files == str(tmp_path / "a.parquet")
+    assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-Math-7B"

@@ -1,0 +1,266 @@
+"""Start-up checks on data, prompt lengths and the checkpoint to resume from: one clear line each, no model loaded.
+
+The checks of the config itself are in test_config.py, those of single rows in test_data_prep.py.
+"""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.schema import DataError, Row, write_parquet
+from recipe.skpo.preflight import check_data, check_prompt_lengths, check_resume, resume_folder
+from recipe.skpo.settings import ConfigError, SkpoSettings
+from recipe.skpo.state import FILE_NAME, SkpoState, StateError
+
+
+def write_rows(path: Path, questions: list[str], split: str = "train") -> Path:
+    rows = [
+        Row("skpo/arithmetic", [{"role": "user", "content": question}], "5", "math", split, index, question)
+        for index, question in enumerate(questions)
+    ]
+    write_parquet(rows, path)
+    return path
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "train.parquet", [f"{n} + 1?" for n in range(8)])
+
+
+@pytest.fixture
+def val(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "val.parquet", ["20 + 1?"], "val")
+
+
+@pytest.fixture
+def config(compose_config, train: Path, val: Path, model_folder: Path):
+    """A config with which every check passes."""
+    config = compose_config("platform=cpu", "data=files")
+    config.data.train_files, config.data.val_files = str(train), str(val)
+    config.actor_rollout_ref.model.path = str(model_folder)
+    return config
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert message and len(message.splitlines()) == 1
+    return message
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_good_files_pass(config) -> None:
+    check_data(config)
+    check_prompt_lengths(config)
+    check_resume(config)
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+@pytest.mark.parametrize("value", [None, [], ""], ids=repr)
+def test_files_that_are_not_named(config, role: str, value: object) -> None:
+    config.data[f"{role}_files"] = value
+    with pytest.raises(ConfigError) as error:
+        check_data(config)
+    assert one_line(error).startswith(f"data.{role}_files: is not set; name a parquet file")
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+def test_a_file_that_is_no_parquet(config, tmp_path: Path, role: str) -> None:
+    bad = tmp_path / "bad.parquet"
+    bad.write_text("id,prompt\n1,hello\n")
+    config.data[f"{role}_files"] = str(bad)
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    assert one_line(error).startswith(f"data.{role}_files: {bad}: cannot be read as parquet")
+
+
+def test_a_file_that_is_not_there(config, tmp_path: Path) -> None:
+    config.data.val_files = [config.data.val_files, str(tmp_path / "none.parquet")]
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    assert one_line(error).startswith(f"data.val_files: {tmp_path}/none.parquet: file not found")
+
+
+def test_a_missing_column(config, train: Path) -> None:
+    import pyarrow.parquet as pq
+
+    pq.write_table(pq.read_table(train).drop_columns(["reward_model"]), train)
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    assert f"{train}: missing column(s) reward_model (it has id, data_source, prompt" in one_line(error)
+
+
+def test_another_prompt_column(config) -> None:
+    config.data.prompt_key = "question"
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    assert "missing column(s) question" in one_line(error)
+
+
+def test_fewer_rows_than_a_batch(config) -> None:
+    config.data.train_batch_size = 8
+    check_data(config)
+    config.data.train_batch_size = 9
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    assert one_line(error) == "data.train_files: 8 rows are fewer than data.train_batch_size=9"
+
+
+def test_rows_count_over_all_training_files(config, tmp_path: Path) -> None:
+    config.data.train_batch_size = 9
+    more = write_rows(tmp_path / "more.parquet", ["30 + 1?"])
+    config.data.train_files = [config.data.train_files, str(more)]
+    check_data(config)
+
+
+def test_an_id_in_two_training_files(config, tmp_path: Path, train: Path) -> None:
+    again = write_rows(tmp_path / "again.parquet", ["30 + 1?", "3 + 1?"])
+    config.data.train_files = [str(train), str(again)]
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    message = one_line(error)
+    assert re.match(rf"{again}: id [0-9a-f]{{16}} is in {train} too; ids must be unique", message)
+
+
+def test_the_held_out_file_may_hold_a_training_prompt(config, train: Path) -> None:
+    """Training accuracy is a fair thing to ask for; only the trackers need unique ids."""
+    config.data.val_files = str(train)
+    check_data(config)
+
+
+# ---------------------------------------------------------------- prompt lengths
+
+
+def tokens_of(question: str, model_folder: Path) -> int:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    messages = [{"role": "user", "content": question}]
+    return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+@pytest.mark.parametrize("folder", ["model_folder", "bos_model_folder"])
+def test_a_prompt_longer_than_the_limit(config, tmp_path: Path, request, role: str, folder: str) -> None:
+    model = request.getfixturevalue(folder)
+    question = "What is 2 plus 3, and why?"
+    file = write_rows(tmp_path / "long.parquet", ["1 + 1?", "2 + 2?", question])
+    config.actor_rollout_ref.model.path = str(model)
+    config.data[f"{role}_files"] = str(file)
+
+    config.data.max_prompt_length = length = tokens_of(question, model)  # as the rollout will count them
+    check_prompt_lengths(config)
+    config.data.max_prompt_length = length - 1
+    with pytest.raises(DataError) as error:
+        check_prompt_lengths(config)
+    message = one_line(error)
+    assert message.startswith(f"{file}: row 2: the prompt has {length} tokens, data.max_prompt_length is {length - 1}")
+    assert "data.filter_overlong_prompts=true" in message
+
+    config.data.filter_overlong_prompts = True
+    check_prompt_lengths(config)
+
+
+def test_the_tokenizer_of_the_run_counts(config, tmp_path: Path, bos_model_folder: Path) -> None:
+    config.data.max_prompt_length = tokens_of("20 + 1?", Path(config.actor_rollout_ref.model.path))
+    check_prompt_lengths(config)
+    config.actor_rollout_ref.model.tokenizer_path = str(bos_model_folder)  # one token more: its BOS
+    with pytest.raises(DataError):
+        check_prompt_lengths(config)
+
+
+def test_a_model_path_without_a_tokenizer(config, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config.actor_rollout_ref.model.path = str(tmp_path / "nothing")
+    with pytest.raises(ConfigError) as error:
+        check_prompt_lengths(config)
+    assert one_line(error).startswith(f"actor_rollout_ref.model.path: no tokenizer can be loaded from {tmp_path}")
+
+
+# ---------------------------------------------------------------- the checkpoint to resume from
+
+
+@pytest.fixture
+def checkpoints(config, tmp_path: Path) -> Path:
+    """A run's checkpoint folder with steps 5 and 10, state included; verl's marker names step 10."""
+    folder = tmp_path / "checkpoints"
+    for step in (5, 10):
+        SkpoState(SkpoSettings(), 64).save(folder / f"global_step_{step}")
+    (folder / "latest_checkpointed_iteration.txt").write_text("10")
+    config.trainer.default_local_dir = str(folder)
+    return folder
+
+
+def test_a_run_resumes_where_verl_will(config, checkpoints: Path) -> None:
+    from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+
+    assert config.trainer.resume_mode == "auto"
+    assert resume_folder(config) == Path(find_latest_ckpt_path(str(checkpoints))) == checkpoints / "global_step_10"
+    check_resume(config)
+
+
+@pytest.mark.parametrize("absent", ["latest_checkpointed_iteration.txt", "global_step_10"])
+def test_without_marker_or_folder_verl_starts_anew(config, checkpoints: Path, absent: str) -> None:
+    from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+
+    (checkpoints / absent).rename(checkpoints / "elsewhere")
+    assert resume_folder(config) is None and find_latest_ckpt_path(str(checkpoints)) is None
+    check_resume(config)
+
+
+def test_a_checkpoint_without_our_state_is_refused(config, checkpoints: Path) -> None:
+    (checkpoints / "global_step_10" / FILE_NAME).unlink()
+    with pytest.raises(StateError) as error:
+        check_resume(config)
+    message = one_line(error)
+    assert message.startswith(f"{checkpoints}/global_step_10: holds no {FILE_NAME}")
+    assert "trainer.resume_mode=disable" in message
+
+    config.trainer.resume_mode = "disable"
+    assert resume_folder(config) is None
+    check_resume(config)
+
+
+def test_an_older_checkpoint_can_be_named(config, checkpoints: Path) -> None:
+    (checkpoints / "global_step_10" / FILE_NAME).unlink()
+    config.trainer.resume_mode = "resume_path"
+    config.trainer.resume_from_path = str(checkpoints / "global_step_5")
+    check_resume(config)
+    (checkpoints / "global_step_5" / FILE_NAME).unlink()
+    with pytest.raises(StateError) as error:
+        check_resume(config)
+    assert one_line(error).startswith(f"{checkpoints}/global_step_5: holds no")
+
+
+def test_resume_path_without_a_path_is_refused(config, checkpoints: Path) -> None:
+    config.trainer.resume_mode = "resume_path"
+    config.trainer.resume_from_path = None
+    with pytest.raises((ConfigError, StateError)) as error:
+        check_resume(config)
+    assert "trainer.resume_from_path" in one_line(error)
+
+
+def test_an_unknown_resume_mode_is_refused(config, checkpoints: Path) -> None:
+    """verl only logs it and then fails on a name that was never set."""
+    config.trainer.resume_mode = "always"
+    with pytest.raises((ConfigError, StateError)) as error:
+        check_resume(config)
+    assert "trainer.resume_mode" in one_line(error)
+
+
+@pytest.mark.parametrize("content", ["", "ten"])
+def test_a_damaged_marker_is_refused_by_name(config, checkpoints: Path, content: str) -> None:
+    """A run killed while verl wrote the marker leaves an empty one."""
+    marker = checkpoints / "latest_checkpointed_iteration.txt"
+    marker.write_text(content)
+    with pytest.raises((ConfigError, StateError)) as error:
+        check_resume(config)
+    assert str(marker) in one_line(error)
+
+
+def test_the_state_written_by_a_trainer_is_what_is_asked_for(checkpoints: Path) -> None:
+    with np.load(checkpoints / "global_step_10" / FILE_NAME) as archive:
+        assert "meta" in archive.files
