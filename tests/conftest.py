@@ -132,8 +132,13 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(with_bos: bool):
-    """A byte-level tokenizer of 261 tokens.  With BOS it behaves as Llama's: template and tokenizer both add it."""
+def build_tokenizer(bos: str | None = None):
+    """A byte-level tokenizer of 261 tokens.
+
+    Args:
+        bos: its BOS.  ``<s>`` behaves as Llama's: template and tokenizer both add it.  ``<|im_start|>`` behaves as
+            SmolLM2's: it is called BOS, yet nothing adds it and every turn starts with it.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -144,17 +149,18 @@ def build_tokenizer(with_bos: bool):
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
     names = {"pad_token": "<pad>", "eos_token": "</s>"}
     template = CHAT_TEMPLATE
-    if with_bos:
-        names["bos_token"] = "<s>"
+    if bos is not None:
+        names["bos_token"] = bos
+    if bos == "<s>":
         template = "{{ bos_token }}" + template
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=template, **names)
 
 
-def _write_model_folder(folder: Path, with_bos: bool) -> Path:
+def _write_model_folder(folder: Path, bos: str | None) -> Path:
     from transformers import GenerationConfig, LlamaConfig
 
-    tokenizer = build_tokenizer(with_bos)
+    tokenizer = build_tokenizer(bos)
     tokenizer.save_pretrained(folder)
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     LlamaConfig(
@@ -172,13 +178,19 @@ def _write_model_folder(folder: Path, with_bos: bool) -> Path:
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder without weights; its tokenizer has no BOS.  Two tokens end a response: </s>, <|im_end|>."""
-    return _write_model_folder(tmp_path_factory.mktemp("model"), with_bos=False)
+    return _write_model_folder(tmp_path_factory.mktemp("model"), bos=None)
 
 
 @pytest.fixture(scope="session")
 def bos_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As ``model_folder``, with a BOS that the chat template and the tokenizer each add."""
-    return _write_model_folder(tmp_path_factory.mktemp("bos_model"), with_bos=True)
+    return _write_model_folder(tmp_path_factory.mktemp("bos_model"), bos="<s>")
+
+
+@pytest.fixture(scope="session")
+def chatml_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``model_folder``, with a "BOS" that is the mark of a turn, as in SmolLM2."""
+    return _write_model_folder(tmp_path_factory.mktemp("chatml_model"), bos="<|im_start|>")
 
 
 # ---------------------------------------------------------------- config

@@ -87,7 +87,7 @@ def test_the_paper_runs_train_the_papers_models(run_config, run: str, model: str
     assert config.actor_rollout_ref.model.path == model
     assert config.actor_rollout_ref.rollout.max_model_len == context
     assert config.trainer.device == "cuda" and config.platform.name == "gpu"
-    assert config.get("model_prep") is None and config.data.get("prep") is None, "nothing embedded is prepared"
+    assert "embedded_model" not in config and "embedded" not in config.data, "nothing embedded is prepared"
 
 
 @pytest.mark.parametrize("run", RUNS)
@@ -130,7 +130,8 @@ def test_cpu_and_embedded_model_are_the_default(compose_config, monkeypatch) -> 
     monkeypatch.delenv("SKPO_PLATFORM", raising=False)
     config = compose_config()
     assert (config.platform.name, config.trainer.device) == ("cpu", "cpu")
-    assert (config.model_prep, config.data.prep) == ("smollm2", "arithmetic")
+    assert config.actor_rollout_ref.model.path == config.embedded_model
+    assert config.data.train_files.startswith(config.data.embedded)
     assert config.output_dir == "outputs/smollm2_135m-arithmetic"
 
 

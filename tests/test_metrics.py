@@ -10,16 +10,22 @@ import pytest
 import torch
 
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
-from recipe.skpo.metrics import MetricsFile, append_trees, read_metrics, rollout_metrics, rollout_tree, update_metrics
+from recipe.skpo.metrics import MetricsFile, append_trees, read_lines, rollout_metrics, rollout_tree, update_metrics
 
 # ---------------------------------------------------------------- per step, by role
 
 
 def upstream_record(**changes: Any) -> dict[str, Any]:
     record = {
-        "split_position": 10, "deviation": 0.5, "ended_early": 0.25, "generated": 40, "prefilled": 100, "cached": 75,
-        "seconds": 2.0, "downstream_seconds": 6.0,
-    }  # fmt: skip
+        "split_position": 10,
+        "deviation": 0.5,
+        "ended_early": 0.25,
+        "generated": 40,
+        "prefilled": 100,
+        "cached": 75,
+        "seconds": 2.0,
+        "downstream_seconds": 6.0,
+    }
     return record | changes
 
 
@@ -143,8 +149,11 @@ def test_names_hold_nothing_that_verl_reduces_by(published: dict[str, float]) ->
         assert MetricsAggregator()._get_aggregation_type(name) == "weighted_avg", name
     # And these words are still what verl looks for.
     assert [MetricsAggregator()._get_aggregation_type(f"x/{word}") for word in ("max", "min", "sum", "total")] == [
-        "max", "min", "sum", "sum",
-    ]  # fmt: skip
+        "max",
+        "min",
+        "sum",
+        "sum",
+    ]
 
 
 # ---------------------------------------------------------------- the metrics file
@@ -156,7 +165,7 @@ def path(tmp_path: Path) -> Iterator[Path]:
 
 
 def steps(path: Path) -> list[float]:
-    return [line["step"] for line in read_metrics(path)]
+    return [line["step"] for line in read_lines(path)]
 
 
 def test_each_step_is_one_line_that_is_on_disk_at_once(path: Path) -> None:
@@ -164,13 +173,13 @@ def test_each_step_is_one_line_that_is_on_disk_at_once(path: Path) -> None:
     file.log({"skpo/loss": -0.5, "val-core/x/acc/mean@1": 0.25}, step=1)
     assert path.read_text() == '{"step": 1, "skpo/loss": -0.5, "val-core/x/acc/mean@1": 0.25}\n'
     file.log({}, step=2)
-    assert read_metrics(path)[1] == {"step": 2}
+    assert read_lines(path)[1] == {"step": 2}
 
 
 def test_values_that_are_no_numbers_are_left_out(path: Path) -> None:
     values = {"tensor": torch.tensor(2.0), "none": None, "text": "abc", "list": [1], "vector": torch.ones(2), "int": 3}
     MetricsFile(path, resumed_at=0).log(values, step=1)
-    assert read_metrics(path) == [{"step": 1, "tensor": 2.0, "int": 3.0}]
+    assert read_lines(path) == [{"step": 1, "tensor": 2.0, "int": 3.0}]
 
 
 def write_steps(path: Path, last: int) -> None:
@@ -184,7 +193,7 @@ def test_lines_up_to_the_resumed_step_are_kept_and_later_ones_dropped(path: Path
     file = MetricsFile(path, resumed_at=3)
     assert steps(path) == [1, 2, 3]
     file.log({"x": 40}, step=4)
-    assert read_metrics(path)[2:] == [{"step": 3, "x": 3.0}, {"step": 4, "x": 40.0}]
+    assert read_lines(path)[2:] == [{"step": 3, "x": 3.0}, {"step": 4, "x": 40.0}]
 
 
 def test_a_fresh_start_begins_an_empty_file(path: Path) -> None:
@@ -211,7 +220,7 @@ def test_a_cut_off_line_does_not_swallow_the_next_one(path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_has_no_lines(path: Path) -> None:
-    assert read_metrics(path) == []
+    assert read_lines(path) == []
     MetricsFile(path, resumed_at=7)
     assert path.read_text() == ""
 

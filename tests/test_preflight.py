@@ -39,6 +39,7 @@ def config(compose_config, train: Path, val: Path, model_folder: Path):
     """A config with which every check passes."""
     config = compose_config("platform=cpu", "data=files")
     config.data.train_files, config.data.val_files = str(train), str(val)
+    config.data.train_batch_size, config.data.max_prompt_length = 4, 96
     config.actor_rollout_ref.model.path = str(model_folder)
     return config
 

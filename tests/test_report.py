@@ -1,6 +1,5 @@
 """The summary at the end of a run, from the files that the run wrote."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +64,11 @@ def test_every_source_has_its_own_numbers() -> None:
 def test_lines_of_training_hold_no_held_out_numbers() -> None:
     line = {"step": 1, "critic/score/mean": 0.5, "acc/mean@1": 0.5, f"val-core/{SOURCE}/acc/best@8/mean": 0.9}
     assert held_out(line) == {}
+
+
+def test_spread_of_the_accuracy_is_not_taken_for_the_accuracy() -> None:
+    line = validation(0.3) | {f"val-aux/{SOURCE}/acc/std@8": 0.46, f"val-aux/{SOURCE}/acc/best@8/mean": 0.9}
+    assert held_out(line) == {SOURCE: {"acc": 0.3}}
 
 
 # ---------------------------------------------------------------- the summary
@@ -135,12 +139,19 @@ def test_tree_reads_from_problem_to_responses() -> None:
     ]
 
 
-def test_the_last_trees_are_written(tmp_path: Path) -> None:
-    (tmp_path / "trees.jsonl").write_text("".join(json.dumps(tree(step)) + "\n" for step in range(1, 8)))
+@pytest.mark.parametrize(
+    ("written", "shown"), [(7, ["1", "4", "7"]), (3, ["1", "2", "3"]), (2, ["1", "2"]), (1, ["1"])]
+)
+def test_trees_from_first_to_last_are_written(tmp_path: Path, written: int, shown: list[str]) -> None:
+    append_trees(tmp_path / "trees.jsonl", [tree(step) for step in range(1, written + 1)])
     target = write_sample_trees(tmp_path, count=3)
     assert target is not None
-    shown = [line for line in target.read_text().splitlines() if line.startswith("step")]
-    assert [line.split()[1] for line in shown] == ["5", "6", "7"]
+    assert [line.split()[1] for line in target.read_text().splitlines() if line.startswith("step")] == shown
+
+
+def test_an_empty_file_of_trees_gives_none(tmp_path: Path) -> None:
+    append_trees(tmp_path / "trees.jsonl", [])
+    assert write_sample_trees(tmp_path) is None
 
 
 def test_without_trees_nothing_is_written(tmp_path: Path) -> None:

@@ -259,6 +259,7 @@ async def test_a_prompt_ends_in_g_plus_one_rows_of_one_schema(two_phases) -> Non
     expected = {"prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask", "rm_scores"}
     expected |= {"rollout_log_probs", "uid", "id", "skpo_phase", "extra_fields", "raw_prompt", "reward_model"}
     assert expected <= next(iter(names))
+    assert "agent_name" not in next(iter(names)), "it is verl's own choice of an agent loop, nothing to store"
     kinds = {
         tuple((name, value.dtype) for name, value in sorted(row.items()) if isinstance(value, torch.Tensor))
         for row in setup.store.rows.values()
@@ -353,6 +354,7 @@ async def test_a_candidate_that_ends_early_is_cut_in_half(two_phases, end: str, 
     await setup.roll_out(make_prompt("v7"))
     text = setup.tokens("abcdefgh"[: written - 1], end=end)
     assert setup.store.row("v7", 0)["responses"].tolist() == text[:kept]
+    assert {tuple(request.prompt_ids) for request in setup.downstream()} == {(*text[:kept], *setup.problem_ids())}
     record = setup.store.row("v7", 0)["extra_fields"]["skpo"]
     assert record["ended_early"] == 1.0
 
@@ -386,6 +388,15 @@ async def test_the_skip_prompt_has_exactly_one_bos_at_the_front(two_phases, bos_
     expected = [bos, *segment["responses"].tolist(), *problem[1:]]
     assert [row["prompts"].tolist() for row in setup.store.siblings("v7")] == [expected] * G
     assert [request.prompt_ids for request in setup.downstream()] == [expected] * G
+
+
+async def test_a_bos_that_is_the_mark_of_a_turn_stays_with_its_turn(two_phases, chatml_model_folder) -> None:
+    setup = two_phases(model=chatml_model_folder)
+    await setup.roll_out(make_prompt("v7"))
+    problem = setup.problem_ids()
+    assert problem[0] == setup.tokenizer.bos_token_id and problem.count(problem[0]) == 2
+    expected = setup.store.row("v7", 0)["responses"].tolist() + problem
+    assert [row["prompts"].tolist() for row in setup.store.siblings("v7")] == [expected] * G
 
 
 async def test_a_response_may_use_the_whole_response_budget(two_phases) -> None:
@@ -582,26 +593,31 @@ def rewards_never_come(two_phases) -> Setup:
     return setup
 
 
+NO_CANDIDATE, NO_SIBLING = f"all {G} upstream candidates failed", f"all {G} siblings failed"
+
+
 @pytest.mark.parametrize(
-    "case",
+    ("case", "reason"),
     [
-        all_candidates_fail,
-        all_candidates_are_aborted,
-        all_siblings_fail,
-        all_siblings_are_aborted,
-        every_reward_raises,
-        candidates_never_come,
-        one_sibling_never_comes,
-        rewards_never_come,
+        (all_candidates_fail, NO_CANDIDATE),
+        (all_candidates_are_aborted, NO_CANDIDATE),
+        (all_siblings_fail, NO_SIBLING),
+        (all_siblings_are_aborted, NO_SIBLING),
+        (every_reward_raises, NO_SIBLING),
+        (candidates_never_come, "TimeoutError"),
+        (one_sibling_never_comes, "TimeoutError"),
+        (rewards_never_come, "TimeoutError"),
     ],
-    ids=lambda case: case.__name__.replace("_", " "),
+    ids=lambda value: value.__name__.replace("_", " ") if callable(value) else "",
 )
-async def test_a_prompt_that_cannot_be_rolled_out_is_a_failure_without_rows(two_phases, case, caplog) -> None:
+async def test_a_prompt_that_cannot_be_rolled_out_is_a_failure_without_rows(
+    two_phases, case, reason: str, caplog
+) -> None:
     setup = case(two_phases)
     await setup.roll_out(make_prompt("v7"))
     assert setup.store.status("v7") == ["running", "failure"]
     assert not setup.store.rows
-    assert "prompt id-v7 (v7) is dropped" in caplog.text
+    assert "prompt id-v7 (v7) is dropped" in caplog.text and reason in caplog.text
 
 
 async def test_a_failing_prompt_does_not_touch_its_neighbour(make_worker) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from recipe.skpo.preflight import check_config, check_data, check_prompt_lengths, check_resume, is_finished
 from recipe.skpo.report import summary
@@ -167,8 +168,9 @@ def run(config: DictConfig) -> None:
     """Check, prepare, train, report."""
     started = time.monotonic()
     try:
-        OmegaConf.resolve(config)
+        # Before everything is resolved: other values are computed from these.
         settings = SkpoSettings.from_config(config.skpo)
+        OmegaConf.resolve(config)
         check_config(config, settings)
         apply_platform(config)
         prepare_data(config)
@@ -180,10 +182,14 @@ def run(config: DictConfig) -> None:
         finished = is_finished(config)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"error: {error}")
+    except OmegaConfBaseException as error:
+        sys.exit(f"error: {error.full_key}: {str(error).splitlines()[0]}")
     output_dir = Path(config.output_dir)
     if finished:
-        print(f"this run is finished; for another one give output_dir=<folder>, to go on trainer.total_training_steps="
-              f"<more than {config.trainer.total_training_steps}>")  # fmt: skip
+        print(
+            f"this run is finished; for another one give output_dir=<folder>, to go on trainer.total_training_steps="
+            f"<more than {config.trainer.total_training_steps}>"
+        )
         print(summary(output_dir))
         return
     output_dir.mkdir(parents=True, exist_ok=True)

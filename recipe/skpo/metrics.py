@@ -106,11 +106,7 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resumed_at: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in read_metrics(path) if line["step"] <= resumed_at] if resumed_at else []
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.replace(path)
+        keep_lines(path, resumed_at)
         self._file = path.open("a", buffering=1)
 
     def log(self, data: Mapping[str, Any], step: int) -> None:
@@ -124,8 +120,20 @@ class MetricsFile:
         self._file.write(json.dumps({"step": step, **numbers}) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Lines of a metrics file; a last line cut off by a kill is left out."""
+def keep_lines(path: Path, resumed_at: int) -> None:
+    """Make a JSON-lines file ready for a resume: lines of later steps go, because those steps are trained again.
+
+    A fresh start, ``resumed_at`` 0, begins an empty file.  The file is replaced as a whole.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [line for line in read_lines(path) if line["step"] <= resumed_at] if resumed_at else []
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+    temporary.replace(path)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics or trees file; what a kill left incomplete is skipped."""
     if not path.is_file():
         return []
     lines = []

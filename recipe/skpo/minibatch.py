@@ -24,6 +24,7 @@ def minibatch_order(
 
     Args:
         prompts: per row, the number of its prompt; rows of one prompt keep together, prompts go in ascending order.
+            Prompts stay whole because each has G + 1 rows, of which ``rows_per_minibatch`` is a multiple.
         lengths: per row, tokens.
         rows_per_minibatch: over all ranks; divides the number of rows and is a multiple of ``ranks``.
         ranks: data-parallel size.

@@ -61,8 +61,10 @@ def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
     segment = max(1, int(settings.split_high * config.data.max_response_length))
     longest = config.data.max_prompt_length + segment
     if context is None:
-        raise ConfigError("actor_rollout_ref.rollout.max_model_len: is null; give the tokens that [s, q] and a response "
-                          "may take together")  # fmt: skip
+        raise ConfigError(
+            "actor_rollout_ref.rollout.max_model_len: is None; give the tokens that [s, q] and a response "
+            "may take together"
+        )
     if context <= longest:
         raise ConfigError(
             f"actor_rollout_ref.rollout.max_model_len: {context} leaves no room for a response after the longest "
@@ -124,8 +126,10 @@ def _check_unique_over_files(tables: Iterable[tuple[str, pa.Table]]) -> None:
     for file, table in tables:
         for prompt_id in table["id"].to_pylist():
             if seen.setdefault(prompt_id, file) != file:
-                raise DataError(f"{file}: id {prompt_id} is in {seen[prompt_id]} too; ids must be unique over all "
-                                f"of data.train_files")  # fmt: skip
+                raise DataError(
+                    f"{file}: id {prompt_id} is in {seen[prompt_id]} too; ids must be unique over all "
+                    f"of data.train_files"
+                )
 
 
 def _files(config: DictConfig, role: Literal["train", "val"]) -> list[str]:
@@ -165,8 +169,14 @@ def is_finished(config: DictConfig) -> bool:
 
 
 def resume_folder(config: DictConfig) -> Path | None:
-    """The checkpoint folder that verl will resume from, None for a fresh start."""
+    """The checkpoint folder that verl will resume from, None for a fresh start.
+
+    Raises:
+        ConfigError: an unknown mode, a path that is no checkpoint, or a marker file that holds no step.
+    """
     trainer = config.trainer
+    if trainer.resume_mode not in ("auto", "disable", "resume_path"):
+        raise ConfigError(f"trainer.resume_mode: is {trainer.resume_mode}, must be auto, disable or resume_path")
     if trainer.resume_mode == "resume_path":
         folder = Path(str(trainer.resume_from_path))
         if not re.fullmatch(r"global_step_\d+", folder.name) or not folder.is_dir():
@@ -175,5 +185,8 @@ def resume_folder(config: DictConfig) -> Path | None:
     marker = Path(trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
     if trainer.resume_mode == "disable" or not marker.is_file():
         return None
-    folder = marker.parent / f"global_step_{int(marker.read_text())}"
+    step = marker.read_text().strip()
+    if not step.isdecimal():
+        raise ConfigError(f"{marker}: holds {step!r} and no step; write the number of the last whole global_step_<N>")
+    folder = marker.parent / f"global_step_{step}"
     return folder if folder.is_dir() else None

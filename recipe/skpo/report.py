@@ -1,10 +1,9 @@
 """The short summary at the end of a run, read from what the run wrote."""
 
-import json
 from pathlib import Path
 from typing import Any
 
-from recipe.skpo.metrics import read_metrics
+from recipe.skpo.metrics import read_lines
 
 
 def held_out(line: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -41,7 +40,7 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
         output_dir: of the run.
         minutes: wall time of this launch; None where nothing was trained.
     """
-    lines = read_metrics(output_dir / "metrics.jsonl")
+    lines = read_lines(output_dir / "metrics.jsonl")
     validated = [(int(line["step"]), held_out(line)) for line in lines if held_out(line)]
     steps = max((int(line["step"]) for line in lines), default=0)
     text = ["", f"SKPO: {steps} steps" + (f", {minutes:.1f} minutes in this launch" if minutes is not None else "")]
@@ -67,13 +66,13 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
 
 
 def write_sample_trees(output_dir: Path, count: int = 3) -> Path | None:
-    """Write the last ``count`` rollout trees of a run as readable text; None where there are none."""
-    source = output_dir / "trees.jsonl"
-    if not source.is_file():
+    """Write ``count`` rollout trees, spread from first to last, as readable text; None where there are none."""
+    trees = read_lines(output_dir / "trees.jsonl")
+    if not trees:
         return None
-    trees = [json.loads(line) for line in source.read_text().splitlines()[-count:]]
+    shown = sorted({round(index * (len(trees) - 1) / max(1, count - 1)) for index in range(count)})
     target = output_dir / "sample_trees.txt"
-    target.write_text("\n\n".join(render_tree(tree) for tree in trees) + "\n")
+    target.write_text("\n\n".join(render_tree(trees[index]) for index in shown) + "\n")
     return target
 
 

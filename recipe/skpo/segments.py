@@ -6,7 +6,7 @@ SPEC section 2, paper section 3.  Per prompt q, G candidates s_1..s_G ~ pi(.|q) 
     d(s) = (1 / |s|) * sum_t -log pi(s_t | q, s_<t)                the deviation of a candidate
     s    = the candidate whose d is closest to the median of the G values (lowest index on a tie)
 
-No deviation from the paper here; what it leaves open (even G, early finishers) is stated in each docstring.
+What the paper leaves open (even G, an end exactly at t_q) is decided where it comes up.
 """
 
 import math
@@ -67,15 +67,17 @@ def cut_segment(token_ids: Sequence[int], logprobs: Sequence[float], split_posit
         token_ids: what the candidate wrote (its EOS included where it wrote one), at least one token.
         logprobs: log pi of each of these tokens, in nats, same length.
         split_position: t_q >= 1.
-        finished: the candidate ended by itself (EOS).  If it did so before t_q, its segment is the first half of
-            what it wrote, ``floor(n / 2)`` tokens but at least one: a finished answer is no place to continue from.
+        finished: the candidate ended by itself (EOS).  If it did so at t_q at the latest, its segment is the first
+            half of what it wrote, ``floor(n / 2)`` tokens but at least one: a finished answer is no place to go on.
 
     Raises:
         ValueError: no tokens, lengths that differ, or ``split_position < 1``.
     """
     if not token_ids or len(token_ids) != len(logprobs):
-        raise ValueError(f"a candidate needs as many log-probs as tokens and at least one, got {len(token_ids)} "
-                         f"tokens and {len(logprobs)} log-probs")  # fmt: skip
+        raise ValueError(
+            f"a candidate needs as many log-probs as tokens and at least one, got {len(token_ids)} "
+            f"tokens and {len(logprobs)} log-probs"
+        )
     if split_position < 1:
         raise ValueError(f"split_position must be >= 1, got {split_position}")
     # An EOS exactly at t_q is early too: cutting at t_q would leave the end marker inside the skip prompt.

@@ -4,6 +4,7 @@ Read once at each border (``main``, the trainer, a rollout worker) and passed on
 misspelt key or a degenerate combination stops the run before anything is loaded.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -26,6 +27,14 @@ def _require(holds: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _require_finite(record: Any, prefix: str) -> None:
+    for item in fields(record):
+        value = getattr(record, item.name)
+        _require(
+            not isinstance(value, float) or math.isfinite(value), f"{prefix}.{item.name}: must be finite, got {value}"
+        )
+
+
 @dataclass(frozen=True)
 class TrackerSettings:
     """Constants of the KL-adaptive trackers, SPEC section 4.
@@ -42,6 +51,7 @@ class TrackerSettings:
     drift: str = "kl_steps"
 
     def __post_init__(self) -> None:
+        _require_finite(self, "skpo.tracker")
         _require(
             0 <= self.rho_min <= self.rho_max <= 1,
             f"skpo.tracker: needs 0 <= rho_min <= rho_max <= 1, got rho_min={self.rho_min}, rho_max={self.rho_max}",
@@ -90,15 +100,20 @@ class SkpoSettings:
     trees_per_step: int = 1
 
     def __post_init__(self) -> None:
-        _require(self.group_size >= 2, f"skpo.group_size: must be >= 2 (a group of one has no advantage), "
-                 f"got {self.group_size}")  # fmt: skip
+        _require_finite(self, "skpo")
+        _require(
+            self.group_size >= 2,
+            f"skpo.group_size: must be >= 2 (a group of one has no advantage), got {self.group_size}",
+        )
         _require(
             0 < self.split_low <= self.split_high < 1,
             f"skpo.split_low, skpo.split_high: need 0 < split_low <= split_high < 1, "
             f"got {self.split_low} and {self.split_high}",
         )
-        _require(self.selection in SELECTIONS, f"skpo.selection: must be one of {', '.join(SELECTIONS)}, "
-                 f"got {self.selection!r}")  # fmt: skip
+        _require(
+            self.selection in SELECTIONS,
+            f"skpo.selection: must be one of {', '.join(SELECTIONS)}, got {self.selection!r}",
+        )
         _require(self.skip in SKIPS, f"skpo.skip: must be one of {', '.join(SKIPS)}, got {self.skip!r}")
         _require(self.initial_length >= 1, f"skpo.initial_length: must be >= 1, got {self.initial_length}")
         _require(
@@ -120,7 +135,15 @@ class SkpoSettings:
         Raises:
             ConfigError: an unknown key, a value of the wrong type, or one out of range.
         """
-        plain: Any = OmegaConf.to_container(node, resolve=True) if isinstance(node, DictConfig) else dict(node)
+        try:
+            resolve = isinstance(node, DictConfig)
+            plain: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if resolve else node
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"skpo: {str(error).splitlines()[0]}") from None
+        if not isinstance(plain, Mapping):
+            raise ConfigError(f"skpo: must be a mapping of settings, is {plain!r}")
+        if not isinstance(plain.get("tracker", {}), Mapping):
+            raise ConfigError(f"skpo.tracker: must be a mapping of settings, is {plain['tracker']!r}")
         for key in unknown_keys(plain):
             raise ConfigError(f"skpo.{key}: unknown key; known are {', '.join(known_keys())}")
         try:

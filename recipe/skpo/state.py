@@ -8,6 +8,7 @@ under a temporary name and renamed, so that it is whole or absent.
 import json
 import os
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from recipe.skpo.tracker import DriftClock, KLAdaptiveTracker
 FILE_NAME = "skpo_state.npz"
 _FORMAT = 1
 _SEED_BOUND = 2**31 - 1
+
+
+DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+"""What reading a truncated or altered ``.npz`` raises."""
 
 
 class StateError(RuntimeError):
@@ -134,21 +139,21 @@ class SkpoState:
                 target.load_state_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
             self.rng.bit_generator.state = meta["rng"]
             self.visits = int(meta["visits"])
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except DAMAGE as error:
             raise StateError(
                 f"{path}: cannot be read as SKPO state ({error}); resume from an older checkpoint with "
                 f"trainer.resume_mode=resume_path trainer.resume_from_path=<.../global_step_N>"
             ) from error
 
     def _check_meta(self, path: Path, meta: dict[str, Any]) -> None:
+        if meta["format"] != _FORMAT:
+            raise StateError(f"{path}: has format {meta['format']}, this version of verl-skpo reads {_FORMAT}")
         for name, mine in (("group_size", self.settings.group_size), ("drift", self.settings.tracker.drift)):
             if meta[name] != mine:
                 raise StateError(
                     f"{path}: was saved with {name}={meta[name]}, this run has {mine}; use the same value, or start "
                     f"a new run with trainer.resume_mode=disable and another output_dir"
                 )
-        if meta["format"] != _FORMAT:
-            raise StateError(f"{path}: has format {meta['format']}, this version of verl-skpo reads {_FORMAT}")
 
     def _parts(self) -> dict[str, KLAdaptiveTracker | DriftClock]:
         return {"values": self.values, "lengths": self.lengths, "clock": self.clock}

@@ -23,7 +23,7 @@ from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 from recipe.skpo.advantage import skpo_advantage
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
-from recipe.skpo.metrics import MetricsFile, append_trees, rollout_metrics, rollout_tree, update_metrics
+from recipe.skpo.metrics import MetricsFile, append_trees, keep_lines, rollout_metrics, rollout_tree, update_metrics
 from recipe.skpo.minibatch import minibatch_of_rows, minibatch_order, row_scales
 from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD
 from recipe.skpo.settings import SkpoSettings
@@ -88,6 +88,7 @@ class SkpoTrainer(PPOTrainerSync):
         # verl builds its loggers inside fit(), so the first hook after that adds ours.
         loggers: dict[str, Any] = self.logger.logger
         if "metrics_file" not in loggers:
+            keep_lines(self.output_dir / "trees.jsonl", self.resumed_at)
             loggers["metrics_file"] = MetricsFile(self.output_dir / "metrics.jsonl", self.resumed_at)
 
     # ---------------------------------------------------------------- prompts out, rows in order

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recipe.skpo.metrics import read_lines
 from recipe.skpo.state import FILE_NAME
-from tests.e2e.tiny import overrides, read_lines
+from tests.e2e.tiny import overrides
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -37,16 +38,27 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("tiny")
     arguments = overrides(folder)
     with (folder / "first.log").open("w") as log:
-        process = subprocess.Popen([*LAUNCH, *arguments, "trainer.total_training_steps=1000"], cwd=ROOT,
-                                   stdout=log, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        process = subprocess.Popen(
+            [*LAUNCH, *arguments, "trainer.total_training_steps=1000"],
+            cwd=ROOT,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         wait_for_marker(folder, process, step=2)
         process.send_signal(signal.SIGKILL)
         process.wait()
     saved = dict(np.load(folder / "out/checkpoints/global_step_2" / FILE_NAME))
     # Ray's processes follow their driver; give them the time to.
     time.sleep(5)
-    again = subprocess.run([*LAUNCH, *arguments, "trainer.total_training_steps=3"], cwd=ROOT, capture_output=True,
-                           text=True, timeout=600, env=os.environ)  # fmt: skip
+    again = subprocess.run(
+        [*LAUNCH, *arguments, "trainer.total_training_steps=3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ,
+    )
     return {"folder": folder, "saved": saved, "again": again, "out": folder / "out"}
 
 
@@ -74,8 +86,11 @@ def test_trackers_go_on_where_they_were(run: dict) -> None:
 
 def test_rollout_and_actor_agree(run: dict) -> None:
     """fp32 on both sides: mean absolute difference of log-probs, over every step and also after weight syncs."""
-    gaps = [line["skpo/rollout_actor_logprob_gap/mean"] for line in read_lines(run["out"] / "metrics.jsonl")
-            if "skpo/loss" in line]  # fmt: skip
+    gaps = [
+        line["skpo/rollout_actor_logprob_gap/mean"]
+        for line in read_lines(run["out"] / "metrics.jsonl")
+        if "skpo/loss" in line
+    ]
     assert len(gaps) == 3
     assert 0 < max(gaps) < 1e-3, "exactly 0 would mean that they were not compared"
 
@@ -83,13 +98,27 @@ def test_rollout_and_actor_agree(run: dict) -> None:
 def test_every_promised_metric_is_there(run: dict) -> None:
     line = [line for line in read_lines(run["out"] / "metrics.jsonl") if "skpo/loss" in line][-1]
     for phase in ("upstream", "downstream"):
-        for name in ("reward/mean", "advantage/mean", "advantage/std", "length/mean", "tokens_generated",
-                     "prefix_cache/hit_rate", "seconds/mean", "ratio_clipped_low_share",
-                     "ratio_clipped_high_share"):  # fmt: skip
+        for name in (
+            "reward/mean",
+            "advantage/mean",
+            "advantage/std",
+            "length/mean",
+            "tokens_generated",
+            "prefix_cache/hit_rate",
+            "seconds/mean",
+            "ratio_clipped_low_share",
+            "ratio_clipped_high_share",
+        ):
             assert f"skpo/{phase}/{name}" in line
-    for name in ("upstream/split_position/mean", "upstream/deviation/mean", "upstream/early_finish_share",
-                 "downstream/all_equal_share", "tracker/value/mean", "tracker/effective_count/mean",
-                 "tracker/drift/mean"):  # fmt: skip
+    for name in (
+        "upstream/split_position/mean",
+        "upstream/deviation/mean",
+        "upstream/early_finish_share",
+        "downstream/all_equal_share",
+        "tracker/value/mean",
+        "tracker/effective_count/mean",
+        "tracker/drift/mean",
+    ):
         assert f"skpo/{name}" in line
 
 

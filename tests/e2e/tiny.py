@@ -1,6 +1,5 @@
 """A tiny random Llama with its own tokenizer, a task and a reward for it: the real stack in a minute."""
 
-import json
 from pathlib import Path
 
 from data_prep.schema import Row, write_parquet
@@ -102,8 +101,3 @@ def overrides(folder: Path) -> list[str]:
         "trainer.save_freq=2",
         "trainer.test_freq=1000",
     ]
-
-
-def read_lines(path: Path) -> list[dict[str, float]]:
-    """Lines of a metrics file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
