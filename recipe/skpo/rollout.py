@@ -130,9 +130,8 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
 
         started = time.perf_counter()
         candidates = await self._sample_candidates(f"{uid}-up", problem_ids, sampling_params, split_position, seed)
-        chosen = candidates[select_segment([candidate.segment.deviation for candidate in candidates])]
-        segment = chosen.segment
-        skip_ids = skip_prompt(segment.token_ids, problem_ids, self.bos_token_id)
+        chosen = select_segment([candidate.segment.deviation for candidate in candidates])
+        skip_ids = skip_prompt(candidates[chosen].segment.token_ids, problem_ids, self.bos_token_id)
         budget = min(self.rollout_config.response_length, self.rollout_config.max_model_len - len(skip_ids))
         if budget < 1:
             raise RolloutError(f"skip prompt of {len(skip_ids)} tokens leaves no room in max_model_len")
@@ -153,33 +152,9 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
             response if isinstance(response, AgentLoopOutput) else self._missing_sibling(skip_ids, responses[0])
             for response in settled
         ]
-        record = {
-            "split_position": split_position,
-            "candidates": [
-                {
-                    "token_ids": list(candidate.segment.token_ids),
-                    "deviation": candidate.segment.deviation,
-                    "ended_early": candidate.ended_early,
-                }
-                for candidate in candidates
-            ],
-            "chosen": candidates.index(chosen),
-            "deviation": segment.deviation,
-            "ended_early": sum(candidate.ended_early for candidate in candidates) / len(candidates),
-            "generated": sum(len(candidate.output.token_ids) for candidate in candidates),
-            "prefilled": len(problem_ids) * len(candidates),
-            "cached": sum(_cached(candidate.output) for candidate in candidates),
-            "seconds": upstream_done - started,
-            "downstream_seconds": time.perf_counter() - upstream_done,
-        }
-        upstream = self._row(
-            problem_ids,
-            list(segment.token_ids),
-            list(segment.logprobs),
-            dict(chosen.output.extra_fields, skpo=record),
-        )
+        times = (upstream_done - started, time.perf_counter() - upstream_done)
+        upstream = self._segment_row(problem_ids, candidates, chosen, split_position, times)
         upstream.reward_score = reward
-        upstream.extra_fields["reward_extra_info"] = {}
         return [
             (output, dict(prompt, session_id=session, skpo_phase=torch.tensor(phase)))
             for output, session, phase in [
@@ -249,6 +224,40 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
             metrics=AgentLoopMetrics(),
             extra_fields=dict(extra_fields, turn_scores=[], tool_rewards=[]),
         )
+
+    def _segment_row(
+        self,
+        problem_ids: list[int],
+        candidates: Sequence[Candidate],
+        chosen: int,
+        split_position: int,
+        seconds: tuple[float, float],
+    ) -> AgentLoopOutput:
+        """The upstream row, with the record of the whole prompt that metrics and rollout trees are made from."""
+        segment = candidates[chosen].segment
+        record = {
+            "split_position": split_position,
+            "candidates": [
+                {
+                    "token_ids": list(candidate.segment.token_ids),
+                    "deviation": candidate.segment.deviation,
+                    "ended_early": candidate.ended_early,
+                }
+                for candidate in candidates
+            ],
+            "chosen": chosen,
+            "deviation": segment.deviation,
+            "ended_early": sum(candidate.ended_early for candidate in candidates) / len(candidates),
+            "generated": sum(len(candidate.output.token_ids) for candidate in candidates),
+            "prefilled": len(problem_ids) * len(candidates),
+            "cached": sum(_cached(candidate.output) for candidate in candidates),
+            "seconds": seconds[0],
+            "downstream_seconds": seconds[1],
+        }
+        fields = dict(candidates[chosen].output.extra_fields, skpo=record)
+        row = self._row(problem_ids, list(segment.token_ids), list(segment.logprobs), fields)
+        row.extra_fields["reward_extra_info"] = {}
+        return row
 
     def _missing_sibling(self, skip_ids: list[int], sibling: AgentLoopOutput) -> AgentLoopOutput:
         """A row of one untrained token for a sibling that failed: verl expects G + 1 rows per prompt."""
