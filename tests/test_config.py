@@ -22,6 +22,7 @@ RUNS = {
     "llama": ("platform=gpu", "model=llama3_2_3b_instruct", *FILES),
 }
 PAPER = ["qwen", "llama"]
+MEGATRON = (*RUNS["qwen"], "model_engine=megatron")
 
 # SPEC section 7, and sections 2, 4 and 6 for what is SKPO's own.
 PAPER_VALUES = {
@@ -31,7 +32,7 @@ PAPER_VALUES = {
     "trainer.total_training_steps": 500,
     "actor_rollout_ref.actor.ppo_mini_batch_size": 32,
     "actor_rollout_ref.actor.ppo_epochs": 1,
-    "actor_rollout_ref.actor.grad_clip": 1.0,
+    "actor_rollout_ref.actor.optim.clip_grad": 1.0,
     "actor_rollout_ref.actor.optim.optimizer": "AdamW",
     "actor_rollout_ref.actor.optim.lr": 1e-6,
     "actor_rollout_ref.actor.optim.lr_warmup_steps": 10,
@@ -40,7 +41,7 @@ PAPER_VALUES = {
     "actor_rollout_ref.actor.optim.betas": [0.9, 0.999],
     "actor_rollout_ref.actor.use_kl_loss": False,
     "actor_rollout_ref.actor.entropy_coeff": 0,
-    "actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype": "bf16",
+    "actor_rollout_ref.actor.fsdp_config.dtype": "bfloat16",
     "actor_rollout_ref.rollout.dtype": "bfloat16",
     "actor_rollout_ref.rollout.temperature": 1.0,
     "actor_rollout_ref.rollout.top_p": 1,
@@ -124,6 +125,17 @@ def test_verl_accepts_actor_and_rollout(run_config, run: str) -> None:
     assert rollout.n == config.skpo.group_size + 1
     assert not need_critic(config) and not need_reference_policy(config)
     validate_config(config, use_reference_policy=False, use_critic=False)
+
+
+def test_megatron_is_verls_own_engine_group(compose_config) -> None:
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.config import McoreActorConfig
+
+    config = compose_config(*MEGATRON)
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert isinstance(actor, McoreActorConfig) and actor.strategy == "megatron"
+    assert (actor.optim.lr, actor.optim.weight_decay, actor.optim.clip_grad) == (1e-6, 0.1, 1.0)
+    check_config(config, SkpoSettings.from_config(config.skpo))
 
 
 def test_cpu_and_embedded_model_are_the_default(compose_config, monkeypatch) -> None:

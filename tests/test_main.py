@@ -282,6 +282,22 @@ def test_the_platform_is_what_the_driver_says(tmp_path: Path, monkeypatch, scrip
     assert main.detect_platform() == platform
 
 
+@pytest.mark.parametrize(
+    ("installed", "given", "used"),
+    [(False, None, "sdpa"), (True, None, None), (False, "flash_attention_3", "flash_attention_3")],
+)
+def test_attention_follows_what_is_installed(
+    compose_config, monkeypatch, installed: bool, given: str | None, used: str | None
+) -> None:
+    monkeypatch.setenv("TENSORBOARD_DIR", "elsewhere")
+    monkeypatch.setattr(main, "find_spec", lambda name: object() if installed else None)
+    extra = [f"+actor_rollout_ref.model.override_config.attn_implementation={given}"] if given else []
+    config = compose_config("platform=gpu", *extra)
+    main.apply_platform(config)
+    assert config.actor_rollout_ref.model.override_config.get("attn_implementation") == used
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars == {"TENSORBOARD_DIR": "elsewhere"}
+
+
 def test_embedded_data_and_model_are_made_once(compose_config, tmp_path: Path, monkeypatch) -> None:
     from data_prep import arithmetic
     from model_prep import smollm2

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def apply_platform(config: DictConfig) -> None:
 
         verl_plugin.activate()
     with open_dict(config):
+        options = config.actor_rollout_ref.model.override_config
+        if "attn_implementation" not in options and find_spec("flash_attn") is None:
+            # verl asks for flash attention by default, which is a package of its own to build.
+            options.attn_implementation = "sdpa"
+            print("note: flash-attn is not installed, so the actor uses sdpa; packed rows are faster with flash-attn")
         # A Ray that is already running does not inherit this process's environment.
         runtime_env = config.ray_kwargs.ray_init.runtime_env
         runtime_env.env_vars = {**variables, **(runtime_env.get("env_vars") or {})}
