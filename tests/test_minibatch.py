@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, downstream_loss, upstream_loss
-from recipe.skpo.minibatch import minibatch_of_rows, minibatch_order, row_scales
+from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
 from tests.reference import FlatRow, Row, random_batch, reference_batch_objective
 
 CLIPS = (0.2, 0.28)
@@ -203,3 +203,20 @@ def test_shares_do_not_depend_on_the_order_of_rows(seed: int) -> None:
     order = rng.permutation(len(rows)).tolist()
     shuffled = scales_of([rows[index] for index in order], [minibatch[index] for index in order])
     torch.testing.assert_close(shuffled, scales_of(rows, minibatch)[order])
+
+
+def test_padding_failed_siblings_and_lonely_segments_do_not_count() -> None:
+    # prompt 0: segment, response, failed sibling; prompt 1: a segment whose responses were all lost; then padding
+    phase = torch.tensor([UPSTREAM, DOWNSTREAM, DOWNSTREAM, UPSTREAM, DOWNSTREAM, UPSTREAM])
+    prompts = torch.tensor([0, 0, 0, 1, 1, 2])
+    padding = torch.tensor([False, False, False, False, False, True])
+    lengths = torch.tensor([4, 9, 0, 5, 0, 1])
+    counted = counted_rows(phase, prompts, padding, lengths)
+    assert counted.tolist() == [True, True, False, False, False, False]
+
+
+def test_a_padding_response_does_not_save_a_segment() -> None:
+    counted = counted_rows(
+        torch.tensor([UPSTREAM, DOWNSTREAM]), torch.tensor([0, 0]), torch.tensor([False, True]), torch.tensor([3, 3])
+    )
+    assert counted.tolist() == [False, False]

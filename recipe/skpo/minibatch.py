@@ -56,6 +56,25 @@ def minibatch_of_rows(rows: int, rows_per_minibatch: int, ranks: int) -> torch.T
     return position_in_rank // (rows_per_minibatch // ranks)
 
 
+def counted_rows(
+    phase: torch.Tensor, prompts: torch.Tensor, padding: torch.Tensor, lengths: torch.Tensor
+) -> torch.Tensor:
+    """Rows that count in statistics, trackers and objectives.
+
+    Args:
+        phase, prompts: per row, as in ``row_scales``.
+        padding: bool (rows,).  Padding rows are copies of a real one, role included, so only this tells them apart.
+        lengths: trained tokens of the row, (rows,); 0 for a sibling that failed.
+
+    Returns:
+        bool (rows,): no padding, with trained tokens and, for a segment, with a sibling that counts (a prompt whose
+        responses were all lost while they were stored has no mean reward or length to learn from).
+    """
+    trained = ~padding & (lengths > 0)
+    downstream = phase != UPSTREAM
+    return trained & (downstream | torch.isin(prompts, prompts[trained & downstream]))
+
+
 def row_scales(
     phase: torch.Tensor,
     prompts: torch.Tensor,

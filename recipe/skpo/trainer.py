@@ -24,7 +24,7 @@ from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from recipe.skpo.advantage import skpo_advantage
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
 from recipe.skpo.metrics import MetricsFile, append_trees, keep_lines, rollout_metrics, rollout_tree, update_metrics
-from recipe.skpo.minibatch import minibatch_of_rows, minibatch_order, row_scales
+from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
 from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
@@ -138,12 +138,11 @@ class SkpoTrainer(PPOTrainerSync):
         lengths = torch.stack([mask.sum() for mask in masks])
         rewards = torch.stack([scores.sum() for scores in data["rm_scores"].unbind()])
         phase = data["skpo_phase"].reshape(-1)
-        # Padding rows are copies of a real one, role included, so they are told apart first.
         padding = torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags])
-        valid = ~padding & (lengths > 0)
         uids, ids = data.get("uid").tolist(), [str(prompt_id) for prompt_id in data.get("id").tolist()]
         number = {uid: index for index, uid in enumerate(dict.fromkeys(uids))}
         prompts = torch.tensor([number[uid] for uid in uids])
+        valid = counted_rows(phase, prompts, padding, lengths)
         segments = (valid & (phase == UPSTREAM)).nonzero().flatten().tolist()
 
         # Every baseline is read before any tracker moves, also where a prompt is in the batch twice.
