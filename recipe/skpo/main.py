@@ -18,12 +18,20 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe.skpo.preflight import check_config, check_data, check_prompt_lengths, check_resume, is_finished
+from recipe.skpo.preflight import (
+    check_config,
+    check_data,
+    check_method_settings,
+    check_prompt_lengths,
+    check_resume,
+    is_finished,
+)
 from recipe.skpo.report import summary
-from recipe.skpo.settings import ConfigError, SkpoSettings, known_keys
+from recipe.skpo.settings import HALF_LIVES, RECORDS, ConfigError, SkpoSettings, known_keys
 
 
 def rows_per_prompt(group_size: int) -> int:
@@ -38,6 +46,10 @@ def context_length(prompt: int, response: int, split_high: float) -> int:
 
 OmegaConf.register_new_resolver("skpo_rows", rows_per_prompt, replace=True)
 OmegaConf.register_new_resolver("skpo_context", context_length, replace=True)
+# The last fifth of the response budget, over which DAPO punishes long responses.
+OmegaConf.register_new_resolver("skpo_fifth", lambda response: max(1, int(response) // 5), replace=True)
+# An unknown drift is refused by the settings, which name the known ones.
+OmegaConf.register_new_resolver("skpo_half_life", lambda drift: HALF_LIVES.get(drift, 8.0), replace=True)
 OmegaConf.register_new_resolver(
     "platform_dtype", lambda name: {"bfloat16": "bf16", "float32": "fp32"}[name], replace=True
 )
@@ -59,8 +71,18 @@ def reject_unknown_keys(arguments: list[str]) -> None:
     """
     for argument in arguments:
         match = re.match(r"[+~]{0,2}skpo\.([\w.]+)(=|$)", argument)
-        if match and match[1] not in [*known_keys(), "tracker"]:
+        if match and match[1] not in [*known_keys(), *RECORDS]:
             raise ConfigError(f"skpo.{match[1]}: unknown key; known are {', '.join(known_keys())}")
+
+
+def single_responses(config: DictConfig) -> None:
+    """Give SPO the budget of the others: one response for each of G times as many prompts, in as many updates."""
+    if config.method.name == "spo":
+        size = config.skpo.group_size
+        with open_dict(config):
+            config.data.train_batch_size *= size
+            config.actor_rollout_ref.actor.ppo_mini_batch_size *= size
+            config.actor_rollout_ref.rollout.n = 1
 
 
 def apply_platform(config: DictConfig) -> None:
@@ -151,9 +173,10 @@ def launch(config: DictConfig) -> None:
     validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
 
     class SkpoTaskRunner(TaskRunnerV1.__ray_actor_class__):  # type: ignore[name-defined,misc]
-        """verl's runner; importing our trainer registers it inside the actor's process."""
+        """verl's runner; importing our trainers registers them inside the actor's process."""
 
         def run(self, config: DictConfig) -> None:
+            import recipe.skpo.baselines
             import recipe.skpo.trainer  # noqa: F401
 
             if config.platform.name == "cpu":
@@ -176,7 +199,9 @@ def run(config: DictConfig) -> None:
     try:
         # Before everything is resolved: other values are computed from these.
         settings = SkpoSettings.from_config(config.skpo)
+        check_method_settings(config, HydraConfig.get().overrides.task)
         OmegaConf.resolve(config)
+        single_responses(config)
         check_config(config, settings)
         apply_platform(config)
         prepare_data(config)

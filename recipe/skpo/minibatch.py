@@ -83,6 +83,7 @@ def row_scales(
     valid: torch.Tensor,
     weight_up: float,
     weight_down: float,
+    aggregation: str = "group_token_mean",
 ) -> torch.Tensor:
     """The per-row factor that turns row losses into the objective of SPEC section 6.
 
@@ -93,19 +94,23 @@ def row_scales(
         lengths: trained tokens of the row, (rows,).
         valid: bool (rows,); False for padding and for siblings that failed.
         weight_up, weight_down: weights of the objectives.
+        aggregation: of the downstream tokens: ``group_token_mean`` (eq. 5) or ``token_mean`` over the whole update.
 
     Returns:
-        float32 (rows,).  With P the valid prompts of the row's update: ``weight_up / P`` upstream and
-        ``weight_down / (P * sum_i |o_i|)`` downstream, 0 where not valid.
+        float32 (rows,), 0 where not valid.  With P the valid prompts of the row's update: ``weight_up / P`` upstream;
+        downstream ``weight_down / (P * sum_i |o_i|)`` over the prompt's siblings or, for ``token_mean``,
+        ``weight_down / sum |o|`` over all responses of the update.
     """
     upstream = phase == UPSTREAM
     # A prompt's rows share its update; its prompt count is taken once per prompt, at any of its valid rows.
     pairs = torch.unique(torch.stack([minibatch[valid], prompts[valid]]), dim=1)
     prompts_per_update = torch.bincount(pairs[0], minlength=int(minibatch.max()) + 1).clamp(min=1)
-    _, group = torch.unique(prompts, return_inverse=True)
-    downstream_tokens = torch.zeros(int(group.max()) + 1, dtype=torch.float64).index_add(
-        0, group, (lengths * (valid & ~upstream)).to(torch.float64)
-    )
     share = 1.0 / prompts_per_update[minibatch].to(torch.float64)
-    scale = torch.where(upstream, weight_up * share, weight_down * share / downstream_tokens[group].clamp(min=1))
+    pooled = aggregation == "token_mean"
+    _, pool = torch.unique(minibatch if pooled else prompts, return_inverse=True)
+    pool_tokens = torch.zeros(int(pool.max()) + 1, dtype=torch.float64).index_add(
+        0, pool, (lengths * (valid & ~upstream)).to(torch.float64)
+    )
+    downstream = weight_down * (torch.ones_like(share) if pooled else share) / pool_tokens[pool].clamp(min=1)
+    scale = torch.where(upstream, weight_up * share, downstream)
     return (scale * valid).to(torch.float32)

@@ -11,38 +11,64 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError, check_parquet
 from recipe.skpo.settings import ConfigError, SkpoSettings
-from recipe.skpo.state import require_state_file
+from recipe.skpo.state import require_state_file, saved_tokens
+
+
+METHOD_SETTINGS = {
+    "rollout": (
+        "candidates split split_low split_high boundaries selection skip chat_quote upstream_reward initial_length "
+        "trees_per_step"
+    ).split(),
+    "objective": "weight_up weight_down clip_low clip_high downstream_aggregation prompt_timeout_s".split(),
+    "tracker": ["tracker"],
+    "curriculum": ["curriculum"],
+}
+"""Keys below ``skpo`` by the part of a method that reads them; all others are read by every method."""
+
+
+def check_method_settings(config: DictConfig, overrides: Iterable[str]) -> None:
+    """Refuse settings given on the command line that the chosen method would ignore.
+
+    Raises:
+        ConfigError: naming the setting and the method.
+    """
+    ignored = {key for part, keys in METHOD_SETTINGS.items() if part not in config.method.uses for key in keys}
+    for override in overrides:
+        match = re.match(r"[+~]{0,2}skpo\.(\w+)", override)
+        if match and match[1] in ignored:
+            raise ConfigError(f"skpo.{match[1]}: has no effect with method={config.method.name}; leave it out")
 
 
 def check_config(config: DictConfig, settings: SkpoSettings) -> None:
-    """Refuse combinations that SKPO cannot train with.
+    """Refuse combinations that the method cannot train with.
 
     Raises:
         ConfigError: naming the config path, what it is and what it must be.
     """
-    rows = settings.group_size + 1
-    required = {
-        "algorithm.adv_estimator": ("skpo", "SKPO computes its own advantages"),
-        "algorithm.use_kl_in_reward": (False, "SKPO has no KL penalty"),
-        "algorithm.filter_groups.enable": (False, "filtered groups would tear a segment from its responses"),
+    required: dict[str, tuple[Any, str]] = {
+        "algorithm.use_kl_in_reward": (False, "no method here has a KL penalty"),
         "algorithm.rollout_correction.rollout_is": (None, "the objectives have no importance weights"),
         "algorithm.rollout_correction.rollout_rs": (None, "the objectives reject no samples"),
-        "actor_rollout_ref.actor.use_kl_loss": (False, "SKPO has no KL penalty"),
-        "actor_rollout_ref.actor.entropy_coeff": (0, "SKPO has no entropy bonus"),
-        "actor_rollout_ref.actor.shuffle": (False, "an update must see whole prompts"),
-        "actor_rollout_ref.rollout.n": (
-            rows,
-            "one row per sibling and one for the segment; set skpo.group_size",
-        ),
-        "actor_rollout_ref.rollout.calculate_log_probs": (True, "the segment is chosen by its log-probs"),
+        "actor_rollout_ref.actor.use_kl_loss": (False, "no method here has a KL penalty"),
+        "actor_rollout_ref.actor.entropy_coeff": (0, "no method here has an entropy bonus"),
+        "actor_rollout_ref.rollout.calculate_log_probs": (True, "rollout and actor are compared by their log-probs"),
         "data.dataloader_num_workers": (0, "prefetched prompts would be lost to a checkpoint"),
-        "reward.reward_model.enable": (
-            False,
-            "the segment's reward is the mean of its siblings' rule rewards",
-        ),
-        "trainer.use_v1": (True, "SKPO is a V1 trainer"),
-        "trainer.v1.trainer_mode": ("skpo", "the asynchronous modes are not supported"),
+        "reward.reward_model.enable": (False, "rewards are rules, computed while others generate"),
+        "trainer.use_v1": (True, "the trainers are V1 trainers"),
     }
+    if config.method.name == "skpo":
+        required |= {
+            "algorithm.adv_estimator": ("skpo", "SKPO computes its own advantages"),
+            "algorithm.filter_groups.enable": (False, "filtered groups would tear a segment from its responses"),
+            "actor_rollout_ref.actor.shuffle": (False, "an update must see whole prompts"),
+            "actor_rollout_ref.rollout.n": (
+                settings.group_size + 1,
+                "one row per sibling and one for the segment; set skpo.group_size",
+            ),
+        }
+    trainers = {"skpo": "skpo", "spo": "skpo_spo"}
+    wanted_trainer = trainers.get(config.method.name, "skpo_baseline")
+    required["trainer.v1.trainer_mode"] = (wanted_trainer, "choose the method with method=<name>")
     for path, (wanted, reason) in required.items():
         value = OmegaConf.select(config, path)
         if value != wanted:
@@ -53,7 +79,13 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
             f"data.train_batch_size: {batch} prompts do not split into mini-batches of "
             f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
         )
-    _check_context(config, settings)
+    if config.budget.match == "tokens" and (type(config.budget.tokens) is not int or config.budget.tokens < 1):
+        raise ConfigError(
+            f"budget.tokens: is {config.budget.tokens}; give the number of tokens to generate, such as the last "
+            f"skpo/tokens/generated_so_far in the metrics.jsonl of the run to compare with"
+        )
+    if config.method.name == "skpo":
+        _check_context(config, settings)
 
 
 def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
@@ -163,9 +195,13 @@ def check_resume(config: DictConfig) -> None:
 
 
 def is_finished(config: DictConfig) -> bool:
-    """Whether the checkpoint that would be resumed from is already at the last training step."""
-    folder, last = resume_folder(config), config.trainer.total_training_steps
-    return folder is not None and last is not None and int(folder.name.removeprefix("global_step_")) >= last
+    """Whether the checkpoint that would be resumed from is at the last training step or has spent its tokens."""
+    folder, last, tokens = resume_folder(config), config.trainer.total_training_steps, config.budget.tokens
+    if folder is None:
+        return False
+    if tokens is not None and saved_tokens(folder) >= tokens:
+        return True
+    return last is not None and int(folder.name.removeprefix("global_step_")) >= last
 
 
 def resume_folder(config: DictConfig) -> Path | None:

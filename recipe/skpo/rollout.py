@@ -9,6 +9,10 @@ under [s, q]; their rewards while others still generate; then the rows are store
 Nothing waits for other prompts.  All requests of one phase carry one routing id, so that they land on one replica and
 share its prefix cache.  A sibling that fails leaves a row without trained tokens; a prompt without a usable candidate
 or sibling is marked failed and stores nothing.  Validation is verl's own path, plain pi(.|q).
+
+The ablations of SPEC section 8 change what the siblings continue (``skip``), where candidates are cut (``split``),
+which one is kept (``selection``) and whose reward the segment gets (``upstream_reward``).  The baselines use the worker
+``MeteredWorker``: verl's own rollout with counted tokens and a seed per request.
 """
 
 import asyncio
@@ -16,6 +20,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -28,12 +33,12 @@ from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
-from recipe.skpo.segments import Segment, cut_segment, select_segment, skip_prompt
+from recipe.skpo.segments import Segment, cut_segment, last_boundary, select_segment, skip_prompt
 from recipe.skpo.settings import SkpoSettings
 
 logger = logging.getLogger(__name__)
 
-SPLIT_FIELD, SEED_FIELD = "skpo_split_position", "skpo_seed"
+SPLIT_FIELD, SEED_FIELD, STEP_FIELD = "skpo_split_position", "skpo_seed", "skpo_step"
 """Fields that the trainer adds to every training prompt."""
 
 
@@ -48,6 +53,21 @@ class Candidate:
     segment: Segment
     ended_early: bool
     output: TokenOutput
+
+
+@dataclass(frozen=True)
+class SkipPrompt:
+    """What the siblings are sampled from, and how their rows are stored.
+
+    Attributes:
+        request_ids: the prompt that the server sees.
+        row_ids: the prompt of the stored row, a beginning of ``request_ids``; the rest opens the row's response.
+        opening: the segment whose tokens open the response, not trained there; None where ``row_ids`` is all.
+    """
+
+    request_ids: list[int]
+    row_ids: list[int]
+    opening: Segment | None = None
 
 
 def log_failures(results: Sequence[object], what: str) -> None:
@@ -69,8 +89,27 @@ def automatic_bos(tokenizer: Any) -> int | None:
     return bos if starts_with_bos or "bos_token" in template else None
 
 
-class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name-defined,misc]
-    """verl's TransferQueue rollout worker with the two SKPO phases in place of n independent samples.
+class MeteredClient:
+    """verl's LLM client, which counts the tokens of every training request, discarded ones included."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self.tokens = {"generated": 0, "prefilled": 0, "cached": 0}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    async def generate(self, request_id: str, *, prompt_ids: list[int], **kwargs: Any) -> TokenOutput:
+        """As verl's client; prompt tokens and generated ones are added up."""
+        output = await self._client.generate(request_id=request_id, prompt_ids=prompt_ids, **kwargs)
+        self.tokens["generated"] += len(output.token_ids)
+        self.tokens["prefilled"] += len(prompt_ids)
+        self.tokens["cached"] += _cached(output)
+        return output
+
+
+class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name-defined,misc]
+    """verl's TransferQueue rollout worker with counted tokens and, if ``skpo.seed_requests``, a seed per request.
 
     ``AgentLoopWorkerTQ`` is a Ray actor class and cannot be subclassed itself, hence ``__ray_actor_class__``.
     """
@@ -78,6 +117,34 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = SkpoSettings.from_config(self.config.skpo)
+        self.llm_client = self.meter = MeteredClient(self.llm_client)
+
+    def take_tokens(self) -> dict[str, int]:
+        """Tokens of all requests since the last call: ``generated``, ``prefilled``, ``cached``."""
+        taken = self.meter.tokens
+        self.meter.tokens = dict.fromkeys(taken, 0)
+        return taken
+
+    async def _run_agent_loop(
+        self,
+        sampling_params: dict[str, Any],
+        trajectory: dict[str, Any],
+        *,
+        agent_name: str,
+        trace: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        """One response of a prompt; override of verl's, which seeds no request."""
+        if not trajectory["validate"] and self.settings.seed_requests:
+            sampling_params = dict(sampling_params, seed=int(kwargs[SEED_FIELD]) + int(kwargs["session_id"]))
+        return await super()._run_agent_loop(sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs)
+
+
+class SkpoAgentLoopWorker(MeteredWorker):
+    """verl's rollout worker with the two SKPO phases in place of n independent samples."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # The same builder as verl's single-turn agent: training and validation see the same tokens of q.
         self.token_builder = create_continuous_token_builder(
             self.tokenizer,
@@ -89,6 +156,9 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
         stops = getattr(self.model_config.generation_config, "eos_token_id", None)
         self.bos_token_id = automatic_bos(self.tokenizer)
         self.stop_ids = {self.tokenizer.eos_token_id, *(stops if isinstance(stops, list) else [stops])} - {None}
+        texts = [boundary for boundary in self.settings.boundaries if isinstance(boundary, str)]
+        ids = [boundary for boundary in self.settings.boundaries if isinstance(boundary, int)]
+        self.find_boundary = partial(last_boundary, boundary_ids=ids, boundary_texts=texts, decode=self._decode)
 
     async def _run_prompt(self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False) -> None:
         """Roll one prompt out; override of verl's hook, which samples n independent responses."""
@@ -122,39 +192,47 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
             RolloutError: no usable candidate, no usable sibling, or [s, q] leaves no room for a response.
         """
         prompt = {key: value for key, value in prompt.items() if key != "agent_name"}
-        split_position, seed = int(prompt[SPLIT_FIELD]), int(prompt[SEED_FIELD])
+        split_position, seed, step = int(prompt[SPLIT_FIELD]), int(prompt[SEED_FIELD]), int(prompt[STEP_FIELD])
         size, uid = self.settings.group_size, prompt["uid"]
-        loop = asyncio.get_running_loop()
         messages = list(prompt["raw_prompt"])
-        problem_ids = list(await loop.run_in_executor(None, self.token_builder.build_initial_tokens, messages))
+        problem_ids = await self._tokenize(messages)
 
         started = time.perf_counter()
         candidates = await self._sample_candidates(f"{uid}-up", problem_ids, sampling_params, split_position, seed)
-        chosen = select_segment([candidate.segment.deviation for candidate in candidates])
-        skip_ids = skip_prompt(candidates[chosen].segment.token_ids, problem_ids, self.bos_token_id)
-        budget = min(self.rollout_config.response_length, self.rollout_config.max_model_len - len(skip_ids))
+        deviations = [candidate.segment.deviation for candidate in candidates]
+        chosen = select_segment(deviations, self.settings.selection, step, seed)
+        skip = await self._skip_prompt(messages, problem_ids, candidates[chosen].segment)
+        opened = len(skip.request_ids) - len(skip.row_ids)
+        limits = self.rollout_config
+        budget = min(limits.response_length - opened, limits.max_model_len - len(skip.request_ids))
         if budget < 1:
-            raise RolloutError(f"skip prompt of {len(skip_ids)} tokens leaves no room in max_model_len")
+            raise RolloutError(f"skip prompt of {len(skip.request_ids)} tokens leaves no room in max_model_len")
 
         upstream_done = time.perf_counter()
+        own = self.settings.upstream_reward == "own"
+        completion = self._complete(uid, candidates[chosen], problem_ids, sampling_params, seed, prompt) if own else None
         requests = [
-            self._respond(f"{uid}-down", index, skip_ids, dict(sampling_params, max_tokens=budget), seed, prompt)
+            self._respond(f"{uid}-down", index, skip, dict(sampling_params, max_tokens=budget), seed, prompt)
             for index in range(size)
         ]
-        settled = await asyncio.gather(*requests, return_exceptions=True)
+        settled = await asyncio.gather(*requests, *([completion] if completion else []), return_exceptions=True)
         log_failures(settled, f"prompt {prompt['id']} ({uid}): sibling")
-        responses = [response for response in settled if isinstance(response, AgentLoopOutput)]
+        siblings, completed = settled[:size], settled[size:]
+        responses = [response for response in siblings if isinstance(response, AgentLoopOutput)]
         if not responses:
             raise RolloutError(f"all {size} siblings failed")
+        if any(isinstance(response, BaseException) for response in completed):
+            raise RolloutError("the chosen candidate's own response failed")
+        scored = [response for response in completed if isinstance(response, AgentLoopOutput)] or responses
 
-        reward = sum(response.reward_score or 0.0 for response in responses) / len(responses)
         outputs = [
-            response if isinstance(response, AgentLoopOutput) else self._missing_sibling(skip_ids, responses[0])
-            for response in settled
+            response if isinstance(response, AgentLoopOutput) else self._missing_sibling(skip.row_ids, responses[0])
+            for response in siblings
         ]
         times = (upstream_done - started, time.perf_counter() - upstream_done)
-        upstream = self._segment_row(problem_ids, candidates, chosen, split_position, times)
-        upstream.reward_score = reward
+        written = len(scored[0].response_ids) - len(candidates[chosen].output.token_ids) if completed else 0
+        upstream = self._segment_row(problem_ids, candidates, chosen, split_position, times, written)
+        upstream.reward_score = sum(response.reward_score or 0.0 for response in scored) / len(scored)
         return [
             (output, dict(prompt, session_id=session, skpo_phase=torch.tensor(phase)))
             for output, session, phase in [
@@ -163,46 +241,99 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
             ]
         ]
 
+    async def _tokenize(self, messages: list[dict]) -> list[int]:
+        """Tokens of the templated messages, as verl's single-turn agent makes them."""
+        build = self.token_builder.build_initial_tokens
+        return list(await asyncio.get_running_loop().run_in_executor(None, build, messages))
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        # Without clean-up: the text of a prefix has to be a prefix of the text.
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    async def _skip_prompt(self, messages: list[dict], problem_ids: list[int], segment: Segment) -> SkipPrompt:
+        """What the siblings continue, SPEC sections 2 and 8."""
+        tokens = list(segment.token_ids)
+        if self.settings.skip == "unconditional":
+            return SkipPrompt(problem_ids, problem_ids)
+        if self.settings.skip == "continual":
+            return SkipPrompt(problem_ids + tokens, problem_ids, segment)
+        if self.settings.skip == "chat":
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            quote = self.settings.chat_quote.format(segment=text, problem=messages[-1]["content"])
+            ids = await self._tokenize([*messages[:-1], {**messages[-1], "content": quote}])
+        else:
+            ids = skip_prompt(tokens, problem_ids, self.bos_token_id)
+        return SkipPrompt(ids, ids)
+
     async def _sample_candidates(
         self, route: str, problem_ids: list[int], sampling_params: dict, split_position: int, seed: int
     ) -> list[Candidate]:
-        """G candidates of at most t_q tokens, cut; those that failed are left out."""
+        """The upstream candidates, of at most t_q tokens each, cut; those that failed are left out."""
         params = dict(sampling_params, max_tokens=split_position)
         outputs = await asyncio.gather(
-            *(self._generate(route, index, problem_ids, params, seed) for index in range(self.settings.group_size)),
+            *(self._generate(route, index, problem_ids, params, seed) for index in range(self.settings.candidate_count)),
             return_exceptions=True,
         )
         log_failures(outputs, f"{route}: candidate")
+        boundary = self.find_boundary if self.settings.split == "boundary_token" else None
         candidates = []
         for output in outputs:
             if isinstance(output, TokenOutput):
                 finished = len(output.token_ids) < split_position or output.token_ids[-1] in self.stop_ids
-                segment = cut_segment(output.token_ids, output.log_probs or [], split_position, finished)
+                segment = cut_segment(output.token_ids, output.log_probs or [], split_position, finished, boundary)
                 candidates.append(Candidate(segment, finished, output))
         if not candidates:
-            raise RolloutError(f"all {self.settings.group_size} upstream candidates failed")
+            raise RolloutError(f"all {self.settings.candidate_count} upstream candidates failed")
         return candidates
 
     async def _respond(
-        self, route: str, index: int, skip_ids: list[int], params: dict, seed: int, prompt: dict
+        self, route: str, index: int, skip: SkipPrompt, params: dict, seed: int, prompt: dict
     ) -> AgentLoopOutput:
         """One downstream sibling with its reward."""
         # Seeds of the siblings follow those of the candidates: no two requests of a prompt share one.
-        output = await self._generate(route, index, skip_ids, params, seed + self.settings.group_size)
-        record = {"generated": len(output.token_ids), "prefilled": len(skip_ids), "cached": _cached(output)}
-        row = self._row(skip_ids, output.token_ids, output.log_probs, dict(output.extra_fields, skpo=record))
+        output = await self._generate(route, index, skip.request_ids, params, seed + self.settings.group_size)
+        record = {
+            "generated": len(output.token_ids),
+            "prefilled": len(skip.request_ids),
+            "cached": _cached(output),
+        }
+        row = self._row(skip.row_ids, output.token_ids, output.log_probs, dict(output.extra_fields, skpo=record))
+        if skip.opening is not None:
+            # Under q, the segment is the hard beginning of the response: read and scored, not trained again.
+            row.response_ids = [*skip.opening.token_ids, *row.response_ids]
+            row.response_logprobs = [*skip.opening.logprobs, *(row.response_logprobs or ())]
+            row.response_mask = [0] * len(skip.opening.token_ids) + row.response_mask
         await self._compute_score([row], kwargs=prompt)
         return row
 
-    async def _generate(self, route: str, index: int, prompt_ids: list[int], params: dict, seed: int) -> TokenOutput:
-        """One request.  The server empties the parameters it is given, so each gets its own copy.
+    async def _complete(
+        self, uid: str, candidate: Candidate, problem_ids: list[int], sampling_params: dict, seed: int, prompt: dict
+    ) -> AgentLoopOutput:
+        """The candidate's own response to q, written to its end, with its reward; it is not trained on."""
+        written = list(candidate.output.token_ids)
+        rest: list[int] = []
+        budget = self.rollout_config.response_length - len(written)
+        if not candidate.ended_early and budget > 0:
+            params = dict(sampling_params, max_tokens=budget)
+            output = await self._generate(
+                f"{uid}-up", 0, problem_ids + written, params, seed + 2 * self.settings.group_size, name="own"
+            )
+            rest = output.token_ids
+        row = self._row(problem_ids, written + rest, None, {})
+        await self._compute_score([row], kwargs=prompt)
+        return row
+
+    async def _generate(
+        self, route: str, index: int, prompt_ids: list[int], params: dict, seed: int, name: str = ""
+    ) -> TokenOutput:
+        """One request; ``route`` and ``index`` tell it apart, and ``name`` where several share both.  The server empties the parameters it is given, so each gets its own copy.
 
         Raises:
             RolloutError: an answer without tokens or without one log-prob per token, as an aborted request gives.
         """
         own = dict(params, seed=seed + index) if self.settings.seed_requests else dict(params)
         # Full determinism hands the routing id on to vLLM as the request's name, which must be unique there.
-        request_id = f"{route}-{index}" if self.rollout_config.full_determinism else route
+        request_id = f"{route}-{name}{index}" if self.rollout_config.full_determinism else route
         output = await self.llm_client.generate(request_id=request_id, prompt_ids=prompt_ids, sampling_params=own)
         if not output.token_ids or len(output.log_probs or ()) != len(output.token_ids):
             raise RolloutError(
@@ -232,8 +363,12 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
         chosen: int,
         split_position: int,
         seconds: tuple[float, float],
+        written: int,
     ) -> AgentLoopOutput:
-        """The upstream row, with the record of the whole prompt that metrics and rollout trees are made from."""
+        """The upstream row, with the record of the whole prompt that metrics and rollout trees are made from.
+
+        ``seconds``: of both phases; ``written``: tokens that completed the chosen candidate's own response.
+        """
         segment = candidates[chosen].segment
         record = {
             "split_position": split_position,
@@ -248,7 +383,7 @@ class SkpoAgentLoopWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignor
             "chosen": chosen,
             "deviation": segment.deviation,
             "ended_early": sum(candidate.ended_early for candidate in candidates) / len(candidates),
-            "generated": sum(len(candidate.output.token_ids) for candidate in candidates),
+            "generated": sum(len(candidate.output.token_ids) for candidate in candidates) + written,
             "prefilled": len(problem_ids) * len(candidates),
             "cached": sum(_cached(candidate.output) for candidate in candidates),
             "seconds": seconds[0],
@@ -274,10 +409,23 @@ def _cached(output: TokenOutput) -> int:
     return int(output.extra_fields.get("num_cached_tokens") or 0)
 
 
-class SkpoAgentLoopManager(AgentLoopManagerTQ):
+class MeteredManager(AgentLoopManagerTQ):
     """Starts our workers; ``actor_rollout_ref.rollout.agent.agent_loop_manager_class`` names it."""
+
+    worker_class: type = MeteredWorker
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # verl's constructor sets its own worker class; workers are started later, by ``create``.
-        self.agent_loop_workers_class = ray.remote(SkpoAgentLoopWorker)
+        self.agent_loop_workers_class = ray.remote(self.worker_class)
+
+    def take_tokens(self) -> dict[str, int]:
+        """Tokens of all workers' requests since the last call: ``generated``, ``prefilled``, ``cached``."""
+        counts = ray.get([worker.take_tokens.remote() for worker in self.agent_loop_workers])
+        return {name: sum(count[name] for count in counts) for name in counts[0]}
+
+
+class SkpoAgentLoopManager(MeteredManager):
+    """The manager of the two SKPO phases."""
+
+    worker_class = SkpoAgentLoopWorker

@@ -6,11 +6,14 @@ SPEC section 2, paper section 3.  Per prompt q, G candidates s_1..s_G ~ pi(.|q) 
     d(s) = (1 / |s|) * sum_t -log pi(s_t | q, s_<t)                the deviation of a candidate
     s    = the candidate whose d is closest to the median of the G values (lowest index on a tie)
 
-What the paper leaves open (even G, an end exactly at t_q) is decided where it comes up.
+The ablations of SPEC section 8 that concern a segment are here too: other split positions (``fixed_split_position``,
+``last_boundary``) and other selections.  What the paper leaves open (even G, an end exactly at t_q) is decided where
+it comes up.
 """
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,7 +63,55 @@ def sample_split_position(mean_length: float, rng: np.random.Generator, low: flo
     return int(rng.integers(first, last, endpoint=True))
 
 
-def cut_segment(token_ids: Sequence[int], logprobs: Sequence[float], split_position: int, finished: bool) -> Segment:
+def fixed_split_position(mean_length: float, step: int, low: float = 1 / 6, high: float = 1 / 2) -> int:
+    """t_q of the ablation ``split=fixed``: the lower end of the range in odd steps, the upper end in even ones.
+
+    Args:
+        mean_length: L_q in tokens, > 0.
+        step: training step, from 1.
+        low, high: as in ``split_bounds``.
+    """
+    return split_bounds(mean_length, low, high)[0 if step % 2 else 1]
+
+
+def last_boundary(
+    token_ids: Sequence[int],
+    boundary_ids: Sequence[int],
+    boundary_texts: Sequence[str],
+    decode: Callable[[Sequence[int]], str],
+) -> int | None:
+    """Where the ablation ``split=boundary_token`` cuts: behind the last boundary among these tokens.
+
+    A text may lie inside one token or across several; the token in which it ends is kept whole.
+
+    Args:
+        token_ids: the candidate's tokens up to t_q.
+        boundary_ids: token ids that are a boundary.
+        boundary_texts: strings that are a boundary, not empty.
+        decode: token ids to text.
+
+    Returns:
+        The number of tokens up to and including the last boundary; None where there is none.
+    """
+    wanted = set(boundary_ids)
+    cut = next((index + 1 for index in reversed(range(len(token_ids))) if token_ids[index] in wanted), 0)
+    if boundary_texts:
+        text = decode(token_ids)
+        found = [(text.rfind(boundary), boundary) for boundary in boundary_texts]
+        end = max((start + len(boundary) for start, boundary in found if start >= 0), default=0)
+        if end:
+            # The first prefix whose text reaches that far: the text of a prefix grows with the prefix.
+            cut = max(cut, bisect_left(range(len(token_ids)), end, key=lambda n: len(decode(token_ids[:n]))))
+    return min(cut, len(token_ids)) or None
+
+
+def cut_segment(
+    token_ids: Sequence[int],
+    logprobs: Sequence[float],
+    split_position: int,
+    finished: bool,
+    boundary: Callable[[Sequence[int]], int | None] | None = None,
+) -> Segment:
     """Cut one candidate.
 
     Args:
@@ -69,6 +120,8 @@ def cut_segment(token_ids: Sequence[int], logprobs: Sequence[float], split_posit
         split_position: t_q >= 1.
         finished: the candidate ended by itself (EOS).  If it did so at t_q at the latest, its segment is the first
             half of what it wrote, ``floor(n / 2)`` tokens but at least one: a finished answer is no place to go on.
+        boundary: finds the last boundary among the tokens kept so far (``last_boundary``); the segment ends there,
+            or where it ended anyway if there is none.  None does not look for any.
 
     Raises:
         ValueError: no tokens, lengths that differ, or ``split_position < 1``.
@@ -83,26 +136,43 @@ def cut_segment(token_ids: Sequence[int], logprobs: Sequence[float], split_posit
     # An EOS exactly at t_q is early too: cutting at t_q would leave the end marker inside the skip prompt.
     ended_early = finished and len(token_ids) <= split_position
     keep = max(1, len(token_ids) // 2) if ended_early else min(split_position, len(token_ids))
+    if boundary is not None:
+        keep = boundary(token_ids[:keep]) or keep
     kept = tuple(float(value) for value in logprobs[:keep])
     return Segment(tuple(int(token) for token in token_ids[:keep]), kept, -math.fsum(kept) / keep)
 
 
-def select_segment(deviations: Sequence[float]) -> int:
-    """Index of the candidate whose deviation is closest to the median; the lowest index on a tie.
+def select_segment(deviations: Sequence[float], selection: str = "median", step: int = 1, seed: int = 0) -> int:
+    """Index of the candidate that is kept.
+
+    Args:
+        deviations: d of every candidate, in nats per token.
+        selection: ``median`` (the paper: the candidate whose d is closest to the median; the lowest index on a tie),
+            ``extreme`` (the smallest d in odd steps, the largest in even ones), ``first``, or ``random``.
+        step: training step, from 1; read by ``extreme``.
+        seed: of the draw; read by ``random``.
 
     For an even count the median is the mean of the two middle values, so both are equally close and the earlier
     one wins.
 
     Raises:
-        ValueError: no candidate, or a deviation that is not finite.
+        ValueError: no candidate, a deviation that is not finite, or an unknown selection.
     """
     values = np.asarray(deviations, dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
         raise ValueError(f"deviations must be finite and at least one, got {list(deviations)}")
-    middle = np.sort(values)[[(values.size - 1) // 2, values.size // 2]]
-    # The candidates closest to the median are the middle order statistics themselves: comparing with them, and not
-    # |d - mean(middle)|, keeps the tie exact in floating point.
-    return int(np.flatnonzero((values == middle[0]) | (values == middle[1]))[0])
+    if selection == "median":
+        middle = np.sort(values)[[(values.size - 1) // 2, values.size // 2]]
+        # The candidates closest to the median are the middle order statistics themselves: comparing with them, and
+        # not |d - mean(middle)|, keeps the tie exact in floating point.
+        return int(np.flatnonzero((values == middle[0]) | (values == middle[1]))[0])
+    if selection == "extreme":
+        return int(values.argmin() if step % 2 else values.argmax())
+    if selection == "first":
+        return 0
+    if selection == "random":
+        return int(np.random.default_rng(seed).integers(values.size))
+    raise ValueError(f"selection must be median, extreme, first or random, got {selection!r}")
 
 
 def skip_prompt(segment_ids: Sequence[int], problem_ids: Sequence[int], bos_token_id: int | None = None) -> list[int]:

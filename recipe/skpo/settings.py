@@ -5,6 +5,7 @@ misspelt key or a degenerate combination stops the run before anything is loaded
 """
 
 import math
+import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -14,8 +15,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipe.skpo.tracker import DriftClock
 
-SELECTIONS = ("median",)
-SKIPS = ("concat",)
+SELECTIONS = ("median", "extreme", "first", "random")
+SKIPS = ("concat", "chat", "continual", "unconditional")
+SPLITS = ("adaptive", "fixed", "boundary_token")
+UPSTREAM_REWARDS = ("mc", "own")
+AGGREGATIONS = ("group_token_mean", "token_mean")
+DRIFTS = (*DriftClock.UNITS, "logratio")
+HALF_LIVES = {"kl_steps": 8.0, "nats": 8.0, "logratio": 0.06}
+"""Default half-life per unit of the drift: the paper's, and SPO's own for its log-ratio."""
 
 
 class ConfigError(ValueError):
@@ -25,6 +32,10 @@ class ConfigError(ValueError):
 def _require(holds: bool, message: str) -> None:
     if not holds:
         raise ConfigError(message)
+
+
+def _require_one_of(value: str, known: tuple[str, ...], path: str) -> None:
+    _require(value in known, f"{path}: must be one of {', '.join(known)}, got {value!r}")
 
 
 def _require_finite(record: Any, prefix: str) -> None:
@@ -42,7 +53,8 @@ class TrackerSettings:
     Attributes:
         rho_min, rho_max: bounds of the retention per visit.
         half_life: drift after which an observation counts half, in the unit of ``drift``.
-        drift: how the policy's drift is measured, see ``tracker.DriftClock``.
+        drift: how the policy's drift is measured: ``kl_steps`` or ``nats`` (``tracker.DriftClock``), or ``logratio``,
+            SPO's mean of abs(log pi_then - log pi_now) over the prompt's previous segment, at one extra forward.
     """
 
     rho_min: float = 0.875
@@ -57,8 +69,27 @@ class TrackerSettings:
             f"skpo.tracker: needs 0 <= rho_min <= rho_max <= 1, got rho_min={self.rho_min}, rho_max={self.rho_max}",
         )
         _require(self.half_life > 0, f"skpo.tracker.half_life: must be > 0, got {self.half_life}")
-        units = DriftClock.UNITS
-        _require(self.drift in units, f"skpo.tracker.drift: must be one of {', '.join(units)}, got {self.drift!r}")
+        _require_one_of(self.drift, DRIFTS, "skpo.tracker.drift")
+
+
+@dataclass(frozen=True)
+class CurriculumSettings:
+    """Prioritised sampling of prompts, SPEC section 4.
+
+    Attributes:
+        enable: draw prompts by weight; off means verl's shuffled epochs.
+        epsilon: added to every weight, so that no prompt is out of reach.
+    """
+
+    enable: bool = True
+    epsilon: float = 0.05
+
+    def __post_init__(self) -> None:
+        _require_finite(self, "skpo.curriculum")
+        _require(
+            self.epsilon > 0,
+            f"skpo.curriculum.epsilon: must be > 0 (a solved prompt would never be seen again), got {self.epsilon}",
+        )
 
 
 @dataclass(frozen=True)
@@ -66,14 +97,28 @@ class SkpoSettings:
     """Everything SKPO adds to verl's config.
 
     Attributes:
-        group_size: G, upstream candidates and downstream siblings per prompt.
-        split_low, split_high: the split position is uniform on [split_low, split_high] x mean response length.
-        selection: which candidate is kept.
-        skip: how the segment and the problem are joined.
+        group_size: G, downstream siblings per prompt.
+        candidates: upstream candidates per prompt, 1 to G; None means G.
+        split: where candidates are cut: ``adaptive`` (the paper: t_q uniform on [split_low, split_high] x mean response
+            length), ``fixed`` (the two ends of that range in turn, by step) or ``boundary_token`` (at the last boundary
+            at or before the adaptive t_q).
+        split_low, split_high: the range.
+        boundaries: token ids and strings at which ``boundary_token`` cuts.
+        selection: which candidate is kept: ``median`` (the paper), ``extreme``, ``first``, ``random``; see
+            ``segments.select_segment``.
+        skip: what the siblings continue: ``concat`` (the paper: the tokens of s, then those of the templated q),
+            ``chat`` (q's template with s quoted inside the user turn), ``continual`` (q, then s as the hard beginning of
+            the response), ``unconditional`` (q alone).
+        chat_quote: the user turn of ``chat``, with {segment} and {problem}.
+        upstream_reward: R_I: ``mc`` (the paper: mean of the siblings' rewards) or ``own`` (the reward of the chosen
+            candidate's own completed response).
+        downstream_aggregation: ``group_token_mean`` (eq. 5: 1 / sum_i |o_i| per prompt, mean over prompts) or
+            ``token_mean`` (over all downstream tokens of the update).
         initial_length: mean response length in tokens assumed for a prompt never visited.
         weight_up, weight_down: weights of the two objectives.
         clip_low, clip_high: e_low and e_high of both objectives.
         tracker: constants of the trackers.
+        curriculum: prioritised sampling of prompts.
         seed: of every random draw of the trainer (split positions, request seeds).
         seed_requests: give every sampled request its own seed, so that a run can be repeated.  Costs a generator
             per request in the sampler: off in the GPU platform's config.
@@ -83,16 +128,23 @@ class SkpoSettings:
     """
 
     group_size: int = 8
+    candidates: int | None = None
+    split: str = "adaptive"
     split_low: float = 1 / 6
     split_high: float = 1 / 2
+    boundaries: list[Any] = field(default_factory=list)
     selection: str = "median"
     skip: str = "concat"
+    chat_quote: str = "Beginning of a solution:\n{segment}\n\n{problem}"
+    upstream_reward: str = "mc"
+    downstream_aggregation: str = "group_token_mean"
     initial_length: int = 1024
     weight_up: float = 0.5
     weight_down: float = 0.5
     clip_low: float = 0.2
     clip_high: float = 0.28
     tracker: TrackerSettings = field(default_factory=TrackerSettings)
+    curriculum: CurriculumSettings = field(default_factory=CurriculumSettings)
     seed: int = 1
     seed_requests: bool = True
     prompt_timeout_s: float = 1800.0
@@ -110,11 +162,12 @@ class SkpoSettings:
             f"skpo.split_low, skpo.split_high: need 0 < split_low <= split_high < 1, "
             f"got {self.split_low} and {self.split_high}",
         )
-        _require(
-            self.selection in SELECTIONS,
-            f"skpo.selection: must be one of {', '.join(SELECTIONS)}, got {self.selection!r}",
-        )
-        _require(self.skip in SKIPS, f"skpo.skip: must be one of {', '.join(SKIPS)}, got {self.skip!r}")
+        _require_one_of(self.selection, SELECTIONS, "skpo.selection")
+        _require_one_of(self.skip, SKIPS, "skpo.skip")
+        _require_one_of(self.split, SPLITS, "skpo.split")
+        _require_one_of(self.upstream_reward, UPSTREAM_REWARDS, "skpo.upstream_reward")
+        _require_one_of(self.downstream_aggregation, AGGREGATIONS, "skpo.downstream_aggregation")
+        self._check_combinations()
         _require(self.initial_length >= 1, f"skpo.initial_length: must be >= 1, got {self.initial_length}")
         _require(
             self.weight_up >= 0 and self.weight_down >= 0 and self.weight_up + self.weight_down > 0,
@@ -127,6 +180,40 @@ class SkpoSettings:
         _require(self.prompt_timeout_s > 0, f"skpo.prompt_timeout_s: must be > 0, got {self.prompt_timeout_s}")
         _require(self.poll_interval_s > 0, f"skpo.poll_interval_s: must be > 0, got {self.poll_interval_s}")
         _require(self.trees_per_step >= 0, f"skpo.trees_per_step: must be >= 0, got {self.trees_per_step}")
+
+    def _check_combinations(self) -> None:
+        """Refuse values that would be ignored or could not be told apart from another choice."""
+        _require(
+            self.candidates is None or 1 <= self.candidates <= self.group_size,
+            f"skpo.candidates: must be between 1 and skpo.group_size={self.group_size}, or null for as many; "
+            f"got {self.candidates}",
+        )
+        _require(
+            self.candidate_count > 1 or self.selection in ("median", "first"),
+            f"skpo.selection: {self.selection} has nothing to choose from with skpo.candidates=1; leave it at median",
+        )
+        _require(
+            (self.split == "boundary_token") == bool(self.boundaries),
+            "skpo.boundaries: name the strings or token ids to cut at, with skpo.split=boundary_token"
+            if self.split == "boundary_token"
+            else f"skpo.boundaries: has no effect with skpo.split={self.split}; set skpo.split=boundary_token",
+        )
+        for boundary in self.boundaries:
+            usable = (isinstance(boundary, str) and boundary) or (type(boundary) is int and boundary >= 0)
+            _require(bool(usable), f"skpo.boundaries: {boundary!r} is neither a token id nor a non-empty string")
+        try:
+            names = sorted(name for _, name, _, _ in string.Formatter().parse(self.chat_quote) if name is not None)
+        except ValueError as error:
+            names = [str(error)]
+        _require(
+            names == ["problem", "segment"],
+            f"skpo.chat_quote: must hold {{segment}} and {{problem}}, once each, got {self.chat_quote!r}",
+        )
+
+    @property
+    def candidate_count(self) -> int:
+        """Upstream candidates per prompt."""
+        return self.group_size if self.candidates is None else self.candidates
 
     @classmethod
     def from_config(cls, node: DictConfig | Mapping[str, Any]) -> "SkpoSettings":
@@ -142,13 +229,14 @@ class SkpoSettings:
             raise ConfigError(f"skpo: {str(error).splitlines()[0]}") from None
         if not isinstance(plain, Mapping):
             raise ConfigError(f"skpo: must be a mapping of settings, is {plain!r}")
-        if not isinstance(plain.get("tracker", {}), Mapping):
-            raise ConfigError(f"skpo.tracker: must be a mapping of settings, is {plain['tracker']!r}")
+        for name in RECORDS:
+            if not isinstance(plain.get(name, {}), Mapping):
+                raise ConfigError(f"skpo.{name}: must be a mapping of settings, is {plain[name]!r}")
         for key in unknown_keys(plain):
             raise ConfigError(f"skpo.{key}: unknown key; known are {', '.join(known_keys())}")
         try:
             schema = OmegaConf.structured(cls)
-            for record in (schema, schema.tracker):  # frozen dataclasses come as read-only nodes
+            for record in (schema, *(schema[name] for name in RECORDS)):  # frozen dataclasses come as read-only nodes
                 OmegaConf.set_readonly(record, False)
             settings = OmegaConf.to_object(OmegaConf.merge(schema, plain))
         except OmegaConfBaseException as error:
@@ -161,15 +249,19 @@ class SkpoSettings:
         return settings
 
 
+RECORDS: dict[str, type] = {"tracker": TrackerSettings, "curriculum": CurriculumSettings}
+"""The nodes below ``skpo`` that are records of their own."""
+
+
 def known_keys() -> list[str]:
     """Dotted keys below ``skpo``."""
-    top = [item.name for item in fields(SkpoSettings) if item.name != "tracker"]
-    return top + [f"tracker.{item.name}" for item in fields(TrackerSettings)]
+    top = [item.name for item in fields(SkpoSettings) if item.name not in RECORDS]
+    return top + [f"{name}.{item.name}" for name, record in RECORDS.items() for item in fields(record)]
 
 
 def unknown_keys(node: Mapping[str, Any]) -> list[str]:
     """Dotted keys in ``node`` that the settings do not have."""
     known = set(known_keys())
-    flat = [key if key != "tracker" else None for key in node]
-    nested = [f"tracker.{key}" for key in (node.get("tracker") or {})]
-    return [key for key in [*flat, *nested] if key is not None and key not in known]
+    given = [key for key in node if key not in RECORDS]
+    given += [f"{name}.{key}" for name in RECORDS for key in (node.get(name) or {})]
+    return [key for key in given if key not in known]

@@ -9,18 +9,19 @@ import json
 import os
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from recipe.skpo.segments import sample_split_position
+from recipe.skpo.segments import fixed_split_position, sample_split_position
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.tracker import DriftClock, KLAdaptiveTracker
 
 FILE_NAME = "skpo_state.npz"
-_FORMAT = 1
+_FORMAT = 2
 _SEED_BOUND = 2**31 - 1
 
 
@@ -47,8 +48,60 @@ class Visit:
     seed: int
 
 
+class StoredSegments:
+    """Each prompt's last trained tokens with their log-probs, for the drift ``logratio`` (SPEC section 4)."""
+
+    def __init__(self) -> None:
+        self._rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def __contains__(self, prompt_id: str) -> bool:
+        return prompt_id in self._rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def get(self, prompt_id: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids, int32 (tokens,), and log pi of each when they were trained, float32 (tokens,), in nats."""
+        return self._rows[prompt_id]
+
+    def put(self, prompt_id: str, token_ids: Any, logprobs: Any) -> None:
+        """Replace what is stored for the prompt.
+
+        Raises:
+            ValueError: no token, or lengths that differ.
+        """
+        tokens, values = np.asarray(token_ids, dtype=np.int32), np.asarray(logprobs, dtype=np.float32)
+        if not tokens.size or tokens.shape != values.shape:
+            raise ValueError(f"{tokens.size} tokens with {values.size} log-probs for prompt {prompt_id}")
+        self._rows[prompt_id] = (tokens, values)
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """``keys``, ``lengths``, and the rows one after another in ``token_ids`` and ``logprobs``."""
+        rows = list(self._rows.values())
+        return {
+            "keys": np.array(list(self._rows), dtype=np.str_),
+            "lengths": np.array([tokens.size for tokens, _ in rows], dtype=np.int64),
+            "token_ids": np.concatenate([np.empty(0, np.int32), *(tokens for tokens, _ in rows)]),
+            "logprobs": np.concatenate([np.empty(0, np.float32), *(values for _, values in rows)]),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the content by what ``state_dict`` returned.
+
+        Raises:
+            ValueError: arrays that do not fit together.
+        """
+        ends = np.cumsum(state["lengths"])
+        total = int(ends[-1]) if len(ends) else 0
+        if not (len(state["keys"]) == len(ends) and total == len(state["token_ids"]) == len(state["logprobs"])):
+            raise ValueError("stored segments have arrays of different lengths")
+        self._rows = {}
+        for key, start, end in zip(state["keys"], ends - state["lengths"], ends, strict=True):
+            self.put(str(key), state["token_ids"][start:end], state["logprobs"][start:end])
+
+
 class SkpoState:
-    """Trackers, drift clock, generator and counters of one run.
+    """Trackers, drift clock, stored segments, generator and counters of one run.
 
     Args:
         settings: the run's settings.
@@ -65,15 +118,27 @@ class SkpoState:
         # 0.5 in [0, 1] is reward 0: the baseline of a first visit (SPEC section 4).
         self.values = KLAdaptiveTracker(0.5, **constants)
         self.lengths = KLAdaptiveTracker(min(settings.initial_length, response_budget), **constants)
-        self.clock = DriftClock(settings.tracker.drift)
+        drift = settings.tracker.drift
+        # The log-ratio is measured by the actor; the clock then only counts steps.
+        self.clock = DriftClock(drift if drift in DriftClock.UNITS else "kl_steps")
+        self.segments = StoredSegments()
         self.rng = np.random.default_rng(settings.seed)
         self.visits = 0
+        self.tokens_generated = 0
 
-    def next_visit(self, prompt_id: str) -> Visit:
-        """Draw the split position and the seed of the next rollout of ``prompt_id``; two draws of the generator."""
-        split = sample_split_position(
-            self.lengths.value(prompt_id), self.rng, self.settings.split_low, self.settings.split_high
-        )
+    def next_visit(self, prompt_id: str, step: int) -> Visit:
+        """Draw the split position (unless it is fixed) and the seed of the next rollout of ``prompt_id``.
+
+        Args:
+            prompt_id: stable id.
+            step: training step, from 1.
+        """
+        bounds = (self.settings.split_low, self.settings.split_high)
+        mean_length = self.lengths.value(prompt_id)
+        if self.settings.split == "fixed":
+            split = fixed_split_position(mean_length, step, *bounds)
+        else:
+            split = sample_split_position(mean_length, self.rng, *bounds)
         visit = Visit(self.visits, split, int(self.rng.integers(_SEED_BOUND)))
         self.visits += 1
         return visit
@@ -82,17 +147,18 @@ class SkpoState:
         """V of the prompt mapped to reward units, in [-1, 1]; 0 on the first visit."""
         return 2.0 * self.values.value(prompt_id) - 1.0
 
-    def observe(self, prompt_id: str, reward: float, mean_length: float) -> float:
+    def observe(self, prompt_id: str, reward: float, mean_length: float, log_ratio: float | None = None) -> float:
         """Update both trackers after a visit.
 
         Args:
             reward: R_I in [-1, 1].
             mean_length: mean token length of the prompt's downstream responses.
+            log_ratio: D as measured by the actor, in place of the clock's.
 
         Returns:
             The drift D since the previous visit that both updates used.
         """
-        drift = self.clock.drift(prompt_id)
+        drift = self.clock.drift(prompt_id) if log_ratio is None else log_ratio
         self.values.update(prompt_id, (reward + 1.0) / 2.0, drift)
         self.lengths.update(prompt_id, mean_length, drift)
         self.clock.visit(prompt_id)
@@ -106,6 +172,7 @@ class SkpoState:
             "group_size": self.settings.group_size,
             "drift": self.settings.tracker.drift,
             "visits": self.visits,
+            "tokens_generated": self.tokens_generated,
             "rng": self.rng.bit_generator.state,
         }
         arrays = {
@@ -139,11 +206,9 @@ class SkpoState:
                 target.load_state_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
             self.rng.bit_generator.state = meta["rng"]
             self.visits = int(meta["visits"])
+            self.tokens_generated = int(meta["tokens_generated"])
         except DAMAGE as error:
-            raise StateError(
-                f"{path}: cannot be read as SKPO state ({error}); resume from an older checkpoint with "
-                f"trainer.resume_mode=resume_path trainer.resume_from_path=<.../global_step_N>"
-            ) from error
+            raise _damaged(path, error) from error
 
     def _check_meta(self, path: Path, meta: dict[str, Any]) -> None:
         if meta["format"] != _FORMAT:
@@ -155,8 +220,29 @@ class SkpoState:
                     f"a new run with trainer.resume_mode=disable and another output_dir"
                 )
 
-    def _parts(self) -> dict[str, KLAdaptiveTracker | DriftClock]:
-        return {"values": self.values, "lengths": self.lengths, "clock": self.clock}
+    def _parts(self) -> dict[str, KLAdaptiveTracker | DriftClock | StoredSegments]:
+        return {"values": self.values, "lengths": self.lengths, "clock": self.clock, "segments": self.segments}
+
+
+def saved_tokens(folder: Path) -> int:
+    """Tokens that the run of this checkpoint folder had generated.
+
+    Raises:
+        StateError: no state file, or a damaged one.
+    """
+    path = require_state_file(folder)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return int(json.loads(str(archive["meta"]))["tokens_generated"])
+    except DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> StateError:
+    return StateError(
+        f"{path}: cannot be read as SKPO state ({error}); resume from an older checkpoint with "
+        f"trainer.resume_mode=resume_path trainer.resume_from_path=<.../global_step_N>"
+    )
 
 
 def require_state_file(folder: Path) -> Path:

@@ -1,119 +1,51 @@
-"""The SKPO trainer: the one place where state crosses training steps.
+"""The SKPO trainer: advantages, trackers and the objective of one step.
 
-verl's synchronous V1 trainer does everything else.  Per step: split positions and seeds go out with the prompts
-(SPEC section 2); after the old log-probs are known, baselines are read, both advantages and every row's share of the
-objective are written, the trackers are updated (SPEC sections 4 to 6); the update reports how far the policy moved;
-the state is in the checkpoint before verl marks it complete.  docs/verl_seams.md lists every override.
+On top of ``base_trainer``, per step: after the old log-probs are known, baselines are read, both advantages and every
+row's share of the objective are written, the trackers are updated (SPEC sections 4 to 6); the update reports how far
+the policy moved.
 """
 
-import logging
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import transfer_queue as tq
-from tensordict import NonTensorData, NonTensorStack, TensorDict
+from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 from recipe.skpo.advantage import skpo_advantage
+from recipe.skpo.base_trainer import BaseTrainer
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
-from recipe.skpo.metrics import MetricsFile, append_trees, keep_lines, rollout_metrics, rollout_tree, update_metrics
+from recipe.skpo.metrics import append_trees, rollout_metrics, rollout_tree, update_metrics
 from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
-from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD
-from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.state import SkpoState
-
-logger = logging.getLogger(__name__)
 
 register_adv_est("skpo")(skpo_advantage)
 
 
 @register_trainer("skpo")
-class SkpoTrainer(PPOTrainerSync):
-    """verl's synchronous trainer with SKPO's rollout inputs, advantages, objective and state."""
-
-    def __init__(self, config: Any) -> None:
-        self.settings = SkpoSettings.from_config(config.skpo)
-        self.state = SkpoState(self.settings, config.data.max_response_length)
-        self.output_dir = Path(config.output_dir)
-        super().__init__(config)
-
-    # ---------------------------------------------------------------- start, checkpoint, logging
-
-    def _build_replay_buffer(self) -> Any:
-        # verl compares the mode's name with "sync" in many places; under any other name it would behave as an
-        # asynchronous trainer.  The name "skpo" has done its work, choosing this class, by now.
-        self.trainer_mode = "sync"
-        buffer = super()._build_replay_buffer()
-        buffer.poll_interval = self.settings.poll_interval_s
-        return buffer
+class SkpoTrainer(BaseTrainer):
+    """SKPO's advantages, objective and trackers."""
 
     def on_init_end(self) -> None:
         loss = partial(skpo_loss, clip_low=self.settings.clip_low, clip_high=self.settings.clip_high)
         self.actor_rollout_wg.set_loss_fn(loss)
         super().on_init_end()
 
-    def _load_checkpoint(self) -> None:
-        super()._load_checkpoint()
-        self.resumed_at = self.global_steps
-        if self.resumed_at:
-            trainer = self.config.trainer
-            explicit = trainer.resume_mode == "resume_path"
-            folder = trainer.resume_from_path if explicit else self._checkpoint_folder()
-            self.state.load(Path(folder))
-
-    def _save_checkpoint(self) -> None:
-        # Before verl's part, which ends with the marker file that makes the checkpoint count.
-        self.state.save(self._checkpoint_folder())
-        super()._save_checkpoint()
-
-    def _checkpoint_folder(self) -> Path:
-        return Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
-
-    def on_validate_begin(self) -> None:
-        self._open_metrics_file()
-        super().on_validate_begin()
-
-    def on_train_begin(self) -> None:
-        self._open_metrics_file()
-        super().on_train_begin()
-
-    def _open_metrics_file(self) -> None:
-        # verl builds its loggers inside fit(), so the first hook after that adds ours.
-        loggers: dict[str, Any] = self.logger.logger
-        if "metrics_file" not in loggers:
-            keep_lines(self.output_dir / "trees.jsonl", self.resumed_at)
-            loggers["metrics_file"] = MetricsFile(self.output_dir / "metrics.jsonl", self.resumed_at)
-
-    # ---------------------------------------------------------------- prompts out, rows in order
-
-    def _fetch_one_gen_batch(self) -> TensorDict:
-        batch = super()._fetch_one_gen_batch()
-        visits = [self.state.next_visit(str(prompt_id)) for prompt_id in batch.get("id").tolist()]
-        # Our own uid in place of verl's random one, so that rows can be put into the same order run after run.
-        # It has no "_", at which verl splits row keys.
-        uids = [NonTensorData(f"v{visit.ordinal:010d}") for visit in visits]
-        batch["uid"] = NonTensorStack.from_list(uids)
-        batch[SPLIT_FIELD] = torch.tensor([visit.split_position for visit in visits])
-        batch[SEED_FIELD] = torch.tensor([visit.seed for visit in visits])
-        return batch
+    # ---------------------------------------------------------------- rows in order
 
     def _balance_batch(self, batch: KVBatchMeta, *args: Any, **kwargs: Any) -> KVBatchMeta:
         batch = super()._balance_batch(batch, *args, **kwargs)
-        # verl's order follows which prompt finished first; sort by visit and session, padding last.
-        uids, sessions = zip(*(key.rsplit("_", 2)[:2] for key in batch.keys), strict=True)
+        # An update must see whole prompts; padding goes last.
+        uids = [key.rsplit("_", 2)[0] for key in batch.keys]
         padding = [bool(tag.get("is_padding", False)) for tag in batch.tags]
         rank = {uid: index for index, (_, uid) in enumerate(sorted(set(zip(padding, uids, strict=True))))}
-        batch.reorder(sorted(range(len(batch)), key=lambda row: (rank[uids[row]], int(sessions[row]))))
         batch.reorder(
             minibatch_order(
-                [rank[key.rsplit("_", 2)[0]] for key in batch.keys],
+                [rank[uid] for uid in uids],
                 [int(tag["seq_len"]) for tag in batch.tags],
                 self._rows_per_minibatch(),
                 self._data_parallel_size(),
@@ -125,14 +57,11 @@ class SkpoTrainer(PPOTrainerSync):
     def _rows_per_minibatch(self) -> int:
         return self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
 
-    def _data_parallel_size(self) -> int:
-        return max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
-
     # ---------------------------------------------------------------- advantages, trackers, update
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         log_probs = ["rollout_log_probs", "old_log_probs"]
-        fields = ["id", "uid", "skpo_phase", "response_mask", "rm_scores", "extra_fields", *log_probs]
+        fields = ["id", "uid", "skpo_phase", "responses", "response_mask", "rm_scores", "extra_fields", *log_probs]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
         masks = list(data["response_mask"].unbind())
         lengths = torch.stack([mask.sum() for mask in masks])
@@ -152,13 +81,19 @@ class SkpoTrainer(PPOTrainerSync):
         advantages = get_adv_estimator_fn("skpo")(rewards, baselines, phase, prompts, valid)
         minibatch = minibatch_of_rows(len(batch), self._rows_per_minibatch(), self._data_parallel_size())
         weights = (self.settings.weight_up, self.settings.weight_down)
-        scales = row_scales(phase, prompts, minibatch, lengths, valid, *weights)
+        aggregation = self.settings.downstream_aggregation
+        scales = row_scales(phase, prompts, minibatch, lengths, valid, *weights, aggregation)
 
         siblings = valid & (phase == DOWNSTREAM)
+        # Of the whole response, in which a segment that was not trained may come first (skip=continual).
+        written = torch.tensor([len(response) for response in data["responses"].unbind()], dtype=torch.float64)
+        measured = self._log_ratios(batch, segments, [ids[row] for row in segments])
         drifts = []
         for row in segments:
-            mean_length = float(lengths[siblings & (prompts == prompts[row])].double().mean())
-            drifts.append(self.state.observe(ids[row], float(rewards[row]), mean_length))
+            mean_length = float(written[siblings & (prompts == prompts[row])].mean())
+            drifts.append(self.state.observe(ids[row], float(rewards[row]), mean_length, measured.get(ids[row])))
+        columns = [[data[name][row] for row in segments] for name in ("responses", log_probs[1])]
+        self._store_segments([ids[row] for row in segments], *columns)
 
         records = [extra.get("skpo") for extra in data.get("extra_fields").tolist()]
         metrics.update(rollout_metrics(phase, prompts, valid, rewards, advantages, lengths, records))
@@ -179,25 +114,6 @@ class SkpoTrainer(PPOTrainerSync):
         }
         rows = TensorDict(output, batch_size=len(batch))
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=rows)
-
-    def _tracker_metrics(
-        self, ids: Sequence[str], baselines: torch.Tensor, drifts: Sequence[float]
-    ) -> dict[str, float]:
-        """Trackers of the prompts of this step, after their update; baselines as they were read."""
-        if not ids:
-            return {}
-
-        def mean(values: Sequence[float]) -> float:
-            return sum(values) / len(values)
-
-        return {
-            "skpo/upstream/baseline/mean": float(baselines.mean()),
-            "skpo/tracker/value/mean": mean([self.state.values.value(key) for key in ids]),
-            "skpo/tracker/effective_count/mean": mean([self.state.values.count(key) for key in ids]),
-            "skpo/tracker/length/mean": mean([self.state.lengths.value(key) for key in ids]),
-            "skpo/tracker/drift/mean": mean(drifts),
-            "skpo/tracker/prompts_seen": len(self.state.values),
-        }
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)

@@ -1,0 +1,240 @@
+"""What every method's run shares: state and checkpoints, repeatable batches, prompt choice, token budget, metrics file.
+
+verl's synchronous V1 trainer does everything else.  The methods are ``trainer.SkpoTrainer`` and the baselines of
+``baselines``; they differ in rollout, advantages and objective, and in nothing that is here, so their runs can be
+compared.  docs/verl_seams.md lists every override of verl.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transfer_queue as tq
+from omegaconf import OmegaConf
+from tensordict import NonTensorData, NonTensorStack, TensorDict
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.utils.padding import response_from_nested
+
+from recipe.skpo.curriculum import PrioritisedBatches
+from recipe.skpo.metrics import MetricsFile, keep_lines
+from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD
+from recipe.skpo.settings import SkpoSettings
+from recipe.skpo.state import SkpoState
+
+
+_DRIFT_PARTITION = "skpo_drift"
+"""TransferQueue partition of the rows whose log-probs only measure drift; empty between two steps."""
+
+
+class BaseTrainer(PPOTrainerSync):
+    """verl's synchronous trainer with the state, order and logging that all methods share."""
+
+    def __init__(self, config: Any) -> None:
+        self.settings = SkpoSettings.from_config(config.skpo)
+        self.state = SkpoState(self.settings, config.data.max_response_length)
+        self.output_dir = Path(config.output_dir)
+        self.resumed_at = 0
+        self.curriculum = self.settings.curriculum.enable and "curriculum" in config.method.uses
+        super().__init__(config)
+
+    # ---------------------------------------------------------------- start, checkpoint, logging
+
+    def _build_replay_buffer(self) -> Any:
+        # verl compares the mode's name with "sync" in many places; under any other name it would behave as an
+        # asynchronous trainer.  The name has done its work, choosing this class, by now.
+        self.trainer_mode = "sync"
+        buffer = super()._build_replay_buffer()
+        buffer.poll_interval = self.settings.poll_interval_s
+        return buffer
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        if self.curriculum:
+            batches = PrioritisedBatches(
+                [str(prompt_id) for prompt_id in self.train_dataset.dataframe["id"]],
+                self.config.data.train_batch_size,
+                self.settings.curriculum.epsilon,
+                self.state.values.value,
+                lambda: self.state.rng,
+            )
+            self.train_dataloader = StatefulDataLoader(
+                self.train_dataset, batch_sampler=batches, num_workers=0, collate_fn=collate_fn
+            )
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        self.resumed_at = self.global_steps
+        if self.resumed_at:
+            trainer = self.config.trainer
+            explicit = trainer.resume_mode == "resume_path"
+            folder = trainer.resume_from_path if explicit else self._checkpoint_folder()
+            self.state.load(Path(folder))
+
+    def _save_checkpoint(self) -> None:
+        # Before verl's part, which ends with the marker file that makes the checkpoint count.
+        self.state.save(self._checkpoint_folder())
+        super()._save_checkpoint()
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+
+    def on_validate_begin(self) -> None:
+        self._open_metrics_file()
+        super().on_validate_begin()
+
+    def on_train_begin(self) -> None:
+        self._open_metrics_file()
+        super().on_train_begin()
+
+    def _open_metrics_file(self) -> None:
+        # verl builds its loggers inside fit(), so the first hook after that adds ours.
+        loggers: dict[str, Any] = self.logger.logger
+        if "metrics_file" not in loggers:
+            keep_lines(self.output_dir / "trees.jsonl", self.resumed_at)
+            loggers["metrics_file"] = MetricsFile(self.output_dir / "metrics.jsonl", self.resumed_at)
+
+    # ---------------------------------------------------------------- prompts out, rows in order
+
+    def on_step_begin(self) -> None:
+        # What validation generated since the last step belongs to no step.
+        self.agent_loop_manager.take_tokens()
+        super().on_step_begin()
+
+    def _fetch_one_gen_batch(self) -> TensorDict:
+        batch = super()._fetch_one_gen_batch()
+        visits = [self.state.next_visit(str(key), self.global_steps) for key in batch.get("id").tolist()]
+        # Our own uid in place of verl's random one, so that rows can be put into the same order run after run.
+        # It has no "_", at which verl splits row keys.
+        uids = [NonTensorData(f"v{visit.ordinal:010d}") for visit in visits]
+        batch["uid"] = NonTensorStack.from_list(uids)
+        batch[SPLIT_FIELD] = torch.tensor([visit.split_position for visit in visits])
+        batch[SEED_FIELD] = torch.tensor([visit.seed for visit in visits])
+        batch[STEP_FIELD] = torch.full((len(visits),), self.global_steps)
+        return batch
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        # verl's order follows which prompt finished first; sort by visit and session.
+        order = {key: (key.rsplit("_", 2)[0], int(key.rsplit("_", 2)[1])) for key in batch.keys}
+        batch.reorder(sorted(range(len(batch)), key=lambda row: order[batch.keys[row]]))
+        batch = super()._balance_batch(batch, metrics, *args, **kwargs)
+        # Every request of the step has been answered by now.
+        counts = self.agent_loop_manager.take_tokens()
+        self.state.tokens_generated += counts["generated"]
+        metrics.update({f"skpo/tokens/{name}": count for name, count in counts.items()})
+        metrics["skpo/tokens/generated_so_far"] = self.state.tokens_generated
+        return batch
+
+    # ---------------------------------------------------------------- drift of the policy
+
+    def _log_ratios(self, batch: KVBatchMeta, rows: Sequence[int], ids: Sequence[str]) -> dict[str, float]:
+        """D of ``tracker.drift=logratio`` for prompts seen before, by one forward over what they stored then.
+
+        Args:
+            batch: of this step, old log-probs computed.
+            rows: one row per prompt whose ``prompts`` field is q.
+            ids: prompt id of each of these rows.
+
+        Returns:
+            Prompt id to mean abs(log pi_then - log pi_now), in nats per token.
+        """
+        seen = {key: row for key, row in zip(ids, rows, strict=True) if key in self.state.segments}
+        if self.settings.tracker.drift != "logratio" or not seen:
+            return {}
+        source = tq.kv_batch_get(keys=[batch.keys[row] for row in seen.values()], partition_id=batch.partition_id)
+        stored = [
+            _with_response(source[index], self.state.segments.get(key)[0]) for index, key in enumerate(seen)
+        ]
+        # Ranks take equal parts; what is computed twice is not read.
+        stored += [stored[-1]] * (-len(stored) % self._data_parallel_size())
+        keys = [f"{index}_0_0" for index in range(len(stored))]
+        lengths = [len(row["input_ids"]) for row in stored]
+        tags = [{"seq_len": length, "status": "success"} for length in lengths]
+        tq.kv_batch_put(keys=keys, partition_id=_DRIFT_PARTITION, fields=list_of_dict_to_tensordict(stored), tags=tags)
+        try:
+            options = {
+                "calculate_entropy": False,
+                "compute_loss": False,
+                "temperature": self.config.actor_rollout_ref.rollout.temperature,
+            }
+            rows_meta = KVBatchMeta(partition_id=_DRIFT_PARTITION, keys=keys, tags=tags, extra_info=options)
+            self.actor_rollout_wg.compute_log_prob(rows_meta)
+            fields = ["log_probs", "response_mask"]
+            data = tq.kv_batch_get(keys=keys, partition_id=_DRIFT_PARTITION, select_fields=fields)
+            now = response_from_nested(data["log_probs"], data["response_mask"]).unbind()
+        finally:
+            tq.kv_clear(keys=keys, partition_id=_DRIFT_PARTITION)
+        then = {key: torch.from_numpy(self.state.segments.get(key)[1]) for key in seen}
+        return {key: float((then[key] - now[index]).abs().mean()) for index, key in enumerate(seen)}
+
+    def _store_segments(self, ids: Sequence[str], tokens: Sequence[Any], logprobs: Sequence[Any]) -> None:
+        """Keep what each prompt was trained on, for ``_log_ratios`` of its next visit."""
+        if self.settings.tracker.drift == "logratio":
+            for key, token_ids, values in zip(ids, tokens, logprobs, strict=True):
+                self.state.segments.put(key, token_ids, values)
+
+    def _data_parallel_size(self) -> int:
+        return max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+
+    def _tracker_metrics(
+        self, ids: Sequence[str], baselines: torch.Tensor, drifts: Sequence[float]
+    ) -> dict[str, float]:
+        """Trackers of the prompts of this step, after their update; baselines as they were read."""
+        if not ids:
+            return {}
+
+        def mean(values: Sequence[float]) -> float:
+            return sum(values) / len(values)
+
+        return {
+            "skpo/upstream/baseline/mean": float(baselines.mean()),
+            "skpo/tracker/value/mean": mean([self.state.values.value(key) for key in ids]),
+            "skpo/tracker/effective_count/mean": mean([self.state.values.count(key) for key in ids]),
+            "skpo/tracker/length/mean": mean([self.state.lengths.value(key) for key in ids]),
+            "skpo/tracker/drift/mean": mean(drifts),
+            "skpo/tracker/prompts_seen": len(self.state.values),
+        }
+
+    # ---------------------------------------------------------------- end
+
+    def _budget_spent(self) -> bool:
+        budget = OmegaConf.select(self.config, "budget.tokens")
+        return budget is not None and self.state.tokens_generated >= budget
+
+    def on_step_end(self) -> None:
+        super().on_step_end()
+        if self._budget_spent():
+            # verl leaves its loop after this step, through on_train_end.
+            self.total_training_steps = self.global_steps
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._budget_spent():
+            # verl saves and validates in a last step that it knows beforehand.  It has counted on by now.
+            self.global_steps -= 1
+            self._save_checkpoint()
+            self.on_validate_begin()
+            self.logger.log(data=self._validate(), step=self.global_steps)
+            self.on_validate_end()
+
+
+def _with_response(row: Mapping[str, Any], token_ids: np.ndarray) -> dict[str, Any]:
+    """A stored row with other response tokens after the same prompt; what only the old response had is left out."""
+    prompt = row["prompts"]
+    responses = torch.from_numpy(token_ids).to(prompt.dtype)
+    input_ids = torch.cat([prompt, responses])
+    mask = torch.ones_like(responses)
+    return {
+        "prompts": prompt,
+        "responses": responses,
+        "input_ids": input_ids,
+        "position_ids": torch.arange(len(input_ids), dtype=row["position_ids"].dtype),
+        "response_mask": mask,
+        "loss_mask": mask,
+        "multi_modal_inputs": {},
+    }
