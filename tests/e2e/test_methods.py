@@ -1,0 +1,110 @@
+"""Every method and every ablation, two steps each through the real stack on the tiny model.
+
+About a minute per launch, so it has a marker of its own: bash run_tests.sh -m nightly
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipe.skpo.metrics import read_lines
+from tests.e2e.tiny import overrides
+
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+
+METHODS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
+
+# Choices that do not touch each other share a launch.
+ABLATIONS = {
+    "chat, extreme, fixed, three candidates": [
+        "skpo.skip=chat",
+        "skpo.selection=extreme",
+        "skpo.split=fixed",
+        "skpo.candidates=3",
+    ],
+    "continual, own reward, boundary token": [
+        "skpo.skip=continual",
+        "skpo.upstream_reward=own",
+        "skpo.split=boundary_token",
+        'skpo.boundaries=["a",40,50,60,70,80,90]',
+    ],
+    "unconditional, random, nats, token mean": [
+        "skpo.skip=unconditional",
+        "skpo.selection=random",
+        "skpo.tracker.drift=nats",
+        "skpo.downstream_aggregation=token_mean",
+    ],
+    # Four prompts, so that the second step sees them again and has a log-ratio to measure.
+    "first, log-ratio, shuffled epochs": [
+        "skpo.selection=first",
+        "skpo.tracker.drift=logratio",
+        "skpo.curriculum.enable=false",
+        "data.train_max_samples=4",
+    ],
+}
+
+
+def train(folder: Path, *arguments: str) -> list[dict[str, float]]:
+    """Train the tiny model and return the metrics of its steps."""
+    command = [sys.executable, "-m", "recipe.skpo.main", *overrides(folder), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    lines = read_lines(folder / "out/metrics.jsonl")
+    return [line for line in lines if "actor/grad_norm" in line]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method(method: str, tmp_path: Path) -> None:
+    steps = train(tmp_path, f"method={method}", "trainer.total_training_steps=2")
+    assert [line["step"] for line in steps] == [1, 2]
+    for line in steps:
+        assert line["actor/grad_norm"] > 0
+        assert line["skpo/tokens/generated"] > 0
+        # Only DAPO generates what it does not train on.
+        assert (line["skpo/tokens/generated"] > line["skpo/downstream/tokens_generated"]) <= (method == "dapo")
+        assert "skpo/downstream/reward/mean" in line
+        # SPO has one response per prompt, and G times the prompts.
+        assert ("skpo/tracker/value/mean" in line) == (method == "spo")
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablation(name: str, tmp_path: Path) -> None:
+    steps = train(tmp_path, *ABLATIONS[name], "trainer.total_training_steps=2")
+    assert [line["step"] for line in steps] == [1, 2]
+    for line in steps:
+        assert line["actor/grad_norm"] > 0
+        assert line["skpo/prompts_dropped"] == 0
+        # The record of every prompt accounts for every token that the server generated.
+        own = line["skpo/upstream/tokens_generated"] + line["skpo/downstream/tokens_generated"]
+        assert own == line["skpo/tokens/generated"]
+    if "logratio" in " ".join(ABLATIONS[name]):
+        assert steps[0]["skpo/tracker/drift/mean"] == 0
+        assert steps[1]["skpo/tracker/drift/mean"] > 0
+
+
+def test_a_token_budget_ends_the_run_with_a_checkpoint_and_a_validation(tmp_path: Path) -> None:
+    # A step of four prompts generates at most 4 x 4 x 16 tokens.
+    steps = train(tmp_path, "method=grpo", "budget=tokens", "budget.tokens=300")
+    assert steps[-1]["skpo/tokens/generated_so_far"] >= 300
+    assert all(line["skpo/tokens/generated_so_far"] < 300 for line in steps[:-1])
+    last = int(steps[-1]["step"])
+    assert (tmp_path / f"out/checkpoints/global_step_{last}/skpo_state.npz").is_file()
+    validated = [line for line in read_lines(tmp_path / "out/metrics.jsonl") if any("val-core" in key for key in line)]
+    assert int(validated[-1]["step"]) == last
+
+
+def test_two_runs_with_full_determinism_are_identical(tmp_path: Path) -> None:
+    runs = []
+    for name in ("first", "second"):
+        folder = tmp_path / name
+        folder.mkdir()
+        steps = train(folder, "full_determinism=true", "trainer.total_training_steps=3")
+        # What is left out measures the machine.
+        measured = ("timing", "perf/", "seconds")
+        runs.append([{k: v for k, v in line.items() if not any(part in k for part in measured)} for line in steps])
+    assert len(runs[0]) == 3 and len(runs[0][0]) > 60
+    assert runs[0] == runs[1]
