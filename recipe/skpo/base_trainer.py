@@ -147,9 +147,7 @@ class BaseTrainer(PPOTrainerSync):
         if self.settings.tracker.drift != "logratio" or not seen:
             return {}
         source = tq.kv_batch_get(keys=[batch.keys[row] for row in seen.values()], partition_id=batch.partition_id)
-        stored = [
-            _with_response(source[index], self.state.segments.get(key)[0]) for index, key in enumerate(seen)
-        ]
+        stored = [_with_response(source[index], self.state.segments.get(key)[0]) for index, key in enumerate(seen)]
         # Ranks take equal parts; what is computed twice is not read.
         stored += [stored[-1]] * (-len(stored) % self._data_parallel_size())
         keys = [f"{index}_0_0" for index in range(len(stored))]

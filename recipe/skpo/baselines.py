@@ -102,4 +102,3 @@ class SpoTrainer(BaselineTrainer):
         # verl's estimate of KL(pi_old || pi) may be below 0, which the clock counts as 0.
         self.state.clock.advance(float(metrics.get("actor/ppo_kl", 0.0)))
         return batch
-

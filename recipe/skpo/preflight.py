@@ -66,6 +66,22 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
                 "one row per sibling and one for the segment; set skpo.group_size",
             ),
         }
+    if config.share_prefixes:
+        required |= {
+            "actor_rollout_ref.model.use_remove_padding": (False, "share_prefixes=true packs rows in its own way"),
+            "actor_rollout_ref.model.use_fused_kernels": (False, "share_prefixes=true needs the logits"),
+            "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": (
+                1,
+                "share_prefixes=true has no sequence parallel",
+            ),
+        }
+        strategy = config.actor_rollout_ref.actor.strategy
+        attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
+        if strategy not in ("fsdp", "fsdp2") or attention not in ("sdpa", "eager"):
+            raise ConfigError(
+                f"share_prefixes: needs actor.strategy fsdp or fsdp2 (is {strategy}) and "
+                f"+actor_rollout_ref.model.override_config.attn_implementation=sdpa (is {attention}); or set it to false"
+            )
     trainers = {"skpo": "skpo", "spo": "skpo_spo"}
     wanted_trainer = trainers.get(config.method.name, "skpo_baseline")
     required["trainer.v1.trainer_mode"] = (wanted_trainer, "choose the method with method=<name>")

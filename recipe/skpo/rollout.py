@@ -210,7 +210,9 @@ class SkpoAgentLoopWorker(MeteredWorker):
 
         upstream_done = time.perf_counter()
         own = self.settings.upstream_reward == "own"
-        completion = self._complete(uid, candidates[chosen], problem_ids, sampling_params, seed, prompt) if own else None
+        completion = (
+            self._complete(uid, candidates[chosen], problem_ids, sampling_params, seed, prompt) if own else None
+        )
         requests = [
             self._respond(f"{uid}-down", index, skip, dict(sampling_params, max_tokens=budget), seed, prompt)
             for index in range(size)
@@ -271,7 +273,10 @@ class SkpoAgentLoopWorker(MeteredWorker):
         """The upstream candidates, of at most t_q tokens each, cut; those that failed are left out."""
         params = dict(sampling_params, max_tokens=split_position)
         outputs = await asyncio.gather(
-            *(self._generate(route, index, problem_ids, params, seed) for index in range(self.settings.candidate_count)),
+            *(
+                self._generate(route, index, problem_ids, params, seed)
+                for index in range(self.settings.candidate_count)
+            ),
             return_exceptions=True,
         )
         log_failures(outputs, f"{route}: candidate")
