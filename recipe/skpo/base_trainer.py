@@ -23,10 +23,9 @@ from verl.workers.utils.padding import response_from_nested
 
 from recipe.skpo.curriculum import PrioritisedBatches
 from recipe.skpo.metrics import MetricsFile, keep_lines
-from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD
+from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
-
 
 _DRIFT_PARTITION = "skpo_drift"
 """TransferQueue partition of the rows whose log-probs only measure drift; empty between two steps."""
@@ -34,6 +33,8 @@ _DRIFT_PARTITION = "skpo_drift"
 
 class BaseTrainer(PPOTrainerSync):
     """verl's synchronous trainer with the state, order and logging that all methods share."""
+
+    agent_loop_manager: MeteredManager
 
     def __init__(self, config: Any) -> None:
         self.settings = SkpoSettings.from_config(config.skpo)

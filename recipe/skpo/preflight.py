@@ -13,13 +13,12 @@ from data_prep.schema import DataError, check_parquet
 from recipe.skpo.settings import ConfigError, SkpoSettings
 from recipe.skpo.state import require_state_file, saved_tokens
 
-
 METHOD_SETTINGS = {
-    "rollout": (
-        "candidates split split_low split_high boundaries selection skip chat_quote upstream_reward initial_length "
-        "trees_per_step"
-    ).split(),
-    "objective": "weight_up weight_down clip_low clip_high downstream_aggregation prompt_timeout_s".split(),
+    "rollout": [
+        *("candidates", "split", "split_low", "split_high", "boundaries", "selection", "skip", "chat_quote"),
+        *("upstream_reward", "initial_length", "prompt_timeout_s", "trees_per_step"),
+    ],
+    "objective": ["weight_up", "weight_down", "clip_low", "clip_high", "downstream_aggregation"],
     "tracker": ["tracker"],
     "curriculum": ["curriculum"],
 }
@@ -80,7 +79,7 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
         if strategy not in ("fsdp", "fsdp2") or attention not in ("sdpa", "eager"):
             raise ConfigError(
                 f"share_prefixes: needs actor.strategy fsdp or fsdp2 (is {strategy}) and "
-                f"+actor_rollout_ref.model.override_config.attn_implementation=sdpa (is {attention}); or set it to false"
+                f"+actor_rollout_ref.model.override_config.attn_implementation=sdpa (is {attention}); or set false"
             )
     trainers = {"skpo": "skpo", "spo": "skpo_spo"}
     wanted_trainer = trainers.get(config.method.name, "skpo_baseline")

@@ -117,12 +117,12 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = SkpoSettings.from_config(self.config.skpo)
-        self.llm_client = self.meter = MeteredClient(self.llm_client)
+        self.llm_client: MeteredClient = MeteredClient(self.llm_client)
 
     def take_tokens(self) -> dict[str, int]:
         """Tokens of all requests since the last call: ``generated``, ``prefilled``, ``cached``."""
-        taken = self.meter.tokens
-        self.meter.tokens = dict.fromkeys(taken, 0)
+        taken = self.llm_client.tokens
+        self.llm_client.tokens = dict.fromkeys(taken, 0)
         return taken
 
     async def _run_agent_loop(
@@ -209,15 +209,14 @@ class SkpoAgentLoopWorker(MeteredWorker):
             raise RolloutError(f"skip prompt of {len(skip.request_ids)} tokens leaves no room in max_model_len")
 
         upstream_done = time.perf_counter()
-        own = self.settings.upstream_reward == "own"
-        completion = (
-            self._complete(uid, candidates[chosen], problem_ids, sampling_params, seed, prompt) if own else None
-        )
+        own = []
+        if self.settings.upstream_reward == "own":
+            own.append(self._complete(uid, candidates[chosen], problem_ids, sampling_params, seed, prompt))
         requests = [
             self._respond(f"{uid}-down", index, skip, dict(sampling_params, max_tokens=budget), seed, prompt)
             for index in range(size)
         ]
-        settled = await asyncio.gather(*requests, *([completion] if completion else []), return_exceptions=True)
+        settled = await asyncio.gather(*requests, *own, return_exceptions=True)
         log_failures(settled, f"prompt {prompt['id']} ({uid}): sibling")
         siblings, completed = settled[:size], settled[size:]
         responses = [response for response in siblings if isinstance(response, AgentLoopOutput)]
@@ -331,7 +330,9 @@ class SkpoAgentLoopWorker(MeteredWorker):
     async def _generate(
         self, route: str, index: int, prompt_ids: list[int], params: dict, seed: int, name: str = ""
     ) -> TokenOutput:
-        """One request; ``route`` and ``index`` tell it apart, and ``name`` where several share both.  The server empties the parameters it is given, so each gets its own copy.
+        """One request; ``route`` and ``index`` tell it apart, and ``name`` where several share both.
+
+        The server empties the parameters it is given, so each request gets its own copy.
 
         Raises:
             RolloutError: an answer without tokens or without one log-prob per token, as an aborted request gives.
@@ -426,7 +427,8 @@ class MeteredManager(AgentLoopManagerTQ):
 
     def take_tokens(self) -> dict[str, int]:
         """Tokens of all workers' requests since the last call: ``generated``, ``prefilled``, ``cached``."""
-        counts = ray.get([worker.take_tokens.remote() for worker in self.agent_loop_workers])
+        workers: list[Any] = self.agent_loop_workers
+        counts = ray.get([worker.take_tokens.remote() for worker in workers])
         return {name: sum(count[name] for count in counts) for name in counts[0]}
 
 

@@ -107,8 +107,8 @@ class SkpoSettings:
         selection: which candidate is kept: ``median`` (the paper), ``extreme``, ``first``, ``random``; see
             ``segments.select_segment``.
         skip: what the siblings continue: ``concat`` (the paper: the tokens of s, then those of the templated q),
-            ``chat`` (q's template with s quoted inside the user turn), ``continual`` (q, then s as the hard beginning of
-            the response), ``unconditional`` (q alone).
+            ``chat`` (q's template with s quoted inside the user turn), ``continual`` (q, then s as the hard beginning
+            of the response), ``unconditional`` (q alone).
         chat_quote: the user turn of ``chat``, with {segment} and {problem}.
         upstream_reward: R_I: ``mc`` (the paper: mean of the siblings' rewards) or ``own`` (the reward of the chosen
             candidate's own completed response).
