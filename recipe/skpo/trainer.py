@@ -7,7 +7,7 @@ the state is in the checkpoint before verl marks it complete.  docs/verl_seams.m
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 from recipe.skpo.advantage import skpo_advantage
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
-from recipe.skpo.metrics import MetricsFile, append_trees, keep_lines, rollout_metrics, rollout_tree, update_metrics
+from recipe.skpo.metrics import MetricsFile, rollout_metrics, update_metrics
 from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
 from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
+from recipe.skpo.trees import FOLDER, TreeStore, rollout_tree, sample_rows
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class SkpoTrainer(PPOTrainerSync):
         # verl builds its loggers inside fit(), so the first hook after that adds ours.
         loggers: dict[str, Any] = self.logger.logger
         if "metrics_file" not in loggers:
-            keep_lines(self.output_dir / "trees.jsonl", self.resumed_at)
+            self.trees = TreeStore(self.output_dir / FOLDER, self.settings.trees_max_mb, self.resumed_at)
             loggers["metrics_file"] = MetricsFile(self.output_dir / "metrics.jsonl", self.resumed_at)
 
     # ---------------------------------------------------------------- prompts out, rows in order
@@ -166,8 +167,9 @@ class SkpoTrainer(PPOTrainerSync):
         gaps = [(data[log_probs[0]][row] - data[log_probs[1]][row]).abs() for row in valid.nonzero().flatten().tolist()]
         metrics["skpo/rollout_actor_logprob_gap/mean"] = float(torch.cat(gaps).mean()) if gaps else 0.0
         metrics["skpo/prompts_dropped"] = self.config.data.train_batch_size - len(segments)
-        shown = segments[: self.settings.trees_per_step]
-        self._write_trees(batch, [(row, prompts == prompts[row]) for row in shown], siblings, rewards, advantages)
+        shown = sample_rows(segments, self.settings.trees_per_step, self.settings.seed, self.global_steps)
+        numbers = {"reward": rewards, "advantage": advantages, "baseline": baselines, "length": lengths}
+        self._write_trees(batch, [(row, siblings & (prompts == prompts[row])) for row in shown], numbers)
 
         per_token = [value * mask.to(advantages.dtype) for value, mask in zip(advantages, masks, strict=True)]
         output = {
@@ -211,34 +213,43 @@ class SkpoTrainer(PPOTrainerSync):
     # ---------------------------------------------------------------- rollout trees
 
     def _write_trees(
-        self,
-        batch: KVBatchMeta,
-        shown: Sequence[tuple[int, torch.Tensor]],
-        siblings: torch.Tensor,
-        rewards: torch.Tensor,
-        advantages: torch.Tensor,
+        self, batch: KVBatchMeta, shown: Sequence[tuple[int, torch.Tensor]], numbers: Mapping[str, torch.Tensor]
     ) -> None:
-        """Write rollout trees for people to read; ``shown``: row of the segment, mask of the prompt's rows."""
+        """Store rollout trees; ``shown``: row of the segment, mask of its siblings; ``numbers``: name to (rows,)."""
 
-        def decode(token_ids: Sequence[int]) -> str:
-            return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        def decode(token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-        fields = ["responses", "raw_prompt", "reward_model", "extra_fields"]
+        fields = ["id", "prompts", "responses", "raw_prompt", "reward_model", "extra_fields"]
         trees = []
         for segment, own in shown:
-            rows = [segment, *(own & siblings).nonzero().flatten().tolist()]
+            rows = [segment, *own.nonzero().flatten().tolist()]
             data = tq.kv_batch_get(
                 keys=[batch.keys[row] for row in rows], partition_id=batch.partition_id, select_fields=fields
             )
-            texts = [decode(response.tolist()) for response in data["responses"].unbind()]
-            scored = [{"reward": float(rewards[row]), "advantage": float(advantages[row])} for row in rows]
-            tree = rollout_tree(
-                problem=data.get("raw_prompt").tolist()[0][-1]["content"],
-                answer=str(data.get("reward_model").tolist()[0]["ground_truth"]),
-                record=data.get("extra_fields").tolist()[0]["skpo"],
-                responses=[{"text": text, **score} for text, score in zip(texts[1:], scored[1:], strict=True)],
-                segment=scored[0],
-                decode=decode,
+            extras = data.get("extra_fields").tolist()
+            answers = [(extra.get("reward_extra_info") or {}).get("pred") for extra in extras]
+            responses = [
+                {
+                    "text": decode(response.tolist()),
+                    "reward": float(numbers["reward"][row]),
+                    "advantage": float(numbers["advantage"][row]),
+                    "length": int(numbers["length"][row]),
+                    "answer": None if answer is None else str(answer),
+                }
+                for row, response, answer in zip(rows, data["responses"].unbind(), answers, strict=True)
+            ]
+            trees.append(
+                rollout_tree(
+                    step=self.global_steps,
+                    prompt_id=str(data.get("id").tolist()[0]),
+                    problem=data.get("raw_prompt").tolist()[0][-1]["content"],
+                    answer=str(data.get("reward_model").tolist()[0]["ground_truth"]),
+                    record=extras[0]["skpo"],
+                    segment={name: float(numbers[name][segment]) for name in ("reward", "baseline", "advantage")},
+                    skip_prompt=decode(data["prompts"].unbind()[1].tolist(), skip_special_tokens=False),
+                    responses=responses[1:],
+                    decode=decode,
+                )
             )
-            trees.append({"step": self.global_steps, **tree})
-        append_trees(self.output_dir / "trees.jsonl", trees)
+        self.trees.write(self.global_steps, trees)
