@@ -40,7 +40,13 @@ def tree(step: int, rng: random.Random, skill: float, group: int = 8, words: int
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     a, b = rng.randint(1, 9), rng.randint(1, 9)
     split = rng.randint(4, 9)
-    starts = (f"{a} + {b} =", f"{name} has {a} {thing}", f"{a} {thing} + {b}", f"{a} * {b} =", f"{name} gets {b} {thing}")
+    starts = (
+        f"{a} + {b} =",
+        f"{name} has {a} {thing}",
+        f"{a} {thing} + {b}",
+        f"{a} * {b} =",
+        f"{name} gets {b} {thing}",
+    )
     candidates = []
     for _ in range(group):
         early = rng.random() < 0.2
@@ -86,7 +92,9 @@ def tree(step: int, rng: random.Random, skill: float, group: int = 8, words: int
     }
 
 
-_WORDS = [f"{first}{last}" for first in ("so", "then", "now", "let", "sum", "prime") for last in ("", " x", " =", ",", " 7")]
+_WORDS = [
+    f"{first}{last}" for first in ("so", "then", "now", "let", "sum", "prime") for last in ("", " x", " =", ",", " 7")
+]
 
 
 def metrics(step: int, rng: random.Random, skill: float) -> dict[str, float]:
@@ -174,7 +182,9 @@ def make_hostile_run(folder: Path, texts: Sequence[str] = HARM) -> Path:
     """A run whose every text is one of ``texts``, in every place where a text can stand."""
     make_run(folder, steps=3)
     file = MetricsFile(folder / "metrics.jsonl", resumed_at=3)
-    file.log({f"</script><b>{text[:80]}": 1.0 for text in texts} | {"skpo/loss": float("nan"), "__proto__": 2.0}, step=4)
+    file.log(
+        {f"</script><b>{text[:80]}": 1.0 for text in texts} | {"skpo/loss": float("nan"), "__proto__": 2.0}, step=4
+    )
     store = TreeStore(folder / FOLDER, 64.0, resumed_at=3)
     for step, text in enumerate(texts, start=4):
         one = tree(step, random.Random(step), skill=0.5)

@@ -2,11 +2,11 @@
 
     python -m recipe.skpo.html_report <run folder>
 
-Reads what the run wrote and writes ``report.html`` beside it.  The page needs no network and stays below ``LARGEST_PAGE``
-whatever was stored: long texts keep their beginning and their end, long series and many trees are sampled evenly, and
-the page says what it leaves out.  Text of a model, a data file or a config is data: it stands in one JSON block that is
-pure ASCII without ``<``, ``>`` and ``&``; the script renders it as text only; the Content-Security-Policy allows nothing
-but the page's own script and style.
+Reads what the run wrote and writes ``report.html`` beside it.  The page needs no network and stays below
+``LARGEST_PAGE`` whatever was stored: long texts keep their beginning and end, long series and many trees are sampled
+evenly, and the page says what it leaves out.  Text of a model, a data file or a config is data: it stands in one JSON
+block of pure ASCII without ``<``, ``>`` and ``&``; the script renders it as text only; the Content-Security-Policy
+allows nothing but the page's own script and style.
 """
 
 import argparse
@@ -112,6 +112,10 @@ CURVES: list[tuple[str, list[tuple[str, str]]]] = [
 ]
 """Title, then label and metric of each line.  Lines without numbers are left out; every other metric can be picked."""
 
+HELD_OUT = "held-out "
+WORDS = {"acc": "accuracy", "well_formed": "well-formed answers", "acc_of_well_formed": "accuracy among well-formed"}
+"""Names that the held-out numbers get among the metrics: ``held-out <source>: <word>``."""
+
 SECRET = re.compile(r"(^|_)(api_?key|secret|password|passwd|credentials?|access_key|auth|token)$", re.IGNORECASE)
 """Names of settings whose values stay out of a page that people pass on."""
 
@@ -142,10 +146,11 @@ def number(value: Any) -> float | None:
 def series_of(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
     """Metric name to its steps and values, finite ones only; the held-out numbers are named in words too."""
     series: dict[str, list[list[float]]] = {}
-    words = {"acc": "accuracy", "well_formed": "well-formed answers", "acc_of_well_formed": "accuracy among well-formed"}
     for line in steps:
         named = {
-            f"{words[key]}, {source}": value for source, found in held_out(dict(line)).items() for key, value in found.items()
+            f"{HELD_OUT}{source}: {WORDS[key]}": value
+            for source, found in held_out(dict(line)).items()
+            for key, value in found.items()
         }
         for name, value in [*line.items(), *named.items()]:
             rounded = number(value)
@@ -170,8 +175,9 @@ def curves(steps: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str, An
     shown = dict(that_fit(sampled, LARGEST_CURVES))
     if len(shown) < len(series):
         notes.append(f"Metrics: {len(shown)} of {len(series)}.")
-    held = [name for name in shown if name.startswith(("accuracy, ", "accuracy among ", "well-formed answers, "))]
-    groups = [("Held-out, greedy", [(name, name) for name in held]), *CURVES]
+    sources = sorted({name.rpartition(": ")[0] for name in shown if name.startswith(HELD_OUT)})
+    held = [(f"{source}, greedy", [(word, f"{source}: {word}") for word in WORDS.values()]) for source in sources]
+    groups = [*held, *CURVES]
     drawn = [
         {"title": title, "lines": [{"label": label, "name": name} for label, name in lines if name in shown]}
         for title, lines in groups
@@ -208,7 +214,9 @@ def headline(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def settings_of(node: Any, path: str = "") -> list[list[str]]:
     """Dotted path and value of every setting; values of keys that hold secrets are hidden."""
     if isinstance(node, Mapping) and node:
-        return [pair for key, value in node.items() for pair in settings_of(value, f"{path}.{key}" if path else str(key))]
+        return [
+            pair for key, value in node.items() for pair in settings_of(value, f"{path}.{key}" if path else str(key))
+        ]
     hidden = isinstance(node, str) and node and SECRET.search(path.rpartition(".")[2])
     return [[path, "(hidden)" if hidden else json.dumps(node, ensure_ascii=False, default=str)]]
 

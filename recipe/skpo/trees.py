@@ -114,14 +114,13 @@ def rollout_tree(
     """
     candidates = []
     for index, candidate in enumerate(record["candidates"]):
-        kept = list(candidate["token_ids"])
-        text = decode(kept)
-        whole = decode(kept + list(candidate["rest_ids"]))
+        kept, rest = list(candidate["token_ids"]), list(candidate["rest_ids"])
+        text, whole = decode(kept), decode(kept + rest)
         candidates.append(
             {
                 "text": text,
-                # Decoded together and then parted: a tokenizer may spell the rest differently on its own.
-                "rest": whole[len(os.path.commonprefix([text, whole])) :],
+                # Decoded together and then parted where that works: on its own, a text may lose its leading space.
+                "rest": whole[len(text) :] if whole.startswith(text) else decode(rest),
                 "deviation": candidate["deviation"],
                 "ended_early": candidate["ended_early"],
                 "chosen": index == record["chosen"],

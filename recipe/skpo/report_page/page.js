@@ -170,10 +170,10 @@ function drawOverview() {
     const [, before, after] = rows[0];
     const many = data.headline.sources.length > 1;
     const change = before === null ? "" : `, ${signed(100 * (after - before), 1)} points`;
-    cards.append(
-      card("Held-out accuracy" + (many ? `, ${oneLine(source, 60)}` : ""),
-        `${digits(before, 3)} \u2192 ${digits(after, 3)}`, `step ${first} \u2192 ${last}${change}`)
-    );
+    const main = card("Held-out accuracy" + (many ? `, ${oneLine(source, 60)}` : ""),
+      `${digits(before, 3)} \u2192 ${digits(after, 3)}`, `step ${first} \u2192 ${last}${change}`);
+    main.classList.add("main");
+    cards.append(main);
   }
   const { steps, tokens, minutes } = data.headline;
   cards.append(card("Steps", String(steps), ""));
@@ -205,16 +205,16 @@ function drawOverview() {
 
 // ---------------------------------------------------------------- curves
 
-function ticks(low, high, count) {
-  const span = high - low;
-  const raw = span / count;
-  const power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((factor) => factor * power).find((value) => value >= raw * 0.999);
-  const found = [];
-  for (let value = Math.ceil(low / step - 1e-9) * step; value <= high + step * 1e-6; value += step) {
-    found.push(Math.abs(value) < step * 1e-6 ? 0 : Number(value.toPrecision(12)));
-  }
-  return found;
+// Distance of about ``count`` ticks over a span: 1, 2 or 5 times a power of ten.
+function tickStep(span, count) {
+  const power = 10 ** Math.floor(Math.log10(span / count));
+  return [1, 2, 5, 10].map((factor) => factor * power).find((value) => value >= (span / count) * 0.999);
+}
+
+function ticks(low, high, step) {
+  const from = Math.ceil(low / step - 1e-6);
+  const to = Math.floor(high / step + 1e-6);
+  return Array.from({ length: to - from + 1 }, (_, index) => Number(((from + index) * step).toPrecision(12)));
 }
 
 function nearest(sorted, value) {
@@ -239,6 +239,9 @@ function chart(title, lines) {
     low -= room;
     high += room;
   }
+  const apart = tickStep(high - low, 4);
+  low = Math.floor(low / apart + 1e-6) * apart;
+  high = Math.ceil(high / apart - 1e-6) * apart;
   const first = steps[0];
   const last = steps[steps.length - 1] === first ? first + 1 : steps[steps.length - 1];
   const svg = draw("svg", { role: "application", tabindex: "0", "aria-roledescription": "chart" });
@@ -263,13 +266,13 @@ function chart(title, lines) {
       const found = step === null ? line.xs.length - 1 : line.xs.indexOf(step);
       readouts[index].textContent = found < 0 ? "\u2013" : compact(line.ys[found]);
     });
-    at.textContent = step === null ? `last of ${steps.length} logged` : `step ${step}`;
+    at.textContent = step === null ? `step ${steps[steps.length - 1]}, the last` : `step ${step}`;
   };
 
   const paint = () => {
     const width = Math.max(200, svg.clientWidth || 360);
     const height = 190;
-    const yTicks = ticks(low, high, 4);
+    const yTicks = ticks(low, high, apart);
     const labels = yTicks.map(compact);
     const left = 10 + 6.6 * Math.max(...labels.map((label) => label.length));
     const box = { left, right: width - 10, top: 10, bottom: height - 22 };
@@ -281,8 +284,7 @@ function chart(title, lines) {
       shapes.push(draw("line", { x1: box.left, x2: box.right, y1: y(value), y2: y(value), class: "grid" }));
       shapes.push(draw("text", { x: box.left - 5, y: y(value) + 4, "text-anchor": "end", class: "tick" }, labels[index]));
     });
-    for (const value of ticks(first, last, Math.max(2, Math.floor(width / 90)))) {
-      if (!Number.isInteger(value)) continue;
+    for (const value of ticks(first, last, Math.max(1, tickStep(last - first, Math.max(2, Math.floor(width / 90)))))) {
       shapes.push(draw("text", { x: x(value), y: height - 6, "text-anchor": "middle", class: "tick" }, compact(value)));
     }
     drawn.forEach((line, index) => {
@@ -431,7 +433,7 @@ function treeBody(tree) {
     make("div", "facts", fact("expected answer", oneLine(plain(tree.answer), 200)), fact("prompt", oneLine(plain(tree.prompt), 200)),
       fact("step", String(tree.step))));
   const upstream = make("div", "",
-    make("h3", "", `Upstream: ${tree.candidates.length} candidates, cut at t_q = ${tree.split}, by d`),
+    make("h3", "", `Upstream: ${tree.candidates.length} candidates, cut at t`, make("sub", "", "q"), ` = ${tree.split}, by d`),
     candidateRows(tree),
     make("div", "facts", fact("segment reward", signed(segment.reward, 2)), fact("baseline", signed(segment.baseline, 2)),
       fact("advantage", signed(segment.advantage, 2))));
