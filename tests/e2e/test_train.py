@@ -137,7 +137,6 @@ def test_trees_and_tensorboard_are_written(run: dict) -> None:
     trees = list(read_trees(tree_index(run["out"])))
     assert [tree["step"] for tree in trees] == [1, 2, 3], "those after the checkpoint were made once more"
     for tree in trees:
-        assert tree["skip_prompt"].removeprefix("<s>").startswith(tree["segment"]["text"][:1])
         assert tree["problem"] in tree["skip_prompt"]
         assert len(tree["candidates"]) == len(tree["responses"]) == 4
         assert sum(candidate["chosen"] for candidate in tree["candidates"]) == 1
