@@ -90,7 +90,8 @@ CURVES: list[tuple[str, list[tuple[str, str]]]] = [
         "Rollout against actor",
         [("mean |difference of log-probs|", "skpo/rollout_actor_logprob_gap/mean")],
     ),
-    ("Value tracker", [("value", f"{TRACKER}value/mean"), ("drift", f"{TRACKER}drift/mean")]),
+    ("Value tracker", [("value", f"{TRACKER}value/mean")]),
+    ("Drift since the last visit", [("drift", f"{TRACKER}drift/mean")]),
     ("Effective count", [("visits that count", f"{TRACKER}effective_count/mean")]),
     (
         "Seconds per step",

@@ -47,8 +47,10 @@ function compact(value) {
 }
 
 function reward(value) {
-  if (value === null || value === undefined) return "\u2013";
-  return Number.isInteger(value) ? signed(value, 0) : signed(value, 2);
+  if (value === null || value === undefined) return "no reward";
+  if (value === 1) return "+1 \u2713 right";
+  if (value === -1) return "\u22121 \u2717 wrong";
+  return signed(value, 2); // a reward function of one's own
 }
 
 function kind(value) {
@@ -404,8 +406,7 @@ function candidateRows(tree) {
 function responseRows(tree) {
   return make("ol", "rows", ...tree.responses.map((response) => {
     const sort = kind(response.reward);
-    const words = { right: "\u2713 right", wrong: "\u2717 wrong", other: "no reward" }[sort];
-    const head = make("div", "head", make("span", "chip " + sort, `${reward(response.reward)} ${words}`),
+    const head = make("div", "head", make("span", "chip " + sort, reward(response.reward)),
       make("span", "", "A ", make("b", "", signed(response.advantage, 2))),
       make("span", "", `${response.length} tokens`));
     const answer = oneLine(plain(response.answer), 80);
