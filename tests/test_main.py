@@ -124,7 +124,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in ("check_config", "check_data", "check_prompt_lengths", "check_resume", "prepare_data", "prepare_model"):
         watch(name, getattr(main, name))
-    for name in ("apply_platform", "launch", "summary"):
+    for name in ("apply_platform", "launch", "summary", "write_report"):
         watch(name)
     return taken
 
@@ -198,9 +198,33 @@ def test_a_run_checks_then_launches_then_reports(config, steps, tmp_path: Path) 
     main.run.__wrapped__(config)
     assert steps.index("check_config") < steps.index("apply_platform") < steps.index("check_data")
     assert steps.index("check_data") < steps.index("prepare_model") < steps.index("check_prompt_lengths")
-    assert steps[-3:] == ["check_resume", "launch", "summary"]
+    assert steps[-4:] == ["check_resume", "launch", "summary", "write_report"]
     saved = OmegaConf.load(tmp_path / "out" / "config.yaml")
     assert saved.skpo == config.skpo and saved.data.train_files == str(tmp_path / "train.parquet")
+
+
+def test_a_report_that_fails_does_not_fail_the_run(config, steps, tmp_path: Path, monkeypatch, caplog, capsys) -> None:
+    good_files(config, tmp_path)
+
+    def fails(folder: Path) -> Path:
+        raise ZeroDivisionError("no page today")
+
+    monkeypatch.setattr(main, "summary", lambda folder, minutes: "the summary")
+    monkeypatch.setattr(main, "write_report", fails)
+    monkeypatch.setattr(main.logger, "disabled", False)  # Hydra may have switched logging off in a test before
+    main.run.__wrapped__(config)
+    assert "the summary" in capsys.readouterr().out
+    (record,) = [record for record in caplog.records if record.name == main.__name__]
+    assert "no page today" in str(record.exc_info) and str(tmp_path / "out") in record.getMessage()
+
+
+def test_a_finished_run_is_reported_again(config, steps, tmp_path: Path, monkeypatch, capsys) -> None:
+    good_files(config, tmp_path)
+    monkeypatch.setattr(main, "is_finished", lambda config: True)
+    monkeypatch.setattr(main, "write_report", lambda folder: folder / "report.html")
+    main.run.__wrapped__(config)
+    assert "launch" not in steps and "summary" in steps
+    assert f"report       {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
 
 
 def refused(config) -> str:

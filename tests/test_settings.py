@@ -70,6 +70,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"poll_interval_s": 0}, "skpo.poll_interval_s"),
     ({"poll_interval_s": -2}, "skpo.poll_interval_s"),
     ({"trees_per_step": -1}, "skpo.trees_per_step"),
+    ({"trees_max_mb": 0}, "skpo.trees_max_mb"),
+    ({"trees_max_mb": math.inf}, "skpo.trees_max_mb"),
     ({"tracker": None}, "skpo.tracker"),
     ({"tracker": {"rho_min": 0.97}}, "skpo.tracker.*rho_min"),
     ({"tracker": {"rho_min": -0.1}}, "skpo.tracker.*rho_min"),

@@ -22,10 +22,11 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
 from recipe.skpo.curriculum import PrioritisedBatches
-from recipe.skpo.metrics import MetricsFile, keep_lines
+from recipe.skpo.metrics import MetricsFile
 from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
+from recipe.skpo.trees import FOLDER, TreeStore
 
 _DRIFT_PARTITION = "skpo_drift"
 """TransferQueue partition of the rows whose log-probs only measure drift; empty between two steps."""
@@ -97,7 +98,7 @@ class BaseTrainer(PPOTrainerSync):
         # verl builds its loggers inside fit(), so the first hook after that adds ours.
         loggers: dict[str, Any] = self.logger.logger
         if "metrics_file" not in loggers:
-            keep_lines(self.output_dir / "trees.jsonl", self.resumed_at)
+            self.trees = TreeStore(self.output_dir / FOLDER, self.settings.trees_max_mb, self.resumed_at)
             loggers["metrics_file"] = MetricsFile(self.output_dir / "metrics.jsonl", self.resumed_at)
 
     # ---------------------------------------------------------------- prompts out, rows in order

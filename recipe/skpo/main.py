@@ -5,6 +5,7 @@
 Everything that can be known to be wrong before a model is loaded stops the run here, in one line.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from recipe.skpo.html_report import write_report
 from recipe.skpo.preflight import (
     check_config,
     check_data,
@@ -32,6 +34,8 @@ from recipe.skpo.preflight import (
 )
 from recipe.skpo.report import summary
 from recipe.skpo.settings import HALF_LIVES, RECORDS, ConfigError, SkpoSettings, known_keys
+
+logger = logging.getLogger(__name__)
 
 
 def rows_per_prompt(group_size: int) -> int:
@@ -198,6 +202,15 @@ def launch(config: DictConfig) -> None:
             ray.shutdown()
 
 
+def report(output_dir: Path, minutes: float | None = None) -> None:
+    """Print the summary and write the page; a page that cannot be made does not fail a run that is finished."""
+    print(summary(output_dir, minutes))
+    try:
+        print(f"  report       {write_report(output_dir)}")
+    except Exception:  # process border: the run and everything it wrote are good
+        logger.exception("no report.html; `python -m recipe.skpo.html_report %s` tries again", output_dir)
+
+
 @hydra.main(version_base=None, config_path="config", config_name="skpo_trainer")
 def run(config: DictConfig) -> None:
     """Check, prepare, train, report."""
@@ -227,12 +240,12 @@ def run(config: DictConfig) -> None:
             f"this run is finished; for another one give output_dir=<folder>, to go on trainer.total_training_steps="
             f"<more than {config.trainer.total_training_steps}>"
         )
-        print(summary(output_dir))
+        report(output_dir)
         return
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, output_dir / "config.yaml")
     launch(config)
-    print(summary(output_dir, minutes=(time.monotonic() - started) / 60))
+    report(output_dir, minutes=(time.monotonic() - started) / 60)
 
 
 def main() -> None:

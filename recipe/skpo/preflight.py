@@ -16,7 +16,7 @@ from recipe.skpo.state import require_state_file, saved_tokens
 METHOD_SETTINGS = {
     "rollout": [
         *("candidates", "split", "split_low", "split_high", "boundaries", "selection", "skip", "chat_quote"),
-        *("upstream_reward", "initial_length", "prompt_timeout_s", "trees_per_step"),
+        *("upstream_reward", "initial_length", "prompt_timeout_s", "trees_per_step", "trees_max_mb"),
     ],
     "objective": ["weight_up", "weight_down", "clip_low", "clip_high", "downstream_aggregation"],
     "tracker": ["tracker"],

@@ -381,6 +381,7 @@ class SkpoAgentLoopWorker(MeteredWorker):
             "candidates": [
                 {
                     "token_ids": list(candidate.segment.token_ids),
+                    "rest_ids": list(candidate.output.token_ids)[len(candidate.segment.token_ids) :],
                     "deviation": candidate.segment.deviation,
                     "ended_early": candidate.ended_early,
                 }

@@ -5,7 +5,7 @@ row's share of the objective are written, the trackers are updated (SPEC section
 the policy moved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,9 @@ from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from recipe.skpo.advantage import skpo_advantage
 from recipe.skpo.base_trainer import BaseTrainer
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
-from recipe.skpo.metrics import append_trees, rollout_metrics, rollout_tree, update_metrics
+from recipe.skpo.metrics import rollout_metrics, update_metrics
 from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
+from recipe.skpo.trees import rollout_tree, sample_rows
 
 register_adv_est("skpo")(skpo_advantage)
 
@@ -101,8 +102,9 @@ class SkpoTrainer(BaseTrainer):
         gaps = [(data[log_probs[0]][row] - data[log_probs[1]][row]).abs() for row in valid.nonzero().flatten().tolist()]
         metrics["skpo/rollout_actor_logprob_gap/mean"] = float(torch.cat(gaps).mean()) if gaps else 0.0
         metrics["skpo/prompts_dropped"] = self.config.data.train_batch_size - len(segments)
-        shown = segments[: self.settings.trees_per_step]
-        self._write_trees(batch, [(row, prompts == prompts[row]) for row in shown], siblings, rewards, advantages)
+        shown = sample_rows(segments, self.settings.trees_per_step, self.settings.seed, self.global_steps)
+        numbers = {"reward": rewards, "advantage": advantages, "baseline": baselines, "length": lengths}
+        self._write_trees(batch, [(row, siblings & (prompts == prompts[row])) for row in shown], numbers)
 
         per_token = [value * mask.to(advantages.dtype) for value, mask in zip(advantages, masks, strict=True)]
         output = {
@@ -127,34 +129,43 @@ class SkpoTrainer(BaseTrainer):
     # ---------------------------------------------------------------- rollout trees
 
     def _write_trees(
-        self,
-        batch: KVBatchMeta,
-        shown: Sequence[tuple[int, torch.Tensor]],
-        siblings: torch.Tensor,
-        rewards: torch.Tensor,
-        advantages: torch.Tensor,
+        self, batch: KVBatchMeta, shown: Sequence[tuple[int, torch.Tensor]], numbers: Mapping[str, torch.Tensor]
     ) -> None:
-        """Write rollout trees for people to read; ``shown``: row of the segment, mask of the prompt's rows."""
+        """Store rollout trees; ``shown``: row of the segment, mask of its siblings; ``numbers``: name to (rows,)."""
 
-        def decode(token_ids: Sequence[int]) -> str:
-            return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        def decode(token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-        fields = ["responses", "raw_prompt", "reward_model", "extra_fields"]
+        fields = ["id", "prompts", "responses", "raw_prompt", "reward_model", "extra_fields"]
         trees = []
         for segment, own in shown:
-            rows = [segment, *(own & siblings).nonzero().flatten().tolist()]
+            rows = [segment, *own.nonzero().flatten().tolist()]
             data = tq.kv_batch_get(
                 keys=[batch.keys[row] for row in rows], partition_id=batch.partition_id, select_fields=fields
             )
-            texts = [decode(response.tolist()) for response in data["responses"].unbind()]
-            scored = [{"reward": float(rewards[row]), "advantage": float(advantages[row])} for row in rows]
-            tree = rollout_tree(
-                problem=data.get("raw_prompt").tolist()[0][-1]["content"],
-                answer=str(data.get("reward_model").tolist()[0]["ground_truth"]),
-                record=data.get("extra_fields").tolist()[0]["skpo"],
-                responses=[{"text": text, **score} for text, score in zip(texts[1:], scored[1:], strict=True)],
-                segment=scored[0],
-                decode=decode,
+            extras = data.get("extra_fields").tolist()
+            answers = [(extra.get("reward_extra_info") or {}).get("pred") for extra in extras]
+            responses = [
+                {
+                    "text": decode(response.tolist()),
+                    "reward": float(numbers["reward"][row]),
+                    "advantage": float(numbers["advantage"][row]),
+                    "length": int(numbers["length"][row]),
+                    "answer": None if answer is None else str(answer),
+                }
+                for row, response, answer in zip(rows, data["responses"].unbind(), answers, strict=True)
+            ]
+            trees.append(
+                rollout_tree(
+                    step=self.global_steps,
+                    prompt_id=str(data.get("id").tolist()[0]),
+                    problem=data.get("raw_prompt").tolist()[0][-1]["content"],
+                    answer=str(data.get("reward_model").tolist()[0]["ground_truth"]),
+                    record=extras[0]["skpo"],
+                    segment={name: float(numbers[name][segment]) for name in ("reward", "baseline", "advantage")},
+                    skip_prompt=decode(data["prompts"].unbind()[1].tolist(), skip_special_tokens=False),
+                    responses=responses[1:],
+                    decode=decode,
+                )
             )
-            trees.append({"step": self.global_steps, **tree})
-        append_trees(self.output_dir / "trees.jsonl", trees)
+        self.trees.write(self.global_steps, trees)

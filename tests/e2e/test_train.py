@@ -13,6 +13,7 @@ import pytest
 
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.state import FILE_NAME
+from recipe.skpo.trees import read_trees, tree_index
 from tests.e2e.tiny import overrides
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -138,3 +139,16 @@ def test_trees_and_tensorboard_are_written(run: dict) -> None:
     assert text.count("upstream candidates") == 3
     assert text.count("->") == 3
     assert list((run["out"] / "tensorboard").rglob("events.out.tfevents.*"))
+    trees = list(read_trees(tree_index(run["out"])))
+    assert [tree["step"] for tree in trees] == [1, 2, 3], "those after the checkpoint were made once more"
+    for tree in trees:
+        assert tree["problem"] in tree["skip_prompt"]
+        assert len(tree["candidates"]) == len(tree["responses"]) == 4
+        assert sum(candidate["chosen"] for candidate in tree["candidates"]) == 1
+        assert all(response["length"] > 0 for response in tree["responses"])
+
+
+def test_a_report_is_written(run: dict) -> None:
+    assert "report.html" in run["again"].stdout
+    text = (run["out"] / "report.html").read_text()
+    assert "Content-Security-Policy" in text and '"step":3' in text
