@@ -141,7 +141,9 @@ def collect(rows: Iterable[RawRow], convert: Convert, *, skip_bad: bool = False)
     found.problems = [problem for identifier, (problem, _) in first.items() if identifier not in torn]
     # A question with two answers: nobody knows which one is right, so both rows go.
     found.bad += [
-        f"{where}: left out with the row above it" for identifier, (_, where) in first.items() if identifier in torn
+        f"{where}: its question has another answer in a later row"
+        for identifier, (_, where) in first.items()
+        if identifier in torn
     ]
     return found
 

@@ -66,7 +66,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
     if not found:
         present = ", ".join(str(path.relative_to(folder)) for path in candidates[:5]) or "no data file"
         raise DataError(
-            f"{folder}: has no {split}.jsonl, .json, .parquet or .csv (it has {present}); name the file itself by --source"
+            f"{folder}: has no {split}.jsonl, .json, .parquet or .csv (it has {present}); name the file by --source"
         )
     copies = {path.stem for path in found if path.suffix != found[0].suffix}
     if copies:

@@ -41,9 +41,10 @@ def prepare_training(folder: Path, wanted: TrainingData) -> dict[str, Path]:
         raise DataError(f"data.prepare.name: {wanted.name} is unknown; known are {', '.join(SOURCES)}")
     source: Source = import_module(SOURCES[wanted.name]).SOURCE
     if wanted.val_benchmark is not None:
-        from data_prep.benchmarks import benchmark
+        from data_prep.benchmarks import benchmark, places
 
-        val_of, val_place = benchmark(wanted.val_benchmark), wanted.val_source
+        val_of = benchmark(wanted.val_benchmark)
+        val_place = places(wanted.val_source, [wanted.val_benchmark])[wanted.val_benchmark]
     else:
         val_of, val_place = source, wanted.val_source or wanted.source
     if val_place == wanted.source and wanted.source is not None and Path(wanted.source).is_file():
