@@ -140,11 +140,7 @@ def collect(rows: Iterable[RawRow], convert: Convert, *, skip_bad: bool = False)
             found.bad.append(fault)
     found.problems = [problem for identifier, (problem, _) in first.items() if identifier not in torn]
     # A question with two answers: nobody knows which one is right, so both rows go.
-    found.bad += [
-        f"{where}: its question has another answer in a later row"
-        for identifier, (_, where) in first.items()
-        if identifier in torn
-    ]
+    found.bad += [f"{first[torn_id][1]}: a later row has another answer" for torn_id in first if torn_id in torn]
     return found
 
 

@@ -1,9 +1,9 @@
 """This side of `math_worker`: one worker per process, started when first needed, asked by any thread.
 
-The worker stops itself after `SECONDS` of wall-clock time per comparison or at `MEMORY` bytes; should even that fail,
-it is killed after `GRACE` more and started anew. Threads wait for each other: the bound is per comparison, from the
-moment it is this one's turn. A worker that cannot be started is a fault of the installation and raises; nothing that
-is compared ever does.
+The kernel stops the worker after `SECONDS` of wall-clock time per comparison or at `MEMORY` bytes; should even that
+fail, it is killed after `GRACE` more and started anew. Threads wait for each other: the bound holds from the
+moment it is this comparison's turn. A worker that cannot be started is a fault of the installation and raises;
+nothing that is compared ever does.
 """
 
 import atexit
@@ -20,8 +20,8 @@ from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-SECONDS = 1.5
-GRACE = 0.3
+SECONDS = 1.2
+GRACE = 5.0
 MEMORY = 512 * 2**20
 """Of address space; a worker that has just started takes 65 MiB."""
 START_SECONDS = 60.0
@@ -136,7 +136,7 @@ def close() -> None:
 
 
 def equal(answer: str, truth: str) -> bool:
-    """Whether math-verify finds the two LaTeX answers equal; False if it had to be stopped. No answer makes it raise."""
+    """Whether math-verify finds the two LaTeX answers equal; False if it had to be stopped. Never raises."""
     try:
         return _equal(answer, truth)
     except Unjudged:

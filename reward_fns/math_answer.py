@@ -25,13 +25,16 @@ LONGEST = 400
 DEEPEST = 12
 MOST_DIGITS = 40
 LARGEST_POWER = 9999
+LARGEST_SYMBOLIC_POWER = 200
 
 _DROPPED = re.compile(r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?)(?![a-zA-Z])|\\[!,;:]|\\\$|\$|\\[()\[\]]")
 _DROPPED_END = re.compile(r"\^?\{?(?:\\circ|\\degree)(?![a-zA-Z])\}?$|°$|\\?%$|[.,;]$")
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _SHORT_FRACTION = re.compile(r"\\frac\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}\\]*)\}")
-_SPACE = re.compile(r"(?<![0-9a-zA-Z])\s+|\s+(?![0-9a-zA-Z])")
+# "1, 234" are two numbers, "1,234" and "1,\! 234" are one.
+_THOUSANDS = re.compile(r",\\!\s*(?=[0-9]{3}(?![0-9]))|\{,\}")
+_SPACE = re.compile(r"(?<![0-9a-zA-Z,])\s+|(?<=,)\s+(?![0-9])|(?<=,)(?<![0-9],)\s+|\s+(?![0-9a-zA-Z])")
 _LONE_LETTER = re.compile(r"\(([a-zA-Z])\)")
 _SYMBOLS = {"−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt"}
 _SYMBOLS |= {"≤": "\\le ", "≥": "\\ge ", "∪": "\\cup ", "∩": "\\cap ", "±": "\\pm ", "÷": "/", "\u00a0": " "}
@@ -45,9 +48,10 @@ _RATIO = re.compile(
 )
 # "52_8": math-verify does not look at the base.
 _BASED = re.compile(r"(?P<digits>[0-9A-F]{1,40})_\{?(?P<base>[0-9]{1,2})\}?")
-_LARGE_POWER = re.compile(r"(?:\^|\*\*)\s*\{?\s*[-+]?\s*([0-9,]+)")
+_POWERS = re.compile(r"([0-9]?)\s*(?:\^|\*\*)\s*[{(\s]*[-+]?\s*([0-9][0-9,]*)")
 _TOWER = re.compile(r"(?:\^|\*\*)\s*[{(\s]*[0-9.]+\s*[)}\s]*(?:\^|\*\*)|\^\s*\{[^{}]*\^\s*\{?[^{}]*\^")
-_FACTORIAL = re.compile(r"[0-9]{4,}\s*\}?\)?\s*!|!\s*!")
+_FACTORIAL = re.compile(r"[0-9]{4,}[\s{})]*!|![\s{})]*!|\\[dt]?binom[^!]*[0-9]{4,}")
+_UNEVALUATED = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![a-zA-Z])")
 _DIGITS = re.compile(rf"[0-9]{{{MOST_DIGITS + 1},}}")
 
 
@@ -79,7 +83,7 @@ def equal(answer: str, truth: str) -> bool:
     based = _BASED.fullmatch(left), _BASED.fullmatch(right)
     if based[0] and based[1]:
         return based[0].groupdict() == based[1].groupdict()
-    if refusal(left):
+    if refusal(left, right):
         return False
     return judge.equal(left, right)
 
@@ -89,8 +93,9 @@ def normalised(answer: str) -> str:
     """The answer without what only typesets it: sizes, spaces, dollars, text wrappers, unit sign, last full stop."""
     for symbol, latex in _SYMBOLS.items():
         answer = answer.replace(symbol, latex)
-    answer = _FRACTION.sub(r"\\frac", _DROPPED.sub("", answer.replace("\\ ", " ").replace("~", " ")))
-    answer = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", answer.replace("{,}", ","))
+    answer = _THOUSANDS.sub(",", answer).replace("\\ ", " ").replace("~", " ")
+    answer = _FRACTION.sub(r"\\frac", _DROPPED.sub("", answer))
+    answer = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", answer)
     answer = _SPACE.sub("", _TEXT.sub(r" \1 ", answer).strip())
     answer = _DROPPED_END.sub("", answer)
     whole = _LONE_LETTER.fullmatch(answer)
@@ -114,8 +119,11 @@ def number(text: str) -> Fraction | None:
     return None
 
 
-def refusal(answer: str) -> str:
-    """Why an answer is not handed to sympy, "" if it may be."""
+def refusal(answer: str, truth: str) -> str:
+    """Why an answer is not handed to sympy, "" if it may be.
+
+    A sum, product, integral or limit is no answer but the question again, unless `truth` has one too.
+    """
     if any(unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn") for character in answer):
         return "control characters"
     depth = deepest = 0
@@ -133,11 +141,15 @@ def refusal(answer: str) -> str:
         return "unbalanced braces"
     if _DIGITS.search(answer):
         return "too many digits"
-    powers = (digits.replace(",", "") for digits in _LARGE_POWER.findall(answer))
-    if any(len(digits) > 4 or int(digits or 0) > LARGEST_POWER for digits in powers) or _TOWER.search(answer):
-        return "too large a power"
+    for base, digits in _POWERS.findall(answer):
+        if int(digits.replace(",", "")) > (LARGEST_POWER if base else LARGEST_SYMBOLIC_POWER):
+            return "too large a power"
+    if _TOWER.search(answer):
+        return "a power of a power"
     if _FACTORIAL.search(answer):
-        return "too large a factorial"
+        return "too large a factorial or binomial"
+    if _UNEVALUATED.search(answer) and not _UNEVALUATED.search(truth):
+        return "not evaluated"
     return ""
 
 
