@@ -36,7 +36,11 @@ CHOICE_SOURCES = frozenset({"TIGER-Lab/MMLU-Pro"})
 Check = Callable[[str, str, str], tuple[str, bool]]
 
 
-def _route(data_source: str) -> Check:
+def route(data_source: str) -> Check:
+    """The check for a data source: (end of the response, ground truth, answer format) -> (answer, whether correct).
+
+    Raises ValueError for a source that has none.
+    """
     if data_source == "skpo/arithmetic":
         # Its form is part of the task, so `answer_format` does not loosen it.
         return lambda text, truth, _: hash_answer.check(text, truth)
@@ -72,7 +76,7 @@ def compute_score(
     answer, never because of `solution_str`.
     """
     check_format(answer_format)
-    pred, correct = _route(data_source)(solution_str[-TAIL_CHARACTERS:], ground_truth, answer_format)
+    pred, correct = route(data_source)(solution_str[-TAIL_CHARACTERS:], ground_truth, answer_format)
     return {
         "score": 1.0 if correct else -1.0,
         "acc": 1.0 if correct else 0.0,
