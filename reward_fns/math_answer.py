@@ -27,10 +27,14 @@ MOST_DIGITS = 40
 LARGEST_POWER = 9999
 LARGEST_SYMBOLIC_POWER = 200
 
-_DROPPED = re.compile(r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?)(?![a-zA-Z])|\\[!,;:]|\\\$|\$|\\[()\[\]]")
+_DROPPED = re.compile(
+    r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?)(?![a-zA-Z])|(?<!\\)\\(?:[!,;:()\[\]]|\$)|\$"
+)
 _DROPPED_END = re.compile(r"\^?\{?(?:\\circ|\\degree)(?![a-zA-Z])\}?$|°$|\\?%$|[.,;]$")
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _SHORT_FRACTION = re.compile(r"\\frac\s*([0-9a-zA-Z])\s*([0-9a-zA-Z])")
+_LATEX_SPACE = re.compile(r"(?<!\\)(?:\\ |~)")
+_UNIT = re.compile(r"(?<=[0-9}])\s*\\(?:text|mbox|mathrm|textbf|textrm)\s*\{[^{}\\]*\}(?:\^\{?[0-9]\}?)?\s*$")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox)\s*\{([^{}\\]*)\}")
 # "1, 234" are two numbers, "1,234" and "1,\! 234" are one.
 _THOUSANDS = re.compile(r",\\!\s*(?=[0-9]{3}(?![0-9]))|\{,\}")
@@ -42,6 +46,7 @@ _SYMBOLS |= {"≤": "\\le ", "≥": "\\ge ", "∪": "\\cup ", "∩": "\\cap ", "
 _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3}){1,12}|[0-9]{1,40})(?:\.[0-9]{0,40})?|\.[0-9]{1,40}"
 _POWER = r"(?:(?:[eE]|(?:\\times|\\cdot|\*)\s*10\s*\^\s*)\{?(?P<power>[+-]?[0-9]{1,3})\}?)?"
 _NUMBER = re.compile(rf"(?P<sign>[+-]?)\s*(?P<decimal>{_DECIMAL})\s*{_POWER}")
+_UNIT_WORD = re.compile(r"(?<=[0-9]) (?!pi\b)[a-zA-Z]{2,}(?: [a-zA-Z]+){0,4}$")
 _RATIO = re.compile(
     r"(?P<sign>[+-]?)\s*(?:\\frac\{(?P<a>[+-]?[0-9]{1,40})\}\{(?P<b>[+-]?[0-9]{1,40})\}"
     r"|(?P<c>[+-]?[0-9]{1,40})/(?P<d>[+-]?[0-9]{1,40}))"
@@ -93,7 +98,7 @@ def normalised(answer: str) -> str:
     """The answer without what only typesets it: sizes, spaces, dollars, text wrappers, unit sign, last full stop."""
     for symbol, latex in _SYMBOLS.items():
         answer = answer.replace(symbol, latex)
-    answer = _THOUSANDS.sub(",", answer).replace("\\ ", " ").replace("~", " ")
+    answer = _UNIT.sub("", _LATEX_SPACE.sub(" ", _THOUSANDS.sub(",", answer)).rstrip(" $."))
     answer = _FRACTION.sub(r"\\frac", _DROPPED.sub("", answer))
     answer = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", answer)
     answer = _SPACE.sub("", _TEXT.sub(r" \1 ", answer).strip())
@@ -107,9 +112,11 @@ def normalised(answer: str) -> str:
 
 def number(text: str) -> Fraction | None:
     """The exact value of a plain number or fraction, None for anything else."""
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(_UNIT_WORD.sub("", text))
     if match:
-        value = Fraction(match["decimal"].replace(",", "").rstrip(".") or "0") * 10 ** int(match["power"] or 0)
+        value = Fraction(match["decimal"].replace(",", "").rstrip(".") or "0") * Fraction(10) ** int(
+            match["power"] or 0
+        )
         return -value if match["sign"] == "-" else value
     match = _RATIO.fullmatch(text)
     if match:

@@ -104,11 +104,14 @@ def forbid_code() -> None:
 def comparison() -> Callable[[str, str], bool]:
     """math-verify's comparison of two LaTeX answers, without its own timers (they need the main thread's signals)."""
     logging.disable()
+    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
     from sympy.parsing import sympy_parser
 
     sympy_parser.parse_expr = read_number
-    config = [LatexExtractionConfig(boxed_match_priority=0)]
+    # math-verify's units are taken off any end, "3t" becomes "3" and "1 + g" becomes "1 +": `math_answer` does it.
+    normalization = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True)
+    config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization)]
 
     def equal(answer: str, truth: str) -> bool:
         gold, given = (parse(f"\\boxed{{{text}}}", config, parsing_timeout=None) for text in (truth, answer))
