@@ -11,9 +11,8 @@ from collections.abc import Iterable
 
 _SIZING = re.compile(r"\\(?:left|right|displaystyle|textstyle|[bB]igg?[lr]?|quad|qquad|[,;:! ()\[\]])(?![a-zA-Z])")
 _FRACTION = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
-# A dot or comma between digits belongs to a number; the comma of thousands is dropped before.
-_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
-_PUNCTUATION = re.compile(r"[\s${}'\"`;:!?_]|(?<!\d)[.,]|[.,](?!\d)")
+# A dot between digits belongs to a number.
+_PUNCTUATION = re.compile(r"[\s${}'\"`,;:!?_]|(?<!\d)\.|\.(?!\d)")
 _QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "−": "-", "–": "-", "—": "-"})
 
 
@@ -21,7 +20,7 @@ def normalised(text: str) -> str:
     """The text by which two problems count as the same."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES).casefold()
     text = _SIZING.sub("", _FRACTION.sub(r"\\frac", text))
-    return _PUNCTUATION.sub("", _THOUSANDS.sub("", text))
+    return _PUNCTUATION.sub("", text)
 
 
 def held_out(texts: Iterable[str]) -> frozenset[str]:

@@ -101,7 +101,7 @@ def normalised(answer: str) -> str:
     answer = _UNIT.sub("", _LATEX_SPACE.sub(" ", _THOUSANDS.sub(",", answer)).rstrip(" $."))
     answer = _FRACTION.sub(r"\\frac", _DROPPED.sub("", answer))
     answer = _SHORT_FRACTION.sub(r"\\frac{\1}{\2}", answer)
-    answer = _SPACE.sub("", _TEXT.sub(r" \1 ", answer).strip())
+    answer = _SPACE.sub("", " ".join(_TEXT.sub(r" \1 ", answer).split()))
     answer = _DROPPED_END.sub("", answer)
     whole = _LONE_LETTER.fullmatch(answer)
     if whole:
@@ -114,9 +114,7 @@ def number(text: str) -> Fraction | None:
     """The exact value of a plain number or fraction, None for anything else."""
     match = _NUMBER.fullmatch(_UNIT_WORD.sub("", text))
     if match:
-        value = Fraction(match["decimal"].replace(",", "").rstrip(".") or "0") * Fraction(10) ** int(
-            match["power"] or 0
-        )
+        value = Fraction(match["decimal"].replace(",", "").rstrip(".")) * Fraction(10) ** int(match["power"] or 0)
         return -value if match["sign"] == "-" else value
     match = _RATIO.fullmatch(text)
     if match:

@@ -118,8 +118,8 @@ def digit_appended(answer: str, rng: random.Random) -> str:
 
 
 def word_changed(answer: str, rng: random.Random) -> str:
-    """Another word in an answer that is text."""
-    if "\\text" not in answer and not re.fullmatch(r"[a-zA-Z ]+", answer):
+    """Another word in an answer that is text; a unit behind a number is passed over by design."""
+    if re.search("[0-9]", answer) or ("\\text" not in answer and not re.fullmatch(r"[a-zA-Z ]+", answer)):
         return ""
     places = [place for place in _WORD.finditer(answer) if not answer[: place.start()].endswith("\\")]
     if not places:
