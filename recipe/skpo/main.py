@@ -5,6 +5,8 @@
 Everything that can be known to be wrong before a model is loaded stops the run here, in one line.
 """
 
+import hashlib
+import json
 import logging
 import os
 import re
@@ -57,6 +59,15 @@ OmegaConf.register_new_resolver("skpo_half_life", lambda drift: HALF_LIVES.get(d
 OmegaConf.register_new_resolver(
     "platform_dtype", lambda name: {"bfloat16": "bf16", "float32": "fp32"}[name], replace=True
 )
+
+
+def digest(choices: Any) -> str:
+    """Eight hex digits that differ when any of the choices does."""
+    plain = OmegaConf.to_container(choices, resolve=True) if OmegaConf.is_config(choices) else choices
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+OmegaConf.register_new_resolver("skpo_digest", digest, replace=True)
 
 
 def detect_platform() -> str:
@@ -119,13 +130,20 @@ def apply_platform(config: DictConfig) -> None:
 
 
 def prepare_data(config: DictConfig) -> None:
-    """Make the embedded task if one of its files is to be used and not there yet."""
-    folder = config.data.get("embedded")
+    """Make the data set's files if one of them is to be used and not there yet."""
+    folder = config.data.get("embedded") or config.data.get("prepared")
     files = [f"{folder}/train.parquet", f"{folder}/val.parquet"] if folder else []
-    if any(file in (config.data.train_files, config.data.val_files) and not Path(file).exists() for file in files):
+    if not any(file in (config.data.train_files, config.data.val_files) and not Path(file).exists() for file in files):
+        return
+    if config.data.get("embedded"):
         from data_prep import arithmetic
 
         arithmetic.prepare(Path(folder))
+    else:
+        from data_prep.training import TrainingData, prepare_training
+
+        choices: Any = OmegaConf.to_container(config.data.prepare)
+        prepare_training(Path(folder), TrainingData(**choices))
 
 
 def prepare_model(config: DictConfig) -> None:

@@ -12,6 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.schema import DataError, check_parquet
 from recipe.skpo.settings import ConfigError, SkpoSettings
 from recipe.skpo.state import require_state_file, saved_tokens
+from reward_fns import route
+from reward_fns.forms import check_format
+
+OUR_REWARD = "pkg://reward_fns"
 
 METHOD_SETTINGS = {
     "rollout": [
@@ -99,6 +103,7 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
             f"budget.tokens: is {config.budget.tokens}; give the number of tokens to generate, such as the last "
             f"skpo/tokens/generated_so_far in the metrics.jsonl of the run to compare with"
         )
+    check_reward(config)
     if config.method.name == "skpo":
         _check_context(config, settings)
 
@@ -125,8 +130,19 @@ def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
         )
 
 
+def check_reward(config: DictConfig) -> None:
+    """Refuse an unknown option of our own reward.
+
+    Raises:
+        ValueError: naming the config path and the known values.
+    """
+    reward = config.reward.custom_reward_function
+    if reward.path == OUR_REWARD:
+        check_format((reward.get("reward_kwargs") or {}).get("answer_format", "any"))
+
+
 def check_data(config: DictConfig) -> None:
-    """Check the parquet files.
+    """Check the parquet files, and that our own reward, where it is used, knows their data sources.
 
     Raises:
         DataError: naming file, row or column, and the fix.
@@ -142,6 +158,13 @@ def check_data(config: DictConfig) -> None:
         raise DataError(
             f"data.train_files: {rows} rows are fewer than data.train_batch_size={config.data.train_batch_size}"
         )
+    if config.reward.custom_reward_function.path == OUR_REWARD:
+        for _, file, table in tables:
+            for data_source in table["data_source"].unique().to_pylist():
+                try:
+                    route(data_source)
+                except ValueError as error:
+                    raise DataError(f"{file}: {error}") from error
     _check_unique_over_files(train)
 
 
