@@ -1,0 +1,99 @@
+"""Pictures of the analyses, from their tables alone; matplotlib without a display."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
+
+
+def _figure(rows: int, columns: int, height: float = 3.0) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.0 * columns, height * rows), squeeze=False, layout="constrained"
+    )
+    plt.close(figure)  # keeps it out of pyplot's list of open windows
+    flat = list(axes.ravel())
+    for axis in flat:
+        axis.grid(alpha=0.3, linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    return figure, flat
+
+
+def _label(axis: Axes, title: str, x: str, y: str) -> None:
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel(x, fontsize=9)
+    axis.set_ylabel(y, fontsize=9)
+
+
+def _legend(axis: Axes, **options: Any) -> None:
+    if axis.get_legend_handles_labels()[1]:
+        axis.legend(fontsize=7, frameon=False, **options)
+
+
+def _powers_of_two(axis: Axes, values: Sequence[int]) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(list(values), [str(value) for value in values], rotation=45)
+    axis.minorticks_off()
+
+
+def draw_sign_consistency(table: pd.DataFrame) -> Figure:
+    """Sign accuracy and MAE against K, SKPO over its visits, both by class and by spread."""
+    figure, (over_k, error, visits, by_class, by_spread, error_class) = _figure(2, 3)
+    overall, monte_carlo = table[table["by"] == "all"], table[table["estimator"] == "monte_carlo"]
+    curve = overall[overall["estimator"] == "monte_carlo"].sort_values("samples")
+    samples = [int(value) for value in curve["samples"]]
+    skpo = overall[overall["estimator"] == "skpo"]
+    last = skpo[skpo["trend"] == 0].sort_values("visit").tail(1)
+
+    over_k.plot(samples, curve["sign_accuracy"], "o-", color=COLORS[0], label="MC, against the group mean")
+    over_k.plot(
+        samples, curve["sign_accuracy_to_prompt_value"], "o--", color=COLORS[5], label="MC, against the prompt's value"
+    )
+    error.plot(samples, curve["mae"], "o-", color=COLORS[0], label="MC group-relative")
+    for _, row in last.iterrows():
+        over_k.axhline(row["sign_accuracy"], color=COLORS[1], label=f"SKPO, K={int(row['samples'])}, last visit")
+        error.axhline(row["mae"], color=COLORS[1], label="SKPO, batch-normalised, last visit")
+    _label(over_k, "Sign accuracy", "K samples per segment", "share of right signs")
+    _label(error, "Error of normalised advantages", "K samples per segment", "mean absolute error")
+
+    for number, (trend, rows) in enumerate(skpo.groupby("trend")):
+        name = "value stands still" if trend == 0 else f"value rises by {trend} logits per visit"
+        visits.plot(rows["visit"], rows["sign_accuracy"], "o-", color=COLORS[1 + number], label=name)
+        exact = overall[(overall["estimator"] == "skpo_exact_baseline") & (overall["trend"] == trend)]
+        visits.plot(
+            exact["visit"], exact["sign_accuracy"], ":", color=COLORS[1 + number], label=f"{name}, exact baseline"
+        )
+    _label(visits, "SKPO's estimator over visits", "earlier visits of the prompt", "share of right signs")
+
+    shown = [value for value in samples if value in (samples[0], 64, 512, samples[-1])]
+    for axis, by, column, x, y in (
+        (by_class, "correct", "sign_accuracy", "correct among the G outcomes", "share of right signs"),
+        (by_spread, "spread", "sign_accuracy", "std of true probabilities, up to", "share of right signs"),
+        (error_class, "correct", "mae", "correct among the G outcomes", "mean absolute error"),
+    ):
+        for number, value in enumerate(shown):
+            rows = monte_carlo[(monte_carlo["by"] == by) & (monte_carlo["samples"] == value)]
+            alpha = 0.35 + 0.65 * number / max(1, len(shown) - 1)
+            axis.plot(rows["group"], rows[column], "o-", color=COLORS[0], alpha=alpha, label=f"MC, K={value}")
+        rows = table[(table["estimator"] == "skpo") & (table["by"] == by)]
+        axis.plot(rows["group"], rows[column], "s-", color=COLORS[1], label="SKPO, last visit")
+        _label(axis, {"correct": "By correctness class", "spread": "By quality spread"}[by], x, y)
+    for axis in (over_k, error):
+        _powers_of_two(axis, samples)
+    for axis in (over_k, error, visits, by_class, by_spread, error_class):
+        _legend(axis)
+    return figure
+
+
+
