@@ -149,13 +149,11 @@ def engine_arguments(options: VllmOptions) -> dict[str, Any]:
 
 
 def apply_cpu_environment(options: VllmOptions) -> None:
-    """Set the CPU platform's variables; does nothing on GPUs."""
+    """Set the CPU platform's variables, which vLLM's engine process inherits; does nothing on GPUs."""
     if options.platform == "cpu":
         from recipe.skpo import cpu
 
         cpu.apply_environment(cpu.environment(options.num_threads, options.kv_cache_gib))
-        # torch is imported here already and has read OMP_NUM_THREADS; a fresh engine process reads it anew.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")
 
 
 class VllmSampler:

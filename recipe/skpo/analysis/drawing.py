@@ -1,6 +1,6 @@
 """Pictures of the analyses, from their tables alone; matplotlib without a display."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
@@ -8,7 +8,6 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -96,4 +95,26 @@ def draw_sign_consistency(table: pd.DataFrame) -> Figure:
     return figure
 
 
-
+def draw_shortcut(means: pd.DataFrame) -> Figure:
+    """Distinct answers, all-equal groups, length and accuracy by split position, with standard errors."""
+    panels = (
+        ("distinct", "Distinct answers per group", "answers"),
+        ("all_equal", "Groups with equal rewards", "share of groups"),
+        ("length", "Response length", "tokens"),
+        ("accuracy", "Accuracy", "share correct"),
+    )
+    figure, axes = _figure(2, 2)
+    for axis, (measure, title, unit) in zip(axes, panels, strict=True):
+        for number, (mode, rows) in enumerate(means.groupby("mode", sort=False)):
+            values, errors = rows[measure].to_numpy(), rows[f"{measure}_se"].fillna(0).to_numpy()
+            if rows["share"].isna().all():  # plain responses know no position
+                axis.axhline(values[0], color=COLORS[6], linewidth=1, label=str(mode))
+                axis.axhspan(values[0] - errors[0], values[0] + errors[0], color=COLORS[6], alpha=0.1, linewidth=0)
+            else:
+                axis.errorbar(
+                    rows["share"], values, yerr=errors, marker="o", color=COLORS[number], capsize=2, label=str(mode)
+                )
+        _label(axis, title, "split position / mean plain length", unit)
+        axis.set_ylim(bottom=0)
+    _legend(axes[0], loc="lower right")
+    return figure

@@ -18,7 +18,7 @@ prompt's tracker over earlier visits, against the true p - mu.  Training code co
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -73,9 +73,7 @@ class SignConfig:
         for name in ("prompts", "visits", "responses", "batch"):
             require(getattr(self, name) >= 1, f"--{name}: must be >= 1, got {getattr(self, name)}")
         require(self.group_size >= 2, f"--group-size: must be >= 2, got {self.group_size}")
-        require(
-            bool(self.samples) and min(self.samples) >= 1, f"--samples: must be numbers >= 1, got {self.samples}"
-        )
+        require(bool(self.samples) and min(self.samples) >= 1, f"--samples: must be numbers >= 1, got {self.samples}")
         require(
             min(self.difficulty_alpha, self.difficulty_beta) > 0,
             f"--difficulty-alpha, --difficulty-beta: must be > 0, got {self.difficulty_alpha}, {self.difficulty_beta}",
@@ -236,7 +234,7 @@ def upstream_scores(
 
 
 def spread_bins(spread: np.ndarray, edges: Sequence[float]) -> np.ndarray:
-    """Number of each prompt's bin, (prompts,); a bin holds its upper edge, and the first its lower one too; -1: none."""
+    """Number of each prompt's bin, (prompts,), -1 for none; a bin holds its upper edge, the first its lower one too."""
     bins = np.searchsorted(np.asarray(edges), spread, side="left") - 1
     bins[spread == edges[0]] = 0
     return np.where(bins < len(edges) - 1, bins, -1)
@@ -323,6 +321,15 @@ def run(config: SignConfig, out: Path) -> list[Path]:
     )
 
 
+def list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
+    """Reads numbers separated by commas."""
+
+    def numbers(text: str) -> tuple[Any, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    return numbers
+
+
 def parser() -> argparse.ArgumentParser:
     """One flag per field of ``SignConfig``; fields with several numbers take them separated by commas."""
     flags = argparse.ArgumentParser(prog="python -m recipe.skpo.analysis.sign_consistency", description=__doc__)
@@ -330,11 +337,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--out", type=Path, required=True, help="folder for picture, numbers and config")
     for item in fields(SignConfig):
         default: Any = item.default
-        kind = type(default[0]) if isinstance(default, tuple) else type(default)
         listed = isinstance(default, tuple)
         flags.add_argument(
             f"--{item.name.replace('_', '-')}",
-            type=(lambda text, kind=kind: tuple(kind(part) for part in text.split(","))) if listed else kind,
+            type=list_of(type(default[0])) if listed else type(default),
             default=default,
             help=f"default {','.join(map(str, default)) if listed else default}",
         )
