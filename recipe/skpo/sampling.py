@@ -232,7 +232,7 @@ def append_completions(path: Path, drawn: Mapping[str, Sequence[Completion]]) ->
     """Append completions to a store, one line per key, and see them on disk; a torn last line is closed first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
-        json.dumps({"key": key, "completions": [asdict(completion) for completion in completions]}, ensure_ascii=False)
+        json.dumps({"key": key, "completions": [asdict(completion) for completion in completions]})
         for key, completions in drawn.items()
     ]
     with path.open("ab+") as file:
@@ -240,20 +240,27 @@ def append_completions(path: Path, drawn: Mapping[str, Sequence[Completion]]) ->
         if file.tell():
             file.seek(-1, os.SEEK_END)
             torn = file.read(1) != b"\n"
-        file.write((("\n" if torn else "") + "".join(line + "\n" for line in lines)).encode("utf-8", "surrogatepass"))
+        file.write((("\n" if torn else "") + "".join(line + "\n" for line in lines)).encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_completions(path: Path) -> dict[str, list[Completion]]:
-    """A store's completions by key; the last line of a key counts, what a kill tore is skipped."""
-    return {
-        line["key"]: [
-            Completion(tuple(item["token_ids"]), item["text"], item["finish_reason"], tuple(item.get("logprobs", ())))
-            for item in line["completions"]
-        ]
-        for line in read_lines(path)
-    }
+    """A store's completions by key; the last line of a key counts, what a kill tore is skipped.
+
+    Raises:
+        SamplingError: the file is no store.
+    """
+    try:
+        return {
+            line["key"]: [
+                Completion(tuple(item["token_ids"]), item["text"], item["finish_reason"], tuple(item["logprobs"]))
+                for item in line["completions"]
+            ]
+            for line in read_lines(path)
+        }
+    except (KeyError, TypeError) as error:
+        raise SamplingError(f"{path}: is no store of completions ({error!r}); give another --out") from None
 
 
 def draw_stored(

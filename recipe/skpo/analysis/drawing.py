@@ -118,3 +118,85 @@ def draw_shortcut(means: pd.DataFrame) -> Figure:
         axis.set_ylim(bottom=0)
     _legend(axes[0], loc="lower right")
     return figure
+
+
+def draw_implicit_advantage(table: pd.DataFrame) -> Figure:
+    """Value and inter-method advantage by relative position, with standard errors over problems."""
+    figure, axes = _figure(1, 2)
+    for axis, measure, title in zip(
+        axes, ("value", "advantage"), ("Value of a partial response", "Inter-method advantage"), strict=True
+    ):
+        for number, (method, rows) in enumerate(table.groupby("method", sort=False)):
+            color = COLORS[number % len(COLORS)]
+            errors = rows[f"{measure}_se"].fillna(0)
+            axis.plot(rows["position"], rows[measure], color=color, label=str(method))
+            axis.fill_between(
+                rows["position"], rows[measure] - errors, rows[measure] + errors, color=color, alpha=0.15, linewidth=0
+            )
+        _label(axis, title, "share of the response given", "mean reward of continuations")
+    axes[1].axhline(0, color=COLORS[6], linewidth=0.8)
+    axes[1].set_ylabel("difference to the mean over methods", fontsize=9)
+    _legend(axes[0])
+    return figure
+
+
+CURVES = {
+    "reward": ("Downstream reward", "mean reward"),
+    "accuracy": ("Validation accuracy", "share correct"),
+    "entropy": ("Entropy of the policy", "nats per token"),
+    "zero_share": ("Groups without advantage", "share of groups"),
+    "tokens": ("Tokens generated", "tokens per step"),
+}
+
+
+def draw_curves(curves: pd.DataFrame, phases: pd.DataFrame) -> Figure:
+    """Every curve that any run logged, one panel per data source of accuracies, and seconds of a step by phase."""
+    panels = [
+        (curve, variant)
+        for curve in CURVES
+        for variant in sorted(curves.loc[curves["curve"] == curve, "variant"].unique())
+    ]
+    count = len(panels) + (not phases.empty)
+    columns = min(3, count)
+    figure, axes = _figure(-(-count // columns), columns)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    methods = list(dict.fromkeys([*curves["method"], *phases["method"]]))
+    for axis, (curve, variant) in zip(axes, panels, strict=False):
+        shown = curves[(curves["curve"] == curve) & (curves["variant"] == variant)]
+        for method, rows in shown.groupby("method", sort=False):
+            color = COLORS[methods.index(str(method)) % len(COLORS)]
+            marker = "o" if len(rows) < 30 else None
+            axis.plot(rows["step"], rows["mean"], marker=marker, markersize=3, color=color, label=_plain(str(method)))
+            axis.fill_between(rows["step"], rows["min"], rows["max"], color=color, alpha=0.15, linewidth=0)
+        title, unit = CURVES[curve]
+        _label(axis, _plain(f"{title}, {variant}" if variant else title), "step", unit)
+    _legend(axes[0])
+    if not phases.empty:
+        _draw_phases(axes[count - 1], phases)
+    return figure
+
+
+def _draw_phases(axis: Axes, phases: pd.DataFrame) -> None:
+    """One bar per method, its phases side by side; phases below 2% of the step, and what no timer covers, are other.
+
+    Validation is no part of a step in verl's timing and not shown.
+    """
+    wide = phases.pivot_table(index="method", columns="phase", values="seconds", sort=False).fillna(0.0)
+    step = wide["step"]
+    parts = wide.drop(columns=["step", "testing"], errors="ignore")
+    large = [name for name in parts.columns if (parts[name] >= 0.02 * step).any()]
+    shown = parts[large].assign(other=(step - parts[large].sum(axis=1)).clip(lower=0))
+    left = pd.Series(0.0, index=shown.index)
+    for number, name in enumerate(shown.columns):
+        color = "#bbbbbb" if name == "other" else COLORS[number % len(COLORS)]
+        axis.barh([_plain(str(method)) for method in shown.index], shown[name], left=left, color=color, label=str(name))
+        left = left + shown[name]
+    _label(axis, "Step time by phase", "seconds per step", "")
+    axis.invert_yaxis()
+    _legend(axis, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+
+
+def _plain(text: str) -> str:
+    """Names are data: a dollar sign must not start a formula."""
+    return text.replace("$", r"\$")

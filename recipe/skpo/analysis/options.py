@@ -5,6 +5,9 @@ from dataclasses import dataclass
 
 from recipe.skpo.sampling import VllmOptions, VllmSampler, detected_platform
 
+FREE = ("engine.num_threads", "engine.kv_cache_gib", "engine.gpu_memory_utilization")
+"""What may differ when an interrupted run goes on: memory and threads."""
+
 
 @dataclass(frozen=True)
 class EngineConfig:

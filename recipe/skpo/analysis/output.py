@@ -5,10 +5,12 @@ import io
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -59,28 +61,37 @@ def _json(value: Any) -> bytes:
     return (json.dumps(plain(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested objects as one with dotted names."""
+    if not isinstance(config, dict):
+        return {prefix: config}
+    return {name: value for key, item in config.items() for name, value in _flat(item, f"{prefix}.{key}").items()}
+
+
 def claim(out: Path, config: Any, free: Sequence[str] = ()) -> None:
     """Make ``out`` the folder of a run with this config, which may be half done.
 
     Args:
         out: folder; made if absent.
         config: a dataclass.
-        free: names of fields that may differ from what the folder was begun with, because no draw depends on them.
+        free: dotted names of values that may differ from what the folder was begun with, because no draw depends on
+            them.
 
     Raises:
-        AnalysisError: the folder holds draws of another config, naming the first field that differs.
+        AnalysisError: the folder holds draws of another config, naming the first value that differs.
     """
     path, mine = out / CONFIG_NAME, plain(config)
     if path.is_file():
         try:
             theirs = json.loads(path.read_text())
-            require(isinstance(theirs, dict), f"{path}: holds no config; give another --out")
         except ValueError as error:
             raise AnalysisError(f"{path}: cannot be read ({error}); give another --out") from None
-        for name in sorted((set(mine) | set(theirs)) - set(free)):
+        before, now = _flat(theirs), _flat(mine)
+        for name in sorted(set(before) | set(now)):
             require(
-                mine.get(name) == theirs.get(name),
-                f"{path}: was made with {name}={theirs.get(name)!r}, now it is {mine.get(name)!r}; give another --out",
+                name.removeprefix(".") in free or before.get(name) == now.get(name),
+                f"{path}: was made with {name.removeprefix('.')}={before.get(name)!r}, now it is {now.get(name)!r}; "
+                f"give another --out",
             )
     write_atomic(path, _json(mine))
 
@@ -94,8 +105,6 @@ def write_results(
     Returns:
         The files, the picture first.
     """
-    import matplotlib
-
     files: dict[Path, bytes] = {}
     # Element ids and dates would differ from run to run.
     with matplotlib.rc_context({"svg.hashsalt": name}):
@@ -114,8 +123,6 @@ def write_results(
 
 def guarded(run: Callable[[], Sequence[Path]]) -> int:
     """Exit code of a command: prints the files it wrote, or one line on stderr for what a user can put right."""
-    import sys
-
     try:
         for path in run():
             print(path)

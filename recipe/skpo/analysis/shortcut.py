@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recipe.skpo.analysis.options import EngineConfig, add_engine_flags, engine_config
+from recipe.skpo.analysis.options import FREE, EngineConfig, add_engine_flags, engine_config
 from recipe.skpo.analysis.output import AnalysisError, claim, guarded, require, write_results
 from recipe.skpo.analysis.problems import Problem, load_tokenizer, read_problems
 from recipe.skpo.prompts import automatic_bos, problem_tokens
@@ -339,7 +339,7 @@ def run(config: ShortcutConfig, out: Path, open_sampler: Callable[[], Sampler] |
             f"--max-model-len: {context} is below the {needed} tokens of the longest problem ({longest}), segment and "
             f"response; raise it or lower --max-tokens"
         )
-    claim(out, config)
+    claim(out, config, FREE)
     groups = collect(config, problems, tokenizer, out, open_sampler or (lambda: config.engine.open(config.model)))
     rows, means = tabulate(groups, config.shares)
     numbers = summary(rows)
