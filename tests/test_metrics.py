@@ -257,3 +257,11 @@ def test_tree_shows_candidates_chosen_segment_and_responses(tmp_path: Path) -> N
     append_trees(target, [tree])
     append_trees(target, [tree, tree])
     assert [json.loads(line) for line in target.read_text().splitlines()] == [tree] * 3
+
+
+def test_lines_with_unicode_line_ends_or_a_torn_character_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "trees.jsonl"
+    text = "one\u2028two\x85three"
+    append_trees(path, [{"step": 1, "text": text}])
+    path.write_bytes(path.read_bytes() + '{"step": 2, "text": "é'.encode()[:-1])
+    assert read_lines(path) == [{"step": 1, "text": text}]
