@@ -222,3 +222,10 @@ def test_a_file_that_is_not_there_has_no_lines(path: Path) -> None:
     assert read_lines(path) == []
     MetricsFile(path, resumed_at=7)
     assert path.read_text() == ""
+
+
+def test_lines_with_unicode_line_ends_or_a_torn_character_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    line = {"step": 1, "text": "one\u2028two\x85three"}
+    path.write_bytes((json.dumps(line, ensure_ascii=False) + '\n{"step": 2, "text": "é').encode()[:-1])
+    assert read_lines(path) == [line]

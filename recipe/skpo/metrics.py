@@ -137,7 +137,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    # Not splitlines: model text may hold U+0085 or U+2028, which it takes for ends of lines.  A kill may have torn a
+    # character apart.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:

@@ -33,6 +33,7 @@ from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.prompts import automatic_bos
 from recipe.skpo.segments import Segment, cut_segment, last_boundary, select_segment, skip_prompt
 from recipe.skpo.settings import SkpoSettings
 
@@ -75,18 +76,6 @@ def log_failures(results: Sequence[object], what: str) -> None:
     for index, result in enumerate(results):
         if isinstance(result, BaseException):
             logger.error("%s %d failed", what, index, exc_info=result)
-
-
-def automatic_bos(tokenizer: Any) -> int | None:
-    """The BOS that prompts of this tokenizer start with, or None.
-
-    Only a token that the tokenizer or its chat template puts there as BOS counts: in ChatML models like SmolLM2 the
-    "BOS" is ``<|im_start|>``, the mark of a turn, and moving it would tear the first turn apart.
-    """
-    bos = tokenizer.bos_token_id
-    template = str(tokenizer.chat_template or "")
-    starts_with_bos = bos is not None and list(tokenizer("").input_ids[:1]) == [bos]
-    return bos if starts_with_bos or "bos_token" in template else None
 
 
 class MeteredClient:
