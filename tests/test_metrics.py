@@ -1,5 +1,6 @@
 """Metrics by role, and the metrics file across resumes."""
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
