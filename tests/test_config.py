@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.skpo.main import context_length, rows_per_prompt
 from recipe.skpo.preflight import check_config
-from recipe.skpo.settings import ConfigError, SkpoSettings, TrackerSettings, known_keys
+from recipe.skpo.settings import RECORDS, ConfigError, SkpoSettings, TrackerSettings, known_keys
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = ("data=files", "data.train_files=/data/train.parquet", "data.val_files=[/data/a.parquet,/data/b.parquet]")
@@ -144,12 +144,12 @@ def test_cpu_and_embedded_model_are_the_default(compose_config, monkeypatch) -> 
     assert (config.platform.name, config.trainer.device) == ("cpu", "cpu")
     assert config.actor_rollout_ref.model.path == config.embedded_model
     assert config.data.train_files.startswith(config.data.embedded)
-    assert config.output_dir == "outputs/smollm2_135m-arithmetic"
+    assert config.output_dir == "outputs/smollm2_135m-arithmetic-skpo"
 
 
 def test_every_run_has_a_folder_of_its_own(run_config) -> None:
     config = run_config("llama")
-    assert config.output_dir == "outputs/llama3_2_3b_instruct-files"
+    assert config.output_dir == "outputs/llama3_2_3b_instruct-files-skpo"
     assert config.trainer.default_local_dir == f"{config.output_dir}/checkpoints"
 
 
@@ -182,8 +182,8 @@ def test_the_yaml_defaults_are_the_settings_defaults() -> None:
 
 def test_the_yaml_names_every_setting() -> None:
     node = OmegaConf.to_container(yaml_node())
-    tracker = node.pop("tracker")
-    assert sorted([*node, *(f"tracker.{key}" for key in tracker)]) == sorted(known_keys())
+    nested = [f"{name}.{key}" for name in RECORDS for key in node.pop(name)]
+    assert sorted([*node, *nested]) == sorted(known_keys())
 
 
 def test_the_settings_survive_the_config(run_config) -> None:
