@@ -160,7 +160,9 @@ def test_more_bad_overrides(tmp_path: Path, monkeypatch, steps, override: str) -
 @pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
 @pytest.mark.parametrize("key", ["nope", "tracker.nope", "group_sizes", "tracker.rho_min.x"])
 def test_unknown_keys_are_refused(prefix: str, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^skpo\.{key}: unknown key; known are group_size, .*tracker\.drift.*curriculum\.epsilon$"):
+    with pytest.raises(
+        ConfigError, match=rf"^skpo\.{key}: unknown key; known are group_size, .*tracker\.drift.*curriculum\.epsilon$"
+    ):
         main.reject_unknown_keys(["trainer.nnodes=1", f"{prefix}skpo.{key}=1"])
 
 

@@ -220,7 +220,7 @@ def test_generated_tokens_of_a_damaged_checkpoint_are_refused(tmp_path: Path) ->
         saved_tokens(tmp_path)
     path, _ = saved_bytes(tmp_path)
     rewrite(path, lambda meta, arrays: meta.pop("tokens_generated"))
-    with pytest.raises(StateError, match="cannot be read.*tokens_generated"):
+    with pytest.raises(StateError, match=r"cannot be read.*tokens_generated"):
         saved_tokens(tmp_path)
 
 
@@ -384,7 +384,14 @@ def swap_lengths(lengths: np.ndarray) -> None:
     ],
     ids=[
         *("visits", "rng", "other_generator", "tokens", "format", "counts", "total_kl", "lengths", "nan"),
-        *("no_segment_keys", "no_segment_logprobs", "segment_tokens", "segment_lengths", "segment_keys", "empty_segment"),
+        *(
+            "no_segment_keys",
+            "no_segment_logprobs",
+            "segment_tokens",
+            "segment_lengths",
+            "segment_keys",
+            "empty_segment",
+        ),
     ],
 )
 def test_a_foreign_or_incomplete_file_is_refused(
