@@ -37,6 +37,17 @@ REFUSED_IN_PROCESS = {
     "actor_rollout_ref.actor.use_kl_loss=true": "actor_rollout_ref.actor.use_kl_loss: is True, must be False",
     "data=files": "data.train_files: is not set; name a parquet file",
     "trainer.resume_mode=resume_path": "trainer.resume_from_path: ",
+    "skpo.skip=chatty": "skpo.skip: must be one of concat, chat, continual, unconditional, got 'chatty'",
+    "skpo.split=boundary_token": "skpo.boundaries: name the strings or token ids",
+    "skpo.candidates=9": "skpo.candidates: must be between 1 and skpo.group_size=8",
+    "skpo.tracker.drift=days": "skpo.tracker.drift: must be one of kl_steps, nats, logratio, got 'days'",
+    "skpo.curriculum.epsilon=0": "skpo.curriculum.epsilon: must be > 0",
+    "method=grpo skpo.skip=chat": "skpo.skip: has no effect with method=grpo; leave it out",
+    "method=grpo skpo.tracker.half_life=1": "skpo.tracker: has no effect with method=grpo; leave it out",
+    "method=spo skpo.clip_low=0.1": "skpo.clip_low: has no effect with method=spo; leave it out",
+    "method=baseline": "method.name: ",
+    "budget=tokens": "budget.tokens: is None; give the number of tokens",
+    "budget.tokens=1000": "budget.tokens: is 1000 with budget=steps",
 }
 
 # Loaded by the interpreter before anything of ours; notes at the end what the process has imported.
@@ -141,7 +152,7 @@ def test_more_bad_overrides(tmp_path: Path, monkeypatch, steps, override: str) -
     quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
     # An imported module has no config folder beside it, as far as Hydra is concerned.
     folder = ["--config-path", str(REPOSITORY / "recipe/skpo/config")]
-    monkeypatch.setattr(sys, "argv", ["main", override, *quiet, *folder])
+    monkeypatch.setattr(sys, "argv", ["main", *override.split(" "), *quiet, *folder])
     try:
         with pytest.raises(SystemExit) as exit_info:
             main.main()
@@ -160,7 +171,9 @@ def test_more_bad_overrides(tmp_path: Path, monkeypatch, steps, override: str) -
 @pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
 @pytest.mark.parametrize("key", ["nope", "tracker.nope", "group_sizes", "tracker.rho_min.x"])
 def test_unknown_keys_are_refused(prefix: str, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^skpo\.{key}: unknown key; known are group_size, .*tracker\.drift$"):
+    with pytest.raises(
+        ConfigError, match=rf"^skpo\.{key}: unknown key; known are group_size, .*tracker\.drift.*curriculum\.epsilon$"
+    ):
         main.reject_unknown_keys(["trainer.nnodes=1", f"{prefix}skpo.{key}=1"])
 
 
@@ -173,7 +186,11 @@ def test_known_keys_and_other_arguments_pass() -> None:
 
 
 @pytest.fixture
-def config(compose_config, model_folder: Path, tmp_path: Path):
+def config(compose_config, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from hydra.core.hydra_config import HydraConfig
+
+    # What Hydra has noted of the command line: no overrides.
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {"overrides": {"task": []}}}))
     config = compose_config("platform=cpu", "data=files")
     config.output_dir = str(tmp_path / "out")
     config.trainer.default_local_dir = str(tmp_path / "out" / "checkpoints")
@@ -225,6 +242,44 @@ def test_a_finished_run_is_reported_again(config, steps, tmp_path: Path, monkeyp
     main.run.__wrapped__(config)
     assert "launch" not in steps and "summary" in steps
     assert f"report       {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
+
+
+def test_spo_is_checked_and_launched_with_its_larger_batch(compose_config, config, steps, tmp_path: Path) -> None:
+    spo = compose_config("platform=cpu", "data=files", "method=spo", "skpo.group_size=2")
+    spo.output_dir, spo.trainer.default_local_dir = config.output_dir, config.trainer.default_local_dir
+    spo.actor_rollout_ref.model.path = config.actor_rollout_ref.model.path
+    good_files(spo, tmp_path)
+    assert "rows are fewer than data.train_batch_size=16" in refused(spo), "8 prompts times 2"
+    steps.clear()
+    spo.data.train_batch_size, spo.actor_rollout_ref.actor.ppo_mini_batch_size = 4, 2
+    main.run.__wrapped__(spo)
+    assert steps[-2:] == ["launch", "summary"]
+    saved = OmegaConf.load(tmp_path / "out" / "config.yaml")
+    assert (saved.data.train_batch_size, saved.actor_rollout_ref.rollout.n) == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ("steps", "to go on trainer.total_training_steps=<more than 3>"),
+        ("tokens", "to go on budget.tokens=<more than 700>"),
+    ],
+)
+def test_a_finished_run_is_not_launched_again(config, steps, tmp_path: Path, capsys, budget: str, said: str) -> None:
+    from recipe.skpo.settings import SkpoSettings
+    from recipe.skpo.state import SkpoState
+
+    good_files(config, tmp_path)
+    folder = Path(config.trainer.default_local_dir)
+    state = SkpoState(SkpoSettings(), 64)
+    state.tokens_generated = 700
+    state.save(folder / "global_step_3")
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    config.budget.match, config.trainer.total_training_steps = budget, 3 if budget == "steps" else 1_000_000
+    config.budget.tokens = 700 if budget == "tokens" else None
+    main.run.__wrapped__(config)
+    assert "launch" not in steps and steps[-1] == "summary"
+    assert said in capsys.readouterr().out
 
 
 def refused(config) -> str:

@@ -217,10 +217,17 @@ class BaseTrainer(PPOTrainerSync):
         if self._budget_spent():
             # verl saves and validates in a last step that it knows beforehand.  It has counted on by now.
             self.global_steps -= 1
-            self._save_checkpoint()
-            self.on_validate_begin()
-            self.logger.log(data=self._validate(), step=self.global_steps)
-            self.on_validate_end()
+            if self._due_at_the_end("save_freq"):
+                self._save_checkpoint()
+            if self._due_at_the_end("test_freq"):
+                self.on_validate_begin()
+                self.logger.log(data=self._validate(), step=self.global_steps)
+                self.on_validate_end()
+
+    def _due_at_the_end(self, name: str) -> bool:
+        """Whether the last step has yet to do what it does every ``trainer.<name>`` steps; not above 0 means never."""
+        frequency = self.config.trainer[name]
+        return frequency > 0 and self.global_steps % frequency != 0
 
 
 def _with_response(row: Mapping[str, Any], token_ids: np.ndarray) -> dict[str, Any]:

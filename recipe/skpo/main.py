@@ -254,9 +254,10 @@ def run(config: DictConfig) -> None:
         sys.exit(f"error: {error.full_key}: {str(error).splitlines()[0]}")
     output_dir = Path(config.output_dir)
     if finished:
+        limit = "budget.tokens" if config.budget.match == "tokens" else "trainer.total_training_steps"
         print(
-            f"this run is finished; for another one give output_dir=<folder>, to go on trainer.total_training_steps="
-            f"<more than {config.trainer.total_training_steps}>"
+            f"this run is finished; for another one give output_dir=<folder>, to go on {limit}="
+            f"<more than {OmegaConf.select(config, limit)}>"
         )
         report(output_dir)
         return
