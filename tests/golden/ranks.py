@@ -12,13 +12,14 @@ from recipe.skpo import cpu
 
 cpu.apply_environment(cpu.environment(num_threads=1, kv_cache_gib=1))
 
-import torch  # noqa: E402  the platform has to be chosen before verl is imported
+import recipe.skpo.cpu.verl_plugin  # noqa: E402, F401  the platform has to be at work before verl asks for it
+
+import torch  # noqa: E402, I001
 import torch.distributed as dist  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
 from verl.utils import tensordict_utils  # noqa: E402
 from verl.workers.engine.utils import prepare_micro_batches  # noqa: E402
 
-from recipe.skpo.cpu import verl_plugin  # noqa: E402
 from tests.golden.batches import FlatPolicy, gradient_of_updates, make_case  # noqa: E402
 
 
@@ -30,7 +31,6 @@ def micro_batches(data: TensorDict) -> list[TensorDict]:
 
 def main(folder: Path, rank: int, ranks: int, seeds: list[int]) -> None:
     """Join the others, train, write."""
-    verl_plugin.activate()
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
