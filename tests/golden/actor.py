@@ -4,6 +4,7 @@ Builds verl's actor as the recipe's config says, without Ray, lets it make the u
 parameters and gradients as they were before each optimizer step to FOLDER/updates.pt.
 """
 
+import importlib
 import os
 import sys
 from functools import partial
@@ -14,9 +15,9 @@ from recipe.skpo import cpu
 
 cpu.apply_environment(cpu.environment(num_threads=1, kv_cache_gib=1))
 
-import recipe.skpo.cpu.verl_plugin  # noqa: E402, F401  the platform has to be at work before verl asks for it
+importlib.import_module(cpu.VERL_PLUGIN_MODULE)  # the platform has to be at work before verl asks for it
 
-import torch  # noqa: E402, I001
+import torch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402

@@ -4,6 +4,7 @@ Trains its share of every batch through verl's own micro-batching and averages g
 Writes what it got to FOLDER/rank<RANK>.pt.
 """
 
+import importlib
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -12,9 +13,9 @@ from recipe.skpo import cpu
 
 cpu.apply_environment(cpu.environment(num_threads=1, kv_cache_gib=1))
 
-import recipe.skpo.cpu.verl_plugin  # noqa: E402, F401  the platform has to be at work before verl asks for it
+importlib.import_module(cpu.VERL_PLUGIN_MODULE)  # the platform has to be at work before verl asks for it
 
-import torch  # noqa: E402, I001
+import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
 from verl.utils import tensordict_utils  # noqa: E402
@@ -33,7 +34,11 @@ def main(folder: Path, rank: int, ranks: int, seeds: list[int]) -> None:
     """Join the others, train, write."""
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=ranks, timeout=timedelta(seconds=60)
+        "gloo",
+        init_method=f"file://{folder / 'rendezvous'}",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=60),
     )
     results = []
     for seed in seeds:

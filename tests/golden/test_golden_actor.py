@@ -98,9 +98,7 @@ def scorer(model: Any) -> Score:
     def score(response: Response) -> list[torch.Tensor]:
         logits = model(torch.tensor([response.before + response.tokens])).logits[0] / TEMPERATURE
         start = len(response.before)
-        return [
-            torch.log_softmax(logits[start + index - 1], -1)[token] for index, token in enumerate(response.tokens)
-        ]
+        return [torch.log_softmax(logits[start + index - 1], -1)[token] for index, token in enumerate(response.tokens)]
 
     return score
 

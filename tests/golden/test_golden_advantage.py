@@ -40,9 +40,7 @@ def test_downstream_advantages_follow_the_reference(dtype: torch.dtype, toleranc
     # Mostly right or wrong, as rewards are, so that groups of equal rewards occur.
     rewards = np.where(rng.random(count) < 0.8, rng.choice([-1.0, 1.0], count), rng.integers(-8, 9, count) / 8)
     groups, valid = rng.integers(0, 5, count), rng.random(count) < 0.8
-    actual = group_relative_advantage(
-        torch.tensor(rewards, dtype=dtype), torch.tensor(groups), torch.tensor(valid)
-    )
+    actual = group_relative_advantage(torch.tensor(rewards, dtype=dtype), torch.tensor(groups), torch.tensor(valid))
     expected = reference_group_relative(rewards.tolist(), groups.tolist(), valid.tolist())
     assert actual.dtype == dtype
     assert actual.tolist() == pytest.approx(expected, rel=tolerance, abs=tolerance * 1e-2)

@@ -1,4 +1,4 @@
-"""SPEC section 2 and its ablations: where candidates are cut, which is kept, what the siblings continue, who is next."""
+"""SPEC section 2 with its ablations (split, cut, selection, skip prompt) and the sampling of prompts."""
 
 import math
 from collections import Counter

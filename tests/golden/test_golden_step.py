@@ -7,6 +7,7 @@ wrong update changes is invisible to the functions that ``_compute_advantage`` c
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,8 +52,7 @@ class Queue:
     ) -> Any:
         from transfer_queue import KVBatchMeta
 
-        for name in fields.keys():
-            value = fields.get(name)
+        for name, value in fields.items():
             column = value.tolist() if isinstance(value, NonTensorStack) else value.unbind()
             for key, cell in zip(keys, column, strict=True):
                 self.rows.setdefault(key, {})[name] = cell
@@ -136,7 +136,9 @@ def roll_out(rng: np.random.Generator, queue: Queue, prompt_id: str, uid: str, s
         else:
             reward, opening = float(rng.choice([-1.0, 1.0])), segment if continual else []
             mask = [0] * len(opening) + [1] * len(response)
-            down = row_of(visit, DOWNSTREAM, opening + response, mask, reward, problem if continual else segment + problem)
+            down = row_of(
+                visit, DOWNSTREAM, opening + response, mask, reward, problem if continual else segment + problem
+            )
             visit.siblings[key] = (len(opening + response), len(response), reward)
         queue.rows[key] = down | {"old_log_probs": torch.full((len(down["responses"]),), -2.0)}
     return visit
@@ -182,7 +184,7 @@ class Trainer:
         """verl's forward over stored rows: position j scores token j + 1."""
         for key in rows.keys:
             ids = self.queue.rows[key]["input_ids"].tolist()
-            scores = [actor_log_prob(self.real.global_steps, *pair) for pair in zip(ids, ids[1:], strict=False)]
+            scores = [actor_log_prob(self.real.global_steps, *pair) for pair in pairwise(ids)]
             self.queue.rows[key]["log_probs"] = torch.tensor([*scores, 9.0])
 
     def update_actor(self, batch: Any, metrics: dict) -> Any:
@@ -195,9 +197,7 @@ class Trainer:
         return batch
 
 
-def expected_rows(
-    run: ReferenceRun, visits: list[Visit], settings: SkpoSettings
-) -> Iterator[tuple[str, float, float]]:
+def expected_rows(run: ReferenceRun, visits: list[Visit], settings: SkpoSettings) -> Iterator[tuple[str, float, float]]:
     """Key, advantage and row scale of every row that is trained in this step, before its trackers move."""
     counted = [visit for visit in visits if visit.siblings]
     baselines = [run.baseline(visit.prompt_id) for visit in counted]
@@ -299,7 +299,7 @@ def test_steps_follow_the_reference(
             if drift == "logratio" and visit.prompt_id in stored:
                 tokens, then = stored[visit.prompt_id]
                 sequence = [visit.problem[-1], *tokens]
-                now = [actor_log_prob(step, *pair) for pair in zip(sequence, tokens, strict=False)]
+                now = [actor_log_prob(step, *pair) for pair in pairwise(sequence)]
                 measured = sum(abs(a - b) for a, b in zip(then, now, strict=True)) / len(tokens)
             stored[visit.prompt_id] = (visit.segment, visit.segment_old)
             lengths = [written for written, _, _ in visit.siblings.values()]
