@@ -321,7 +321,11 @@ def _run_tests(copy: Path, modules: list[str], log: Path) -> None:
             if not str(file_name).startswith(str(copy)):
                 raise RuntimeError(f"{module} was imported from {file_name}, not from the copy")
         import pytest
+        from hypothesis import Phase, settings
 
+        importlib.import_module("tests.reference")  # which loads the profile of the golden tests
+        settings.register_profile("no shrinking", settings.default, phases=[Phase.explicit, Phase.generate])
+        settings.load_profile("no shrinking")
         files = sorted({str(copy / f"tests/golden/test_golden_{TESTS[module]}.py") for module in modules})
         options = ["-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--rootdir", str(copy), "-k", SLOW]
         code = pytest.main([*options, *files])

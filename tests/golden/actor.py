@@ -71,7 +71,7 @@ def main(folder: Path, rank: int, ranks: int) -> None:
     worker.init_model()
     clips = {"clip_low": config.skpo.clip_low, "clip_high": config.skpo.clip_high}
     worker.set_loss_fn(partial(skpo_loss, **clips))
-    engine = worker.actor.engine
+    engine: Any = worker.actor.engine  # type: ignore[union-attr]
     step = engine.optimizer_step
     records: list[tuple[Tensors, Tensors]] = []
 

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -113,7 +114,7 @@ def test_the_last_boundary_is_the_first_prefix_that_holds_as_many_as_the_whole(
     pieces = ["x", "y", "z", "xy"]
     tokens = np.random.default_rng(seed).integers(0, 4, 8).tolist()
 
-    def decode(ids: list[int]) -> str:
+    def decode(ids: Sequence[int]) -> str:
         return "".join(pieces[token] for token in ids)
 
     def last_end(ids: list[int]) -> int:

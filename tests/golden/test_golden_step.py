@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -154,7 +154,7 @@ class Trainer:
 
         self.settings = SkpoSettings(group_size=GROUP, initial_length=40, trees_per_step=0, **skpo)
         self.queue, self.ids, self.kl_sums = queue, [""], (0.0, 0.0, 0, 0)
-        self.real: Any = object.__new__(SkpoTrainer)
+        self.real = cast(Any, object.__new__(SkpoTrainer))
         self.real.settings, self.real.state = self.settings, SkpoState(self.settings, BUDGET)
         self.real.output_dir, self.real.use_critic, self.real.global_steps = folder, False, 0
         self.real.tokenizer = SimpleNamespace(eos_token_id=1)

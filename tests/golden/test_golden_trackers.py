@@ -41,7 +41,8 @@ def test_a_tracker_follows_the_reference_over_hundreds_of_visits(seed: int) -> N
 @given(seed=seeds)
 def test_the_clock_follows_the_reference(unit: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    clock, steps = DriftClock(unit), []
+    clock = DriftClock(unit)
+    steps: list[float] = []
     visited: dict[str, int] = {}
     idle = rng.random() < 0.2  # a run that never sees any KL counts steps
     for _ in range(60):
