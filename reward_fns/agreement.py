@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -111,10 +112,15 @@ def scorers(data_source: str) -> dict[str, Callable[[Output], bool]]:
             "gsm8k": lambda output: gsm8k.compute_score(output.text, output.truth) > 0,
             "gsm8k flexible": lambda output: gsm8k.compute_score(output.text, output.truth, method="flexible") > 0,
         }
+
+    def dapo(output: Output) -> bool:
+        result: Any = math_dapo.compute_score(output.text, output.truth)  # annotated as a float, which it is not
+        return bool(result["acc"])
+
     return ours | {
         "math_reward": lambda output: math_reward.compute_score(output.text, output.truth) > 0,
         "math_verify": lambda output: math_verify.compute_score(output.text, output.truth) > 0,
-        "math_dapo": lambda output: math_dapo.compute_score(output.text, output.truth)["score"] > 0,
+        "math_dapo": dapo,
     }
 
 

@@ -104,8 +104,8 @@ def forbid_code() -> None:
 def comparison() -> Callable[[str, str], bool]:
     """math-verify's comparison of two LaTeX answers, without its own timers (they need the main thread's signals)."""
     logging.disable()
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse, verify
+    from math_verify.parser import NormalizationConfig
     from sympy.parsing import sympy_parser
 
     sympy_parser.parse_expr = read_number

@@ -158,6 +158,52 @@ def test_cpu_and_embedded_model_are_the_default(compose_config, monkeypatch) -> 
     assert config.output_dir == "outputs/smollm2_135m-arithmetic-skpo"
 
 
+DATA_SETS = ("gsm8k", "math", "dapo_math")
+
+
+@pytest.mark.parametrize("data", DATA_SETS)
+@pytest.mark.parametrize("model", ["smollm2_135m", "qwen2_5_math_7b"])
+def test_a_data_set_is_prepared_into_a_folder_of_its_choices(compose_config, model: str, data: str) -> None:
+    config = compose_config(f"model={model}", f"data={data}")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+    assert config.data.prepare.name == data and "embedded" not in config.data
+    assert config.data.train_files == f"{config.data.prepared}/train.parquet"
+    assert config.data.val_files == f"{config.data.prepared}/val.parquet"
+    assert config.output_dir == f"outputs/{model}-{data}"
+    folders = {config.data.prepared}
+    for choice in ("source=/x", "template=boxed", "train_rows=9", "val_rows=9", "skip_bad=true", "prepare.seed=2"):
+        folders.add(compose_config(f"model={model}", f"data={data}", f"data.{choice}").data.prepared)
+    assert len(folders) == 7
+
+
+def test_gsm8k_with_the_embedded_model_has_sizes_of_its_own(compose_config) -> None:
+    config = compose_config("data=gsm8k")
+    sizes = (config.data.train_batch_size, config.data.max_prompt_length, config.data.max_response_length)
+    assert sizes == (4, 320, 160) and config.data.val_rows == 32
+    assert config.actor_rollout_ref.model.path == config.embedded_model
+    assert config.actor_rollout_ref.rollout.max_model_len == 320 + 80 + 160
+    paper = compose_config("platform=gpu", "model=qwen2_5_math_7b", "data=gsm8k")
+    assert (paper.data.train_batch_size, paper.data.max_prompt_length) == (128, 1024)
+    assert paper.data.val_rows == 256
+    assert compose_config("data=gsm8k", "data.max_prompt_length=400").data.max_prompt_length == 400
+
+
+def test_the_answer_format_reaches_the_reward(compose_config) -> None:
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+
+    key = "reward.custom_reward_function.reward_kwargs.answer_format"
+    verdicts = []
+    for answer_format in ("any", "boxed"):
+        score = get_custom_reward_fn(compose_config(f"{key}={answer_format}"))
+        assert score is not None
+        result = score(data_source="openai/gsm8k", solution_str="#### 7", ground_truth="7", extra_info={})
+        verdicts.append(result["score"])
+    assert verdicts == [1.0, -1.0]
+    config = compose_config(f"{key}=loose")
+    with pytest.raises(ValueError, match=rf"{key}: 'loose' is unknown; known are any, boxed, hash, line"):
+        check_config(config, SkpoSettings.from_config(config.skpo))
+
+
 def test_every_run_has_a_folder_of_its_own(run_config) -> None:
     config = run_config("llama")
     assert config.output_dir == "outputs/llama3_2_3b_instruct-files-skpo"

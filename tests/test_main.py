@@ -4,12 +4,14 @@ A few command lines run in processes of their own, side by side, because each of
 through Hydra in this process; and where a config is enough the function that Hydra decorates is called without it.
 """
 
+import json
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf, open_dict
 
@@ -392,6 +394,27 @@ def test_embedded_data_and_model_are_made_once(compose_config, tmp_path: Path, m
         (tmp_path / f"{name}.parquet").touch()
     main.prepare_data(config)
     assert len(made) == 2
+
+
+def test_a_data_set_is_made_once_from_the_files_given(compose_config, tmp_path: Path, monkeypatch) -> None:
+    from recipe.skpo.preflight import check_data
+
+    for split, numbers in {"train": range(10), "test": range(10, 50)}.items():
+        rows = (json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) for n in numbers)
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    monkeypatch.setenv("SKPO_CACHE", str(tmp_path / "cache"))
+    config = compose_config("data=gsm8k", f"data.source={tmp_path}", f"+trainer.note={tmp_path}")
+    main.prepare_data(config)
+    check_data(config)
+    val = Path(config.data.val_files)
+    assert len(pq.read_table(val)) == 32 and val.parent.parent == tmp_path / "cache"
+    before = val.stat().st_mtime_ns
+    main.prepare_data(config)
+    assert val.stat().st_mtime_ns == before
+    config.data.train_files = config.data.val_files = "my.parquet"
+    val.unlink()
+    main.prepare_data(config)
+    assert not val.exists(), "it is not asked for"
 
 
 def test_nothing_is_made_for_ones_own_files_and_model(config, monkeypatch) -> None:

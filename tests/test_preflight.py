@@ -61,6 +61,17 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 # ---------------------------------------------------------------- files
 
 
+def test_a_data_source_without_a_reward_is_refused_unless_the_reward_is_ones_own(config, tmp_path: Path) -> None:
+    prompt = [{"role": "user", "content": "q"}]
+    rows = [Row("my/source", prompt, "5", "math", "train", index, f"q{index}") for index in range(4)]
+    write_parquet(rows, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train.parquet: data_source 'my/source' has no reward here") as error:
+        check_data(config)
+    one_line(error)
+    config.reward.custom_reward_function.path = "my.py"
+    check_data(config)
+
+
 def test_good_files_pass(config) -> None:
     check_data(config)
     check_prompt_lengths(config)
