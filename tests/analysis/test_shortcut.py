@@ -22,7 +22,7 @@ from recipe.skpo.analysis.shortcut import (
     tabulate,
     take_segment,
 )
-from recipe.skpo.sampling import Completion
+from recipe.skpo.sampling import Completion, read_completions
 from recipe.skpo.segments import skip_prompt
 from tests.analysis.conftest import FakeSampler, engine
 
@@ -161,7 +161,12 @@ def test_all_right_and_all_wrong_are_equal(rewards: tuple[float, ...]) -> None:
 def test_same_number_written_differently_is_one_answer() -> None:
     assert {canonical(text) for text in ("5", "5.0", "+5", " 5 ")} == {"5"}
     assert canonical("100") == "100" and canonical("0.50") == "0.5" and canonical("-0") == "0"
-    assert canonical("\\boxed{x}") == "\\boxed{x}" and canonical("NaN") == "NaN" and canonical("") == ""
+    assert (
+        canonical("\\boxed{x}") == "\\boxed{x}"
+        and canonical("sNaN") == "sNaN"
+        and canonical("inf") == "inf"
+        and canonical("") == ""
+    )
 
 
 def test_means_and_standard_errors_over_problems() -> None:
@@ -197,6 +202,13 @@ def test_run_draws_writes_and_a_second_run_draws_nothing(
     assert {path.name for path in files} == names
     assert sampler.closed
     groups = pd.read_csv(tmp_path / "out/groups.csv")
+    drawn = read_completions(tmp_path / "out/draws.jsonl")
+    for _, group in groups.iterrows():
+        position = "" if np.isnan(group["share"]) else f"/{setting.shares.index(group['share'])}"
+        new = np.mean([len(item.token_ids) for item in drawn[f"{group['problem']}/{group['mode']}{position}"]])
+        # A continual response begins with the segment; the others are what was drawn.
+        before = group["length"] - new
+        assert before > 0 if group["mode"] == "continual" else before == 0
     assert groups["mode"].value_counts().to_dict() == {"unconditional": 3, "continual": 6, "skip": 6}
     before = {name: (tmp_path / "out" / name).read_bytes() for name in names}
 

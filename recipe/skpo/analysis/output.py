@@ -110,7 +110,7 @@ def write_results(
     with matplotlib.rc_context({"svg.hashsalt": name}):
         for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, dpi=100, metadata=metadata)
+            figure.savefig(buffer, format=suffix, dpi=80, metadata=metadata)
             files[out / f"{name}.{suffix}"] = buffer.getvalue()
     files[out / f"{name}.json"] = _json({"summary": summary, **{key: table for key, table in tables.items()}})
     for key, table in tables.items():
