@@ -6,6 +6,7 @@ through Hydra in this process; and where a config is enough the function that Hy
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -39,17 +40,11 @@ REFUSED_IN_PROCESS = {
     "actor_rollout_ref.actor.use_kl_loss=true": "actor_rollout_ref.actor.use_kl_loss: is True, must be False",
     "data=files": "data.train_files: is not set; name a parquet file",
     "trainer.resume_mode=resume_path": "trainer.resume_from_path: ",
-    "skpo.skip=chatty": "skpo.skip: must be one of concat, chat, continual, unconditional, got 'chatty'",
     "skpo.split=boundary_token": "skpo.boundaries: name the strings or token ids",
-    "skpo.candidates=9": "skpo.candidates: must be between 1 and skpo.group_size=8",
     "skpo.tracker.drift=days": "skpo.tracker.drift: must be one of kl_steps, nats, logratio, got 'days'",
-    "skpo.curriculum.epsilon=0": "skpo.curriculum.epsilon: must be > 0",
     "method=grpo skpo.skip=chat": "skpo.skip: has no effect with method=grpo; leave it out",
-    "method=grpo skpo.tracker.half_life=1": "skpo.tracker: has no effect with method=grpo; leave it out",
-    "method=spo skpo.clip_low=0.1": "skpo.clip_low: has no effect with method=spo; leave it out",
     "method=baseline": "method.name: ",
     "budget=tokens": "budget.tokens: is None; give the number of tokens",
-    "budget.tokens=1000": "budget.tokens: is 1000 with budget=steps",
 }
 
 # Loaded by the interpreter before anything of ours; notes at the end what the process has imported.
@@ -154,7 +149,7 @@ def test_more_bad_overrides(tmp_path: Path, monkeypatch, steps, override: str) -
     quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
     # An imported module has no config folder beside it, as far as Hydra is concerned.
     folder = ["--config-path", str(REPOSITORY / "recipe/skpo/config")]
-    monkeypatch.setattr(sys, "argv", ["main", *override.split(" "), *quiet, *folder])
+    monkeypatch.setattr(sys, "argv", ["main", *re.split(" (?=skpo)", override), *quiet, *folder])
     try:
         with pytest.raises(SystemExit) as exit_info:
             main.main()
