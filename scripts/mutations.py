@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib
 import multiprocessing
+import os
 import re
 import shutil
 import sys
@@ -35,8 +36,11 @@ TESTS = {
 }
 """Per module, the golden test file that is to catch its mutations."""
 
-SLOW = "not gloo"
+FAST = "not gloo"
 """Pytest's -k: what the other tests of a file pin too, but slower."""
+
+BROKEN = ("AttributeError", "ImportError", "NameError", "SyntaxError", "TypeError", "UnboundLocalError")
+"""Errors of a mutation that is no program; a test that stops with one has compared nothing."""
 
 
 @dataclass(frozen=True)
@@ -312,6 +316,7 @@ def _run_tests(copy: Path, modules: list[str], log: Path) -> None:
     """In a forked process: pytest on the copy.  Exit code 0 green, 1 red, anything else is no verdict."""
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         sys.dont_write_bytecode = True
+        os.environ["COLUMNS"] = "300"  # or pytest's summary is cut before the error
         sys.path.insert(0, str(copy))
         # verl has imported our plugin while it was loaded; from now on the copy is what is imported.
         for name in [name for name in sys.modules if name.split(".")[0] in ("recipe", "tests")]:
@@ -327,7 +332,7 @@ def _run_tests(copy: Path, modules: list[str], log: Path) -> None:
         settings.register_profile("no shrinking", settings.default, phases=[Phase.explicit, Phase.generate])
         settings.load_profile("no shrinking")
         files = sorted({str(copy / f"tests/golden/test_golden_{TESTS[module]}.py") for module in modules})
-        options = ["-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--rootdir", str(copy), "-k", SLOW]
+        options = ["-x", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--rootdir", str(copy), "-k", FAST]
         code = pytest.main([*options, *files])
     sys.exit(int(code))
 
@@ -380,9 +385,9 @@ def main() -> int:
             path.write_text(mutated(mutation, original))
             code, output = run(copy, [mutation.module], log)
             path.write_text(original)
-            caught = re.search(r"^FAILED \S*/(test_\w+)\.py::(\w+)", output, re.MULTILINE)
-            if code == 1 and caught:
-                print(f"| `{mutation.module}` | {mutation.name} | `{caught[2]}` |", flush=True)
+            caught = re.search(r"^FAILED \S*::(test_\w+)\S*(?: - (\w+))?", output, re.MULTILINE)
+            if code == 1 and caught and caught[2] not in BROKEN:
+                print(f"| `{mutation.module}` | {mutation.name} | `{caught[1]}` |", flush=True)
             else:
                 survivors.append(mutation)
                 print(f"| `{mutation.module}` | {mutation.name} | **not caught** |", flush=True)

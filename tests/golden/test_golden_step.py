@@ -8,7 +8,6 @@ wrong update changes is invisible to the functions that ``_compute_advantage`` c
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -147,7 +146,7 @@ def roll_out(rng: np.random.Generator, queue: Queue, prompt_id: str, uid: str, s
 class Trainer:
     """SkpoTrainer's own methods around stand-ins for everything that needs a process or a model."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, queue: Queue, ranks: int, **skpo: Any) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, queue: Queue, ranks: int, **skpo: Any) -> None:
         from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
         from recipe.skpo.trainer import SkpoTrainer
@@ -156,7 +155,7 @@ class Trainer:
         self.queue, self.ids, self.kl_sums = queue, [""], (0.0, 0.0, 0, 0)
         self.real = cast(Any, object.__new__(SkpoTrainer))
         self.real.settings, self.real.state = self.settings, SkpoState(self.settings, BUDGET)
-        self.real.output_dir, self.real.use_critic, self.real.global_steps = folder, False, 0
+        self.real.use_critic, self.real.global_steps = False, 0
         self.real.tokenizer = SimpleNamespace(eos_token_id=1)
         counts = {"generated": 1, "prefilled": 1, "cached": 0}
         self.real.agent_loop_manager = SimpleNamespace(take_tokens=lambda: counts)
@@ -173,6 +172,7 @@ class Trainer:
                 },
             }
         )
+        monkeypatch.setattr(SkpoTrainer, "_write_trees", lambda *rest: None)  # which people read, and nothing else
         monkeypatch.setattr(PPOTrainerSync, "_fetch_one_gen_batch", lambda trainer: self.prompts())
         monkeypatch.setattr(PPOTrainerSync, "_update_actor", lambda trainer, *rest: self.update_actor(*rest))
 
@@ -233,7 +233,6 @@ def test_steps_follow_the_reference(
     aggregation: str,
     seed: int,
     queue: Queue,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from transfer_queue import KVBatchMeta
@@ -242,7 +241,6 @@ def test_steps_follow_the_reference(
     half_life = 0.5 if drift == "logratio" else 3.0
     trainer = Trainer(
         monkeypatch,
-        tmp_path,
         queue,
         ranks,
         weight_up=0.7,
