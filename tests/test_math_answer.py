@@ -365,6 +365,21 @@ def test_a_worker_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pyt
     assert asked.pid is None
 
 
+def test_a_late_reply_is_not_taken_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = tmp_path / "math_worker.py"
+    late.write_text(
+        "import json, sys\nfrom multiprocessing.connection import Connection\n"
+        "there = Connection(int(sys.argv[1]))\nthere.send_bytes(b'ready')\n"
+        "number = json.loads(there.recv_bytes())[0]\n"
+        "there.send_bytes(json.dumps([number - 1, True]).encode())\n"
+        "there.send_bytes(json.dumps([number, False]).encode())\nthere.recv_bytes()\n"
+    )
+    monkeypatch.setattr(judge, "WORKER", late)
+    asked = judge.Judge()
+    assert asked.equal("x", "y") is False
+    asked.close()
+
+
 # ---------------------------------------------------------------- no code
 
 
@@ -478,7 +493,7 @@ def accepted(count: int) -> list[tuple[str, str, str]]:
 
 @needs_data
 def test_perturbed_answers_are_wrong() -> None:
-    assert len(accepted(150)) <= 1
+    assert len(accepted(60)) <= 1
 
 
 @needs_data
