@@ -148,7 +148,7 @@ def make_run(folder: Path, steps: int = 60, per_step: int = 1, words: int = 0, m
     store = TreeStore(folder / FOLDER, max_mb, resumed_at=0)
     file.log(validation(0.32, 0.891), step=0)
     for step in range(1, steps + 1):
-        skill = 0.35 + 0.6 * (1 - 0.5 ** (8 * step / steps))
+        skill = 0.02 + 0.93 * (1 - 0.5 ** (8 * (step / steps) ** 1.5))
         line = metrics(step, rng, skill)
         if step % 10 == 0 or step == steps:
             line |= validation(round(skill * 128) / 128, min(1.0, 0.891 + skill / 8))

@@ -140,8 +140,8 @@ def test_no_text_stays_no_text() -> None:
 
 
 def test_lines_of_a_step_are_one_record() -> None:
-    lines = [{"step": 2.0, "a": 1}, {"step": 1, "a": 5}, {"step": 2, "a": 3, "b": 4}, ["no record"], {"a": 1}]
-    assert merged_steps(lines) == [{"step": 1, "a": 5}, {"step": 2, "a": 3, "b": 4}]  # type: ignore[arg-type]
+    lines = [{"step": 2.0, "a": 1, "c": 9}, {"step": 1, "a": 5}, {"step": 2, "a": 3, "b": 4}, ["no record"], {"a": 1}]
+    assert merged_steps(lines) == [{"step": 1, "a": 5}, {"step": 2, "a": 3, "b": 4, "c": 9}]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -214,6 +214,13 @@ def test_metrics_with_endless_names_are_left_out_and_said() -> None:
     notes: list[str] = []
     assert list(curves([{"step": 1, "x" * 301: 1.0, "x" * 300: 1.0}], notes)["series"]) == ["x" * 300]
     assert notes == ["Metrics: 1 of 2."]
+
+
+def test_very_many_metrics_are_cut_and_said() -> None:
+    notes: list[str] = []
+    series = curves([{"step": 1, **{f"{'<' * 290}{number}": 1.0 for number in range(2000)}}], notes)["series"]
+    assert html_report.LARGEST_CURVES * 0.9 < len(embed(series)) < html_report.LARGEST_CURVES + 10
+    assert notes == [f"Metrics: {len(series)} of 2000."]
 
 
 def test_what_fits_is_counted_as_it_is_embedded() -> None:

@@ -246,7 +246,7 @@ def test_groups_of_one_outcome_are_found(at_demo: Browser, demo: Path, wanted: s
     rewards = [{response["reward"] for response in tree["responses"]} for tree in stored]
     count = rewards.count({1.0 if wanted == "right" else -1.0})
     choose(at_demo, "#outcome", f"all {wanted}")
-    assert text(at_demo, "#found") == f"{count} of 60 trees"
+    assert count > 0 and text(at_demo, "#found") == f"{count} of 60 trees"
     assert all(set(group) == {sign} for group in texts(at_demo, "#list .squares"))
 
 
@@ -347,6 +347,8 @@ def test_nothing_is_wider_than_the_window(
     browser.run("document.querySelectorAll('#list details, #settings details').forEach(d => { d.open = true; })")
     browser.run("new Promise(done => setTimeout(done, 50))")
     assert browser.run("document.documentElement.scrollWidth") <= width
+    cut_off = "[...document.querySelectorAll('.text')].filter(e => e.scrollWidth > e.clientWidth + 1).length"
+    assert browser.run(cut_off) == 0, "lines break, none is hidden"
 
 
 @pytest.mark.parametrize(
@@ -395,6 +397,7 @@ def test_hostile_texts_run_nothing_and_load_nothing(browser: Browser, hostile: P
         assert browser.run("document.querySelectorAll('#metric-chart svg[role]').length") == 1
     assert browser.run("document.title") == "SKPO run hostile"
     assert any(option.startswith("</script><b><img src=x") for option in options) and "__proto__" in options
+    assert any("<b>half \\ud83d of a pair \\udc00 line\\u2028separator" in option for option in options)
     whole = "".join(seen)
     for shown in (HARM[0], HARM[1], HARM[2], HARM[3]):
         assert shown in whole, "as text, letter for letter"

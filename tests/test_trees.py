@@ -311,6 +311,14 @@ def test_over_the_bound_the_steps_that_are_left_stay_even(folder: Path) -> None:
     assert min(gaps[:-1]) >= 199 / 19 / 2, f"{steps} crowd"
 
 
+def test_no_more_is_removed_than_the_bound_asks_for(folder: Path) -> None:
+    store = TreeStore(folder, 64.0, 0)
+    for step in range(1, 41):
+        store.write(step, [a_tree(step)])
+    TreeStore(folder, 20.5 * size(folder) / 40 / 1e6, resumed_at=40).write(41, [a_tree(41)])
+    assert len(stored_steps(folder)) == 20
+
+
 def test_below_the_bound_nothing_is_removed(folder: Path) -> None:
     store = TreeStore(folder, 0.5, 0)
     for step in range(1, 21):

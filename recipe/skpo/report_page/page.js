@@ -514,7 +514,6 @@ function drawTrees() {
     if (button.disabled) byId(by > 0 ? "previous" : "next").focus(); // a disabled button would lose the focus
   };
   byId("filter").addEventListener("input", filter);
-  byId("filter").addEventListener("submit", (event) => event.preventDefault());
   byId("filter").addEventListener("reset", () => setTimeout(filter)); // after the fields are empty
   byId("previous").addEventListener("click", () => turn(-1));
   byId("next").addEventListener("click", () => turn(1));
