@@ -169,7 +169,7 @@ def test_a_data_set_is_prepared_into_a_folder_of_its_choices(compose_config, mod
     assert config.data.prepare.name == data and "embedded" not in config.data
     assert config.data.train_files == f"{config.data.prepared}/train.parquet"
     assert config.data.val_files == f"{config.data.prepared}/val.parquet"
-    assert config.output_dir == f"outputs/{model}-{data}"
+    assert config.output_dir == f"outputs/{model}-{data}-skpo"
     folders = {config.data.prepared}
     for choice in ("source=/x", "template=boxed", "train_rows=9", "val_rows=9", "skip_bad=true", "prepare.seed=2"):
         folders.add(compose_config(f"model={model}", f"data={data}", f"data.{choice}").data.prepared)

@@ -146,7 +146,7 @@ def test_more_bad_overrides(tmp_path: Path, monkeypatch, steps, override: str) -
             monkeypatch.setattr(main, check, lambda config: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SKPO_PLATFORM", "cpu")
-    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     # An imported module has no config folder beside it, as far as Hydra is concerned.
     folder = ["--config-path", str(REPOSITORY / "recipe/skpo/config")]
     monkeypatch.setattr(sys, "argv", ["main", *re.split(" (?=skpo)", override), *quiet, *folder])
@@ -225,7 +225,6 @@ def test_a_report_that_fails_does_not_fail_the_run(config, steps, tmp_path: Path
 
     monkeypatch.setattr(main, "summary", lambda folder, minutes: "the summary")
     monkeypatch.setattr(main, "write_report", fails)
-    monkeypatch.setattr(main.logger, "disabled", False)  # Hydra may have switched logging off in a test before
     main.run.__wrapped__(config)
     assert "the summary" in capsys.readouterr().out
     (record,) = [record for record in caplog.records if record.name == main.__name__]
@@ -250,7 +249,7 @@ def test_spo_is_checked_and_launched_with_its_larger_batch(compose_config, confi
     steps.clear()
     spo.data.train_batch_size, spo.actor_rollout_ref.actor.ppo_mini_batch_size = 4, 2
     main.run.__wrapped__(spo)
-    assert steps[-2:] == ["launch", "summary"]
+    assert steps[-3:] == ["launch", "summary", "write_report"]
     saved = OmegaConf.load(tmp_path / "out" / "config.yaml")
     assert (saved.data.train_batch_size, saved.actor_rollout_ref.rollout.n) == (8, 1)
 
@@ -275,7 +274,7 @@ def test_a_finished_run_is_not_launched_again(config, steps, tmp_path: Path, cap
     config.budget.match, config.trainer.total_training_steps = budget, 3 if budget == "steps" else 1_000_000
     config.budget.tokens = 700 if budget == "tokens" else None
     main.run.__wrapped__(config)
-    assert "launch" not in steps and steps[-1] == "summary"
+    assert "launch" not in steps and steps[-2:] == ["summary", "write_report"]
     assert said in capsys.readouterr().out
 
 

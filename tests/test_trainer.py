@@ -18,6 +18,7 @@ import torch
 from tensordict import NonTensorStack, TensorDict
 
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.trees import FOLDER, TreeStore, tree_index
 from tests.reference import reference_group_relative, reference_single_stream
 
 G = 2
@@ -142,6 +143,7 @@ def make_trainer(compose_config, model_folder, tmp_path: Path, queue: Queue, mon
         trainer.actor_rollout_wg = ActorWorkers(queue, ranks)
         trainer.agent_loop_manager = Manager()
         trainer.checkpoint_manager = SimpleNamespace(update_weights=lambda step: None, sleep_replicas=lambda: None)
+        trainer.trees = TreeStore(tmp_path / FOLDER, 1.0, 0)
         trainer.tokenizer = SimpleNamespace(
             eos_token_id=EOS, decode=lambda ids, **options: " ".join(str(int(token)) for token in ids)
         )
@@ -168,7 +170,7 @@ def row(
     mask[:opening] = 0
     record: dict[str, Any] = {"generated": len(ids) - opening, "prefilled": 2, "cached": 1}
     if phase == UPSTREAM:
-        candidate = {"token_ids": responses, "deviation": 0.5, "ended_early": False}
+        candidate = {"token_ids": responses, "rest_ids": [], "deviation": 0.5, "ended_early": False}
         record |= {"split_position": len(ids), "candidates": [candidate], "chosen": 0, "deviation": 0.5}
         record |= {"ended_early": 0.0, "seconds": 0.1, "downstream_seconds": 0.2}
     fields = {
@@ -386,7 +388,7 @@ def test_skpo_advantages_are_the_references_and_baselines_are_read_before_any_up
     assert metrics["skpo/tracker/prompts_seen"] == 3
     assert metrics["skpo/prompts_dropped"] == 0
     assert metrics["skpo/rollout_actor_logprob_gap/mean"] > 0
-    assert (Path(trainer.output_dir) / "trees.jsonl").read_text().count("\n") == 1
+    assert len(tree_index(Path(trainer.output_dir))) == 1
     # A prompt's length is that of its own siblings.
     uid = "v0000000003"
     own = [len(item["responses"]) for item in written if item["uid"] == uid and int(item["skpo_phase"]) == DOWNSTREAM]

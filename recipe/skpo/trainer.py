@@ -103,8 +103,9 @@ class SkpoTrainer(BaseTrainer):
         metrics["skpo/rollout_actor_logprob_gap/mean"] = float(torch.cat(gaps).mean()) if gaps else 0.0
         metrics["skpo/prompts_dropped"] = self.config.data.train_batch_size - len(segments)
         shown = sample_rows(segments, self.settings.trees_per_step, self.settings.seed, self.global_steps)
-        numbers = {"reward": rewards, "advantage": advantages, "baseline": baselines, "length": lengths}
-        self._write_trees(batch, [(row, siblings & (prompts == prompts[row])) for row in shown], numbers)
+        if shown:
+            numbers = {"reward": rewards, "advantage": advantages, "baseline": baselines, "length": lengths}
+            self._write_trees(batch, [(row, siblings & (prompts == prompts[row])) for row in shown], numbers)
 
         per_token = [value * mask.to(advantages.dtype) for value, mask in zip(advantages, masks, strict=True)]
         output = {
