@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data_prep import benchmarks, command, dapo_math, gsm8k, math
 from data_prep.leakage import held_out, normalised
-from data_prep.pipeline import Problem, RowError, collect, prepare, sample
+from data_prep.pipeline import Collected, Problem, RowError, collect, prepare, sample, write_problems
 from data_prep.prompts import FOLDER, load_prompt_template
 from data_prep.reading import RawRow, read_rows, split_files
 from data_prep.schema import DataError, check_parquet, prompt_id
@@ -683,3 +683,12 @@ def test_one_file_cannot_be_both_splits(folder: Path, tmp_path: Path) -> None:
         TrainingData("gsm8k", str(folder / "train.jsonl"), val_source=str(folder / "test.jsonl"), train_rows=5),
     )
     assert len(records(paths["train"])) == 5 and len(records(paths["val"])) == 6
+
+
+def test_one_id_in_two_files_of_a_command_stops_before_anything_is_written(tmp_path: Path) -> None:
+    same = [Problem("s", "q", "1")]
+    splits = {tmp_path / f"{name}.parquet": (name, Collected(problems=same)) for name in ("train", "test")}
+    with pytest.raises(DataError, match="rows 0 and 1: same id") as caught:
+        write_problems(splits, "boxed")
+    assert "train.parquet + " in one_line(caught)
+    assert not list(tmp_path.iterdir())
