@@ -100,7 +100,9 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
             f"skpo/tokens/generated_so_far in the metrics.jsonl of the run to compare with"
         )
     if config.budget.match == "steps" and config.budget.tokens is not None:
-        raise ConfigError(f"budget.tokens: is {config.budget.tokens} with budget=steps; give budget=tokens too, or leave it out")
+        raise ConfigError(
+            f"budget.tokens: is {config.budget.tokens} with budget=steps; give budget=tokens too, or leave it out"
+        )
     if settings.curriculum.enable and "curriculum" in config.method.uses:
         fetched = config.data.get("gen_batch_size") or batch
         if fetched != batch or config.trainer.v1.sampler.sync_refill_failed_groups:
