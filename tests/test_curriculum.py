@@ -17,6 +17,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from recipe.skpo.curriculum import PrioritisedBatches, draw_prompts, prompt_weights
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
+from tests import reference  # noqa: F401  sets how property tests run
 
 # ---------------------------------------------------------------- weights
 
