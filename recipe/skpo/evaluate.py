@@ -13,14 +13,14 @@ The paper gives k but no evaluation temperature.  0.6 with top-p 0.95 is the usu
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -28,9 +28,9 @@ from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
-from hydra import compose, initialize_config_module
+from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.benchmarks import BENCHMARKS
@@ -40,7 +40,7 @@ from recipe.skpo.analysis.output import AnalysisError, claim, guarded, plain, wr
 from recipe.skpo.analysis.problems import load_tokenizer
 from recipe.skpo.evaluation import Answered, Score, markdown, score
 from recipe.skpo.prompts import problem_tokens
-from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, SamplingError, draw_stored
+from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, SamplingError, detected_platform, draw_stored
 from recipe.skpo.settings import ConfigError
 
 ACCEPTED = (
@@ -65,16 +65,9 @@ class RewardFunction:
         reward_kwargs: passed along with every call.
     """
 
-    path: str = MISSING
-    name: str = MISSING
-    reward_kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RewardConfig:
-    """The trainer's node ``reward``, as far as it applies here."""
-
-    custom_reward_function: RewardFunction = field(default_factory=RewardFunction)
+    path: str
+    name: str
+    reward_kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -109,7 +102,7 @@ class EvaluationConfig:
     max_response_length: int
     seed: int
     resamples: int
-    reward: RewardConfig
+    reward: RewardFunction
     engine: EngineConfig
 
     def __post_init__(self) -> None:
@@ -160,9 +153,16 @@ class EvaluationConfig:
             _require(config.get(key) is not None, f"{key}: is not set; {what}")
         try:
             # A frozen record of a config: types are OmegaConf's to convert and to refuse.
-            typed: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), config))
+            schema = OmegaConf.structured(cls)
+            # OmegaConf takes frozen for read-only, and merging lifts that from the outermost record alone.
+            OmegaConf.set_readonly(schema, False)
+            for name, record in (("reward", RewardFunction), ("engine", EngineConfig)):
+                schema[name] = OmegaConf.structured(record)
+                OmegaConf.set_readonly(schema[name], False)
+            typed: Any = OmegaConf.to_object(OmegaConf.merge(schema, config))
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
+            where = f"{error.full_key}: " if error.full_key else ""
+            raise ConfigError(where + str(error).splitlines()[0]) from None
         return typed
 
 
@@ -230,7 +230,7 @@ def _fsdp_checkpoint(actor: Path) -> Checkpoint:
     _require((described / "config.json").is_file(), f"checkpoint: {described} has no config.json; {ACCEPTED}")
     _require(
         not (actor / "lora_train_meta.json").exists(),
-        f"checkpoint: {actor} holds a LoRA adapter, which verl's merger keeps apart; merge it into a model and give that",
+        f"checkpoint: {actor} holds a LoRA adapter, which verl's merger keeps apart; give a model with it merged in",
     )
     if any(described.glob("*.safetensors")):  # saved with save_contents=[..., hf_model]
         return _whole_model(described)
@@ -425,7 +425,7 @@ class Reward:
         try:
             loaded: Any = load_extern_object(module_path=function.path, object_name=function.name)
         except (ImportError, OSError, RuntimeError, AttributeError, ValueError) as error:
-            raise ConfigError(f"reward.custom_reward_function: {error}") from None
+            raise ConfigError(f"reward: {error}") from None
         self._compute: Callable[..., Any] = partial(loaded, **function.reward_kwargs)
 
     def __call__(self, problem: Problem, response: str) -> Checked:
@@ -441,7 +441,7 @@ class Reward:
         accuracy = float(result["acc"]) if "acc" in result else float(result["score"] > 0)
         _require(
             accuracy in (0, 1),
-            f"reward.custom_reward_function: its acc is {accuracy}; right responses are counted, so give 0 or 1",
+            f"reward: its acc is {accuracy}; right responses are counted, so give 0 or 1",
         )
         formed = result.get("well_formed")
         return Checked(bool(accuracy), str(result.get("pred", "")), None if formed is None else bool(formed))
@@ -526,7 +526,7 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
     checkpoint = find_checkpoint(config.checkpoint)
     tokenizer = load_tokenizer(checkpoint.model)
     benchmarks = [read_benchmark(name, path, tokenizer, config.max_prompt_length) for name, path in files.items()]
-    reward = Reward(config.reward.custom_reward_function)
+    reward = Reward(config.reward)
     for benchmark in benchmarks:
         check_truths(benchmark, reward)
     out = Path(config.output_dir or f"outputs/evaluation/{checkpoint.label}")
@@ -601,16 +601,23 @@ def read_config(overrides: Sequence[str]) -> EvaluationConfig:
         ConfigError: an override that Hydra or the record refuses.
     """
     try:
-        with initialize_config_module("recipe.skpo.config", version_base=None):
+        with initialize_config_dir(str(Path(__file__).parent / "config"), version_base=None):
             config = compose("evaluate", overrides=list(overrides))
         OmegaConf.resolve(config)
     except (HydraException, OmegaConfBaseException) as error:
-        # Hydra spreads its message over lines and causes; the innermost one says what is wrong.
-        lines = [
-            line for cause in (error, error.__cause__) if cause for line in str(cause).splitlines() if line.strip()
-        ]
+        # Hydra spreads its message over lines and causes.
+        text = "\n".join(str(cause) for cause in (error, error.__cause__) if cause)
+        lines = [line for line in text.splitlines() if line.strip()]
         raise ConfigError("; ".join(dict.fromkeys(lines[:2]))) from None
     return EvaluationConfig.from_config(config)
+
+
+def apply_platform(engine: EngineConfig) -> None:
+    """Set the platform's variables before verl is imported, which is for rewards and for the merger's process."""
+    if engine.platform == "cpu":
+        from recipe.skpo import cpu
+
+        cpu.apply_environment(cpu.environment(engine.num_threads, engine.kv_cache_gib))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -621,10 +628,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", metavar="key=value", help="of config/evaluate.yaml, as Hydra reads them"
     )
     overrides = parser.parse_args(argv).overrides
+    os.environ.setdefault("SKPO_PLATFORM", detected_platform())
 
     def command() -> list[Path]:
         try:
-            return run(read_config(overrides))
+            config = read_config(overrides)
+            apply_platform(config.engine)
+            return run(config)
         except (AnalysisError, SamplingError) as error:
             raise ConfigError(str(error).replace("another --out", "another output_dir")) from None
 

@@ -131,7 +131,7 @@ def markdown(scores: Sequence[Score]) -> str:
     header = ["benchmark", "problems", "k", "avg@k", "95% interval", "pass@k", "tokens", "cut off", "well-formed"]
     rows = [
         [
-            item.benchmark.replace("|", r"\|"),
+            _cell(item.benchmark),
             str(item.problems),
             str(item.k),
             _percent(item.avg),
@@ -149,16 +149,13 @@ def markdown(scores: Sequence[Score]) -> str:
     tables = [_table(header, rows)]
     tries = sorted({j for item in scores for j in item.pass_at})
     if tries != [1]:
-        tables.append(
-            _table(
-                ["benchmark", *(f"pass@{j}" for j in tries)],
-                [
-                    [item.benchmark.replace("|", r"\|"), *(_percent(item.pass_at.get(j)) for j in tries)]
-                    for item in scores
-                ],
-            )
-        )
+        lines = [[_cell(item.benchmark), *(_percent(item.pass_at.get(j)) for j in tries)] for item in scores]
+        tables.append(_table(["benchmark", *(f"pass@{j}" for j in tries)], lines))
     return "\n".join(tables)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
 
 
 def _percent(share: float | None) -> str:
