@@ -539,7 +539,7 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
             "data": benchmark.digest,
             "k": counts[benchmark.name],
             **{name: getattr(config, name) for name in ("temperature", "top_p", "max_response_length", "seed")},
-            "engine": engine,
+            "engine": config.engine,
         }
         claim(out / benchmark.name, drawn_with, FREE)
     if checkpoint.shards is not None and config.engine.dtype != "bfloat16":
