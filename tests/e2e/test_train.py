@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from recipe.skpo.metrics import read_lines
@@ -54,7 +55,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
     # Ray's processes follow their driver; give them the time to.
     time.sleep(5)
     again = subprocess.run(
-        [*LAUNCH, *arguments, "trainer.total_training_steps=3"],
+        [
+            *LAUNCH,
+            *arguments,
+            "trainer.total_training_steps=3",
+            # For the evaluation: every response of the validations, and the last weights as they are.
+            f"trainer.validation_data_dir={folder / 'validations'}",
+            "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -152,3 +160,39 @@ def test_a_report_is_written(run: dict) -> None:
     assert "report.html" in run["again"].stdout
     text = (run["out"] / "report.html").read_text()
     assert "Content-Security-Policy" in text and '"step":3' in text
+
+
+def test_evaluation_agrees_with_the_last_validation(run: dict) -> None:
+    """Greedy, in the run's own float32: the same responses, the same numbers to the last digit."""
+    folder = run["folder"]
+    arguments = [
+        f"checkpoint={run['out']}",
+        f"benchmarks=[{folder / 'val.parquet'}]",
+        f"output_dir={folder / 'evaluation'}",
+        "temperature=0",
+        "k.default=1",
+        "max_prompt_length=48",
+        "max_response_length=16",
+        "engine.dtype=float32",
+        "engine.platform=cpu",
+        f"reward.path={ROOT / 'tests/e2e/tiny.py'}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "recipe.skpo.evaluate", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (line,) = json.loads((folder / "evaluation/table.json").read_text())["benchmarks"]
+    last = [line for line in read_lines(run["out"] / "metrics.jsonl") if "val-core/tiny/acc/mean@1" in line][-1]
+    assert last["step"] == 3
+    assert line["problems"] == 16
+    assert line["avg"] == last["val-core/tiny/acc/mean@1"]
+    assert line["well_formed"] == last["val-aux/tiny/well_formed/mean@1"]
+    results = pd.read_parquet(folder / "evaluation" / line["benchmark"] / "problems.parquet")
+    validated = read_lines(folder / "validations/3.jsonl")
+    assert {row["gts"]: row["output"] for row in validated} == {
+        row.ground_truth: row.responses[0] for row in results.itertuples()
+    }
