@@ -339,7 +339,7 @@ def test_killed_command_goes_on_and_ends_as_one_that_was_not(serve: Any, tmp_pat
     def script(number: int, body: dict[str, Any]) -> Answer | None:
         if number == 3:
             hanging.set()
-            release.wait(60)
+            release.wait(280)
         return None
 
     endpoint = serve(script)
@@ -350,7 +350,7 @@ def test_killed_command_goes_on_and_ends_as_one_that_was_not(serve: Any, tmp_pat
         [sys.executable, "-m", "recipe.skpo.analysis.implicit_advantage", *flags], stdout=subprocess.DEVNULL
     )
     try:
-        assert hanging.wait(120)
+        assert hanging.wait(240)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()

@@ -1,5 +1,6 @@
 """Values along correct responses: states, numbers, local evaluator."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def test_cuts_are_at_word_ends_and_begin_with_nothing() -> None:
     assert [text[:end] for end in cut_lengths(text, 6)] == ["", "5", "5 cups", "5 cups +", "5 cups + 6", "5 cups + 6 ="]
     assert [text[:end] for end in cut_lengths(text, 3)] == ["", "5 cups", "5 cups + 6"]
     assert ["one two"[:end] for end in cut_lengths("one two", 4)] == ["", "", "one", "one"]
+
+
+def test_marks_numbers_and_commands_are_not_torn() -> None:
+    text = "so \\frac{1}{2} is 0.5, 1,200 .\n#### 7"
+    pieces = ["so", " \\frac", "{", "1", "}{", "2", "}", " is", " 0.5", ",", " 1,200", " .", "\n####", " 7"]
+    assert "".join(pieces) == text
+    ends = [*cut_lengths(text, len(pieces)), len(text)]
+    assert [text[a:b] for a, b in itertools.pairwise(ends)] == pieces
 
 
 @given(st.text(max_size=60), st.integers(1, 120))
@@ -236,7 +245,7 @@ def test_measure_locally_continues_each_state_once(tmp_path: Path, model_folder:
     }
     prompts = [tokenizer.decode(prompt) for call in sampler.calls for prompt in call["prompts"]]
     assert len(prompts) == len(set(prompts))
-    assert prompts[0].endswith("assistant\n") and prompts[1].endswith("assistant\n1 and")
+    assert prompts[0].endswith("assistant\n") and prompts[1].endswith("assistant\n1")
     table = pd.read_csv(tmp_path / "out/by_position.csv").set_index(["method", "position"])
     assert (table.loc[[("a", 0.0), ("b", 0.0)], "value"] == -1).all()
     # Of the two problems' answers, 2 and 4, the evaluator knows one.

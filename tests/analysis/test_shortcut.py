@@ -198,6 +198,8 @@ def test_run_draws_writes_and_a_second_run_draws_nothing(
     setting = config(model_folder, problems_file)
     sampler = FakeSampler(load_tokenizer(str(model_folder)), answer)
     files = run(setting, tmp_path / "out", lambda: sampler)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["engine"]["dtype"] == "bfloat16" and written["data"] == str(problems_file)
     names = {"shortcut.png", "shortcut.svg", "shortcut.json", "means.csv", "groups.csv", "config.json"}
     assert {path.name for path in files} == names
     assert sampler.closed
@@ -287,10 +289,3 @@ def test_problem_whose_answer_cannot_be_checked_is_named(tmp_path: Path) -> None
     write_parquet([Row("skpo/arithmetic", [{"role": "user", "content": "?"}], "seven", "math", "val", 0, "?")], path)
     with pytest.raises(AnalysisError, match=r"row 0: ground_truth 'seven' is not a number"):
         read_problems(path)
-
-
-def test_config_is_written_as_it_was_used(tmp_path: Path, model_folder: Path, problems_file: Path) -> None:
-    sampler = FakeSampler(load_tokenizer(str(model_folder)), answer)
-    run(config(model_folder, problems_file, seed=5), tmp_path / "out", lambda: sampler)
-    written = json.loads((tmp_path / "out/config.json").read_text())
-    assert written["seed"] == 5 and written["engine"]["dtype"] == "bfloat16" and written["data"] == str(problems_file)

@@ -54,7 +54,7 @@ def test_two_segments_agree_with_enumeration(low: float, high: float, samples: i
     # Normalised advantages of two are -1 and +1, or 0 and 0: errors 0, 2 and 1.
     error = zero + 2 * wrong
 
-    count = 40_000
+    count = 20_000
     scores = monte_carlo_scores(same_prompts([low, high], count), samples, np.random.default_rng(3))
     # Four standard deviations of a mean of `count` values; both columns of a pair say the same.
     assert scores.right.mean() == pytest.approx(right, abs=4 * np.sqrt(right * (1 - right) / count))
@@ -74,9 +74,9 @@ def test_three_segments_agree_with_enumeration() -> None:
         estimate[np.abs(estimate) < 1e-9] = 0
         right += weight * np.mean(np.sign(estimate) == np.sign(exact))
         error += weight * np.mean(np.abs(estimate - exact))
-    scores = monte_carlo_scores(same_prompts(true.tolist(), 40_000), 2, np.random.default_rng(0))
+    scores = monte_carlo_scores(same_prompts(true.tolist(), 20_000), 2, np.random.default_rng(0))
     assert scores.right.mean() == pytest.approx(right, abs=0.01)
-    assert scores.error.mean() == pytest.approx(error, abs=0.015)
+    assert scores.error.mean() == pytest.approx(error, abs=0.02)
 
 
 def test_signs_against_the_prompts_value_differ_from_those_against_the_group() -> None:
@@ -144,24 +144,24 @@ def small(**changes: Any) -> SignConfig:
 
 def test_first_visit_compares_with_the_zero_baseline() -> None:
     """Enumeration for one segment probability: the sign is that of R_I, whose K samples are at half or not."""
-    config = small(prompts=40_000, visits=1, value_trends=(0.0,), responses=3)
-    prompts = same_prompts([0.7, 0.7], 40_000, value=0.4)
+    config = small(prompts=10_000, visits=1, value_trends=(0.0,), responses=3)
+    prompts = same_prompts([0.7, 0.7], 10_000, value=0.4)
     (name, visit, scores), *_ = upstream_scores(config, prompts, 0.0, np.random.default_rng(0))
     assert (name, visit) == ("skpo", 0)
     # True advantage is positive; A = R_I is positive with 2 or 3 of 3 right.
     right = binomial(2, 3, 0.7) + binomial(3, 3, 0.7)
-    assert scores.right.mean() == pytest.approx(right, abs=0.01)
+    assert scores.right.mean() == pytest.approx(right, abs=0.02)
     assert scores.zero.mean() == 0.0
 
 
 def test_exact_baseline_agrees_with_enumeration() -> None:
-    config = small(prompts=40_000, visits=1, responses=8)
-    prompts = same_prompts([0.7, 0.7], 40_000, value=0.5)
+    config = small(prompts=10_000, visits=1, responses=8)
+    prompts = same_prompts([0.7, 0.7], 10_000, value=0.5)
     found = {name: scores for name, _, scores in upstream_scores(config, prompts, 0.0, np.random.default_rng(0))}
     # Against the value 0.5 the sign is right with more than 4 of 8, and 0 with exactly 4.
     exact = found["skpo_exact_baseline"]
-    assert exact.right.mean() == pytest.approx(sum(binomial(k, 8, 0.7) for k in range(5, 9)), abs=0.01)
-    assert exact.zero.mean() == pytest.approx(binomial(4, 8, 0.7), abs=0.01)
+    assert exact.right.mean() == pytest.approx(sum(binomial(k, 8, 0.7) for k in range(5, 9)), abs=0.02)
+    assert exact.zero.mean() == pytest.approx(binomial(4, 8, 0.7), abs=0.015)
 
 
 def test_later_visits_read_the_tracker_before_it_moves() -> None:
@@ -200,7 +200,7 @@ def test_drift_of_the_config_reaches_the_tracker(updates: list[tuple[float, floa
 
 
 def test_more_visits_make_a_better_baseline() -> None:
-    config = small(prompts=5_000, visits=8)
+    config = small(prompts=3_000, visits=8)
     prompts = draw_prompts(config, np.random.default_rng(0))
     right = [
         float(np.nanmean(scores.right))

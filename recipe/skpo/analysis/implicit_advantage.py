@@ -39,7 +39,8 @@ from recipe.skpo.prompts import problem_tokens
 from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, draw_stored
 
 CONTINUATIONS = "continuations.jsonl"
-_PIECES = re.compile(r"\s*(?:\w+|[^\w\s])")
+# A word: letters and digits, with a backslash in front (\frac) and decimals behind (3.5, 1,200).  Else a run of signs.
+_PIECES = re.compile(r"\s*(?:\\?\w+(?:[.,]\d\w*)*|(?:(?!\\\w)[^\w\s])+)")
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,8 @@ def shared_problems(responses: Sequence[Response]) -> list[Response]:
 def cut_lengths(text: str, positions: int) -> list[int]:
     """Characters kept at each position i of N: the whole words within the first i / N of the text's words.
 
-    A word is a run of letters and digits, or a single other sign, with the blanks before it.
+    A word is a run of letters and digits (a number with its decimals, a LaTeX command with its backslash) or a run of
+    other signs, with the blanks before it: the first half of a mark such as "####" is no place that a response passes.
     """
     ends = [0, *(match.end() for match in _PIECES.finditer(text))]
     return [ends[(len(ends) - 1) * index // positions] for index in range(positions)]
