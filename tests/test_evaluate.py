@@ -72,6 +72,7 @@ def command(monkeypatch: pytest.MonkeyPatch, model: Path, data: Path) -> Callabl
         def open_sampler(self: EngineConfig, name: str) -> FakeSampler:
             asked.append(name)
             made.append(FakeSampler(evaluate.load_tokenizer(str(model)), script, fail_after))
+            made[-1].engine = self
             return made[-1]
 
         monkeypatch.setattr(EngineConfig, "open", open_sampler)
@@ -280,6 +281,55 @@ def test_bad_row_is_named(command, data: Path, capsys: pytest.CaptureFixture[str
     assert "error: benchmarks: bad.parquet: missing column(s) id" in capsys.readouterr().err
 
 
+def test_reward_of_ones_own_gets_what_the_trainer_gives(command, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def check(data_source, solution_str, ground_truth, extra_info, wanted, **_):\n"
+        "    assert data_source == 'skpo/arithmetic' and '</s>' not in solution_str\n"
+        "    return {'score': 1.0 if extra_info['index'] == wanted else -1.0}\n"
+    )
+    overrides = ["reward.path=mine.py", "reward.name=check", "+reward.reward_kwargs.wanted=4"]
+    assert command(*overrides, "output_dir=out")[0] == 0
+    rows = pd.read_parquet("out/sums/problems.parquet")
+    assert rows["n_right"].tolist() == [3 * (n == 4) for n in range(10)]
+    (tmp_path / "mine.py").write_text("def check(**_):\n    return -1.0\n")
+    assert command(*overrides, "output_dir=out")[0] == 0
+    assert json.loads(Path("out/table.json").read_text())["benchmarks"][0]["avg"] == 0
+
+
+def test_files_named_after_a_split_are_called_after_their_folder_too(command, data: Path, tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(data, tmp_path / folder / "val.parquet")
+    assert command("benchmarks=[a/val.parquet,b/val.parquet]", "output_dir=out")[0] == 0
+    assert Path("out/a-val/problems.parquet").exists() and Path("out/b-val/problems.parquet").exists()
+
+
+def test_engine_has_room_for_prompt_and_response(command) -> None:
+    _, (sampler,), _ = command("output_dir=a")
+    assert sampler.engine.max_model_len == 69
+    _, (sampler,), _ = command("output_dir=b", "engine.max_model_len=100", "engine.dtype=float32")
+    assert (sampler.engine.max_model_len, sampler.engine.dtype) == (100, "float32")
+
+
+def test_platform_is_chosen_before_verl_is_asked(command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VERL_PLATFORM", raising=False)
+    seen = []
+
+    def load(_: Any) -> None:
+        seen.append(os.environ.get("VERL_PLATFORM"))
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(evaluate, "Reward", load)
+    assert command()[0] == 1
+    assert seen == ["cpu"]
+
+
+def test_reward_that_takes_other_arguments_is_refused(command, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.py").write_text("def check(text):\n    return 1.0\n")
+    assert command("reward.path=mine.py", "reward.name=check")[0] == 1
+    assert "error: reward: check of mine.py fails on row 0 of sums (TypeError: check() got" in capsys.readouterr().err
+
+
 def test_partial_credit_is_refused(command, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.py").write_text("def check(**_):\n    return {'score': 0.5, 'acc': 0.5}\n")
     assert command("reward.path=mine.py", "reward.name=check", "reward.reward_kwargs={}")[0] == 1
@@ -424,12 +474,15 @@ def test_checkpoint_with_a_whole_model_is_not_merged(run_copy: Path, tmp_path: P
 
 
 def test_trained_checkpoint_is_evaluated(
-    command, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def merge(checkpoint: Any, beside: Path) -> str:
-        assert beside == Path("outputs/evaluation/run-global_step_3")
+        assert beside.parent == Path("outputs/evaluation")
         return "merged one"
 
     monkeypatch.setattr(evaluate, "merged_model", merge)
     code, _, asked = command(f"checkpoint={trained / 'run'}")
     assert (code, asked) == (0, ["merged one"])
+    assert "note: " not in capsys.readouterr().out
+    command(f"checkpoint={trained / 'run'}", "engine.dtype=float32", "output_dir=outputs/evaluation/x")
+    assert "note: verl's merger rounds weights to bfloat16, so engine.dtype=float32" in capsys.readouterr().out

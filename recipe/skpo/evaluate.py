@@ -426,6 +426,7 @@ class Reward:
             loaded: Any = load_extern_object(module_path=function.path, object_name=function.name)
         except (ImportError, OSError, RuntimeError, AttributeError, ValueError) as error:
             raise ConfigError(f"reward: {error}") from None
+        self.name = f"{function.name} of {function.path}"
         self._compute: Callable[..., Any] = partial(loaded, **function.reward_kwargs)
 
     def __call__(self, problem: Problem, response: str) -> Checked:
@@ -452,12 +453,17 @@ def check_truths(benchmark: Benchmark, reward: Reward) -> None:
 
     Raises:
         DataError: naming the row and what the reward says.
+        ConfigError: the reward function does not take what it is given.
     """
     for number, problem in enumerate(benchmark.problems):
         try:
             reward(problem, "")
         except ValueError as error:
             raise DataError(f"benchmarks: {benchmark.name}: row {number}: {error}") from None
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"reward: {reward.name} fails on row {number} of {benchmark.name} ({type(error).__name__}: {error})"
+            ) from None
 
 
 # ---------------------------------------------------------------- draw, check, write
