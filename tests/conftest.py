@@ -227,3 +227,29 @@ def compose_config() -> Callable[..., Any]:
         return deepcopy(_composed(overrides))
 
     return compose_with
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def write_checkpoint(folder: Path, state: Any = None, ranks: int = 1) -> Path:
+    """A checkpoint folder with every piece of a whole one, without weights; returns it.
+
+    Args:
+        folder: ``.../global_step_N``.
+        state: the SKPO state in it; that of a run with the default settings and nothing visited if None.
+        ranks: processes of the actor that saved it.
+    """
+    import torch
+
+    from recipe.skpo.checkpoints import ACTOR_FILES, DATA_FILE
+    from recipe.skpo.settings import SkpoSettings
+    from recipe.skpo.state import SkpoState
+
+    (state or SkpoState(SkpoSettings(), 64)).save(folder)
+    (folder / "actor").mkdir(exist_ok=True)
+    for start in ACTOR_FILES.values():
+        for rank in range(ranks):
+            torch.save({}, folder / "actor" / f"{start}_world_size_{ranks}_rank_{rank}.pt")
+    torch.save({}, folder / DATA_FILE)
+    return folder

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf, open_dict
 
 from recipe.skpo import main
 from recipe.skpo.settings import ConfigError, known_keys
+from tests.conftest import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -269,7 +270,7 @@ def test_a_finished_run_is_not_launched_again(config, steps, tmp_path: Path, cap
     folder = Path(config.trainer.default_local_dir)
     state = SkpoState(SkpoSettings(), 64)
     state.tokens_generated = 700
-    state.save(folder / "global_step_3")
+    write_checkpoint(folder / "global_step_3", state)
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     config.budget.match, config.trainer.total_training_steps = budget, 3 if budget == "steps" else 1_000_000
     config.budget.tokens = 700 if budget == "tokens" else None

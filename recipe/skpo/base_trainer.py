@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import transfer_queue as tq
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
@@ -21,6 +21,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
+from recipe.skpo.checkpoints import mark, number_to_keep, remove_checkpoint, remove_older
 from recipe.skpo.curriculum import PrioritisedBatches
 from recipe.skpo.metrics import MetricsFile
 from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager
@@ -42,6 +43,10 @@ class BaseTrainer(PPOTrainerSync):
         self.state = SkpoState(self.settings, config.data.max_response_length)
         self.output_dir = Path(config.output_dir)
         self.resumed_at = 0
+        # Removed by us: verl's own removal leaves our file behind and forgets what earlier launches wrote.
+        self.checkpoints_to_keep = number_to_keep(config)
+        with open_dict(config):
+            config.trainer.max_actor_ckpt_to_keep = None
         self.curriculum = self.settings.curriculum.enable and "curriculum" in config.method.uses
         super().__init__(config)
 
@@ -72,16 +77,27 @@ class BaseTrainer(PPOTrainerSync):
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         self.resumed_at = self.global_steps
+        own = None
         if self.resumed_at:
             trainer = self.config.trainer
             explicit = trainer.resume_mode == "resume_path"
-            folder = trainer.resume_from_path if explicit else self._checkpoint_folder()
-            self.state.load(Path(folder))
+            folder = Path(trainer.resume_from_path) if explicit else self._checkpoint_folder()
+            self.state.load(folder)
+            own = self.resumed_at if folder.resolve() == self._checkpoint_folder().resolve() else None
+        # Later steps are trained again: a marker that still named one of them would make a kill in the middle of
+        # saving it anew look like a whole checkpoint.
+        mark(self._checkpoint_folder().parent, own)
 
     def _save_checkpoint(self) -> None:
+        folder, keep = self._checkpoint_folder(), self.checkpoints_to_keep
+        # What is left of a killed save, or of steps that are trained again.
+        remove_checkpoint(folder)
+        # Makes room, but never removes the one that the marker names.
+        remove_older(folder.parent, self.global_steps - 1, keep and max(1, keep - 1))
         # Before verl's part, which ends with the marker file that makes the checkpoint count.
-        self.state.save(self._checkpoint_folder())
+        self.state.save(folder)
         super()._save_checkpoint()
+        remove_older(folder.parent, self.global_steps, keep)
 
     def _checkpoint_folder(self) -> Path:
         return Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"

@@ -25,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from recipe.skpo.checkpoints import repair_marker
 from recipe.skpo.html_report import write_report
 from recipe.skpo.preflight import (
     check_config,
@@ -245,7 +246,10 @@ def run(config: DictConfig) -> None:
         check_data(config)
         prepare_model(config)
         check_prompt_lengths(config)
-        check_resume(config)
+        repaired = repair_marker(config)
+        if repaired is not None:
+            print(f"note: the last save was killed while it was marked as done; going on from step {repaired}")
+        check_resume(config, settings)
         resolve_paths(config)
         finished = is_finished(config)
     except (ValueError, RuntimeError, OSError) as error:

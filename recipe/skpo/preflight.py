@@ -10,8 +10,17 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError, check_parquet
+from recipe.skpo.checkpoints import (
+    ACTOR_FILES,
+    MARKER,
+    marked_step,
+    missing_piece,
+    newest_whole,
+    number_to_keep,
+    stored_checkpoints,
+)
 from recipe.skpo.settings import ConfigError, SkpoSettings
-from recipe.skpo.state import require_state_file, saved_tokens
+from recipe.skpo.state import SkpoState, require_state_file, saved_tokens
 from reward_fns import route
 from reward_fns.forms import check_format
 
@@ -58,6 +67,8 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
         "data.dataloader_num_workers": (0, "prefetched prompts would be lost to a checkpoint"),
         "reward.reward_model.enable": (False, "rewards are rules, computed while others generate"),
         "trainer.use_v1": (True, "the trainers are V1 trainers"),
+        "trainer.default_hdfs_dir": (None, "only a local folder gets the whole checkpoint, trackers included"),
+        "actor_rollout_ref.actor.checkpoint.async_save": (False, "it leaves no mark of the checkpoint to resume from"),
     }
     if config.method.name == "skpo":
         required |= {
@@ -114,9 +125,23 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
                 "skpo.curriculum.enable: must be false where prompts are fetched in other numbers than a batch "
                 "(data.gen_batch_size, trainer.v1.sampler.sync_refill_failed_groups)"
             )
+    _check_saving(config)
     check_reward(config)
     if config.method.name == "skpo":
         _check_context(config, settings)
+
+
+def _check_saving(config: DictConfig) -> None:
+    number_to_keep(config)
+    if config.trainer.get("remove_previous_ckpt_in_save"):
+        raise ConfigError("trainer.remove_previous_ckpt_in_save: give trainer.max_actor_ckpt_to_keep=1 in its place")
+    for name in ("save_contents", "load_contents"):
+        lacking = [content for content in ACTOR_FILES if content not in config.actor_rollout_ref.actor.checkpoint[name]]
+        if lacking:
+            raise ConfigError(
+                f"actor_rollout_ref.actor.checkpoint.{name}: lacks {', '.join(lacking)}, without which a resumed run "
+                f"is another run; add it"
+            )
 
 
 def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
@@ -232,15 +257,28 @@ def _tokenizer(config: DictConfig):
         raise ConfigError(f"actor_rollout_ref.model.path: no tokenizer can be loaded from {path} ({reason})") from error
 
 
-def check_resume(config: DictConfig) -> None:
-    """Refuse to resume from a checkpoint without SKPO's state.
+def check_resume(config: DictConfig, settings: SkpoSettings) -> None:
+    """Refuse to resume from a checkpoint that is not whole, or whose SKPO state is damaged or of another run.
 
     Raises:
-        StateError: naming the folder.
+        ConfigError: naming the folder, the piece that is missing and a checkpoint that is whole.
+        StateError: naming the file.
     """
     folder = resume_folder(config)
-    if folder is not None:
-        require_state_file(folder)
+    if folder is None:
+        return
+    require_state_file(folder)
+    missing = missing_piece(folder, config)
+    if missing is not None:
+        other = newest_whole(folder.parent, config)
+        fix = (
+            f"resume from {folder.parent}/global_step_{other} by trainer.resume_mode=resume_path "
+            f"trainer.resume_from_path=<that folder>"
+            if other is not None
+            else "start anew with trainer.resume_mode=disable and another output_dir"
+        )
+        raise ConfigError(f"{folder}: cannot be resumed from: {missing}; {fix}")
+    SkpoState(settings, config.data.max_response_length).load(folder)
 
 
 def is_finished(config: DictConfig) -> bool:
@@ -257,7 +295,7 @@ def resume_folder(config: DictConfig) -> Path | None:
     """The checkpoint folder that verl will resume from, None for a fresh start.
 
     Raises:
-        ConfigError: an unknown mode, a path that is no checkpoint, or a marker file that holds no step.
+        ConfigError: an unknown mode, a path that is no checkpoint, or a marker file that names no step or a lost one.
     """
     trainer = config.trainer
     if trainer.resume_mode not in ("auto", "disable", "resume_path"):
@@ -267,11 +305,17 @@ def resume_folder(config: DictConfig) -> Path | None:
         if not re.fullmatch(r"global_step_\d+", folder.name) or not folder.is_dir():
             raise ConfigError(f"trainer.resume_from_path: {folder} is no folder named global_step_<N>")
         return folder
-    marker = Path(trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
-    if trainer.resume_mode == "disable" or not marker.is_file():
+    if trainer.resume_mode == "disable":
         return None
-    step = marker.read_text().strip()
-    if not step.isdecimal():
-        raise ConfigError(f"{marker}: holds {step!r} and no step; write the number of the last whole global_step_<N>")
-    folder = marker.parent / f"global_step_{step}"
-    return folder if folder.is_dir() else None
+    root = Path(trainer.default_local_dir)
+    step = marked_step(root)
+    if step is None:
+        return None
+    folder = root / f"global_step_{step}"
+    if not folder.is_dir():
+        there = ", ".join(path.name for path in stored_checkpoints(root).values()) or "no checkpoint"
+        raise ConfigError(
+            f"{root / MARKER}: names {folder.name}, which is not there (there is {there}); write the number of a whole "
+            f"one into it, or remove it to start anew"
+        )
+    return folder
