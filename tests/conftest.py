@@ -158,6 +158,8 @@ def build_tokenizer(bos: str | None = None):
 
 
 def _write_model_folder(folder: Path, bos: str | None) -> Path:
+    import torch
+    from safetensors.torch import save_file
     from transformers import GenerationConfig, LlamaConfig
 
     tokenizer = build_tokenizer(bos)
@@ -172,12 +174,14 @@ def _write_model_folder(folder: Path, bos: str | None) -> Path:
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder)
     GenerationConfig(eos_token_id=ends).save_pretrained(folder)
+    # As good as weights for whoever reads their header.
+    save_file({"model.norm.weight": torch.ones(16)}, folder / "model.safetensors")
     return folder
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder without weights; its tokenizer has no BOS.  Two tokens end a response: </s>, <|im_end|>."""
+    """A checkpoint folder with one weight; its tokenizer has no BOS.  Two tokens end a response: </s>, <|im_end|>."""
     return _write_model_folder(tmp_path_factory.mktemp("model"), bos=None)
 
 

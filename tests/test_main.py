@@ -142,7 +142,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_more_bad_overrides(tmp_path: Path, monkeypatch, steps, override: str) -> None:
     from hydra.core.global_hydra import GlobalHydra
 
-    for check in ("check_data", "prepare_data", "prepare_model", "check_prompt_lengths"):
+    for check in ("check_data", "prepare_data", "prepare_model", "check_model", "check_prompt_lengths"):
         if override != "data=files":  # the embedded data and model are not there
             monkeypatch.setattr(main, check, lambda config: None)
     monkeypatch.chdir(tmp_path)

@@ -182,8 +182,14 @@ def test_a_prompt_longer_than_the_limit(config, tmp_path: Path, request, role: s
     assert message.startswith(f"{file}: row 2: the prompt has {length} tokens, data.max_prompt_length is {length - 1}")
     assert "data.filter_overlong_prompts=true" in message
 
-    config.data.filter_overlong_prompts = True
+    config.data.filter_overlong_prompts, config.data.train_batch_size = True, 2
     check_prompt_lengths(config)
+    config.data.train_batch_size = 3
+    if role == "train":
+        with pytest.raises(
+            DataError, match=r"data.train_files: 2 prompts of at most .* fewer than data.train_batch_size=3"
+        ):
+            check_prompt_lengths(config)
 
 
 def test_the_tokenizer_of_the_run_counts(config, tmp_path: Path, bos_model_folder: Path) -> None:

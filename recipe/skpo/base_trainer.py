@@ -5,6 +5,7 @@ verl's synchronous V1 trainer does everything else.  The methods are ``trainer.S
 compared.  docs/verl_seams.md lists every override of verl.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,9 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
-from recipe.skpo.checkpoints import mark, number_to_keep, remove_checkpoint, remove_older
+from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
 from recipe.skpo.curriculum import PrioritisedBatches
-from recipe.skpo.metrics import MetricsFile
+from recipe.skpo.metrics import MetricsFile, plain_numbers
 from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
@@ -43,8 +44,10 @@ class BaseTrainer(PPOTrainerSync):
         self.state = SkpoState(self.settings, config.data.max_response_length)
         self.output_dir = Path(config.output_dir)
         self.resumed_at = 0
+        self.step_metrics: dict[str, Any] = {}
+        self.saved_metrics: dict[str, float] = {}
         # Removed by us: verl's own removal leaves our file behind and forgets what earlier launches wrote.
-        self.checkpoints_to_keep = number_to_keep(config)
+        self.checkpoints_to_keep: int | None = config.trainer.max_actor_ckpt_to_keep
         with open_dict(config):
             config.trainer.max_actor_ckpt_to_keep = None
         self.curriculum = self.settings.curriculum.enable and "curriculum" in config.method.uses
@@ -83,6 +86,8 @@ class BaseTrainer(PPOTrainerSync):
             explicit = trainer.resume_mode == "resume_path"
             folder = Path(trainer.resume_from_path) if explicit else self._checkpoint_folder()
             self.state.load(folder)
+            if (folder / METRICS_FILE).is_file():
+                self.saved_metrics = json.loads((folder / METRICS_FILE).read_text())
             own = self.resumed_at if folder.resolve() == self._checkpoint_folder().resolve() else None
         # Later steps are trained again: a marker that still named one of them would make a kill in the middle of
         # saving it anew look like a whole checkpoint.
@@ -94,6 +99,8 @@ class BaseTrainer(PPOTrainerSync):
         remove_checkpoint(folder)
         # Makes room, but never removes the one that the marker names.
         remove_older(folder.parent, self.global_steps - 1, keep and max(1, keep - 1))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS_FILE).write_text(json.dumps(plain_numbers(self.step_metrics)))
         # Before verl's part, which ends with the marker file that makes the checkpoint count.
         self.state.save(folder)
         super()._save_checkpoint()
@@ -115,7 +122,9 @@ class BaseTrainer(PPOTrainerSync):
         loggers: dict[str, Any] = self.logger.logger
         if "metrics_file" not in loggers:
             self.trees = TreeStore(self.output_dir / FOLDER, self.settings.trees_max_mb, self.resumed_at)
-            loggers["metrics_file"] = MetricsFile(self.output_dir / "metrics.jsonl", self.resumed_at)
+            loggers["metrics_file"] = MetricsFile(
+                self.output_dir / "metrics.jsonl", self.resumed_at, self.saved_metrics
+            )
 
     # ---------------------------------------------------------------- prompts out, rows in order
 
@@ -123,6 +132,11 @@ class BaseTrainer(PPOTrainerSync):
         # What validation generated since the last step belongs to no step.
         self.agent_loop_manager.take_tokens()
         super().on_step_begin()
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        # Saved with the checkpoint, which verl writes before it logs them.
+        self.step_metrics = metrics
+        return super().step(metrics, timing_raw)
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         batch = super()._fetch_one_gen_batch()

@@ -11,9 +11,8 @@ import re
 import shutil
 import zipfile
 from pathlib import Path
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from recipe.skpo.settings import ConfigError
 from recipe.skpo.state import FILE_NAME
@@ -23,6 +22,9 @@ MARKER = "latest_checkpointed_iteration.txt"
 
 DATA_FILE = "data.pt"
 """verl's file with the position in the training data, the last one before the marker."""
+
+METRICS_FILE = "step_metrics.json"
+"""Ours, with the metrics of the step that was saved, as far as they were known."""
 
 ACTOR_FILES = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 """``checkpoint.load_contents`` to how verl's FSDP engine begins the name of a rank's file."""
@@ -143,24 +145,10 @@ def remove_checkpoint(folder: Path) -> None:
     """Remove what verl and we wrote into a checkpoint folder, and the folder if nothing else is in it."""
     # First what makes it whole: a kill in between leaves something that is recognised as a left-over.
     (folder / DATA_FILE).unlink(missing_ok=True)
-    for path in [folder / FILE_NAME, *folder.glob(f".{FILE_NAME}.*")]:
+    for path in [folder / FILE_NAME, folder / METRICS_FILE, *folder.glob(f".{FILE_NAME}.*")]:
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / "actor", ignore_errors=True)
     try:
         folder.rmdir()
     except OSError:
         pass  # somebody keeps files of their own there, or the folder was never made
-
-
-def number_to_keep(config: DictConfig) -> int | None:
-    """``trainer.max_actor_ckpt_to_keep``.
-
-    Raises:
-        ConfigError: it is neither null nor a number above 0.
-    """
-    value: Any = OmegaConf.select(config, "trainer.max_actor_ckpt_to_keep")
-    if value is not None and (type(value) is not int or value < 1):
-        raise ConfigError(
-            f"trainer.max_actor_ckpt_to_keep: is {value}, must be a number of at least 1, or null for all"
-        )
-    return value

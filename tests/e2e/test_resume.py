@@ -1,7 +1,8 @@
 """A run killed again and again, and the same run never killed: same prompts, splits, trackers, metrics, weights.
 
-Every launch of a chain is the same command.  Each but the last is killed at another point (``killed.POINTS``); what the
-next one finds is what the kill left.  Bit for bit on the CPU platform with ``full_determinism``.  Minutes:
+Every launch of a chain is the same command.  Each but the last is killed at another point; what the next one finds is
+what the kill left.  tests/test_kills.py has every point, without Ray and models.  Bit for bit on the CPU platform with
+``full_determinism``.  Minutes:
 
     bash run_tests.sh -m resume
 """
@@ -21,14 +22,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recipe.skpo.checkpoints import MARKER, marked_step, stored_checkpoints
+from recipe.skpo.checkpoints import MARKER, METRICS_FILE, marked_step, stored_checkpoints
 from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments, segments
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.state import FILE_NAME
-from tests.e2e.killed import POINTS
 from tests.e2e.tiny import overrides
 
-pytestmark = [pytest.mark.e2e, pytest.mark.resume, pytest.mark.nightly, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.e2e, pytest.mark.resume, pytest.mark.nightly, pytest.mark.timeout(5400)]
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 6, 2
@@ -41,23 +41,17 @@ CHAINS: dict[str, tuple[list[str], list[tuple[str, int, int | None]]]] = {
         [
             ("torn_marker", 2, None),
             ("generation", 3, 2),
-            ("before_state", 4, 2),
             ("after_state", 4, 2),
             ("before_marker", 4, 2),
-            ("after_marker", 4, 4),
         ],
     ),
     # Three steps per epoch: checkpoints are inside one.
     "shuffled epochs, log-ratio": (
         ["data.train_max_samples=12", "skpo.curriculum.enable=false", "skpo.tracker.drift=logratio"],
         [
-            ("generation", 1, None),
             ("after_marker", 2, 2),
-            ("torn_state", 4, 2),
-            ("after_state", 4, 2),
+            ("generation", 4, 2),
             ("torn_actor", 4, 2),
-            ("torn_data", 4, 2),
-            ("before_marker", 4, 2),
             ("torn_marker", 4, None),
         ],
     ),
@@ -93,10 +87,10 @@ def launch(folder: Path, module: list[str], arguments: list[str]) -> tuple[int, 
             start_new_session=True,
         )
         try:
-            code = process.wait(timeout=300)
+            code = process.wait(timeout=900)
         finally:
             process.kill()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline and (left := of_session(process.pid)):
         time.sleep(0.2)
     assert not left, f"still there after {module}: {left}"
@@ -156,9 +150,13 @@ def test_a_run_killed_at_every_point_is_the_run_that_never_was(tmp_path: Path, n
     assert code == 0, log[-4000:]
     assert ("going on from step 4" in log) == (kills[-1][0] == "torn_marker")
 
-    found = result(broken)
+    found, lost = result(broken), {step for point, step, _ in kills if point in ("torn_marker", "after_marker")}
     for part in ("metrics", "trees"):
         for mine, theirs in zip(found[part], expected[part], strict=True):
+            if "training/epoch" not in mine and part == "metrics":
+                # Killed after it was saved and before it was logged: what verl adds in between is not known.
+                assert mine["step"] in lost and {name for name in theirs if name.startswith("skpo/")} <= mine.keys()
+                theirs = {name: theirs[name] for name in mine}
             assert mine == theirs, f"{part} of step {mine['step']}"
     assert found["state"] == expected["state"]
     assert found["weights"].keys() == expected["weights"].keys()
@@ -174,8 +172,5 @@ def test_a_run_killed_at_every_point_is_the_run_that_never_was(tmp_path: Path, n
             "actor",
             "data.pt",
             FILE_NAME,
+            METRICS_FILE,
         ]
-
-
-def test_every_point_is_tried() -> None:
-    assert {point for _, kills in CHAINS.values() for point, _, _ in kills} == set(POINTS)
