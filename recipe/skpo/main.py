@@ -27,14 +27,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipe.skpo.checkpoints import repair_marker
 from recipe.skpo.html_report import write_report
+from recipe.skpo.model_checks import check_model, check_prompt_lengths
 from recipe.skpo.preflight import (
     check_config,
     check_data,
     check_folders,
     check_loggers,
     check_method_settings,
-    check_model,
-    check_prompt_lengths,
     check_resume,
     is_finished,
 )
