@@ -17,6 +17,7 @@ SYNC = "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync"
 WORKER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class__"
 LOOPS = "verl.experimental.agent_loop.agent_loop"
 MANAGER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ"
+ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 
 # (where it is upstream, its signature without annotations, where and how we rely on it).  Ray adds _ray_trace_ctx to
 # the methods of an actor class; it is left out here.
@@ -173,6 +174,24 @@ SEAMS = [
         "trainer and baselines write advantages by it, base_trainer._log_ratios rows with tags",
     ),
     ("transfer_queue:KVBatchMeta.reorder", "(self, indexes)", "both _balance_batch order rows by it"),
+    # prefix_engine.py
+    (f"{ENGINE}.prepare_model_inputs", "(self, micro_batch)", "prefix_engine.SharedPrefixEngine packs rows there"),
+    (
+        f"{ENGINE}.prepare_model_outputs",
+        "(self, output, output_args, micro_batch, logits_processor_func)",
+        "prefix_engine.SharedPrefixEngine unpacks log-probs and entropies there",
+    ),
+    (
+        "verl.workers.engine.base:EngineRegistry.register",
+        "(model_type, backend, device='cuda', vendor=None)",
+        "prefix_engine registers SharedPrefixEngine for the device shared_prefix",
+    ),
+    (
+        "verl.utils.torch_functional:logprobs_from_logits",
+        "(logits, labels, inplace_backward=True)",
+        "prefix_engine computes log-probs by it",
+    ),
+    ("verl.utils.torch_functional:entropy_from_logits", "(logits)", "prefix_engine computes entropies by it"),
     (
         "verl.trainer.ppo.core_algos:register_adv_est",
         "(name_or_enum)",
@@ -252,20 +271,20 @@ def test_signature_is_the_pinned_one(place: str, pinned: str, ours: str) -> None
 
 def our_classes() -> dict[str, tuple[type, str]]:
     """Every class of ours that stands below one of verl's, with the latter's place."""
-    from recipe.skpo import base_trainer, baselines, rollout, trainer
+    from recipe.skpo import base_trainer, baselines, prefix_engine, rollout, trainer
 
     found = {}
-    for module in (rollout, base_trainer, trainer, baselines):
+    for module in (rollout, base_trainer, trainer, baselines, prefix_engine):
         for name, value in vars(module).items():
             if inspect.isclass(value) and value.__module__ == module.__name__:
-                for place in (WORKER, MANAGER, SYNC):
+                for place in (WORKER, MANAGER, SYNC, ENGINE):
                     if issubclass(value, locate(place)):
                         found[name] = (value, place)
     return found
 
 
 OURS = ["MeteredWorker", "SkpoAgentLoopWorker", "MeteredManager", "SkpoAgentLoopManager"]
-OURS += ["BaseTrainer", "SkpoTrainer", "BaselineTrainer", "SpoTrainer"]
+OURS += ["BaseTrainer", "SkpoTrainer", "BaselineTrainer", "SpoTrainer", "SharedPrefixEngine"]
 
 
 def overridden(name: str) -> dict[str, Any]:
