@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipe.skpo.settings import SkpoSettings, TrackerSettings
-from recipe.skpo.state import FILE_NAME, SkpoState, StateError, require_state_file
+from recipe.skpo.state import FILE_NAME, SkpoState, StateError, StoredSegments, require_state_file, saved_tokens
 from tests.reference import reference_tracker
 
 seeds = st.integers(0, 2**32)
@@ -25,19 +25,23 @@ def fresh(response_budget: int = 200, **changes: Any) -> SkpoState:
 def train(state: SkpoState, rng: np.random.Generator, steps: int) -> list[tuple[Any, ...]]:
     """Some steps of a made-up run; everything that the state decided or said in them."""
     said: list[tuple[Any, ...]] = []
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         for number in rng.integers(0, 6, 4):
             key = f"prompt-{number}"
-            said.append((state.next_visit(key), state.baseline(key)))
+            said.append((state.next_visit(key, step), state.baseline(key)))
             reward, mean_length = float(rng.integers(-8, 9)) / 8, float(rng.uniform(1, 200))
             said.append((state.observe(key, reward, mean_length), state.lengths.value(key), state.values.count(key)))
+            size = int(rng.integers(1, 9))
+            state.segments.put(key, rng.integers(0, 99, size), rng.normal(size=size))
+            state.tokens_generated += size
         state.clock.advance(float(rng.exponential(0.01)))
     return said
 
 
 def content(state: SkpoState) -> str:
-    parts = (state.values, state.lengths, state.clock)
-    return repr(([part.state_dict() for part in parts], state.rng.bit_generator.state, state.visits))
+    parts = (state.values, state.lengths, state.clock, state.segments)
+    counters = (state.visits, state.tokens_generated)
+    return repr(([part.state_dict() for part in parts], state.rng.bit_generator.state, counters))
 
 
 # ---------------------------------------------------------------- visits and baselines
@@ -90,38 +94,134 @@ def test_drift_is_counted_since_the_previous_visit_of_the_same_prompt() -> None:
 
 def test_visits_are_numbered_over_the_run() -> None:
     state = fresh()
-    assert [state.next_visit(key).ordinal for key in ("a", "b", "a")] == [0, 1, 2]
+    assert [state.next_visit(key, 1).ordinal for key in ("a", "b", "a")] == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("initial_length", "budget", "assumed"), [(1024, 120, 120), (60, 120, 60)])
 def test_assumed_length_is_bounded_by_the_response_budget(initial_length: int, budget: int, assumed: int) -> None:
     state = fresh(budget, initial_length=initial_length)
     assert state.lengths.value("a") == assumed
-    splits = {state.next_visit("a").split_position for _ in range(600)}
+    splits = {state.next_visit("a", 1).split_position for _ in range(600)}
     assert (min(splits), max(splits)) == (assumed // 6, assumed // 2)
 
 
 def test_split_position_follows_the_tracked_length_of_its_prompt() -> None:
     state = fresh(1000)
     state.observe("a", 1.0, 12)
-    assert {state.next_visit("a").split_position for _ in range(100)} == {2, 3, 4, 5, 6}
-    assert min(state.next_visit("b").split_position for _ in range(100)) > 100
+    assert {state.next_visit("a", 1).split_position for _ in range(100)} == {2, 3, 4, 5, 6}
+    assert min(state.next_visit("b", 1).split_position for _ in range(100)) > 100
 
 
 def test_split_range_of_the_settings_is_used() -> None:
     state = fresh(100, split_low=0.3, split_high=0.32)
-    assert {state.next_visit("a").split_position for _ in range(100)} == {30, 31, 32}
+    assert {state.next_visit("a", 1).split_position for _ in range(100)} == {30, 31, 32}
 
 
 def test_draws_depend_on_the_seed_alone() -> None:
-    first, same, other = (fresh(seed=seed).next_visit("a") for seed in (3, 3, 4))
+    first, same, other = (fresh(seed=seed).next_visit("a", 1) for seed in (3, 3, 4))
     assert first == same != other
 
 
 def test_visits_get_different_request_seeds() -> None:
     state = fresh()
-    drawn = [state.next_visit("a").seed for _ in range(1000)]
+    drawn = [state.next_visit("a", 1).seed for _ in range(1000)]
     assert len(set(drawn)) == 1000 and all(0 <= seed < 2**31 for seed in drawn)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(1, 10), (2, 30), (3, 10)])
+def test_a_fixed_split_takes_both_ends_in_turn_and_draws_only_the_seed(step: int, expected: int) -> None:
+    state, plain = fresh(60, split="fixed", seed=3), np.random.default_rng(3)
+    visit = state.next_visit("a", step)
+    assert visit.split_position == expected
+    assert visit.seed == plain.integers(2**31 - 1)
+    assert state.rng.bit_generator.state == plain.bit_generator.state
+
+
+def test_a_boundary_split_is_drawn_like_the_adaptive_one() -> None:
+    adaptive, boundary = fresh(seed=3), fresh(seed=3, split="boundary_token", boundaries=["."])
+    assert [boundary.next_visit("a", 1) for _ in range(20)] == [adaptive.next_visit("a", 1) for _ in range(20)]
+
+
+def test_the_adaptive_split_does_not_depend_on_the_step() -> None:
+    assert fresh(seed=3).next_visit("a", 1) == fresh(seed=3).next_visit("a", 2)
+
+
+def test_a_measured_log_ratio_takes_the_place_of_the_clock() -> None:
+    constants = {"rho_min": 0.5, "rho_max": 0.99, "half_life": 0.06}
+    state = fresh(tracker=TrackerSettings(drift="logratio", **constants))
+    state.observe("a", 1.0, 20)
+    state.clock.advance(5.0)
+    assert state.observe("a", -1.0, 40, log_ratio=0.03) == 0.03
+    values = reference_tracker([(1.0, 0.0), (0.0, 0.03)], 0.5, *constants.values())
+    lengths = reference_tracker([(20.0, 0.0), (40.0, 0.03)], 200.0, *constants.values())
+    assert (state.values.value("a"), state.values.count("a")) == pytest.approx(values[-1])
+    assert (state.lengths.value("a"), state.lengths.count("a")) == pytest.approx(lengths[-1])
+
+
+def test_without_a_measurement_logratio_counts_steps() -> None:
+    state = fresh(tracker=TrackerSettings(drift="logratio", half_life=0.06))
+    state.observe("a", 1.0, 20)
+    state.clock.advance(0.0)
+    assert state.observe("a", 1.0, 20) == 1.0
+
+
+# ---------------------------------------------------------------- stored segments
+
+
+def test_a_stored_segment_is_the_last_one_of_its_prompt() -> None:
+    segments = StoredSegments()
+    assert "a" not in segments and len(segments) == 0
+    segments.put("a", [1, 2, 3], [-1.0, -2.0, -3.0])
+    segments.put("b", [9], [-0.5])
+    segments.put("a", [7, 8], [-0.25, -0.75])
+    assert "a" in segments and len(segments) == 2
+    tokens, logprobs = segments.get("a")
+    assert (tokens.tolist(), logprobs.tolist()) == ([7, 8], [-0.25, -0.75])
+    assert (tokens.dtype, logprobs.dtype) == (np.int32, np.float32)
+
+
+@pytest.mark.parametrize(("tokens", "logprobs"), [([], []), ([1, 2], [-1.0]), ([1], [-1.0, -2.0])])
+def test_a_stored_segment_needs_one_log_prob_per_token(tokens: list[int], logprobs: list[float]) -> None:
+    segments = StoredSegments()
+    with pytest.raises(ValueError, match=f"{len(tokens)} tokens with {len(logprobs)} log-probs for prompt a"):
+        segments.put("a", tokens, logprobs)
+    assert "a" not in segments
+
+
+@settings(max_examples=30)
+@given(st.dictionaries(st.text(min_size=1, max_size=4).filter(lambda key: "\0" not in key), st.integers(1, 5)), seeds)
+def test_stored_segments_survive_a_checkpoint(rows: dict[str, int], seed: int) -> None:
+    rng, stored, loaded = np.random.default_rng(seed), StoredSegments(), StoredSegments()
+    loaded.put("what it held is replaced", [1], [-1.0])
+    for key, size in rows.items():
+        stored.put(key, rng.integers(0, 2**31, size), rng.normal(size=size))
+    loaded.load_state_dict(stored.state_dict())
+    assert len(loaded) == len(rows)
+    for key in rows:
+        for mine, theirs in zip(loaded.get(key), stored.get(key), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_generated_tokens_are_read_without_a_state(tmp_path: Path) -> None:
+    state = fresh()
+    state.tokens_generated = 12345678901
+    state.save(tmp_path)
+    assert saved_tokens(tmp_path) == 12345678901
+    resumed = fresh(group_size=8)
+    resumed.load(tmp_path)
+    assert resumed.tokens_generated == 12345678901
+
+
+def test_generated_tokens_of_a_damaged_checkpoint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="holds no"):
+        saved_tokens(tmp_path)
+    (tmp_path / FILE_NAME).write_bytes(b"PK nothing")
+    with pytest.raises(StateError, match="cannot be read"):
+        saved_tokens(tmp_path)
+    path, _ = saved_bytes(tmp_path)
+    rewrite(path, lambda meta, arrays: meta.pop("tokens_generated"))
+    with pytest.raises(StateError, match=r"cannot be read.*tokens_generated"):
+        saved_tokens(tmp_path)
 
 
 # ---------------------------------------------------------------- checkpoint
@@ -153,7 +253,7 @@ def test_saving_makes_the_folder_and_leaves_nothing_beside_the_file(tmp_path: Pa
 def test_saving_does_not_draw_from_the_generator(tmp_path: Path) -> None:
     saved, plain = fresh(), fresh()
     saved.save(tmp_path)
-    assert saved.next_visit("a") == plain.next_visit("a")
+    assert saved.next_visit("a", 1) == plain.next_visit("a", 1)
 
 
 def test_state_file_holds_no_pickle(tmp_path: Path) -> None:
@@ -257,19 +357,42 @@ def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]
         np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
 
 
+def swap_lengths(lengths: np.ndarray) -> None:
+    """Shift the first row's tokens to the second: the total stays."""
+    lengths[1] += lengths[0]
+    lengths[0] = 0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda meta, arrays: meta.pop("visits"), "cannot be read.*visits"),
         (lambda meta, arrays: meta.pop("rng"), "cannot be read.*rng"),
         (lambda meta, arrays: meta["rng"].update(bit_generator="MT19937"), "cannot be read"),
-        (lambda meta, arrays: meta.update(format=2), "format 2.*reads 1"),
+        (lambda meta, arrays: meta.pop("tokens_generated"), "cannot be read.*tokens_generated"),
+        (lambda meta, arrays: meta.update(format=1), "format 1.*reads 2"),
         (lambda meta, arrays: arrays.pop("values.counts"), "cannot be read.*lacks.*counts"),
         (lambda meta, arrays: arrays.pop("clock.total_kl"), "cannot be read.*lacks.*total_kl"),
         (lambda meta, arrays: arrays.update({"lengths.values": np.zeros(1)}), "cannot be read.*different lengths"),
         (lambda meta, arrays: arrays["values.values"].fill(math.nan), "cannot be read.*not a number"),
+        (lambda meta, arrays: arrays.pop("segments.keys"), "cannot be read.*keys"),
+        (lambda meta, arrays: arrays.pop("segments.logprobs"), "cannot be read.*logprobs"),
+        (lambda meta, arrays: arrays.update({"segments.token_ids": np.zeros(1)}), "cannot be read.*different lengths"),
+        (lambda meta, arrays: arrays.update({"segments.lengths": np.zeros(0)}), "cannot be read.*different lengths"),
+        (lambda meta, arrays: arrays.update({"segments.keys": np.array(["a"])}), "cannot be read.*different lengths"),
+        (lambda meta, arrays: swap_lengths(arrays["segments.lengths"]), "cannot be read.*0 tokens"),
     ],
-    ids=["visits", "rng", "other_generator", "format", "counts", "total_kl", "lengths", "nan"],
+    ids=[
+        *("visits", "rng", "other_generator", "tokens", "format", "counts", "total_kl", "lengths", "nan"),
+        *(
+            "no_segment_keys",
+            "no_segment_logprobs",
+            "segment_tokens",
+            "segment_lengths",
+            "segment_keys",
+            "empty_segment",
+        ),
+    ],
 )
 def test_a_foreign_or_incomplete_file_is_refused(
     tmp_path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None], message: str
