@@ -18,10 +18,10 @@ import numpy as np
 
 from recipe.skpo.segments import fixed_split_position, sample_split_position
 from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.tracker import DriftClock, KLAdaptiveTracker
+from recipe.skpo.tracker import DriftClock, KLAdaptiveTracker, PromptRows
 
 FILE_NAME = "skpo_state.npz"
-_FORMAT = 2
+_FORMAT = 3
 _SEED_BOUND = 2**31 - 1
 
 
@@ -115,12 +115,14 @@ class SkpoState:
             "rho_max": settings.tracker.rho_max,
             "half_life": settings.tracker.half_life,
         }
+        self.prompts = PromptRows()
         # 0.5 in [0, 1] is reward 0: the baseline of a first visit (SPEC section 4).
-        self.values = KLAdaptiveTracker(0.5, **constants)
-        self.lengths = KLAdaptiveTracker(min(settings.initial_length, response_budget), **constants)
+        self.values = KLAdaptiveTracker(0.5, **constants, rows=self.prompts)
+        first_length = min(settings.initial_length, response_budget)
+        self.lengths = KLAdaptiveTracker(first_length, **constants, rows=self.prompts)
         drift = settings.tracker.drift
         # The log-ratio is measured by the actor; the clock then only counts steps.
-        self.clock = DriftClock(drift if drift in DriftClock.UNITS else "kl_steps")
+        self.clock = DriftClock(drift if drift in DriftClock.UNITS else "kl_steps", self.prompts)
         self.segments = StoredSegments()
         self.rng = np.random.default_rng(settings.seed)
         self.visits = 0
@@ -220,8 +222,15 @@ class SkpoState:
                     f"a new run with trainer.resume_mode=disable and another output_dir"
                 )
 
-    def _parts(self) -> dict[str, KLAdaptiveTracker | DriftClock | StoredSegments]:
-        return {"values": self.values, "lengths": self.lengths, "clock": self.clock, "segments": self.segments}
+    def _parts(self) -> dict[str, PromptRows | KLAdaptiveTracker | DriftClock | StoredSegments]:
+        """In the order in which they are loaded: the tables after the rows that they share."""
+        return {
+            "prompts": self.prompts,
+            "values": self.values,
+            "lengths": self.lengths,
+            "clock": self.clock,
+            "segments": self.segments,
+        }
 
 
 def saved_tokens(folder: Path) -> int:
