@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.report import stamp, write_json
 from benchmarks.virtual_time import run_virtual
 
 # ---------------------------------------------------------------- the simulated model and task
@@ -212,6 +213,7 @@ class Line:
         time_ratio, token_ratio: against GRPO of the same run.
         over_token_bound: time_ratio / token_ratio.
         downstream_cached: share of the downstream prefill that came from the prefix cache, None for GRPO.
+        cut: share of the responses (GRPO's or downstream) that wrote all that they were allowed.
         two_batch_time: seconds of this variant / those of the two-batch form with as many candidates, None for others.
     """
 
@@ -225,6 +227,7 @@ class Line:
     token_ratio: float
     over_token_bound: float
     downstream_cached: float | None
+    cut: float
     two_batch_time: float | None
     phases: dict[str, dict[str, float]]
 
@@ -249,6 +252,7 @@ def summarise(records: Sequence[dict[str, Any]], shape: str) -> list[Line]:
             size,
             own[0]["run"],
         ) in runs else []
+        last = [list(record["phases"].values())[-1] for record in own]
         downs = [record["phases"]["downstream"] for record in own if "downstream" in record["phases"]]
         lines.append(
             Line(
@@ -262,6 +266,7 @@ def summarise(records: Sequence[dict[str, Any]], shape: str) -> list[Line]:
                 token_ratio=statistics.median(tokens),
                 over_token_bound=statistics.median(bounds),
                 downstream_cached=statistics.median(d["cached"] / d["prefilled"] for d in downs) if downs else None,
+                cut=statistics.median(phase["cut"] / phase["requests"] for phase in last),
                 two_batch_time=statistics.median(naive) if naive else None,
                 phases={
                     phase: {
@@ -278,7 +283,7 @@ def summarise(records: Sequence[dict[str, Any]], shape: str) -> list[Line]:
 def table(lines: Sequence[Line], shape: str) -> str:
     """The lines as a Markdown table, seconds and tokens per phase below each other in one cell's order."""
     head = [shape, "method", "seconds", "by phase", "generated", "prefilled", "cached"]
-    head += ["time / GRPO", "tokens / GRPO", "time / tokens", "time / two-batch", "downstream cached"]
+    head += ["time / GRPO", "tokens / GRPO", "time / tokens", "time / two-batch", "downstream cached", "cut"]
     rows = [head, ["---"] * len(head)]
     for line in sorted(lines, key=lambda line: line.shape):
         by_phase = ", ".join(f"{phase} {values['seconds']:.1f}" for phase, values in line.phases.items())
@@ -296,23 +301,14 @@ def table(lines: Sequence[Line], shape: str) -> str:
                 f"{line.over_token_bound:.3f}",
                 "" if line.two_batch_time is None else f"{line.two_batch_time:.3f}",
                 "" if line.downstream_cached is None else f"{line.downstream_cached:.3f}",
+                f"{line.cut:.3f}",
             ]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    temporary.replace(path)
-
-
 def report(kind: str, shape: str, records: list[dict[str, Any]], constants: dict[str, Any], out: Path) -> None:
     """Print the table and store everything."""
-    from benchmarks.workers import stamp
-
     lines = summarise(records, shape)
     content = {"kind": kind, "measured": stamp(), "constants": constants}
     write_json(out, {**content, "medians": [asdict(line) for line in lines], "runs": records})

@@ -7,7 +7,6 @@ counted, the reward worker answers from this process, and the client in front of
 import asyncio
 import io
 import logging
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
@@ -32,7 +31,8 @@ class Variant:
     Attributes:
         name: as printed.
         method: ``grpo`` (G independent responses), ``skpo``, ``two-batch`` (SKPO as two global batches of verl's stock
-            kind: a barrier between them, and every request routed on its own) or ``barrier`` (the barrier alone).
+            kind: a barrier between them, and every request routed on its own), ``barrier`` (the barrier alone) or
+            ``downstream-first`` (SKPO whose siblings overtake waiting candidates; needs scheduling_policy=priority).
         candidates: upstream candidates per prompt; of no effect for GRPO.
     """
 
@@ -54,6 +54,7 @@ def variants(group_size: int) -> list[Variant]:
         *(Variant(f"SKPO, {count} candidates", "skpo", count) for count in counts),
         *(Variant(f"two-batch SKPO, {count} candidates", "two-batch", count) for count in counts),
         Variant(f"SKPO with a barrier, {group_size} candidates", "barrier", group_size),
+        Variant(f"SKPO downstream first, {group_size} candidates", "downstream-first", group_size),
     ]
 
 
@@ -71,7 +72,10 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Call:
-    """One request as the worker saw it; times in seconds of the event loop's clock, counts in tokens."""
+    """One request as the worker saw it; times in seconds of the event loop's clock, counts in tokens.
+
+    ``cut``: it wrote as many tokens as it was allowed.
+    """
 
     phase: str
     start: float
@@ -79,6 +83,7 @@ class Call:
     generated: int
     prefilled: int
     cached: int
+    cut: bool
 
 
 class RecordingClient:
@@ -87,8 +92,8 @@ class RecordingClient:
     The phase is told by the routing id: ``...-up`` and ``...-down`` are the recipe's, verl's own loop has random ones.
     """
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    def __init__(self, client: Any, budget: int, downstream_first: bool = False) -> None:
+        self._client, self._budget, self._downstream_first = client, budget, downstream_first
         self.calls: list[Call] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -98,10 +103,13 @@ class RecordingClient:
         """As verl's client."""
         clock = asyncio.get_running_loop().time
         start = clock()
-        output = await self._client.generate(request_id=request_id, prompt_ids=prompt_ids, **kwargs)
         phase = {"up": "upstream", "down": "downstream"}.get(request_id.rpartition("-")[2], "responses")
-        cached = int(output.extra_fields.get("num_cached_tokens") or 0)
-        self.calls.append(Call(phase, start, clock(), len(output.token_ids), len(prompt_ids), cached))
+        limit = kwargs["sampling_params"].get("max_tokens", self._budget)
+        if self._downstream_first and phase == "downstream":
+            kwargs["priority"] = -1
+        output = await self._client.generate(request_id=request_id, prompt_ids=prompt_ids, **kwargs)
+        cached, written = int(output.extra_fields.get("num_cached_tokens") or 0), len(output.token_ids)
+        self.calls.append(Call(phase, start, clock(), written, len(prompt_ids), cached, written >= limit))
         return output
 
 
@@ -130,6 +138,7 @@ WORKERS: dict[str, type[MeteredWorker]] = {
     "skpo": SkpoAgentLoopWorker,
     "two-batch": TwoBatchWorker,
     "barrier": BarrierWorker,
+    "downstream-first": SkpoAgentLoopWorker,
 }
 
 
@@ -141,6 +150,7 @@ class PhaseCost:
         seconds: from its first request to its last answer; phases of different prompts overlap.
         request_seconds: mean time of a request.
         requests, generated, prefilled, cached: sums; ``cached`` is part of ``prefilled``.
+        cut: requests that wrote all that they were allowed.
     """
 
     seconds: float
@@ -149,6 +159,7 @@ class PhaseCost:
     generated: int
     prefilled: int
     cached: int
+    cut: int
 
 
 @dataclass(frozen=True)
@@ -181,6 +192,7 @@ def phase_costs(calls: Iterable[Call]) -> dict[str, PhaseCost]:
             generated=sum(call.generated for call in own),
             prefilled=sum(call.prefilled for call in own),
             cached=sum(call.cached for call in own),
+            cut=sum(call.cut for call in own),
         )
         for phase, own in grouped.items()
     }
@@ -242,7 +254,8 @@ async def roll_out(
         RuntimeError: a prompt failed; times of a partial rollout mean nothing.
     """
     clock = asyncio.get_running_loop().time
-    recording = RecordingClient(client)
+    budget = config.data.max_response_length
+    recording = RecordingClient(client, budget, variant.method == "downstream-first")
     with counted_queue() as queue:
         with redirect_stdout(io.StringIO()):  # verl prints which dataset class it has found
             worker: Any = WORKERS[variant.method](config, recording, reward_loop_worker_handles=[reward])
@@ -287,8 +300,3 @@ def _batch(prompts: Sequence[Prompt]) -> Any:
 def quiet() -> None:
     """Only errors: verl logs every worker that is made, and here many are."""
     logging.disable(logging.WARNING)
-
-
-def stamp() -> str:
-    """Date of a measurement, UTC."""
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

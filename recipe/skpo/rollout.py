@@ -351,7 +351,8 @@ class SkpoAgentLoopWorker(MeteredWorker):
         self, prompt_ids: list[int], token_ids: list[int], logprobs: list[float] | None, extra_fields: dict
     ) -> AgentLoopOutput:
         """verl's output record; all rows set the same fields, as one TransferQueue partition needs."""
-        return AgentLoopOutput(
+        # Not validated: that would copy every list of tokens, which takes longer than all else that is done for a row.
+        return AgentLoopOutput.model_construct(
             prompt_ids=prompt_ids,
             response_ids=list(token_ids),
             response_mask=[1] * len(token_ids),
