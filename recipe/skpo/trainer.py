@@ -112,11 +112,11 @@ class SkpoTrainer(BaseTrainer):
 
         siblings = valid & (phase == DOWNSTREAM)
         # Of the whole response, in which a segment that was not trained may come first (skip=continual).
-        written = sizes.to(torch.float64)
+        written = torch.bincount(prompts, sizes * siblings) / torch.bincount(prompts, siblings.to(torch.float64))
         measured = self._log_ratios(batch, segments, [ids[row] for row in segments])
         drifts = []
         for row in segments:
-            mean_length = float(written[siblings & (prompts == prompts[row])].mean())
+            mean_length = float(written[prompts[row]])
             drifts.append(self.state.observe(ids[row], float(rewards[row]), mean_length, measured.get(ids[row])))
         if self.settings.tracker.drift == "logratio":
             columns = [data[name].unbind() for name in ("responses", log_probs[1])]
