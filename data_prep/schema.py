@@ -79,7 +79,7 @@ def write_parquet(rows: Iterable[Row], path: Path) -> None:
     records = [row.record() for row in rows]
     if not records:
         raise DataError(f"{path}: no rows to write")
-    _refuse_duplicates([record["id"] for record in records], str(path), "drop one of the two rows before writing")
+    refuse_duplicates([record["id"] for record in records], str(path), "drop one of the two rows before writing")
     table = pa.Table.from_pylist(records, schema=PARQUET_SCHEMA)
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,7 +145,7 @@ def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str 
                 f"{where}: row {number}: column 'reward_model' has no ground_truth "
                 f"(found {_short(reward_model)}); {REWRITE}"
             )
-    _refuse_duplicates(table.column("id").to_pylist(), where, "drop one of the two rows")
+    refuse_duplicates(table.column("id").to_pylist(), where, "drop one of the two rows")
     return table
 
 
@@ -163,7 +163,8 @@ def _is_chat(prompt: object) -> bool:
     )
 
 
-def _refuse_duplicates(ids: list[str], where: str, fix: str) -> None:
+def refuse_duplicates(ids: list[str], where: str, fix: str) -> None:
+    """Raise DataError naming the first two rows of one id: the trackers would mix them up."""
     first_row: dict[str, int] = {}
     for number, identifier in enumerate(ids):
         if identifier in first_row:

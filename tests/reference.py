@@ -56,6 +56,50 @@ def reference_selection(deviations: Sequence[float]) -> int:
     return best
 
 
+def reference_segment(
+    token_ids: Sequence[int], logprobs: Sequence[float], split_position: int, finished: bool
+) -> tuple[list[int], float]:
+    """Kept tokens of a candidate and their deviation d, SPEC section 2."""
+    if finished and len(token_ids) <= split_position:
+        length = len(token_ids) // 2
+    else:
+        length = split_position
+    if length < 1:
+        length = 1
+    kept, nats = [], 0.0
+    for token, logprob in list(zip(token_ids, logprobs, strict=True))[:length]:
+        kept.append(token)
+        nats -= logprob
+    return kept, nats / len(kept)
+
+
+def reference_skip_prompt(segment: Sequence[int], problem: Sequence[int], bos: int | None) -> list[int]:
+    """[s, q] with the BOS of q, if it has one, in front, SPEC section 2."""
+    tokens = []
+    if bos is not None and problem[0] == bos:
+        tokens.append(bos)
+        problem = problem[1:]
+    for token in segment:
+        tokens.append(token)
+    for token in problem:
+        tokens.append(token)
+    return tokens
+
+
+def reference_extreme(deviations: Sequence[float], step: int) -> int:
+    """``selection=extreme``: the first smallest deviation in odd steps, the first largest in even ones."""
+    best = 0
+    for index, deviation in enumerate(deviations):
+        if (step % 2 == 1 and deviation < deviations[best]) or (step % 2 == 0 and deviation > deviations[best]):
+            best = index
+    return best
+
+
+def reference_weight(value: float, epsilon: float) -> float:
+    """Weight of a prompt in prioritised sampling, SPEC section 4."""
+    return (value * (1 - value)) ** 0.5 + epsilon
+
+
 def reference_tracker(
     visits: Sequence[tuple[float, float]], initial_value: float, rho_min: float, rho_max: float, half_life: float
 ) -> list[tuple[float, float]]:
@@ -86,6 +130,55 @@ def reference_drift(step_kls: Sequence[float], visited_after: int, unit: str) ->
     if mean == 0:
         return float(len(step_kls) - visited_after)
     return since / mean
+
+
+class ReferenceRun:
+    """Baselines, tracked lengths and drifts of a run, computed anew from all that happened whenever one is asked for.
+
+    Args:
+        initial_length: of a prompt never visited, in tokens.
+        rho_min, rho_max, half_life: constants of the trackers.
+        unit: of the drift.
+    """
+
+    def __init__(
+        self, initial_length: float, rho_min: float, rho_max: float, half_life: float, unit: str = "kl_steps"
+    ) -> None:
+        self.initial_length, self.constants, self.unit = initial_length, (rho_min, rho_max, half_life), unit
+        self.step_kls: list[float] = []
+        # Per prompt and visit: reward, mean length, drift since the visit before, steps that were over.
+        self.visits: dict[str, list[tuple[float, float, float, int]]] = {}
+
+    def drift(self, prompt: str) -> float:
+        """D since the last visit; 0 where there was none."""
+        visits = self.visits.get(prompt, [])
+        return reference_drift(self.step_kls, visits[-1][3], self.unit) if visits else 0.0
+
+    def visit(self, prompt: str, reward: float, mean_length: float, drift: float | None = None) -> float:
+        """Note a visit; returns the drift that it is weighed with, which is ``drift`` where it was measured."""
+        used = self.drift(prompt) if drift is None else drift
+        self.visits.setdefault(prompt, []).append((reward, mean_length, used, len(self.step_kls)))
+        return used
+
+    def end_step(self, kl: float) -> None:
+        """Note by how much the policy moved in a step."""
+        self.step_kls.append(kl if kl > 0 else 0.0)
+
+    def baseline(self, prompt: str) -> float:
+        """Mean of past rewards in [-1, 1] as the tracker weighs them; 0 before the first."""
+        visits = [((reward + 1) / 2, drift) for reward, _, drift, _ in self.visits.get(prompt, [])]
+        value = reference_tracker(visits, 0.5, *self.constants)[-1][0] if visits else 0.5
+        return 2 * value - 1
+
+    def count(self, prompt: str) -> float:
+        """Effective number of observations."""
+        visits = [(0.0, drift) for _, _, drift, _ in self.visits.get(prompt, [])]
+        return reference_tracker(visits, 0.0, *self.constants)[-1][1] if visits else 0.0
+
+    def length(self, prompt: str) -> float:
+        """L_q."""
+        visits = [(length, drift) for _, length, drift, _ in self.visits.get(prompt, [])]
+        return reference_tracker(visits, 0.0, *self.constants)[-1][0] if visits else self.initial_length
 
 
 def reference_single_stream(
@@ -178,6 +271,30 @@ def reference_update_objective(
     return value, gradients
 
 
+def reference_token_mean_objective(
+    prompts: Sequence[Prompt], weight_up: float, weight_down: float, clip_low: float, clip_high: float
+) -> tuple[float, list[tuple[Gradient, list[Gradient]]]]:
+    """As ``reference_update_objective``, with one mean over all downstream tokens of the update."""
+    everything = 0
+    for prompt in prompts:
+        for row in prompt.responses:
+            everything += sum(row.mask)
+    value, gradients = 0.0, []
+    for prompt in prompts:
+        up, up_gradient = reference_upstream_objective(prompt.segment, clip_low, clip_high)
+        down, down_gradients = reference_downstream_objective(prompt.responses, clip_low, clip_high)
+        # Undo the mean over the group's tokens, then divide by all of them.
+        share = sum(sum(row.mask) for row in prompt.responses) / everything
+        value += weight_up * up / len(prompts) + weight_down * down * share
+        gradients.append(
+            (
+                [weight_up * slope / len(prompts) for slope in up_gradient],
+                [[weight_down * slope * share for slope in gradient] for gradient in down_gradients],
+            )
+        )
+    return value, gradients
+
+
 @dataclass(frozen=True)
 class FlatRow:
     """A row as the trainer sees it."""
@@ -235,16 +352,24 @@ def prompts_of(rows: Sequence[FlatRow]) -> list[tuple[Prompt, int, list[int]]]:
 
 
 def reference_batch_objective(
-    rows: Sequence[FlatRow], update_of_row: Sequence[int], weights: tuple[float, float], clips: tuple[float, float]
+    rows: Sequence[FlatRow],
+    update_of_row: Sequence[int],
+    weights: tuple[float, float],
+    clips: tuple[float, float],
+    aggregation: str = "group_token_mean",
 ) -> tuple[dict[int, float], list[Gradient]]:
     """SPEC section 6 over a batch: value per update that has a real prompt, and the gradient of every row."""
+    objective = {
+        "group_token_mean": reference_update_objective,
+        "token_mean": reference_token_mean_objective,
+    }[aggregation]
     gradients: list[Gradient] = [[0.0] * len(row.row.log_prob) for row in rows]
     values = {}
     for update in sorted(set(update_of_row)):
         members = [item for item in prompts_of(rows) if update_of_row[item[1]] == update]
         if not members:
             continue
-        values[update], parts = reference_update_objective([prompt for prompt, _, _ in members], *weights, *clips)
+        values[update], parts = objective([prompt for prompt, _, _ in members], *weights, *clips)
         for (_, segment, responses), (segment_gradient, response_gradients) in zip(members, parts, strict=True):
             gradients[segment] = segment_gradient
             for index, gradient in zip(responses, response_gradients, strict=True):

@@ -5,14 +5,15 @@ Bad values below ``skpo`` are in test_settings.py.
 
 import io
 from contextlib import redirect_stdout
+from functools import reduce
 from pathlib import Path
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.skpo.main import context_length, rows_per_prompt
+from recipe.skpo.main import context_length, rows_per_prompt, single_responses
 from recipe.skpo.preflight import check_config
-from recipe.skpo.settings import ConfigError, SkpoSettings, TrackerSettings, known_keys
+from recipe.skpo.settings import RECORDS, ConfigError, SkpoSettings, TrackerSettings, known_keys
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FILES = ("data=files", "data.train_files=/data/train.parquet", "data.val_files=[/data/a.parquet,/data/b.parquet]")
@@ -52,6 +53,11 @@ PAPER_VALUES = {
     "skpo.split_high": 1 / 2,
     "skpo.selection": "median",
     "skpo.skip": "concat",
+    "skpo.split": "adaptive",
+    "skpo.upstream_reward": "mc",
+    "skpo.downstream_aggregation": "group_token_mean",
+    "skpo.candidates": None,
+    "skpo.curriculum": {"enable": True, "epsilon": 0.05},
     "skpo.initial_length": 1024,
     "skpo.weight_up": 0.5,
     "skpo.weight_down": 0.5,
@@ -59,6 +65,10 @@ PAPER_VALUES = {
     "skpo.clip_high": 0.28,
     "skpo.tracker": {"rho_min": 0.875, "rho_max": 0.96, "half_life": 8.0, "drift": "kl_steps"},
 }
+
+
+BARE_NULLS = {"skpo.candidates"}
+"""Values of the paper that are null in the config; of all others null would mean that the key is gone."""
 
 
 @pytest.fixture
@@ -74,6 +84,7 @@ def run_config(compose_config):
 def test_the_paper_runs_have_the_papers_values(run_config, run: str) -> None:
     config = run_config(run)
     assert {path: OmegaConf.select(config, path, throw_on_missing=True) for path in PAPER_VALUES} == PAPER_VALUES
+    assert all(path in BARE_NULLS or OmegaConf.select(config, path) is not None for path in PAPER_VALUES)
 
 
 @pytest.mark.parametrize(
@@ -144,12 +155,58 @@ def test_cpu_and_embedded_model_are_the_default(compose_config, monkeypatch) -> 
     assert (config.platform.name, config.trainer.device) == ("cpu", "cpu")
     assert config.actor_rollout_ref.model.path == config.embedded_model
     assert config.data.train_files.startswith(config.data.embedded)
-    assert config.output_dir == "outputs/smollm2_135m-arithmetic"
+    assert config.output_dir == "outputs/smollm2_135m-arithmetic-skpo"
+
+
+DATA_SETS = ("gsm8k", "math", "dapo_math")
+
+
+@pytest.mark.parametrize("data", DATA_SETS)
+@pytest.mark.parametrize("model", ["smollm2_135m", "qwen2_5_math_7b"])
+def test_a_data_set_is_prepared_into_a_folder_of_its_choices(compose_config, model: str, data: str) -> None:
+    config = compose_config(f"model={model}", f"data={data}")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+    assert config.data.prepare.name == data and "embedded" not in config.data
+    assert config.data.train_files == f"{config.data.prepared}/train.parquet"
+    assert config.data.val_files == f"{config.data.prepared}/val.parquet"
+    assert config.output_dir == f"outputs/{model}-{data}-skpo"
+    folders = {config.data.prepared}
+    for choice in ("source=/x", "template=boxed", "train_rows=9", "val_rows=9", "skip_bad=true", "prepare.seed=2"):
+        folders.add(compose_config(f"model={model}", f"data={data}", f"data.{choice}").data.prepared)
+    assert len(folders) == 7
+
+
+def test_gsm8k_with_the_embedded_model_has_sizes_of_its_own(compose_config) -> None:
+    config = compose_config("data=gsm8k")
+    sizes = (config.data.train_batch_size, config.data.max_prompt_length, config.data.max_response_length)
+    assert sizes == (4, 320, 160) and config.data.val_rows == 32
+    assert config.actor_rollout_ref.model.path == config.embedded_model
+    assert config.actor_rollout_ref.rollout.max_model_len == 320 + 80 + 160
+    paper = compose_config("platform=gpu", "model=qwen2_5_math_7b", "data=gsm8k")
+    assert (paper.data.train_batch_size, paper.data.max_prompt_length) == (128, 1024)
+    assert paper.data.val_rows == 256
+    assert compose_config("data=gsm8k", "data.max_prompt_length=400").data.max_prompt_length == 400
+
+
+def test_the_answer_format_reaches_the_reward(compose_config) -> None:
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+
+    key = "reward.custom_reward_function.reward_kwargs.answer_format"
+    verdicts = []
+    for answer_format in ("any", "boxed"):
+        score = get_custom_reward_fn(compose_config(f"{key}={answer_format}"))
+        assert score is not None
+        result = score(data_source="openai/gsm8k", solution_str="#### 7", ground_truth="7", extra_info={})
+        verdicts.append(result["score"])
+    assert verdicts == [1.0, -1.0]
+    config = compose_config(f"{key}=loose")
+    with pytest.raises(ValueError, match=rf"{key}: 'loose' is unknown; known are any, boxed, hash, line"):
+        check_config(config, SkpoSettings.from_config(config.skpo))
 
 
 def test_every_run_has_a_folder_of_its_own(run_config) -> None:
     config = run_config("llama")
-    assert config.output_dir == "outputs/llama3_2_3b_instruct-files"
+    assert config.output_dir == "outputs/llama3_2_3b_instruct-files-skpo"
     assert config.trainer.default_local_dir == f"{config.output_dir}/checkpoints"
 
 
@@ -160,6 +217,177 @@ def test_group_size_and_lengths_carry_over(run_config, run: str) -> None:
     assert config.actor_rollout_ref.rollout.n == 5
     if run != "qwen":  # which states its context
         assert config.actor_rollout_ref.rollout.max_model_len == 100 + 15 + 60
+
+
+# ---------------------------------------------------------------- methods
+
+METHODS = ["skpo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
+
+# Per method: what its paper has, by the actor's keys as verl reads them; what is not named is GRPO's.
+GRPO = {
+    "policy_loss.loss_mode": "vanilla",
+    "loss_agg_mode": "seq-mean-token-mean",
+    "clip_ratio_low": 0.2,
+    "clip_ratio_high": 0.2,
+    "loss_scale_factor": None,
+}
+ACTORS = {
+    "grpo": {},
+    "dr_grpo": {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 3072},
+    "dapo": {"loss_agg_mode": "token-mean", "clip_ratio_high": 0.28},
+    "gspo": {"policy_loss.loss_mode": "gspo", "clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4},
+    "cispo": {
+        "policy_loss.loss_mode": "cispo",
+        "loss_agg_mode": "token-mean",
+        "clip_ratio_low": 10.0,
+        "clip_ratio_high": 0.28,
+    },
+    "sapo": {"policy_loss.loss_mode": "sapo", "tau_pos": 1.0, "tau_neg": 1.05},
+    "spo": {"loss_agg_mode": "token-mean", "clip_ratio_high": 0.28},
+    "rloo": {"loss_agg_mode": "token-mean"},
+}
+ESTIMATORS = {"skpo": "skpo", "spo": "skpo", "rloo": "rloo"}
+TRAINERS = {"skpo": "skpo", "spo": "skpo_spo"}
+
+
+def test_every_method_file_is_tested_here() -> None:
+    files = {path.stem for path in (REPOSITORY / "recipe/skpo/config/method").glob("*.yaml")}
+    assert files - {"baseline"} == set(METHODS) == {"skpo", *ACTORS}
+
+
+@pytest.mark.parametrize("run", ["cpu", "llama"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_composes_and_passes_the_checks(run_config, method: str, run: str) -> None:
+    from verl.utils.config import validate_config
+
+    config = run_config(run, f"method={method}")
+    single_responses(config)
+    check_config(config, SkpoSettings.from_config(config.skpo))
+    validate_config(config, use_reference_policy=False, use_critic=False)
+    assert config.method.name == method
+    assert config.algorithm.adv_estimator == ESTIMATORS.get(method, "grpo")
+    assert config.trainer.v1.trainer_mode == TRAINERS.get(method, "skpo_baseline")
+    assert config.output_dir.endswith(f"-{method}")
+    rollout, skpo = config.actor_rollout_ref.rollout, method == "skpo"
+    assert rollout.n == (9 if skpo else 1 if method == "spo" else 8)
+    worker = "SkpoAgentLoopManager" if skpo else "MeteredManager"
+    assert rollout.agent.agent_loop_manager_class == f"recipe.skpo.rollout.{worker}"
+    longest = config.data.max_response_length + (config.data.max_response_length // 2 if skpo else 0)
+    assert rollout.max_model_len == config.data.max_prompt_length + longest
+
+
+@pytest.mark.parametrize("method", ACTORS)
+def test_verl_reads_the_methods_loss(run_config, method: str) -> None:
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.utils.config import omega_conf_to_dataclass
+
+    config = run_config("llama", f"method={method}")
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    wanted = GRPO | ACTORS[method]
+    found = {key: reduce(getattr, key.split("."), actor) for key in wanted}
+    assert found == wanted
+    get_policy_loss_fn(actor.policy_loss.loss_mode)
+    assert not actor.use_kl_loss and actor.entropy_coeff == 0
+    assert config.algorithm.norm_adv_by_std_in_grpo is (method != "dr_grpo")
+    assert config.algorithm.filter_groups.enable is (method == "dapo")
+
+
+def test_dapo_filters_groups_and_punishes_overlong_responses(run_config) -> None:
+    config = run_config("llama", "method=dapo")
+    assert config.algorithm.filter_groups.metric == "acc"
+    assert config.reward.reward_manager.name == "dapo"
+    overlong = config.reward.reward_kwargs.overlong_buffer_cfg
+    assert config.reward.reward_kwargs.max_resp_len == 3072
+    assert (overlong.enable, overlong.len, overlong.penalty_factor) == (True, 614, 1.0)
+
+
+def test_the_metric_that_dapo_filters_by_is_one_that_the_reward_reports(run_config) -> None:
+    from reward_fns import compute_score
+
+    metric = run_config("llama", "method=dapo").algorithm.filter_groups.metric
+    assert metric in compute_score("skpo/arithmetic", "#### 5", "5")
+
+
+def test_verls_overlong_punishment_is_built_from_the_config(run_config, model_folder) -> None:
+    """verl's DAPO reward manager refuses a config that it cannot use."""
+    from transformers import AutoTokenizer
+    from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+
+    config = run_config("cpu", "method=dapo")
+    manager = get_reward_manager_cls("dapo")(
+        config=config, tokenizer=AutoTokenizer.from_pretrained(model_folder), compute_score=lambda **given: 1.0
+    )
+    assert manager.max_resp_len == 24
+    assert (manager.overlong_buffer_cfg.enable, manager.overlong_buffer_cfg.len) == (True, 4)
+
+
+def test_methods_differ_in_nothing_but_what_they_are(run_config) -> None:
+    """Data, model, schedule, budget of responses and logging are those of SKPO."""
+    # verl counts rows per prompt in the critic's node too, which nobody reads.
+    own = {"method", "output_dir", "algorithm", "actor_rollout_ref", "reward", "skpo", "critic"}
+    skpo = OmegaConf.to_container(run_config("llama"))
+    for method in ACTORS:
+        other = OmegaConf.to_container(run_config("llama", f"method={method}"))
+        for config in (other, skpo):
+            for key in ("experiment_name", "default_local_dir", "v1"):
+                config["trainer"].pop(key, None)
+        assert {k: v for k, v in other.items() if k not in own} == {k: v for k, v in skpo.items() if k not in own}
+        assert other["actor_rollout_ref"]["model"] == skpo["actor_rollout_ref"]["model"]
+        assert other["actor_rollout_ref"]["actor"]["optim"] == skpo["actor_rollout_ref"]["actor"]["optim"]
+        for key in ("temperature", "top_p", "response_length", "prompt_length", "val_kwargs"):
+            assert other["actor_rollout_ref"]["rollout"][key] == skpo["actor_rollout_ref"]["rollout"][key]
+        tracker = {"half_life": 0.06, "drift": "logratio"} if method == "spo" else {}
+        assert other["skpo"] == {**skpo["skpo"], "tracker": {**skpo["skpo"]["tracker"], **tracker}}
+
+
+@pytest.mark.parametrize(("drift", "half_life"), [("kl_steps", 8.0), ("nats", 8.0), ("logratio", 0.06)])
+def test_the_half_life_follows_the_drift_unless_it_is_given(run_config, drift: str, half_life: float) -> None:
+    config = run_config("cpu", f"skpo.tracker.drift={drift}")
+    assert SkpoSettings.from_config(config.skpo).tracker == TrackerSettings(drift=drift, half_life=half_life)
+
+
+def test_a_half_life_that_is_given_stays(run_config) -> None:
+    config = run_config("cpu", "skpo.tracker.drift=logratio", "skpo.tracker.half_life=3")
+    assert SkpoSettings.from_config(config.skpo).tracker == TrackerSettings(drift="logratio", half_life=3.0)
+
+
+def test_an_unknown_drift_is_refused_by_name(run_config) -> None:
+    with pytest.raises(ConfigError, match=r"skpo.tracker.drift: must be one of kl_steps, nats, logratio, got 'days'"):
+        SkpoSettings.from_config(run_config("cpu", "skpo.tracker.drift=days").skpo)
+
+
+@pytest.mark.parametrize("method", ["method=grpo_plus", "method=SKPO"])
+def test_an_unknown_method_is_refused_with_the_known_ones(compose_config, method: str) -> None:
+    from hydra.errors import MissingConfigException
+
+    with pytest.raises(MissingConfigException) as refused:
+        compose_config("platform=cpu", method)
+    assert all(f"\t{name}\n" in f"{refused.value}\n" for name in METHODS)
+
+
+def test_spo_gets_the_budget_of_the_others(run_config) -> None:
+    config = run_config("llama", "method=spo", "skpo.group_size=4")
+    single_responses(config)
+    assert config.data.train_batch_size == 4 * 128
+    assert config.actor_rollout_ref.actor.ppo_mini_batch_size == 4 * 32, "in as many updates"
+    assert config.actor_rollout_ref.rollout.n == 1
+
+
+@pytest.mark.parametrize("method", ["skpo", "grpo"])
+def test_other_methods_sample_groups(run_config, method: str) -> None:
+    config = run_config("llama", f"method={method}", "skpo.group_size=4")
+    single_responses(config)
+    assert (config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size) == (128, 32)
+    assert config.actor_rollout_ref.rollout.n == (5 if method == "skpo" else 4)
+
+
+def test_a_token_budget_is_no_limit_of_steps(run_config) -> None:
+    config = run_config("llama", "method=grpo", "budget=tokens", "budget.tokens=5000")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+    assert (config.budget.match, config.budget.tokens) == ("tokens", 5000)
+    assert config.trainer.total_training_steps == 1_000_000
+    config = run_config("llama", "method=grpo")
+    assert (config.budget.match, config.budget.tokens) == ("steps", None)
 
 
 def test_the_resolvers() -> None:
@@ -182,8 +410,8 @@ def test_the_yaml_defaults_are_the_settings_defaults() -> None:
 
 def test_the_yaml_names_every_setting() -> None:
     node = OmegaConf.to_container(yaml_node())
-    tracker = node.pop("tracker")
-    assert sorted([*node, *(f"tracker.{key}" for key in tracker)]) == sorted(known_keys())
+    nested = [f"{name}.{key}" for name in RECORDS for key in node.pop(name)]
+    assert sorted([*node, *nested]) == sorted(known_keys())
 
 
 def test_the_settings_survive_the_config(run_config) -> None:
@@ -214,7 +442,71 @@ REJECTED = [
     ("data.train_batch_size", 100),
     ("actor_rollout_ref.rollout.max_model_len", 1024 + 1536),
     ("actor_rollout_ref.rollout.max_model_len", None),  # the rollout computes with it
+    ("budget.tokens", 5000),  # with budget=steps
 ]
+
+REJECTED_OF_BASELINES = [
+    ("algorithm.use_kl_in_reward", True),
+    ("actor_rollout_ref.actor.use_kl_loss", True),
+    ("actor_rollout_ref.actor.entropy_coeff", 0.01),
+    ("trainer.v1.trainer_mode", "skpo"),
+    ("trainer.v1.trainer_mode", "sync"),
+    ("data.dataloader_num_workers", 2),
+    ("data.train_batch_size", 100),
+]
+
+
+@pytest.mark.parametrize("method", ["grpo", "spo"])
+@pytest.mark.parametrize(("path", "value"), REJECTED_OF_BASELINES, ids=str)
+def test_what_no_method_trains_with_is_refused_for_baselines_too(
+    run_config, method: str, path: str, value: object
+) -> None:
+    config = run_config("llama", f"method={method}")
+    OmegaConf.update(config, path, value)
+    with pytest.raises(ConfigError) as refused:
+        check_config(config, SkpoSettings.from_config(config.skpo))
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ") and str(value) in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("tokens", [None, 0, -5, 1.5, "many", True])
+def test_a_token_budget_needs_its_tokens(run_config, tokens: object) -> None:
+    config = run_config("llama", "method=grpo", "budget=tokens", "budget.tokens=5000")
+    config.budget.tokens = tokens
+    with pytest.raises(ConfigError, match=rf"^budget\.tokens: is {tokens}; give the number of tokens") as refused:
+        check_config(config, SkpoSettings.from_config(config.skpo))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("data.gen_batch_size", 16), ("trainer.v1.sampler.sync_refill_failed_groups", True)]
+)
+def test_the_curriculum_draws_whole_batches(run_config, path: str, value: object) -> None:
+    config = run_config("llama")
+    OmegaConf.update(config, path, value)
+    with pytest.raises(ConfigError, match=rf"^skpo\.curriculum\.enable: must be false.*{path}"):
+        check_config(config, SkpoSettings.from_config(config.skpo))
+    config.skpo.curriculum.enable = False
+    check_config(config, SkpoSettings.from_config(config.skpo))
+    baseline = run_config("llama", "method=grpo")
+    OmegaConf.update(baseline, path, value)
+    check_config(baseline, SkpoSettings.from_config(baseline.skpo))
+
+
+def test_fetching_a_batch_at_a_time_is_fine(run_config) -> None:
+    config = run_config("llama")
+    config.data.gen_batch_size = config.data.train_batch_size
+    check_config(config, SkpoSettings.from_config(config.skpo))
+
+
+def test_baselines_need_no_room_for_a_skip_prompt(run_config) -> None:
+    config = run_config("llama", "method=grpo", "actor_rollout_ref.rollout.max_model_len=2000")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+
+
+def test_baselines_may_filter_groups(run_config) -> None:
+    config = run_config("llama", "method=grpo", "algorithm.filter_groups.enable=true")
+    check_config(config, SkpoSettings.from_config(config.skpo))
 
 
 @pytest.mark.parametrize(("path", "value"), REJECTED, ids=[f"{path}={value}" for path, value in REJECTED])

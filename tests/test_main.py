@@ -4,12 +4,15 @@ A few command lines run in processes of their own, side by side, because each of
 through Hydra in this process; and where a config is enough the function that Hydra decorates is called without it.
 """
 
+import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf, open_dict
 
@@ -37,6 +40,11 @@ REFUSED_IN_PROCESS = {
     "actor_rollout_ref.actor.use_kl_loss=true": "actor_rollout_ref.actor.use_kl_loss: is True, must be False",
     "data=files": "data.train_files: is not set; name a parquet file",
     "trainer.resume_mode=resume_path": "trainer.resume_from_path: ",
+    "skpo.split=boundary_token": "skpo.boundaries: name the strings or token ids",
+    "skpo.tracker.drift=days": "skpo.tracker.drift: must be one of kl_steps, nats, logratio, got 'days'",
+    "method=grpo skpo.skip=chat": "skpo.skip: has no effect with method=grpo; leave it out",
+    "method=baseline": "method.name: ",
+    "budget=tokens": "budget.tokens: is None; give the number of tokens",
 }
 
 # Loaded by the interpreter before anything of ours; notes at the end what the process has imported.
@@ -124,7 +132,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name in ("check_config", "check_data", "check_prompt_lengths", "check_resume", "prepare_data", "prepare_model"):
         watch(name, getattr(main, name))
-    for name in ("apply_platform", "launch", "summary"):
+    for name in ("apply_platform", "launch", "summary", "write_report"):
         watch(name)
     return taken
 
@@ -138,10 +146,10 @@ def test_more_bad_overrides(tmp_path: Path, monkeypatch, steps, override: str) -
             monkeypatch.setattr(main, check, lambda config: None)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SKPO_PLATFORM", "cpu")
-    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
     # An imported module has no config folder beside it, as far as Hydra is concerned.
     folder = ["--config-path", str(REPOSITORY / "recipe/skpo/config")]
-    monkeypatch.setattr(sys, "argv", ["main", override, *quiet, *folder])
+    monkeypatch.setattr(sys, "argv", ["main", *re.split(" (?=skpo)", override), *quiet, *folder])
     try:
         with pytest.raises(SystemExit) as exit_info:
             main.main()
@@ -160,7 +168,9 @@ def test_more_bad_overrides(tmp_path: Path, monkeypatch, steps, override: str) -
 @pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
 @pytest.mark.parametrize("key", ["nope", "tracker.nope", "group_sizes", "tracker.rho_min.x"])
 def test_unknown_keys_are_refused(prefix: str, key: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^skpo\.{key}: unknown key; known are group_size, .*tracker\.drift$"):
+    with pytest.raises(
+        ConfigError, match=rf"^skpo\.{key}: unknown key; known are group_size, .*tracker\.drift.*curriculum\.epsilon$"
+    ):
         main.reject_unknown_keys(["trainer.nnodes=1", f"{prefix}skpo.{key}=1"])
 
 
@@ -173,7 +183,11 @@ def test_known_keys_and_other_arguments_pass() -> None:
 
 
 @pytest.fixture
-def config(compose_config, model_folder: Path, tmp_path: Path):
+def config(compose_config, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from hydra.core.hydra_config import HydraConfig
+
+    # What Hydra has noted of the command line: no overrides.
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {"overrides": {"task": []}}}))
     config = compose_config("platform=cpu", "data=files")
     config.output_dir = str(tmp_path / "out")
     config.trainer.default_local_dir = str(tmp_path / "out" / "checkpoints")
@@ -198,9 +212,70 @@ def test_a_run_checks_then_launches_then_reports(config, steps, tmp_path: Path) 
     main.run.__wrapped__(config)
     assert steps.index("check_config") < steps.index("apply_platform") < steps.index("check_data")
     assert steps.index("check_data") < steps.index("prepare_model") < steps.index("check_prompt_lengths")
-    assert steps[-3:] == ["check_resume", "launch", "summary"]
+    assert steps[-4:] == ["check_resume", "launch", "summary", "write_report"]
     saved = OmegaConf.load(tmp_path / "out" / "config.yaml")
     assert saved.skpo == config.skpo and saved.data.train_files == str(tmp_path / "train.parquet")
+
+
+def test_a_report_that_fails_does_not_fail_the_run(config, steps, tmp_path: Path, monkeypatch, caplog, capsys) -> None:
+    good_files(config, tmp_path)
+
+    def fails(folder: Path) -> Path:
+        raise ZeroDivisionError("no page today")
+
+    monkeypatch.setattr(main, "summary", lambda folder, minutes: "the summary")
+    monkeypatch.setattr(main, "write_report", fails)
+    main.run.__wrapped__(config)
+    assert "the summary" in capsys.readouterr().out
+    (record,) = [record for record in caplog.records if record.name == main.__name__]
+    assert "no page today" in str(record.exc_info) and str(tmp_path / "out") in record.getMessage()
+
+
+def test_a_finished_run_is_reported_again(config, steps, tmp_path: Path, monkeypatch, capsys) -> None:
+    good_files(config, tmp_path)
+    monkeypatch.setattr(main, "is_finished", lambda config: True)
+    monkeypatch.setattr(main, "write_report", lambda folder: folder / "report.html")
+    main.run.__wrapped__(config)
+    assert "launch" not in steps and "summary" in steps
+    assert f"report       {tmp_path / 'out' / 'report.html'}" in capsys.readouterr().out
+
+
+def test_spo_is_checked_and_launched_with_its_larger_batch(compose_config, config, steps, tmp_path: Path) -> None:
+    spo = compose_config("platform=cpu", "data=files", "method=spo", "skpo.group_size=2")
+    spo.output_dir, spo.trainer.default_local_dir = config.output_dir, config.trainer.default_local_dir
+    spo.actor_rollout_ref.model.path = config.actor_rollout_ref.model.path
+    good_files(spo, tmp_path)
+    assert "rows are fewer than data.train_batch_size=16" in refused(spo), "8 prompts times 2"
+    steps.clear()
+    spo.data.train_batch_size, spo.actor_rollout_ref.actor.ppo_mini_batch_size = 4, 2
+    main.run.__wrapped__(spo)
+    assert steps[-3:] == ["launch", "summary", "write_report"]
+    saved = OmegaConf.load(tmp_path / "out" / "config.yaml")
+    assert (saved.data.train_batch_size, saved.actor_rollout_ref.rollout.n) == (8, 1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "said"),
+    [
+        ("steps", "to go on trainer.total_training_steps=<more than 3>"),
+        ("tokens", "to go on budget.tokens=<more than 700>"),
+    ],
+)
+def test_a_finished_run_is_not_launched_again(config, steps, tmp_path: Path, capsys, budget: str, said: str) -> None:
+    from recipe.skpo.settings import SkpoSettings
+    from recipe.skpo.state import SkpoState
+
+    good_files(config, tmp_path)
+    folder = Path(config.trainer.default_local_dir)
+    state = SkpoState(SkpoSettings(), 64)
+    state.tokens_generated = 700
+    state.save(folder / "global_step_3")
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
+    config.budget.match, config.trainer.total_training_steps = budget, 3 if budget == "steps" else 1_000_000
+    config.budget.tokens = 700 if budget == "tokens" else None
+    main.run.__wrapped__(config)
+    assert "launch" not in steps and steps[-2:] == ["summary", "write_report"]
+    assert said in capsys.readouterr().out
 
 
 def refused(config) -> str:
@@ -313,6 +388,27 @@ def test_embedded_data_and_model_are_made_once(compose_config, tmp_path: Path, m
         (tmp_path / f"{name}.parquet").touch()
     main.prepare_data(config)
     assert len(made) == 2
+
+
+def test_a_data_set_is_made_once_from_the_files_given(compose_config, tmp_path: Path, monkeypatch) -> None:
+    from recipe.skpo.preflight import check_data
+
+    for split, numbers in {"train": range(10), "test": range(10, 50)}.items():
+        rows = (json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) for n in numbers)
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    monkeypatch.setenv("SKPO_CACHE", str(tmp_path / "cache"))
+    config = compose_config("data=gsm8k", f"data.source={tmp_path}", f"+trainer.note={tmp_path}")
+    main.prepare_data(config)
+    check_data(config)
+    val = Path(config.data.val_files)
+    assert len(pq.read_table(val)) == 32 and val.parent.parent == tmp_path / "cache"
+    before = val.stat().st_mtime_ns
+    main.prepare_data(config)
+    assert val.stat().st_mtime_ns == before
+    config.data.train_files = config.data.val_files = "my.parquet"
+    val.unlink()
+    main.prepare_data(config)
+    assert not val.exists(), "it is not asked for"
 
 
 def test_nothing_is_made_for_ones_own_files_and_model(config, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Metrics by role, the metrics file across resumes, and rollout trees."""
+"""Metrics by role, and the metrics file across resumes."""
 
 import json
 import math
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
-from recipe.skpo.metrics import MetricsFile, append_trees, read_lines, rollout_metrics, rollout_tree, update_metrics
+from recipe.skpo.metrics import MetricsFile, read_lines, rollout_metrics, update_metrics
 
 # ---------------------------------------------------------------- per step, by role
 
@@ -225,35 +225,8 @@ def test_a_file_that_is_not_there_has_no_lines(path: Path) -> None:
     assert path.read_text() == ""
 
 
-# ---------------------------------------------------------------- rollout trees
-
-
-def test_tree_shows_candidates_chosen_segment_and_responses(tmp_path: Path) -> None:
-    record = {
-        "split_position": 2,
-        "chosen": 1,
-        "candidates": [
-            {"token_ids": [1, 2], "deviation": 0.1, "ended_early": False},
-            {"token_ids": [3], "deviation": 0.4, "ended_early": True},
-        ],
-    }
-    responses = [{"text": "é 7", "reward": 1.0, "advantage": 0.5}]
-    tree = rollout_tree(
-        "3 + 4?", "7", record, responses, {"reward": 1.0, "advantage": -0.25}, lambda ids: "-".join(map(str, ids))
-    )
-    assert tree == {
-        "problem": "3 + 4?",
-        "answer": "7",
-        "split_position": 2,
-        "candidates": [
-            {"text": "1-2", "deviation": 0.1, "ended_early": False},
-            {"text": "3", "deviation": 0.4, "ended_early": True},
-        ],
-        "chosen": 1,
-        "segment": {"text": "3", "reward": 1.0, "advantage": -0.25},
-        "responses": responses,
-    }
-    target = tmp_path / "new" / "trees.jsonl"
-    append_trees(target, [tree])
-    append_trees(target, [tree, tree])
-    assert [json.loads(line) for line in target.read_text().splitlines()] == [tree] * 3
+def test_lines_with_unicode_line_ends_or_a_torn_character_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    line = {"step": 1, "text": "one\u2028two\x85three"}
+    path.write_bytes((json.dumps(line, ensure_ascii=False) + '\n{"step": 2, "text": "é').encode()[:-1])
+    assert read_lines(path) == [line]

@@ -34,7 +34,11 @@ def any_even_partition(seed: int) -> Callable[[list[int], int], list[list[int]]]
 
 
 def scales_of(
-    rows: list[FlatRow], minibatch: list[int] | torch.Tensor, weight_up: float = 0.7, weight_down: float = 0.3
+    rows: list[FlatRow],
+    minibatch: list[int] | torch.Tensor,
+    weight_up: float = 0.7,
+    weight_down: float = 0.3,
+    aggregation: str = "group_token_mean",
 ) -> torch.Tensor:
     return row_scales(
         torch.tensor([UPSTREAM if row.upstream else DOWNSTREAM for row in rows]),
@@ -44,6 +48,7 @@ def scales_of(
         torch.tensor([row.valid for row in rows]),
         weight_up,
         weight_down,
+        aggregation,
     )
 
 
@@ -203,6 +208,60 @@ def test_shares_do_not_depend_on_the_order_of_rows(seed: int) -> None:
     order = rng.permutation(len(rows)).tolist()
     shuffled = scales_of([rows[index] for index in order], [minibatch[index] for index in order])
     torch.testing.assert_close(shuffled, scales_of(rows, minibatch)[order])
+
+
+# ---------------------------------------------------------------- token mean over the update
+
+
+def reference_token_mean_scales(rows: list[FlatRow], minibatch: list[int], weights: tuple[float, float]) -> list[float]:
+    """Per row and in float64: its share of the upstream mean over prompts, or of the mean over all response tokens."""
+    scales = []
+    for row, update in zip(rows, minibatch, strict=True):
+        trained = [other for other, own in zip(rows, minibatch, strict=True) if own == update and other.valid]
+        if not row.valid:
+            scales.append(0.0)
+        elif row.upstream:
+            scales.append(weights[0] / len({other.prompt for other in trained}))
+        else:
+            scales.append(weights[1] / sum(sum(other.row.mask) for other in trained if not other.upstream))
+    return scales
+
+
+def test_a_token_weighs_the_same_in_every_response_of_the_update() -> None:
+    rows = [row_of(4, True, 0), row_of(3, False, 0), row_of(7, False, 0), row_of(6, True, 1), row_of(5, False, 1)]
+    scales = scales_of(rows, [0] * 5, aggregation="token_mean").tolist()
+    assert scales == pytest.approx([0.35, 0.3 / 15, 0.3 / 15, 0.35, 0.3 / 15])
+    apart = scales_of(rows, [0, 0, 0, 1, 1], aggregation="token_mean").tolist()
+    assert apart == pytest.approx([0.7, 0.3 / 10, 0.3 / 10, 0.7, 0.3 / 5])
+
+
+def test_padding_and_failed_siblings_are_no_tokens_of_the_update() -> None:
+    rows = [row_of(4, True, 0), row_of(3, False, 0), row_of(50, False, 0, valid=False), row_of(9, True, 7, valid=False)]
+    assert scales_of(rows, [0] * 4, aggregation="token_mean").tolist() == pytest.approx([0.7, 0.1, 0.0, 0.0])
+    assert scales_of(rows[2:], [0, 0], aggregation="token_mean").tolist() == [0.0, 0.0]
+
+
+@given(seed=seeds)
+def test_token_mean_shares_follow_the_reference(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = random_batch(rng, int(rng.integers(1, 4)), 3, int(rng.integers(1, 5)), padding_prompts=int(rng.integers(3)))
+    rows = [rows[index] for index in rng.permutation(len(rows))]
+    minibatch = [row.prompt // 3 for row in rows]
+    scales = scales_of(rows, minibatch, 0.6, 0.4, "token_mean")
+    expected = reference_token_mean_scales(rows, minibatch, (0.6, 0.4))
+    assert scales.tolist() == pytest.approx(expected, rel=1e-6)
+
+
+@given(seed=seeds)
+def test_only_groups_of_unequal_length_tell_the_two_means_apart(seed: int) -> None:
+    """For groups of equal length they agree; else the longer group weighs more in the token mean."""
+    rng = np.random.default_rng(seed)
+    same, short, long = int(rng.integers(1, 9)), int(rng.integers(1, 9)), int(rng.integers(10, 20))
+    for first, second in ((same, same), (short, long)):
+        rows = [row_of(2, True, 0), row_of(first, False, 0), row_of(2, True, 1), row_of(second, False, 1)]
+        pooled, grouped = (scales_of(rows, [0] * 4, aggregation=a) for a in ("token_mean", "group_token_mean"))
+        assert bool(torch.allclose(pooled, grouped)) == (first == second)
+        assert float(pooled[3] * second) >= float(grouped[3] * second) - 1e-6
 
 
 def test_padding_failed_siblings_and_lonely_segments_do_not_count() -> None:

@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 
 from data_prep.schema import DataError, Row, write_parquet
-from recipe.skpo.preflight import check_data, check_prompt_lengths, check_resume, resume_folder
-from recipe.skpo.settings import ConfigError, SkpoSettings
+from recipe.skpo.preflight import (
+    METHOD_SETTINGS,
+    check_data,
+    check_method_settings,
+    check_prompt_lengths,
+    check_resume,
+    is_finished,
+    resume_folder,
+)
+from recipe.skpo.settings import RECORDS, ConfigError, SkpoSettings, known_keys
 from recipe.skpo.state import FILE_NAME, SkpoState, StateError
 
 
@@ -51,6 +59,17 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 
 
 # ---------------------------------------------------------------- files
+
+
+def test_a_data_source_without_a_reward_is_refused_unless_the_reward_is_ones_own(config, tmp_path: Path) -> None:
+    prompt = [{"role": "user", "content": "q"}]
+    rows = [Row("my/source", prompt, "5", "math", "train", index, f"q{index}") for index in range(4)]
+    write_parquet(rows, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train.parquet: data_source 'my/source' has no reward here") as error:
+        check_data(config)
+    one_line(error)
+    config.reward.custom_reward_function.path = "my.py"
+    check_data(config)
 
 
 def test_good_files_pass(config) -> None:
@@ -203,6 +222,17 @@ def test_a_run_resumes_where_verl_will(config, checkpoints: Path) -> None:
     check_resume(config)
 
 
+def test_a_checkpoint_of_another_format_is_refused_before_anything_starts(config, checkpoints: Path) -> None:
+    path = checkpoints / "global_step_10" / FILE_NAME
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    arrays["meta"] = np.array(str(arrays["meta"]).replace('"format": 3', '"format": 2'))
+    np.savez(path, **arrays)
+    with pytest.raises(StateError) as error:
+        check_resume(config)
+    assert one_line(error).startswith(f"{path}: has format 2, this version of verl-skpo reads 3; resume with")
+
+
 @pytest.mark.parametrize("absent", ["latest_checkpointed_iteration.txt", "global_step_10"])
 def test_without_marker_or_folder_verl_starts_anew(config, checkpoints: Path, absent: str) -> None:
     from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
@@ -265,3 +295,69 @@ def test_a_damaged_marker_is_refused_by_name(config, checkpoints: Path, content:
 def test_the_state_written_by_a_trainer_is_what_is_asked_for(checkpoints: Path) -> None:
     with np.load(checkpoints / "global_step_10" / FILE_NAME) as archive:
         assert "meta" in archive.files
+
+
+# ---------------------------------------------------------------- is there anything left to do
+
+
+@pytest.mark.parametrize(("last", "finished"), [(9, True), (10, True), (11, False), (None, False)])
+def test_a_run_is_finished_at_its_last_step(config, checkpoints: Path, last: int | None, finished: bool) -> None:
+    config.trainer.total_training_steps = last
+    assert is_finished(config) is finished
+
+
+@pytest.mark.parametrize(("budget", "finished"), [(4999, True), (5000, True), (5001, False), (None, False)])
+def test_a_run_is_finished_when_its_tokens_are_spent(
+    config, checkpoints: Path, budget: int | None, finished: bool
+) -> None:
+    state = SkpoState(SkpoSettings(), 64)
+    state.tokens_generated = 5000
+    state.save(checkpoints / "global_step_10")
+    config.budget.tokens = budget
+    assert is_finished(config) is finished
+
+
+def test_a_fresh_run_is_not_finished(config, tmp_path: Path) -> None:
+    config.trainer.default_local_dir = str(tmp_path / "nothing")
+    config.trainer.total_training_steps, config.budget.tokens = 1, 1
+    assert not is_finished(config)
+
+
+# ---------------------------------------------------------------- settings that a method would ignore
+
+
+METHOD_PARTS = {
+    "skpo": {"rollout", "objective", "tracker", "curriculum"},
+    "spo": {"tracker", "curriculum"},
+    "grpo": set(),
+}
+
+
+@pytest.mark.parametrize("method", METHOD_PARTS)
+def test_a_setting_that_the_method_ignores_is_refused(compose_config, method: str) -> None:
+    config = compose_config("platform=cpu", f"method={method}")
+    for part, keys in METHOD_SETTINGS.items():
+        for key in keys:
+            for override in (f"skpo.{key}=1", f"+skpo.{key}.x=1", f"++skpo.{key}=1", f"~skpo.{key}"):
+                if part in METHOD_PARTS[method]:
+                    check_method_settings(config, [override])
+                else:
+                    with pytest.raises(ConfigError) as error:
+                        check_method_settings(config, ["data.seed=1", override])
+                    assert one_line(error) == f"skpo.{key}: has no effect with method={method}; leave it out"
+
+
+@pytest.mark.parametrize("method", METHOD_PARTS)
+def test_settings_of_every_method_and_other_options_pass(compose_config, method: str) -> None:
+    config = compose_config("platform=cpu", f"method={method}")
+    shared = ["group_size", "seed", "seed_requests", "poll_interval_s"]
+    check_method_settings(config, [f"skpo.{key}=1" for key in shared])
+    check_method_settings(config, ["data.skpo.skip=1", "trainer.nnodes=1", f"method={method}", "~hydra.run.dir"])
+
+
+def test_every_setting_has_a_part_or_is_read_by_every_method() -> None:
+    """A setting added later must be put into METHOD_SETTINGS, or here if all methods read it."""
+    listed = [key for keys in METHOD_SETTINGS.values() for key in keys]
+    assert len(listed) == len(set(listed))
+    top = {key for key in known_keys() if "." not in key} | set(RECORDS)
+    assert top - set(listed) == {"group_size", "seed", "seed_requests", "poll_interval_s"}

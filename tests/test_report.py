@@ -1,12 +1,14 @@
 """The summary at the end of a run, from the files that the run wrote."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from recipe.skpo.metrics import MetricsFile, append_trees
+from recipe.skpo.metrics import MetricsFile
 from recipe.skpo.report import held_out, render_tree, summary, write_sample_trees
+from recipe.skpo.trees import FOLDER, TreeStore
 
 SOURCE = "skpo/arithmetic"
 
@@ -20,20 +22,27 @@ def validation(acc: float, well_formed: float | None = None, source: str = SOURC
 def tree(step: int = 3, **changes: Any) -> dict[str, Any]:
     return {
         "step": step,
+        "prompt_id": "train-9",
         "problem": "3 + 4?",
         "answer": "7",
         "split_position": 12,
         "candidates": [
-            {"text": "first", "deviation": 0.125, "ended_early": False},
-            {"text": "second\nline", "deviation": 0.25, "ended_early": True},
+            {"text": "first", "rest": "", "deviation": 0.125, "ended_early": False, "chosen": False},
+            {"text": "second\nline", "rest": " and more", "deviation": 0.25, "ended_early": True, "chosen": True},
         ],
-        "chosen": 1,
-        "segment": {"text": "second\nline", "reward": -0.5, "advantage": -1.25},
+        "segment": {"text": "second\nline", "reward": -0.5, "baseline": 0.75, "advantage": -1.25},
+        "skip_prompt": "second\nline3 + 4?",
         "responses": [
-            {"text": "seven", "reward": 1.0, "advantage": 1.5},
-            {"text": "eight", "reward": -1.0, "advantage": -0.5},
+            {"text": "seven", "reward": 1.0, "advantage": 1.5, "length": 1, "answer": "7"},
+            {"text": "eight", "reward": -1.0, "advantage": -0.5, "length": 1, "answer": None},
         ],
     } | changes
+
+
+def store_trees(output_dir: Path, steps: Iterable[int]) -> None:
+    store = TreeStore(output_dir / FOLDER, max_mb=64.0, resumed_at=0)
+    for step in steps:
+        store.write(step, [tree(step)])
 
 
 # ---------------------------------------------------------------- held-out numbers
@@ -84,7 +93,7 @@ def run(output_dir: Path) -> Path:
     file.log({"skpo/loss": 0.1, **validation(0.45, 0.9)}, step=4)
     for step in (2, 4, 10):
         (output_dir / "checkpoints" / f"global_step_{step}").mkdir(parents=True)
-    append_trees(output_dir / "trees.jsonl", [tree(step) for step in range(5)])
+    store_trees(output_dir, range(5))
     return output_dir
 
 
@@ -143,14 +152,14 @@ def test_tree_reads_from_problem_to_responses() -> None:
     ("written", "shown"), [(7, ["1", "4", "7"]), (3, ["1", "2", "3"]), (2, ["1", "2"]), (1, ["1"])]
 )
 def test_trees_from_first_to_last_are_written(tmp_path: Path, written: int, shown: list[str]) -> None:
-    append_trees(tmp_path / "trees.jsonl", [tree(step) for step in range(1, written + 1)])
+    store_trees(tmp_path, range(1, written + 1))
     target = write_sample_trees(tmp_path, count=3)
     assert target is not None
     assert [line.split()[1] for line in target.read_text().splitlines() if line.startswith("step")] == shown
 
 
-def test_an_empty_file_of_trees_gives_none(tmp_path: Path) -> None:
-    append_trees(tmp_path / "trees.jsonl", [])
+def test_an_empty_folder_of_trees_gives_none(tmp_path: Path) -> None:
+    store_trees(tmp_path, [])
     assert write_sample_trees(tmp_path) is None
 
 

@@ -146,6 +146,10 @@ class Setup:
             if len(request.prompt_ids) > len(tail) + 1 and request.prompt_ids[-len(tail) :] == tail
         ]
 
+    def routed(self, route: str) -> list[Any]:
+        """Requests with a routing id."""
+        return [request for request in self.llm.requests if request.request_id == route]
+
     async def roll_out(self, *prompts: dict[str, Any], validate: bool = False) -> None:
         """What verl's manager does with a batch, up to the end of the worker's background tasks."""
         await self.worker.generate_sequences(make_batch(prompts, validate))
@@ -164,6 +168,7 @@ def make_prompt(uid: str = "v0000000000", question: str = QUESTION, **changes: A
         "index": 0,
         "skpo_split_position": SPLIT,
         "skpo_seed": SEED,
+        "skpo_step": STEP,
         **changes,
     }
 
@@ -191,8 +196,8 @@ def make_batch(prompts, validate: bool):
 
 @pytest.fixture
 def make_config(compose_config, model_folder):
-    def make(*overrides: str, model=model_folder):
-        return compose_config(
+    def make(*overrides: str, model=model_folder, skpo: dict[str, Any] | None = None):
+        config = compose_config(
             "platform=cpu",
             f"actor_rollout_ref.model.path={model}",
             f"skpo.group_size={G}",
@@ -200,6 +205,9 @@ def make_config(compose_config, model_folder):
             "data.max_response_length=32",
             *overrides,
         )
+        for key, value in (skpo or {}).items():  # without composing anew
+            config.skpo[key] = value
+        return config
 
     return make
 
@@ -240,6 +248,32 @@ def two_phases(make_worker) -> Callable[..., Setup]:
         up = upstream or (lambda number: box[0].tokens(f"candidate {number}", end=""))
         down = downstream or (lambda number: box[0].tokens(f"So it is #### {ANSWER if number % 2 else 6}"))
         box.append(make_worker(scripted(box, up, down), *overrides, **options))
+        return box[0]
+
+    return make
+
+
+@pytest.fixture
+def ablated(make_worker) -> Callable[..., Setup]:
+    """As ``two_phases`` for any ``skip``: phases are told apart by routing id; ``own`` completes a candidate.
+
+    Keyword arguments are settings below ``skpo``.
+    """
+
+    def make(upstream=None, downstream=None, own=None, overrides=(), model=None, **skpo: Any) -> Setup:
+        box: list[Setup] = []
+        numbers = {"up": itertools.count(), "down": itertools.count()}
+        up = upstream or (lambda number: box[0].tokens("abcdefgh", end=""))
+        down = downstream or (lambda number: box[0].tokens(f"#### {ANSWER if number % 2 else 6}"))
+
+        def script(request):
+            if "-down" in request.request_id:
+                return down(next(numbers["down"]))
+            if request.prompt_ids == box[0].problem_ids():
+                return up(next(numbers["up"]))
+            return own(request)
+
+        box.append(make_worker(script, *overrides, skpo=skpo, **({"model": model} if model else {})))
         return box[0]
 
     return make
@@ -423,6 +457,381 @@ async def test_a_skip_prompt_that_fills_the_context_fails_the_prompt(two_phases,
     assert "no room in max_model_len" in caplog.text
 
 
+# ---------------------------------------------------------------- skip: what the siblings continue
+
+
+async def test_unconditional_siblings_are_plain_responses_to_the_problem(ablated) -> None:
+    setup = ablated(skip="unconditional")
+    await setup.roll_out(make_prompt("v7"))
+    problem = setup.problem_ids()
+    assert [request.prompt_ids for request in setup.routed("v7-down")] == [problem] * G
+    assert [request.params["max_tokens"] for request in setup.routed("v7-down")] == [32] * G
+    for number, row in enumerate(setup.store.siblings("v7")):
+        written = setup.tokens(f"#### {ANSWER if number % 2 else 6}")
+        assert (row["prompts"].tolist(), row["responses"].tolist()) == (problem, written)
+        assert row["response_mask"].tolist() == [1] * len(written)
+        assert row["rollout_log_probs"].tolist() == [-0.5] * len(written)
+    assert setup.store.row("v7", 0)["responses"].tolist() == setup.tokens("abcdef", end="")
+    assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == 0.0
+
+
+async def test_continual_siblings_continue_the_segment_which_is_masked(ablated) -> None:
+    setup = ablated(
+        upstream=lambda number: (setup.tokens("abcdef", end=""), [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6]),
+        downstream=lambda number: ([40 + number, 50, 2], [-1.0, -2.0, -3.0]),
+        skip="continual",
+    )
+    await setup.roll_out(make_prompt("v7"))
+    problem, segment = setup.problem_ids(), setup.tokens("abcdef", end="")
+    assert [request.prompt_ids for request in setup.routed("v7-down")] == [problem + segment] * G
+    assert [request.params["max_tokens"] for request in setup.routed("v7-down")] == [32 - SPLIT] * G
+    for number, row in enumerate(setup.store.siblings("v7")):
+        assert row["prompts"].tolist() == problem
+        assert row["responses"].tolist() == [*segment, 40 + number, 50, 2]
+        assert row["response_mask"].tolist() == row["loss_mask"].tolist() == [0] * SPLIT + [1] * 3
+        assert row["rollout_log_probs"].tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -1, -2, -3])
+        assert row["input_ids"].tolist() == problem + row["responses"].tolist()
+        assert row["rm_scores"].tolist() == [0.0] * (SPLIT + 2) + [-1.0]
+        record = row["extra_fields"]["skpo"]
+        assert (record["generated"], record["prefilled"]) == (3, len(problem) + SPLIT)
+    assert len({frozenset(row) for row in setup.store.rows.values()}) == 1
+    assert setup.store.row("v7", 0)["response_mask"].tolist() == [1] * SPLIT
+
+
+@pytest.mark.parametrize(("skip", "reward"), [("continual", 1.0), ("concat", -1.0), ("unconditional", -1.0)])
+async def test_only_a_continued_segment_is_scored_with_its_response(ablated, skip: str, reward: float) -> None:
+    setup = ablated(
+        upstream=lambda number: setup.tokens(f"#### {ANSWER}", end=""),
+        downstream=lambda number: setup.tokens("."),
+        skip=skip,
+    )
+    await setup.roll_out(make_prompt("v7"))
+    assert [float(row["rm_scores"].sum()) for row in setup.store.rows.values()] == [reward] * (G + 1)
+
+
+async def test_a_continual_response_gets_what_context_and_segment_leave(ablated) -> None:
+    setup = ablated(overrides=("actor_rollout_ref.rollout.max_model_len=60",), skip="continual")
+    await setup.roll_out(make_prompt("v7"))
+    left = 60 - SPLIT - len(setup.problem_ids())
+    assert 0 < left < 32 - SPLIT
+    assert [request.params["max_tokens"] for request in setup.routed("v7-down")] == [left] * G
+
+
+async def test_a_segment_as_long_as_the_response_budget_leaves_nothing_to_continue(ablated, caplog) -> None:
+    setup = ablated(upstream=lambda number: [40] * 32, skip="continual")
+    await setup.roll_out(make_prompt("v7", skpo_split_position=32))
+    assert setup.store.status("v7") == ["running", "failure"] and not setup.store.rows
+    assert "no room" in caplog.text
+
+
+@pytest.mark.parametrize("skip", ["concat", "chat", "continual", "unconditional"])
+async def test_a_failed_sibling_has_the_prompt_of_its_group_whatever_it_continues(ablated, skip: str) -> None:
+    setup = ablated(downstream=lambda number: [] if number == 0 else setup.tokens("#### 5"), skip=skip)
+    await setup.roll_out(make_prompt("v7"))
+    missing, other = setup.store.siblings("v7")[:2]
+    assert missing["prompts"].tolist() == other["prompts"].tolist()
+    assert missing["response_mask"].tolist() == [0]
+    assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == 1.0
+
+
+async def test_chat_quotes_the_segment_inside_the_one_user_turn(ablated) -> None:
+    setup = ablated(skip="chat")
+    await setup.roll_out(make_prompt("v7"))
+    expected = setup.problem_ids(f"Beginning of a solution:\nabcdef\n\n{QUESTION}")
+    assert setup.tokenizer.decode(expected).count("<|im_start|>user") == 1
+    assert [request.prompt_ids for request in setup.routed("v7-down")] == [expected] * G
+    for row in setup.store.siblings("v7"):
+        assert row["prompts"].tolist() == expected
+        assert row["response_mask"].tolist() == [1] * len(row["responses"])
+    assert setup.store.row("v7", 0)["prompts"].tolist() == setup.problem_ids(), "the segment itself is under q"
+
+
+async def test_the_quote_of_chat_is_a_setting_and_leaves_other_turns_and_braces_alone(ablated) -> None:
+    bos = 1  # a special token, which a text does not quote
+    setup = ablated(
+        upstream=lambda number: [bos, *setup.tokens("a{0}b", end="")],
+        skip="chat",
+        chat_quote="{problem} First: {segment}!",
+    )
+    question = "What is {x}?"
+    turns = [{"role": "system", "content": "Be {brief}."}, {"role": "user", "content": question}]
+    # The script knows the first phase by the tokens of q.
+    setup.problem_ids = lambda question=None: setup.tokenizer.apply_chat_template(turns, add_generation_prompt=True)[
+        "input_ids"
+    ]
+    await setup.roll_out(make_prompt("v7", raw_prompt=turns))
+    quoted = [turns[0], {"role": "user", "content": "What is {x}? First: a{0}b!"}]
+    expected = setup.tokenizer.apply_chat_template(quoted, add_generation_prompt=True)["input_ids"]
+    assert [request.prompt_ids for request in setup.routed("v7-down")] == [expected] * G
+
+
+@pytest.mark.parametrize("skip", ["chat", "continual", "unconditional"])
+async def test_every_skip_mode_has_exactly_one_bos_at_the_front(ablated, bos_model_folder, skip: str) -> None:
+    setup = ablated(model=bos_model_folder, skip=skip)
+    await setup.roll_out(make_prompt("v7"))
+    for request in setup.llm.requests:
+        assert (request.prompt_ids[0], request.prompt_ids.count(setup.tokenizer.bos_token_id)) == (
+            setup.tokenizer.bos_token_id,
+            1,
+        )
+
+
+# ---------------------------------------------------------------- upstream reward: own
+
+
+async def test_own_reward_is_that_of_the_chosen_candidate_completed_under_the_problem(ablated) -> None:
+    setup = ablated(
+        upstream=lambda number: ([40 + number] * SPLIT, [-[2.0, 0.1, 0.9, 1.0][number]] * SPLIT),
+        downstream=lambda number: setup.tokens("#### 9"),
+        own=lambda request: setup.tokens(f"#### {ANSWER}"),
+        upstream_reward="own",
+    )
+    await setup.roll_out(make_prompt("v7"))
+    requests = [request for request in setup.routed("v7-up") if request.prompt_ids != setup.problem_ids()]
+    assert [request.prompt_ids for request in requests] == [setup.problem_ids() + [42] * SPLIT]
+    assert requests[0].params["max_tokens"] == 32 - SPLIT
+    segment = setup.store.row("v7", 0)
+    assert segment["responses"].tolist() == [42] * SPLIT, "the completion is not trained on"
+    assert segment["rm_scores"].tolist() == [0.0] * (SPLIT - 1) + [1.0]
+    assert [float(row["rm_scores"].sum()) for row in setup.store.siblings("v7")] == [-1.0] * G
+    assert len(setup.store.rows) == G + 1 and setup.reward.calls == G + 1
+    completion = len(setup.tokens(f"#### {ANSWER}"))
+    assert segment["extra_fields"]["skpo"]["generated"] == G * SPLIT + completion
+
+
+async def test_a_candidate_that_ended_needs_no_completion(ablated) -> None:
+    """It is scored for all that it wrote, of which the segment is a half."""
+    setup = ablated(
+        upstream=lambda number: setup.tokens(f"#### {ANSWER}"),
+        downstream=lambda number: setup.tokens("#### 9"),
+        upstream_reward="own",
+    )
+    await setup.roll_out(make_prompt("v7", skpo_split_position=10))
+    assert len(setup.llm.requests) == 2 * G
+    segment = setup.store.row("v7", 0)
+    assert segment["responses"].tolist() == setup.tokens(f"#### {ANSWER}")[:3]
+    assert float(segment["rm_scores"].sum()) == 1.0
+    assert segment["extra_fields"]["skpo"]["generated"] == G * len(setup.tokens(f"#### {ANSWER}"))
+
+
+async def test_a_candidate_that_used_the_whole_budget_is_scored_as_it_is(ablated) -> None:
+    setup = ablated(upstream=lambda number: setup.tokens(f"{'x' * 26}#### {ANSWER}", end=""), upstream_reward="own")
+    await setup.roll_out(make_prompt("v7", skpo_split_position=32))
+    assert len(setup.llm.requests) == 2 * G
+    assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == 1.0
+
+
+async def test_own_reward_does_not_depend_on_which_siblings_fail(ablated) -> None:
+    setup = ablated(
+        downstream=lambda number: [] if number else setup.tokens("#### 9"),
+        own=lambda request: setup.tokens(f"#### {ANSWER}"),
+        upstream_reward="own",
+    )
+    await setup.roll_out(make_prompt("v7"))
+    assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == 1.0
+
+
+@pytest.mark.parametrize("fails", ["request", "reward"])
+async def test_without_the_own_reward_the_prompt_is_dropped(ablated, caplog, fails: str) -> None:
+    def own(request):
+        return RuntimeError("the server died") if fails == "request" else setup.tokens(f"#### {ANSWER}")
+
+    setup = ablated(own=own, upstream_reward="own")
+    # Siblings answer at once, the completion's reward is asked for among theirs; all calls but one succeed.
+    if fails == "reward":
+        compute = setup.worker._compute_score
+
+        async def compute_score(outputs, kwargs):
+            if outputs[0].prompt_ids == setup.problem_ids():
+                raise RuntimeError("the reward function raised")
+            await compute(outputs, kwargs=kwargs)
+
+        setup.worker._compute_score = compute_score
+    await setup.roll_out(make_prompt("v7"))
+    assert setup.store.status("v7") == ["running", "failure"] and not setup.store.rows
+    assert "own response failed" in caplog.text
+
+
+# ---------------------------------------------------------------- fewer candidates, other selections, other cuts
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_fewer_candidates_than_siblings(ablated, count: int) -> None:
+    setup = ablated(upstream=lambda number: [40 + number] * (SPLIT - number), candidates=count)
+    await setup.roll_out(make_prompt("v7"))
+    assert len(setup.routed("v7-up")) == count and len(setup.routed("v7-down")) == G
+    assert sorted(setup.store.rows) == [f"v7_{session}_0" for session in range(G + 1)]
+    record = setup.store.row("v7", 0)["extra_fields"]["skpo"]
+    assert len(record["candidates"]) == count
+    assert record["generated"] == sum(SPLIT - number for number in range(count))
+    assert record["prefilled"] == count * len(setup.problem_ids())
+    seeds = [request.params["seed"] for request in setup.llm.requests]
+    assert len(set(seeds)) == len(seeds) == count + G
+
+
+async def test_all_of_few_candidates_failing_drops_the_prompt(ablated, caplog) -> None:
+    setup = ablated(upstream=lambda number: [], candidates=2)
+    await setup.roll_out(make_prompt("v7"))
+    assert setup.store.status("v7") == ["running", "failure"]
+    assert "all 2 upstream candidates failed" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("selection", "step", "chosen"),
+    [("median", 1, 2), ("extreme", 1, 1), ("extreme", 2, 0), ("first", 2, 0), ("random", 1, None)],
+)
+async def test_the_selection_decides_which_candidate_is_kept(ablated, selection: str, step: int, chosen) -> None:
+    deviations = [2.0, 0.1, 0.9, 1.0]
+    setup = ablated(upstream=lambda number: ([40 + number] * SPLIT, [-deviations[number]] * SPLIT), selection=selection)
+    if chosen is None:
+        chosen = int(np.random.default_rng(SEED).integers(G))
+    await setup.roll_out(make_prompt("v7", skpo_step=step))
+    assert setup.store.row("v7", 0)["responses"].tolist() == [40 + chosen] * SPLIT
+    assert setup.store.row("v7", 0)["extra_fields"]["skpo"]["chosen"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "kept"),
+    [(["."], "ab."), ([".", "d"], "ab.d"), (["b.d"], "ab.d"), (["?"], "ab.def"), ([ord("b")], "ab.def")],
+    ids=str,
+)
+async def test_a_segment_ends_at_its_last_boundary(ablated, boundaries: list, kept: str) -> None:
+    setup = ablated(
+        upstream=lambda number: (setup.tokens("ab.defgh", end=""), [-float(n + 1) for n in range(8)]),
+        split="boundary_token",
+        boundaries=boundaries,
+    )
+    await setup.roll_out(make_prompt("v7"))
+    segment, row = setup.tokens(kept, end=""), setup.store.row("v7", 0)
+    assert row["responses"].tolist() == segment
+    assert row["extra_fields"]["skpo"]["deviation"] == pytest.approx(fmean(range(1, len(segment) + 1)))
+    assert {tuple(request.prompt_ids) for request in setup.routed("v7-down")} == {(*segment, *setup.problem_ids())}
+    assert [request.params["max_tokens"] for request in setup.routed("v7-up")] == [SPLIT] * G
+
+
+async def test_a_boundary_may_be_a_token_id(ablated) -> None:
+    token = ablated().tokens("c", end="")[0]
+    setup = ablated(split="boundary_token", boundaries=[token])
+    await setup.roll_out(make_prompt("v7"))
+    assert setup.store.row("v7", 0)["responses"].tolist() == setup.tokens("abc", end="")
+
+
+async def test_the_half_of_an_early_finisher_is_cut_at_its_boundary_too(ablated) -> None:
+    setup = ablated(
+        upstream=lambda number: setup.tokens("a.bcde."), split="boundary_token", boundaries=["."], selection="first"
+    )
+    await setup.roll_out(make_prompt("v7", skpo_split_position=20))
+    assert setup.store.row("v7", 0)["responses"].tolist() == setup.tokens("a.", end="")
+
+
+# ---------------------------------------------------------------- counted tokens
+
+
+async def test_every_request_is_counted_also_what_is_thrown_away(ablated) -> None:
+    def upstream(number: int):
+        return RuntimeError("the server died") if number == 0 else ([40] * 5, [] if number == 1 else [-0.5] * 5)
+
+    setup = ablated(upstream=upstream, downstream=lambda number: setup.tokens("#### 5"))
+    await setup.roll_out(make_prompt("v7"))
+    answered = [request for request in setup.llm.requests if request.number != 0]
+    assert len(answered) == 2 * G - 1
+    counts = setup.worker.take_tokens()
+    assert counts == {
+        "generated": 5 * (G - 1) + G * len(setup.tokens("#### 5")),
+        "prefilled": sum(len(request.prompt_ids) for request in answered),
+        "cached": 16 * len(answered),
+    }
+
+
+async def test_tokens_of_a_dropped_prompt_are_counted(ablated) -> None:
+    setup = ablated(downstream=lambda number: [])
+    await setup.roll_out(make_prompt("v7"))
+    assert setup.store.status("v7") == ["running", "failure"]
+    assert setup.worker.take_tokens()["generated"] == G * SPLIT
+
+
+async def test_taking_the_counts_starts_them_anew(ablated) -> None:
+    setup = ablated()
+    await setup.roll_out(make_prompt("v7"))
+    first = setup.worker.take_tokens()
+    assert all(first.values())
+    assert setup.worker.take_tokens() == dict.fromkeys(first, 0)
+    await setup.roll_out(make_prompt("v8"))
+    assert setup.worker.take_tokens() == first
+
+
+async def test_records_and_counts_agree_where_nothing_fails(ablated) -> None:
+    setup = ablated(own=lambda request: setup.tokens("#### 5"), upstream_reward="own", skip="continual")
+    await setup.roll_out(make_prompt("v7"))
+    records = [row["extra_fields"]["skpo"] for row in setup.store.rows.values()]
+    assert setup.worker.take_tokens()["generated"] == sum(record["generated"] for record in records)
+
+
+# ---------------------------------------------------------------- the baselines' worker
+
+
+@pytest.fixture
+def make_baseline(make_worker) -> Callable[..., Setup]:
+    """Make the worker of the baselines; its requests are answered at random by prompt and seed."""
+    from recipe.skpo.rollout import MeteredWorker
+
+    def make(**skpo: Any) -> Setup:
+        return make_worker(None, "method=grpo", worker_class=MeteredWorker, skpo=skpo)
+
+    return make
+
+
+async def test_a_baseline_samples_a_group_under_the_problem_with_a_seed_per_session(make_baseline) -> None:
+    setup = make_baseline()
+    await setup.roll_out(make_prompt("v7"), make_prompt("v8", skpo_seed=5000))
+    assert sorted(setup.store.rows) == [f"{uid}_{session}_0" for uid in ("v7", "v8") for session in range(G)]
+    assert [setup.store.status(uid) for uid in ("v7", "v8")] == [["running", "finished"]] * 2
+    assert {tuple(request.prompt_ids) for request in setup.llm.requests} == {tuple(setup.problem_ids())}
+    seeds = sorted(request.params["seed"] for request in setup.llm.requests)
+    assert seeds == [*range(SEED, SEED + G), *range(5000, 5000 + G)]
+    for session in range(G):
+        own = [request for request in setup.llm.requests if request.params["seed"] == SEED + session]
+        row = setup.store.row("v7", session)
+        assert len(own) == 1 and len(row["responses"]) <= 32
+        assert (row["id"], int(row["skpo_step"])) == ("id-v7", STEP)
+    responses = [tuple(setup.store.row("v7", session)["responses"].tolist()) for session in range(G)]
+    assert len(set(responses)) == G
+
+
+async def test_a_baseline_repeats_itself_under_the_same_seed(make_baseline, store: Store) -> None:
+    runs = []
+    for seed in (1, 1, 2):
+        store.rows.clear()
+        await make_baseline().roll_out(make_prompt("v7", skpo_seed=seed))
+        runs.append({key: row["input_ids"].tolist() for key, row in store.rows.items()})
+    assert runs[0] == runs[1] != runs[2]
+
+
+async def test_a_baseline_can_leave_seeds_to_the_server(make_baseline) -> None:
+    setup = make_baseline(seed_requests=False)
+    await setup.roll_out(make_prompt())
+    assert len(setup.llm.requests) == G
+    assert not any("seed" in request.params for request in setup.llm.requests)
+
+
+async def test_a_baselines_validation_is_not_seeded_by_us(make_baseline) -> None:
+    setup = make_baseline()
+    await setup.roll_out(make_prompt("val"), validate=True)
+    assert [request.params.get("seed") for request in setup.llm.requests] == [None]
+    assert setup.llm.requests[0].params["temperature"] == 0
+
+
+async def test_a_baselines_tokens_are_counted(make_baseline) -> None:
+    setup = make_baseline()
+    await setup.roll_out(make_prompt("v7"))
+    written = sum(len(row["responses"]) for row in setup.store.rows.values())
+    assert setup.worker.take_tokens() == {
+        "generated": written,
+        "prefilled": G * len(setup.problem_ids()),
+        "cached": 16 * G,
+    }
+
+
 # ---------------------------------------------------------------- requests
 
 
@@ -442,6 +851,14 @@ async def test_full_determinism_names_every_request_apart(two_phases) -> None:
     setup = two_phases(None, None, "actor_rollout_ref.rollout.full_determinism=true")
     await setup.roll_out(make_prompt())
     assert len({request.request_id for request in setup.llm.requests}) == 2 * G
+
+
+async def test_the_completion_of_a_candidate_has_a_name_and_a_seed_of_its_own_too(ablated) -> None:
+    override = "actor_rollout_ref.rollout.full_determinism=true"
+    setup = ablated(own=lambda request: setup.tokens("#### 5"), overrides=(override,), upstream_reward="own")
+    await setup.roll_out(make_prompt("v7"))
+    assert len({request.request_id for request in setup.llm.requests}) == 2 * G + 1
+    assert sorted(request.params["seed"] for request in setup.llm.requests) == list(range(SEED, SEED + 2 * G + 1))
 
 
 async def test_every_request_owns_its_sampling_parameters(two_phases) -> None:
@@ -751,3 +1168,32 @@ def test_the_manager_starts_our_workers(make_config, fake_llm) -> None:
     )
     manager = manager_class(config=config, llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[])
     assert manager.agent_loop_workers_class.__ray_actor_class__ is SkpoAgentLoopWorker
+
+
+def test_the_baselines_manager_starts_the_baselines_worker(make_config, fake_llm) -> None:
+    from verl.utils.import_utils import load_class_from_fqn
+
+    from recipe.skpo.rollout import MeteredWorker
+
+    config = make_config("method=grpo")
+    name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
+    manager_class = load_class_from_fqn(name, "AgentLoopManager")
+    manager = manager_class(config=config, llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[])
+    assert manager.agent_loop_workers_class.__ray_actor_class__ is MeteredWorker
+
+
+def test_the_manager_adds_up_the_tokens_of_its_workers(make_config, fake_llm, monkeypatch) -> None:
+    import ray
+
+    from recipe.skpo.rollout import SkpoAgentLoopManager
+
+    manager = SkpoAgentLoopManager(
+        config=make_config(), llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[]
+    )
+    counts = [{"generated": 1, "prefilled": 20, "cached": 300}, {"generated": 4, "prefilled": 50, "cached": 600}]
+    # No Ray here: a call returns its result, and ray.get hands it on.
+    manager.agent_loop_workers = [
+        SimpleNamespace(take_tokens=SimpleNamespace(remote=lambda count=count: count)) for count in counts
+    ]
+    monkeypatch.setattr(ray, "get", list)
+    assert manager.take_tokens() == {"generated": 5, "prefilled": 70, "cached": 900}

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from recipe.skpo.settings import ConfigError, SkpoSettings, TrackerSettings, known_keys, unknown_keys
+from recipe.skpo.settings import (
+    HALF_LIVES,
+    ConfigError,
+    CurriculumSettings,
+    SkpoSettings,
+    TrackerSettings,
+    known_keys,
+    unknown_keys,
+)
 
 
 def test_defaults_are_those_of_the_paper() -> None:
@@ -18,6 +26,11 @@ def test_defaults_are_those_of_the_paper() -> None:
     assert (settings.split_low, settings.split_high, settings.initial_length) == (1 / 6, 1 / 2, 1024)
     assert (settings.weight_up, settings.weight_down, settings.clip_low, settings.clip_high) == (0.5, 0.5, 0.2, 0.28)
     assert settings.tracker == TrackerSettings(rho_min=0.875, rho_max=0.96, half_life=8.0, drift="kl_steps")
+    assert settings.curriculum == CurriculumSettings(enable=True, epsilon=0.05)
+    assert (settings.split, settings.upstream_reward) == ("adaptive", "mc")
+    assert settings.downstream_aggregation == "group_token_mean"
+    assert settings.candidates is None and settings.candidate_count == settings.group_size
+    assert settings.boundaries == []
 
 
 def test_values_of_a_hydra_node_are_read() -> None:
@@ -70,6 +83,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"poll_interval_s": 0}, "skpo.poll_interval_s"),
     ({"poll_interval_s": -2}, "skpo.poll_interval_s"),
     ({"trees_per_step": -1}, "skpo.trees_per_step"),
+    ({"trees_max_mb": 0}, "skpo.trees_max_mb"),
+    ({"trees_max_mb": math.inf}, "skpo.trees_max_mb"),
     ({"tracker": None}, "skpo.tracker"),
     ({"tracker": {"rho_min": 0.97}}, "skpo.tracker.*rho_min"),
     ({"tracker": {"rho_min": -0.1}}, "skpo.tracker.*rho_min"),
@@ -80,6 +95,40 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"tracker": {"half_life": 0}}, "skpo.tracker.half_life"),
     ({"tracker": {"half_life": math.nan}}, "skpo.tracker.half_life"),
     ({"tracker": {"drift": "days"}}, "skpo.tracker.drift.*kl_steps.*days"),
+    ({"tracker": {"drift": "logratios"}}, "skpo.tracker.drift.*kl_steps, nats, logratio, got 'logratios'"),
+    ({"candidates": 0}, "skpo.candidates: must be between 1 and skpo.group_size=8"),
+    ({"candidates": 9}, "skpo.candidates: must be between 1 and skpo.group_size=8.*got 9"),
+    ({"group_size": 4, "candidates": 5}, "skpo.candidates.*skpo.group_size=4.*got 5"),
+    ({"candidates": 1.5}, "skpo.candidates"),
+    ({"candidates": 1, "selection": "extreme"}, "skpo.selection: extreme has nothing to choose"),
+    ({"candidates": 1, "selection": "random"}, "skpo.selection: random has nothing to choose"),
+    ({"split": "adaptiv"}, "skpo.split: must be one of adaptive, fixed, boundary_token, got 'adaptiv'"),
+    ({"split": "boundary_token"}, "skpo.boundaries: name the strings or token ids"),
+    ({"boundaries": ["."]}, "skpo.boundaries: has no effect with skpo.split=adaptive"),
+    ({"split": "fixed", "boundaries": [3]}, "skpo.boundaries: has no effect with skpo.split=fixed"),
+    ({"split": "boundary_token", "boundaries": [".", ""]}, "skpo.boundaries: '' is neither"),
+    ({"split": "boundary_token", "boundaries": [-1]}, "skpo.boundaries: -1 is neither"),
+    ({"split": "boundary_token", "boundaries": [1.5]}, "skpo.boundaries: 1.5 is neither"),
+    ({"split": "boundary_token", "boundaries": [True]}, "skpo.boundaries: True is neither"),
+    ({"split": "boundary_token", "boundaries": [["."]]}, "skpo.boundaries: .* is neither"),
+    ({"split": "boundary_token", "boundaries": "."}, "skpo.boundaries"),
+    ({"chat_quote": "{problem}"}, "skpo.chat_quote: must hold {segment} and {problem}"),
+    ({"chat_quote": "{segment} {problem} {problem}"}, "skpo.chat_quote.*once each"),
+    ({"chat_quote": "{segment} {problem} {answer}"}, "skpo.chat_quote"),
+    ({"chat_quote": "{segment} {problem} {}"}, "skpo.chat_quote"),
+    ({"chat_quote": "{segment} {problem"}, "skpo.chat_quote"),
+    ({"upstream_reward": "mean"}, "skpo.upstream_reward: must be one of mc, own, got 'mean'"),
+    (
+        {"downstream_aggregation": "token-mean"},
+        "skpo.downstream_aggregation: must be one of group_token_mean, token_mean",
+    ),
+    ({"skip": None}, "skpo.skip"),
+    ({"curriculum": None}, "skpo.curriculum"),
+    ({"curriculum": {"enable": "perhaps"}}, "skpo.curriculum.enable"),
+    ({"curriculum": {"epsilon": 0}}, "skpo.curriculum.epsilon: must be > 0"),
+    ({"curriculum": {"epsilon": -0.1}}, "skpo.curriculum.epsilon: must be > 0"),
+    ({"curriculum": {"epsilon": math.nan}}, "skpo.curriculum.epsilon: must be finite"),
+    ({"curriculum": {"weight": 1}}, "skpo.curriculum.weight: unknown key.*curriculum.epsilon"),
     ({"group": 8}, "skpo.group: unknown key.*group_size"),
     ({"tracker": {"rho": 0.9}}, "skpo.tracker.rho: unknown key.*tracker.rho_min"),
 ]
@@ -100,8 +149,8 @@ def test_a_value_that_cannot_work_is_refused_in_one_line_that_names_it(node: dic
 @pytest.mark.parametrize("key", known_keys())
 def test_every_key_has_a_value_that_is_refused(key: str) -> None:
     """A setting added later belongs into BAD_VALUES."""
-    name = key.removeprefix("tracker.")
-    assert [node for node, _ in BAD_VALUES if name in (node if name == key else node.get("tracker") or {})]
+    record, _, name = key.rpartition(".")
+    assert [node for node, _ in BAD_VALUES if name in ((node.get(record) or {}) if record else node)]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +166,15 @@ def test_every_key_has_a_value_that_is_refused(key: str) -> None:
         {"trees_per_step": 0},
         {"tracker": {"rho_min": 0, "rho_max": 1}},
         {"tracker": {"rho_min": 0.9, "rho_max": 0.9}},
+        {"candidates": 1},
+        {"candidates": 1, "selection": "first"},
+        {"candidates": 2, "selection": "random"},
+        {"group_size": 4, "candidates": 4, "selection": "extreme"},
+        {"split": "boundary_token", "boundaries": [0, "\n\n", "</plan>", 128009]},
+        {"chat_quote": "{problem}{segment}"},
+        {"chat_quote": "{{{segment}}} {problem}"},
+        {"curriculum": {"enable": False, "epsilon": 1e-9}},
+        {"tracker": {"drift": "logratio", "half_life": 0.06}},
     ],
     ids=case,
 )
@@ -128,13 +186,14 @@ def test_values_at_the_edge_are_accepted(node: dict[str, Any]) -> None:
     "node",
     [
         {"tracker": 5},
+        {"curriculum": False},
         None,
         5,
         OmegaConf.create({"seed": "${nope}"}),
         OmegaConf.create({"seed": "???"}),
         {"weight_up": math.inf},
     ],
-    ids=["tracker_is_a_number", "null", "number", "interpolation", "mandatory", "infinite"],
+    ids=["tracker_is_a_number", "curriculum_is_a_switch", "null", "number", "interpolation", "mandatory", "infinite"],
 )
 def test_a_node_of_the_wrong_shape_is_refused_in_one_line(node: Any) -> None:
     with pytest.raises(ConfigError, match=r"skpo"):
@@ -155,5 +214,19 @@ def test_settings_are_frozen() -> None:
 
 def test_known_and_unknown_keys_are_dotted() -> None:
     assert "tracker.half_life" in known_keys() and "tracker" not in known_keys()
+    assert "curriculum.epsilon" in known_keys() and "curriculum" not in known_keys()
     assert unknown_keys({"group_size": 4, "tracker": {"rho_min": 0.9}}) == []
     assert unknown_keys({"gruop_size": 4, "tracker": {"tau": 8}}) == ["gruop_size", "tracker.tau"]
+
+
+@pytest.mark.parametrize(("candidates", "count"), [(None, 6), (1, 1), (4, 4), (6, 6)])
+def test_candidates_are_as_many_as_the_group_unless_said_otherwise(candidates: int | None, count: int) -> None:
+    assert SkpoSettings(group_size=6, candidates=candidates).candidate_count == count
+
+
+def test_every_drift_has_a_default_half_life() -> None:
+    from recipe.skpo.settings import DRIFTS
+
+    assert set(HALF_LIVES) == set(DRIFTS)
+    assert HALF_LIVES["kl_steps"] == TrackerSettings().half_life == 8.0
+    assert HALF_LIVES["logratio"] == 0.06, "that of SPO, whose measure it is"

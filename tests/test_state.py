@@ -370,7 +370,7 @@ def swap_lengths(lengths: np.ndarray) -> None:
         (lambda meta, arrays: meta.pop("rng"), "cannot be read.*rng"),
         (lambda meta, arrays: meta["rng"].update(bit_generator="MT19937"), "cannot be read"),
         (lambda meta, arrays: meta.pop("tokens_generated"), "cannot be read.*tokens_generated"),
-        (lambda meta, arrays: meta.update(format=1), "format 1.*reads 3"),
+        (lambda meta, arrays: meta.update(format=2), "format 2.*reads 3; resume with the version that wrote it"),
         (lambda meta, arrays: arrays.pop("values.counts"), "cannot be read.*lacks.*counts"),
         (lambda meta, arrays: arrays.pop("clock.total_kl"), "cannot be read.*lacks.*total_kl"),
         (lambda meta, arrays: arrays.pop("prompts.text"), "cannot be read.*lack.*text"),

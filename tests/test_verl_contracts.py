@@ -22,13 +22,18 @@ MANAGER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ"
 # the methods of an actor class; it is left out here.
 SEAMS = [
     # rollout.py: overridden
-    (f"{WORKER}.__init__", "(self, *args, **kwargs)", "rollout.SkpoAgentLoopWorker.__init__ extends it"),
+    (f"{WORKER}.__init__", "(self, *args, **kwargs)", "rollout.MeteredWorker.__init__ puts its client around verl's"),
+    (
+        f"{WORKER}._run_agent_loop",
+        "async (self, sampling_params, trajectory, *, agent_name, trace=True, **kwargs)",
+        "rollout.MeteredWorker._run_agent_loop adds a seed to the sampling parameters of a session",
+    ),
     (
         f"{WORKER}._run_prompt",
         "async (self, prompt, sampling_params, trajectory, trace=False)",
         "rollout.SkpoAgentLoopWorker._run_prompt overrides it",
     ),
-    (f"{MANAGER}.__init__", "(self, *args, **kwargs)", "rollout.SkpoAgentLoopManager.__init__ extends it"),
+    (f"{MANAGER}.__init__", "(self, *args, **kwargs)", "rollout.MeteredManager.__init__ extends it"),
     # rollout.py: called, or what calls us
     (
         f"{WORKER}.generate_sequences",
@@ -40,17 +45,23 @@ SEAMS = [
         "async (self, output, validate, **kwargs)",
         "rollout._run_prompt stores each row by it",
     ),
-    (f"{WORKER}._compute_score", "async (self, outputs, kwargs)", "rollout._respond gets a sibling's reward by it"),
+    (
+        f"{WORKER}._compute_score",
+        "async (self, outputs, kwargs)",
+        "rollout._respond gets a sibling's reward by it, rollout._complete that of a candidate's own response",
+    ),
     (
         f"{MANAGER}._init_agent_loop_workers",
         "async (self)",
-        "it starts self.agent_loop_workers_class, which rollout.SkpoAgentLoopManager sets",
+        "it starts self.agent_loop_workers_class, which rollout.MeteredManager sets, as self.agent_loop_workers, whose "
+        "counts take_tokens adds up",
     ),
     (
         "verl.workers.rollout.llm_server:LLMServerClient.generate",
         "async (self, request_id, *, prompt_ids, sampling_params, image_data=None, video_data=None, audio_data=None, "
         "mm_processor_kwargs=None, **kwargs)",
-        "rollout._generate calls it; tests/conftest.py:FakeLLMClient stands for it",
+        "rollout.MeteredClient wraps it for verl's agent loop and for rollout._generate; "
+        "tests/conftest.py:FakeLLMClient stands for it",
     ),
     (
         "verl.utils.tokenizer.continuous_token_wiring:create_continuous_token_builder",
@@ -61,7 +72,7 @@ SEAMS = [
     (
         "verl.utils.tokenizer.continuous_token:ContinuousTokenBuilder.build_initial_tokens",
         "(self, messages, *, tools=None, images=None, videos=None, audios=None, mm_inputs_out=None)",
-        "rollout._roll_out calls it with the messages alone",
+        "rollout._tokenize calls it with the messages alone",
     ),
     (f"{LOOPS}:AgentLoopOutput.as_dict", "(self)", "rollout._row: the fields that are set become the stored fields"),
     (
@@ -74,23 +85,78 @@ SEAMS = [
         "async (keys, partition_id, fields=None, tags=None, data_parser=None)",
         "verl stores our rows by it; tests/test_rollout.py stands in for it",
     ),
-    # trainer.py: overridden
-    (f"{SYNC}.__init__", "(self, config)", "trainer.SkpoTrainer.__init__ extends it"),
-    (f"{SYNC}._build_replay_buffer", "(self)", "trainer.SkpoTrainer sets trainer_mode before it runs"),
+    # base_trainer.py, trainer.py, baselines.py: overridden
+    (f"{SYNC}.__init__", "(self, config)", "base_trainer.BaseTrainer.__init__ extends it"),
+    (f"{SYNC}._build_replay_buffer", "(self)", "base_trainer.BaseTrainer sets trainer_mode before it runs"),
+    (f"{SYNC}._init_dataloader", "(self)", "base_trainer.BaseTrainer replaces train_dataloader after it"),
     (f"{SYNC}.on_init_end", "(self)", "trainer.SkpoTrainer sets the loss function there"),
-    (f"{SYNC}._load_checkpoint", "(self)", "trainer.SkpoTrainer loads its state after it"),
-    (f"{SYNC}._save_checkpoint", "(self)", "trainer.SkpoTrainer saves its state before it"),
-    (f"{SYNC}.on_validate_begin", "(self)", "trainer.SkpoTrainer adds its metrics file at the first hook of fit()"),
-    (f"{SYNC}.on_train_begin", "(self)", "trainer.SkpoTrainer adds its metrics file at the first hook of fit()"),
-    (f"{SYNC}._fetch_one_gen_batch", "(self)", "trainer.SkpoTrainer adds uid, split position and seed to its batch"),
+    (f"{SYNC}._load_checkpoint", "(self)", "base_trainer.BaseTrainer loads its state after it"),
+    (f"{SYNC}._save_checkpoint", "(self)", "base_trainer.BaseTrainer saves its state before it; on_train_end calls it"),
+    (
+        f"{SYNC}.on_validate_begin",
+        "(self)",
+        "base_trainer.BaseTrainer adds its metrics file at the first hook of fit(); on_train_end calls it",
+    ),
+    (f"{SYNC}.on_train_begin", "(self)", "base_trainer.BaseTrainer adds its metrics file at the first hook of fit()"),
+    (f"{SYNC}.on_step_begin", "(self)", "base_trainer.BaseTrainer starts the token counts of the step there"),
+    (f"{SYNC}.on_step_end", "(self)", "base_trainer.BaseTrainer ends training there when the budget is spent"),
+    (f"{SYNC}.on_train_end", "(self)", "base_trainer.BaseTrainer saves and validates there when the budget is spent"),
+    (
+        f"{SYNC}._fetch_one_gen_batch",
+        "(self)",
+        "base_trainer.BaseTrainer adds uid, split position, seed and step to its batch",
+    ),
     (
         f"{SYNC}._balance_batch",
         "(self, batch, metrics, logging_prefix='global_seqlen', keep_minibatch=False)",
-        "trainer.SkpoTrainer orders the rows after it",
+        "base_trainer.BaseTrainer sorts the rows before it, trainer.SkpoTrainer orders them after it",
     ),
-    (f"{SYNC}._compute_advantage", "(self, batch, metrics)", "trainer.SkpoTrainer replaces it"),
-    (f"{SYNC}._update_actor", "(self, batch, metrics)", "trainer.SkpoTrainer turns sums into shares after it"),
-    # trainer.py and loss.py: called
+    (
+        f"{SYNC}._compute_advantage",
+        "(self, batch, metrics)",
+        "trainer.SkpoTrainer and baselines.SpoTrainer replace it, baselines.BaselineTrainer logs after it",
+    ),
+    (
+        f"{SYNC}._update_actor",
+        "(self, batch, metrics)",
+        "trainer.SkpoTrainer turns sums into shares after it, baselines.SpoTrainer reads the KL",
+    ),
+    # base_trainer.py, trainer.py, baselines.py and loss.py: called
+    (f"{SYNC}._validate", "(self)", "base_trainer.on_train_end calls it and logs what it returns"),
+    (f"{SYNC}.on_validate_end", "(self)", "base_trainer.on_train_end calls it after validation"),
+    (
+        "torchdata.stateful_dataloader:StatefulDataLoader.__init__",
+        "(self, dataset, batch_size=1, shuffle=None, sampler=None, batch_sampler=None, num_workers=0, collate_fn=None, "
+        "pin_memory=False, drop_last=False, timeout=0, worker_init_fn=None, multiprocessing_context=None, "
+        "generator=None, *, prefetch_factor=None, persistent_workers=False, pin_memory_device='', in_order=True, "
+        "snapshot_every_n_steps=1)",
+        "base_trainer._init_dataloader gives it curriculum.PrioritisedBatches as batch_sampler",
+    ),
+    (
+        "verl.utils.dataset.rl_dataset:collate_fn",
+        "(data_list)",
+        "base_trainer._init_dataloader collates prompts by it, as verl's own loader",
+    ),
+    (
+        "verl.workers.engine_workers:ActorRolloutRefWorker.compute_log_prob",
+        "(self, data)",
+        "base_trainer._log_ratios asks for the log-probs of stored segments by it",
+    ),
+    (
+        "verl.utils.tensordict_utils:list_of_dict_to_tensordict",
+        "(list_of_dicts)",
+        "base_trainer._log_ratios makes the rows that it puts by it",
+    ),
+    (
+        "verl.workers.utils.padding:response_from_nested",
+        "(tensor, response_mask)",
+        "base_trainer._log_ratios cuts the responses' log-probs out by it",
+    ),
+    (
+        "transfer_queue:kv_clear",
+        "(keys, partition_id)",
+        "base_trainer._log_ratios empties its own partition by it",
+    ),
     (
         "verl.workers.engine_workers:ActorRolloutRefWorker.set_loss_fn",
         "(self, loss_fn)",
@@ -99,14 +165,14 @@ SEAMS = [
     (
         "transfer_queue:kv_batch_get",
         "(keys, partition_id, select_fields=None)",
-        "trainer._compute_advantage reads rows by it",
+        "trainer and baselines read rows by it in _compute_advantage, base_trainer._log_ratios all fields at once",
     ),
     (
         "transfer_queue:kv_batch_put",
         "(keys, partition_id, fields=None, tags=None, data_parser=None)",
-        "trainer._compute_advantage writes advantages by it",
+        "trainer and baselines write advantages by it, base_trainer._log_ratios rows with tags",
     ),
-    ("transfer_queue:KVBatchMeta.reorder", "(self, indexes)", "trainer._balance_batch orders rows by it"),
+    ("transfer_queue:KVBatchMeta.reorder", "(self, indexes)", "both _balance_batch order rows by it"),
     (
         "verl.trainer.ppo.core_algos:register_adv_est",
         "(name_or_enum)",
@@ -117,7 +183,11 @@ SEAMS = [
         "(name_or_enum)",
         "trainer._compute_advantage looks 'skpo' up",
     ),
-    ("verl.trainer.ppo.v1.trainer_base:register_trainer", "(name)", "trainer registers SkpoTrainer as 'skpo'"),
+    (
+        "verl.trainer.ppo.v1.trainer_base:register_trainer",
+        "(name)",
+        "trainer registers SkpoTrainer as 'skpo', baselines theirs as 'skpo_baseline' and 'skpo_spo'",
+    ),
     (
         "verl.utils.seqlen_balancing:get_seqlen_balanced_partitions",
         "(seqlen_list, k_partitions, equal_size)",
@@ -138,7 +208,7 @@ SEAMS = [
     (
         "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run",
         "(self, config)",
-        "main.SkpoTaskRunner.run extends it: it imports our trainer first",
+        "main.SkpoTaskRunner.run extends it: it imports our trainers first",
     ),
     (
         "verl.utils.config:validate_config",
@@ -181,35 +251,55 @@ def test_signature_is_the_pinned_one(place: str, pinned: str, ours: str) -> None
 
 
 def our_classes() -> dict[str, tuple[type, str]]:
-    from recipe.skpo.rollout import SkpoAgentLoopManager, SkpoAgentLoopWorker
-    from recipe.skpo.trainer import SkpoTrainer
+    """Every class of ours that stands below one of verl's, with the latter's place."""
+    from recipe.skpo import base_trainer, baselines, rollout, trainer
 
-    pairs = [(SkpoAgentLoopWorker, WORKER), (SkpoAgentLoopManager, MANAGER), (SkpoTrainer, SYNC)]
-    return {ours.__name__: (ours, base) for ours, base in pairs}
+    found = {}
+    for module in (rollout, base_trainer, trainer, baselines):
+        for name, value in vars(module).items():
+            if inspect.isclass(value) and value.__module__ == module.__name__:
+                for place in (WORKER, MANAGER, SYNC):
+                    if issubclass(value, locate(place)):
+                        found[name] = (value, place)
+    return found
 
 
-@pytest.mark.parametrize("name", ["SkpoAgentLoopWorker", "SkpoAgentLoopManager", "SkpoTrainer"])
+OURS = ["MeteredWorker", "SkpoAgentLoopWorker", "MeteredManager", "SkpoAgentLoopManager"]
+OURS += ["BaseTrainer", "SkpoTrainer", "BaselineTrainer", "SpoTrainer"]
+
+
+def overridden(name: str) -> dict[str, Any]:
+    """What a class of ours overrides of verl's, by name."""
+    ours, place = our_classes()[name]
+    base = locate(place)
+    return {key: value for key, value in vars(ours).items() if callable(value) and hasattr(base, key)}
+
+
+def test_every_class_below_one_of_verls_is_known_here() -> None:
+    assert sorted(our_classes()) == sorted(OURS)
+    # It only names another worker class.
+    assert [name for name in OURS if not overridden(name)] == ["SkpoAgentLoopManager"]
+
+
+@pytest.mark.parametrize("name", OURS)
 def test_every_override_is_in_the_table(name: str) -> None:
-    ours, place = our_classes()[name]
-    base = locate(place)
-    assert issubclass(ours, base)
-    overrides = {f"{place}.{key}" for key, value in vars(ours).items() if callable(value) and hasattr(base, key)}
-    missing = overrides - {seam for seam, _, _ in SEAMS}
-    assert overrides and not missing, f"pin the signature of {', '.join(sorted(missing))} in SEAMS"
+    place = our_classes()[name][1]
+    missing = {f"{place}.{key}" for key in overridden(name)} - {seam for seam, _, _ in SEAMS}
+    assert not missing, f"pin the signature of {', '.join(sorted(missing))} in SEAMS"
 
 
-@pytest.mark.parametrize("name", ["SkpoAgentLoopWorker", "SkpoAgentLoopManager", "SkpoTrainer"])
+@pytest.mark.parametrize("name", OURS)
 def test_every_override_can_be_called_as_upstream_calls_it(name: str) -> None:
-    ours, place = our_classes()[name]
-    base = locate(place)
-    for key, value in vars(ours).items():
-        if not callable(value) or not hasattr(base, key):
-            continue
+    base = locate(our_classes()[name][1])
+    for key, value in overridden(name).items():
         upstream = inspect.signature(getattr(base, key))
         positional = [p.name for p in upstream.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        keywords = {p.name: None for p in upstream.parameters.values() if p.kind is p.KEYWORD_ONLY}
+        keywords.pop("_ray_trace_ctx", None)  # Ray's own, handed over by its wrapper alone
+        positional = [parameter for parameter in positional if parameter != "_ray_trace_ctx"]
         mine = inspect.signature(value)
-        mine.bind(*positional)  # raises TypeError where it cannot
-        mine.bind("self", **{parameter: None for parameter in positional[1:]})
+        mine.bind(*positional, **keywords)  # raises TypeError where it cannot
+        mine.bind("self", **{parameter: None for parameter in positional[1:]}, **keywords)
         assert inspect.iscoroutinefunction(value) == inspect.iscoroutinefunction(getattr(base, key)), key
 
 
@@ -273,9 +363,12 @@ def test_our_names_are_registered_with_verl() -> None:
     from verl.trainer.ppo.v1 import get_trainer_cls
 
     from recipe.skpo.advantage import skpo_advantage
+    from recipe.skpo.baselines import BaselineTrainer, SpoTrainer
     from recipe.skpo.trainer import SkpoTrainer
 
     assert get_trainer_cls("skpo") is SkpoTrainer
+    assert get_trainer_cls("skpo_baseline") is BaselineTrainer
+    assert get_trainer_cls("skpo_spo") is SpoTrainer
     assert get_adv_estimator_fn("skpo") is skpo_advantage
 
 
@@ -305,32 +398,32 @@ FACTS = [
     (
         f"{BASE}._balance_batch",
         "dp_size = max(dp_rank_mapping) + 1",
-        "trainer._data_parallel_size computes it in the same way, from the same _dispatch_info['actor']",
+        "base_trainer._data_parallel_size computes it in the same way, from the same _dispatch_info['actor']",
     ),
     (
         f"{BASE}._balance_batch",
         "worker_group._dispatch_info[role] = dp_rank_mapping",
-        "trainer._data_parallel_size reads it",
+        "base_trainer._data_parallel_size reads it",
     ),
     (
         f"{BASE}._step_once",
         "batch = self._balance_batch(batch, metrics=metrics)",
-        "trainer orders rows once per step, before log-probs and advantages",
+        "rows are ordered and tokens counted once per step, before log-probs and advantages",
     ),
     (
         f"{BASE}.__init__",
         "self.replay_buffer = self._build_replay_buffer()",
-        "trainer._build_replay_buffer sets trainer_mode = 'sync' before anything compares it",
+        "base_trainer._build_replay_buffer sets trainer_mode = 'sync' before anything compares it",
     ),
     (
         f"{BASE}._build_replay_buffer",
         'ReplayBuffer if self.trainer_mode == "sync" else ReplayBufferAsync',
-        "trainer._build_replay_buffer sets trainer_mode = 'sync'",
+        "base_trainer._build_replay_buffer sets trainer_mode = 'sync'",
     ),
     (
         f"{BASE}._load_checkpoint",
         "self.global_steps = 0",
-        "trainer._load_checkpoint knows a fresh start by it",
+        "base_trainer._load_checkpoint knows a fresh start by it",
     ),
     (
         f"{BASE}._load_checkpoint",
@@ -340,23 +433,23 @@ FACTS = [
     (
         f"{BASE}._save_checkpoint",
         'self.config.trainer.default_local_dir, "latest_checkpointed_iteration.txt"',
-        "trainer._save_checkpoint: our state is written before this marker",
+        "base_trainer._save_checkpoint: our state is written before this marker",
     ),
     (
         f"{BASE}._save_checkpoint",
         'self.config.trainer.default_local_dir, f"global_step_{self.global_steps}"',
-        "trainer._checkpoint_folder names the same folder",
+        "base_trainer._checkpoint_folder names the same folder",
     ),
     (
         f"{BASE}.fit",
         "self.logger = Tracking(",
-        "trainer._open_metrics_file adds ours to Tracking.logger in the first hook after it",
+        "base_trainer._open_metrics_file adds ours to Tracking.logger in the first hook after it",
     ),
-    ("verl.utils.tracking:Tracking.__init__", "self.logger = {}", "trainer._open_metrics_file adds ours to it"),
+    ("verl.utils.tracking:Tracking.__init__", "self.logger = {}", "base_trainer._open_metrics_file adds ours to it"),
     (
         "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer",
         "time.sleep(self.poll_interval)",
-        "trainer._build_replay_buffer sets poll_interval",
+        "base_trainer._build_replay_buffer sets poll_interval",
     ),
     (
         "verl.trainer.ppo.padding_utils:upsample_batch_to_divisible_size",
@@ -366,12 +459,73 @@ FACTS = [
     (
         "verl.trainer.ppo.padding_utils:construct_minimal_padding_template",
         "is_padding=True",
-        "trainer tells padding rows by this tag",
+        "trainer and baselines tell padding rows by this tag",
     ),
     (
         f"{WORKER}._agent_loop_postprocess",
         'keys.append(f"{uid}_{session_id}_{i}")',
-        "trainer._balance_batch takes uid and session from the keys",
+        "base_trainer._balance_batch takes uid and session from the keys",
+    ),
+    (
+        f"{BASE}.fit",
+        "self.on_step_begin() self._start_profiling() batch = self.step(",
+        "base_trainer.on_step_begin starts the token counts before the step's prompts are submitted",
+    ),
+    (
+        f"{BASE}.fit",
+        "self.global_steps <= self.total_training_steps:",
+        "base_trainer.on_step_end ends the loop by lowering total_training_steps",
+    ),
+    (
+        f"{BASE}.fit",
+        "self.global_steps += 1 SkipManager.set_step(self.global_steps) current_epoch",
+        "base_trainer.on_train_end takes the step back that verl has counted on",
+    ),
+    (f"{BASE}.fit", "self.on_train_end() # Ensure", "base_trainer.on_train_end runs when the loop ends of itself"),
+    (
+        f"{BASE}._step_once",
+        "batch = self._compute_old_log_prob(batch, metrics=metrics)",
+        "base_trainer._log_ratios and trainer._compute_advantage read old_log_probs",
+    ),
+    (
+        f"{BASE}._compute_old_log_prob",
+        '{ "calculate_entropy": True, "compute_loss": False, "temperature":',
+        "base_trainer._log_ratios asks for log-probs by the same options",
+    ),
+    (
+        f"{BASE}._compute_old_log_prob",
+        'response_from_nested(data.pop("log_probs"), data["response_mask"])',
+        "base_trainer._log_ratios reads the same field in the same way",
+    ),
+    (
+        f"{BASE}._init_dataloader",
+        "self.train_dataloader_it = None",
+        "base_trainer._init_dataloader replaces the loader before anything iterates over it",
+    ),
+    (
+        f"{BASE}._init_dataloader",
+        "self.steps_per_epoch = len(self.train_dataset) // self.config.data.train_batch_size",
+        "curriculum.PrioritisedBatches has as many batches per epoch",
+    ),
+    (
+        f"{BASE}._load_checkpoint",
+        "self.train_dataloader.load_state_dict(dataloader_state_dict)",
+        "curriculum.PrioritisedBatches is resumed by it",
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        "torch.save(self.train_dataloader.state_dict(), dataloader_local_path)",
+        "curriculum.PrioritisedBatches is saved by it",
+    ),
+    (
+        f"{WORKER}._run_prompt",
+        "run_sampling_params, trajectory=trajectory, trace=trace, session_id=i, **prompt",
+        "rollout.MeteredWorker._run_agent_loop finds session_id and the prompt's seed among its keywords",
+    ),
+    (
+        f"{LOOPS}:AgentLoopWorker._run_agent_loop",
+        "server_manager=self.llm_client,",
+        "rollout.MeteredWorker counts the requests of verl's agent loop by the client that it puts there",
     ),
     (
         f"{WORKER}._agent_loop_postprocess",
@@ -386,17 +540,17 @@ FACTS = [
     (
         f"{MANAGER}._init_agent_loop_workers",
         "self.agent_loop_workers_class.options(",
-        "rollout.SkpoAgentLoopManager names our worker class there",
+        "rollout.MeteredManager names our worker class there",
     ),
     (
         "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run",
         "get_trainer_cls(config.trainer.v1.trainer_mode)",
-        "trainer.v1.trainer_mode=skpo chooses trainer.SkpoTrainer",
+        "trainer.v1.trainer_mode chooses among our trainers",
     ),
     (
         "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.init_agent_loop_manager",
         'rollout.get("agent", {}).get("agent_loop_manager_class")',
-        "config/skpo_trainer.yaml names rollout.SkpoAgentLoopManager there",
+        "config/method/*.yaml name rollout.SkpoAgentLoopManager or rollout.MeteredManager there",
     ),
 ]
 

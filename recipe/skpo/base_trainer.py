@@ -22,11 +22,11 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
 from recipe.skpo.curriculum import PrioritisedBatches
-from recipe.skpo.metrics import MetricsFile, keep_lines
-from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD
+from recipe.skpo.metrics import MetricsFile
+from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
-
+from recipe.skpo.trees import FOLDER, TreeStore
 
 _DRIFT_PARTITION = "skpo_drift"
 """TransferQueue partition of the rows whose log-probs only measure drift; empty between two steps."""
@@ -34,6 +34,8 @@ _DRIFT_PARTITION = "skpo_drift"
 
 class BaseTrainer(PPOTrainerSync):
     """verl's synchronous trainer with the state, order and logging that all methods share."""
+
+    agent_loop_manager: MeteredManager
 
     def __init__(self, config: Any) -> None:
         self.settings = SkpoSettings.from_config(config.skpo)
@@ -96,7 +98,7 @@ class BaseTrainer(PPOTrainerSync):
         # verl builds its loggers inside fit(), so the first hook after that adds ours.
         loggers: dict[str, Any] = self.logger.logger
         if "metrics_file" not in loggers:
-            keep_lines(self.output_dir / "trees.jsonl", self.resumed_at)
+            self.trees = TreeStore(self.output_dir / FOLDER, self.settings.trees_max_mb, self.resumed_at)
             loggers["metrics_file"] = MetricsFile(self.output_dir / "metrics.jsonl", self.resumed_at)
 
     # ---------------------------------------------------------------- prompts out, rows in order
@@ -215,10 +217,17 @@ class BaseTrainer(PPOTrainerSync):
         if self._budget_spent():
             # verl saves and validates in a last step that it knows beforehand.  It has counted on by now.
             self.global_steps -= 1
-            self._save_checkpoint()
-            self.on_validate_begin()
-            self.logger.log(data=self._validate(), step=self.global_steps)
-            self.on_validate_end()
+            if self._due_at_the_end("save_freq"):
+                self._save_checkpoint()
+            if self._due_at_the_end("test_freq"):
+                self.on_validate_begin()
+                self.logger.log(data=self._validate(), step=self.global_steps)
+                self.on_validate_end()
+
+    def _due_at_the_end(self, name: str) -> bool:
+        """Whether the last step has yet to do what it does every ``trainer.<name>`` steps; not above 0 means never."""
+        frequency = self.config.trainer[name]
+        return frequency > 0 and self.global_steps % frequency != 0
 
 
 def _with_response(row: Mapping[str, Any], token_ids: np.ndarray) -> dict[str, Any]:

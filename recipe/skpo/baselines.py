@@ -6,8 +6,6 @@ times as many prompts, advantage R - V_before normalised over the batch, no warm
 verl's clipped surrogate.  Every response counts as ``downstream`` in the metrics.
 """
 
-from typing import Any
-
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict

@@ -5,6 +5,9 @@
 Everything that can be known to be wrong before a model is loaded stops the run here, in one line.
 """
 
+import hashlib
+import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +25,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from recipe.skpo.html_report import write_report
 from recipe.skpo.preflight import (
     check_config,
     check_data,
@@ -32,6 +36,8 @@ from recipe.skpo.preflight import (
 )
 from recipe.skpo.report import summary
 from recipe.skpo.settings import HALF_LIVES, RECORDS, ConfigError, SkpoSettings, known_keys
+
+logger = logging.getLogger(__name__)
 
 
 def rows_per_prompt(group_size: int) -> int:
@@ -53,6 +59,15 @@ OmegaConf.register_new_resolver("skpo_half_life", lambda drift: HALF_LIVES.get(d
 OmegaConf.register_new_resolver(
     "platform_dtype", lambda name: {"bfloat16": "bf16", "float32": "fp32"}[name], replace=True
 )
+
+
+def digest(choices: Any) -> str:
+    """Eight hex digits that differ when any of the choices does."""
+    plain = OmegaConf.to_container(choices, resolve=True) if OmegaConf.is_config(choices) else choices
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+OmegaConf.register_new_resolver("skpo_digest", digest, replace=True)
 
 
 def detect_platform() -> str:
@@ -115,13 +130,20 @@ def apply_platform(config: DictConfig) -> None:
 
 
 def prepare_data(config: DictConfig) -> None:
-    """Make the embedded task if one of its files is to be used and not there yet."""
-    folder = config.data.get("embedded")
+    """Make the data set's files if one of them is to be used and not there yet."""
+    folder = config.data.get("embedded") or config.data.get("prepared")
     files = [f"{folder}/train.parquet", f"{folder}/val.parquet"] if folder else []
-    if any(file in (config.data.train_files, config.data.val_files) and not Path(file).exists() for file in files):
+    if not any(file in (config.data.train_files, config.data.val_files) and not Path(file).exists() for file in files):
+        return
+    if config.data.get("embedded"):
         from data_prep import arithmetic
 
         arithmetic.prepare(Path(folder))
+    else:
+        from data_prep.training import TrainingData, prepare_training
+
+        choices: Any = OmegaConf.to_container(config.data.prepare)
+        prepare_training(Path(folder), TrainingData(**choices))
 
 
 def prepare_model(config: DictConfig) -> None:
@@ -198,6 +220,15 @@ def launch(config: DictConfig) -> None:
             ray.shutdown()
 
 
+def report(output_dir: Path, minutes: float | None = None) -> None:
+    """Print the summary and write the page; a page that cannot be made does not fail a run that is finished."""
+    print(summary(output_dir, minutes))
+    try:
+        print(f"  report       {write_report(output_dir)}")
+    except Exception:  # process border: the run and everything it wrote are good
+        logger.exception("no report.html; `python -m recipe.skpo.html_report %s` tries again", output_dir)
+
+
 @hydra.main(version_base=None, config_path="config", config_name="skpo_trainer")
 def run(config: DictConfig) -> None:
     """Check, prepare, train, report."""
@@ -223,16 +254,17 @@ def run(config: DictConfig) -> None:
         sys.exit(f"error: {error.full_key}: {str(error).splitlines()[0]}")
     output_dir = Path(config.output_dir)
     if finished:
+        limit = "budget.tokens" if config.budget.match == "tokens" else "trainer.total_training_steps"
         print(
-            f"this run is finished; for another one give output_dir=<folder>, to go on trainer.total_training_steps="
-            f"<more than {config.trainer.total_training_steps}>"
+            f"this run is finished; for another one give output_dir=<folder>, to go on {limit}="
+            f"<more than {OmegaConf.select(config, limit)}>"
         )
-        print(summary(output_dir))
+        report(output_dir)
         return
     output_dir.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(config, output_dir / "config.yaml")
     launch(config)
-    print(summary(output_dir, minutes=(time.monotonic() - started) / 60))
+    report(output_dir, minutes=(time.monotonic() - started) / 60)
 
 
 def main() -> None:

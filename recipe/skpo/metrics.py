@@ -1,4 +1,4 @@
-"""What a run shows: metrics split by role, the metrics file, and rollout trees for people to read.
+"""What a run shows in numbers: metrics split by role, and the metrics file.
 
 verl's own score and length metrics mix both phases' rows; everything published here is under ``skpo/upstream``,
 ``skpo/downstream`` or ``skpo/tracker``.  Names avoid the substrings that verl reduces by (max, min, sum, total).
@@ -133,56 +133,15 @@ def keep_lines(path: Path, resumed_at: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics or trees file; what a kill left incomplete is skipped."""
+    """Lines of a metrics file; what a kill left incomplete is skipped."""
     if not path.is_file():
         return []
     lines = []
-    for line in path.read_text().splitlines():
+    # Not splitlines: model text may hold U+0085 or U+2028, which it takes for ends of lines.  A kill may have torn a
+    # character apart.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             continue
     return lines
-
-
-def rollout_tree(
-    problem: str,
-    answer: str,
-    record: Mapping[str, Any],
-    responses: Sequence[Mapping[str, Any]],
-    segment: Mapping[str, Any],
-    decode: Any,
-) -> dict[str, Any]:
-    """One prompt's rollout as a JSON-ready record: problem, candidates, chosen segment, responses.
-
-    Args:
-        problem, answer: texts.
-        record: the upstream row's record from ``rollout``.
-        responses: per sibling ``text``, ``reward``, ``advantage``.
-        segment: ``reward``, ``advantage`` of the chosen segment.
-        decode: token ids to text.
-    """
-    candidates = [
-        {
-            "text": decode(candidate["token_ids"]),
-            "deviation": candidate["deviation"],
-            "ended_early": candidate["ended_early"],
-        }
-        for candidate in record["candidates"]
-    ]
-    return {
-        "problem": problem,
-        "answer": answer,
-        "split_position": record["split_position"],
-        "candidates": candidates,
-        "chosen": record["chosen"],
-        "segment": {"text": candidates[record["chosen"]]["text"], **segment},
-        "responses": list(responses),
-    }
-
-
-def append_trees(path: Path, trees: Sequence[Mapping[str, Any]]) -> None:
-    """Append trees to a JSON-lines file, one per line."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(tree, ensure_ascii=False) + "\n" for tree in trees)

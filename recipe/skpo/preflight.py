@@ -11,15 +11,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError, check_parquet
 from recipe.skpo.settings import ConfigError, SkpoSettings
-from recipe.skpo.state import require_state_file, saved_tokens
+from recipe.skpo.state import saved_tokens
+from reward_fns import route
+from reward_fns.forms import check_format
 
+OUR_REWARD = "pkg://reward_fns"
 
 METHOD_SETTINGS = {
-    "rollout": (
-        "candidates split split_low split_high boundaries selection skip chat_quote upstream_reward initial_length "
-        "trees_per_step"
-    ).split(),
-    "objective": "weight_up weight_down clip_low clip_high downstream_aggregation prompt_timeout_s".split(),
+    "rollout": [
+        *("candidates", "split", "split_low", "split_high", "boundaries", "selection", "skip", "chat_quote"),
+        *("upstream_reward", "initial_length", "prompt_timeout_s", "trees_per_step", "trees_max_mb"),
+    ],
+    "objective": ["weight_up", "weight_down", "clip_low", "clip_high", "downstream_aggregation"],
     "tracker": ["tracker"],
     "curriculum": ["curriculum"],
 }
@@ -80,7 +83,7 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
         if strategy not in ("fsdp", "fsdp2") or attention not in ("sdpa", "eager"):
             raise ConfigError(
                 f"share_prefixes: needs actor.strategy fsdp or fsdp2 (is {strategy}) and "
-                f"+actor_rollout_ref.model.override_config.attn_implementation=sdpa (is {attention}); or set it to false"
+                f"+actor_rollout_ref.model.override_config.attn_implementation=sdpa (is {attention}); or set false"
             )
     trainers = {"skpo": "skpo", "spo": "skpo_spo"}
     wanted_trainer = trainers.get(config.method.name, "skpo_baseline")
@@ -100,6 +103,18 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
             f"budget.tokens: is {config.budget.tokens}; give the number of tokens to generate, such as the last "
             f"skpo/tokens/generated_so_far in the metrics.jsonl of the run to compare with"
         )
+    if config.budget.match == "steps" and config.budget.tokens is not None:
+        raise ConfigError(
+            f"budget.tokens: is {config.budget.tokens} with budget=steps; give budget=tokens too, or leave it out"
+        )
+    if settings.curriculum.enable and "curriculum" in config.method.uses:
+        fetched = config.data.get("gen_batch_size") or batch
+        if fetched != batch or config.trainer.v1.sampler.sync_refill_failed_groups:
+            raise ConfigError(
+                "skpo.curriculum.enable: must be false where prompts are fetched in other numbers than a batch "
+                "(data.gen_batch_size, trainer.v1.sampler.sync_refill_failed_groups)"
+            )
+    check_reward(config)
     if config.method.name == "skpo":
         _check_context(config, settings)
 
@@ -126,8 +141,19 @@ def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
         )
 
 
+def check_reward(config: DictConfig) -> None:
+    """Refuse an unknown option of our own reward.
+
+    Raises:
+        ValueError: naming the config path and the known values.
+    """
+    reward = config.reward.custom_reward_function
+    if reward.path == OUR_REWARD:
+        check_format((reward.get("reward_kwargs") or {}).get("answer_format", "any"))
+
+
 def check_data(config: DictConfig) -> None:
-    """Check the parquet files.
+    """Check the parquet files, and that our own reward, where it is used, knows their data sources.
 
     Raises:
         DataError: naming file, row or column, and the fix.
@@ -143,6 +169,13 @@ def check_data(config: DictConfig) -> None:
         raise DataError(
             f"data.train_files: {rows} rows are fewer than data.train_batch_size={config.data.train_batch_size}"
         )
+    if config.reward.custom_reward_function.path == OUR_REWARD:
+        for _, file, table in tables:
+            for data_source in table["data_source"].unique().to_pylist():
+                try:
+                    route(data_source)
+                except ValueError as error:
+                    raise DataError(f"{file}: {error}") from error
     _check_unique_over_files(train)
 
 
@@ -200,14 +233,14 @@ def _tokenizer(config: DictConfig):
 
 
 def check_resume(config: DictConfig) -> None:
-    """Refuse to resume from a checkpoint without SKPO's state.
+    """Refuse to resume from a checkpoint whose SKPO state is missing, damaged or of another version.
 
     Raises:
         StateError: naming the folder.
     """
     folder = resume_folder(config)
     if folder is not None:
-        require_state_file(folder)
+        saved_tokens(folder)
 
 
 def is_finished(config: DictConfig) -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.skpo.metrics import read_lines
+from recipe.skpo.trees import read_trees, spread, tree_index
 
 
 def held_out(line: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -67,12 +68,12 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
 
 def write_sample_trees(output_dir: Path, count: int = 3) -> Path | None:
     """Write ``count`` rollout trees, spread from first to last, as readable text; None where there are none."""
-    trees = read_lines(output_dir / "trees.jsonl")
-    if not trees:
+    index = tree_index(output_dir)
+    if not index:
         return None
-    shown = sorted({round(index * (len(trees) - 1) / max(1, count - 1)) for index in range(count)})
     target = output_dir / "sample_trees.txt"
-    target.write_text("\n\n".join(render_tree(trees[index]) for index in shown) + "\n")
+    shown = read_trees([index[place] for place in spread(len(index), count)])
+    target.write_text("\n\n".join(render_tree(tree) for tree in shown) + "\n")
     return target
 
 
@@ -80,8 +81,8 @@ def render_tree(tree: dict[str, Any]) -> str:
     """One rollout tree as text: problem, candidates with d, chosen segment, responses with rewards."""
     lines = [f"step {tree['step']}   problem: {tree['problem']}   answer: {tree['answer']}"]
     lines.append(f"  upstream candidates, cut at t_q = {tree['split_position']}")
-    for index, candidate in enumerate(tree["candidates"]):
-        mark = "->" if index == tree["chosen"] else "  "
+    for candidate in tree["candidates"]:
+        mark = "->" if candidate["chosen"] else "  "
         early = "  (ended early)" if candidate["ended_early"] else ""
         lines.append(f"  {mark} d={candidate['deviation']:.3f}  {candidate['text']!r}{early}")
     segment = tree["segment"]

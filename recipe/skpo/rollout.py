@@ -33,6 +33,7 @@ from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.prompts import automatic_bos
 from recipe.skpo.segments import Segment, cut_segment, last_boundary, select_segment, skip_prompt
 from recipe.skpo.settings import SkpoSettings
 
@@ -77,18 +78,6 @@ def log_failures(results: Sequence[object], what: str) -> None:
             logger.error("%s %d failed", what, index, exc_info=result)
 
 
-def automatic_bos(tokenizer: Any) -> int | None:
-    """The BOS that prompts of this tokenizer start with, or None.
-
-    Only a token that the tokenizer or its chat template puts there as BOS counts: in ChatML models like SmolLM2 the
-    "BOS" is ``<|im_start|>``, the mark of a turn, and moving it would tear the first turn apart.
-    """
-    bos = tokenizer.bos_token_id
-    template = str(tokenizer.chat_template or "")
-    starts_with_bos = bos is not None and list(tokenizer("").input_ids[:1]) == [bos]
-    return bos if starts_with_bos or "bos_token" in template else None
-
-
 class MeteredClient:
     """verl's LLM client, which counts the tokens of every training request, discarded ones included."""
 
@@ -117,12 +106,12 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = SkpoSettings.from_config(self.config.skpo)
-        self.llm_client = self.meter = MeteredClient(self.llm_client)
+        self.llm_client: MeteredClient = MeteredClient(self.llm_client)
 
     def take_tokens(self) -> dict[str, int]:
         """Tokens of all requests since the last call: ``generated``, ``prefilled``, ``cached``."""
-        taken = self.meter.tokens
-        self.meter.tokens = dict.fromkeys(taken, 0)
+        taken = self.llm_client.tokens
+        self.llm_client.tokens = dict.fromkeys(taken, 0)
         return taken
 
     async def _run_agent_loop(
@@ -209,15 +198,14 @@ class SkpoAgentLoopWorker(MeteredWorker):
             raise RolloutError(f"skip prompt of {len(skip.request_ids)} tokens leaves no room in max_model_len")
 
         upstream_done = time.perf_counter()
-        own = self.settings.upstream_reward == "own"
-        completion = (
-            self._complete(uid, candidates[chosen], problem_ids, sampling_params, seed, prompt) if own else None
-        )
+        own = []
+        if self.settings.upstream_reward == "own":
+            own.append(self._complete(uid, candidates[chosen], problem_ids, sampling_params, seed, prompt))
         requests = [
             self._respond(f"{uid}-down", index, skip, dict(sampling_params, max_tokens=budget), seed, prompt)
             for index in range(size)
         ]
-        settled = await asyncio.gather(*requests, *([completion] if completion else []), return_exceptions=True)
+        settled = await asyncio.gather(*requests, *own, return_exceptions=True)
         log_failures(settled, f"prompt {prompt['id']} ({uid}): sibling")
         siblings, completed = settled[:size], settled[size:]
         responses = [response for response in siblings if isinstance(response, AgentLoopOutput)]
@@ -331,7 +319,9 @@ class SkpoAgentLoopWorker(MeteredWorker):
     async def _generate(
         self, route: str, index: int, prompt_ids: list[int], params: dict, seed: int, name: str = ""
     ) -> TokenOutput:
-        """One request; ``route`` and ``index`` tell it apart, and ``name`` where several share both.  The server empties the parameters it is given, so each gets its own copy.
+        """One request; ``route`` and ``index`` tell it apart, and ``name`` where several share both.
+
+        The server empties the parameters it is given, so each request gets its own copy.
 
         Raises:
             RolloutError: an answer without tokens or without one log-prob per token, as an aborted request gives.
@@ -381,6 +371,7 @@ class SkpoAgentLoopWorker(MeteredWorker):
             "candidates": [
                 {
                     "token_ids": list(candidate.segment.token_ids),
+                    "rest_ids": list(candidate.output.token_ids)[len(candidate.segment.token_ids) :],
                     "deviation": candidate.segment.deviation,
                     "ended_early": candidate.ended_early,
                 }
@@ -427,7 +418,8 @@ class MeteredManager(AgentLoopManagerTQ):
 
     def take_tokens(self) -> dict[str, int]:
         """Tokens of all workers' requests since the last call: ``generated``, ``prefilled``, ``cached``."""
-        counts = ray.get([worker.take_tokens.remote() for worker in self.agent_loop_workers])
+        workers: list[Any] = self.agent_loop_workers
+        counts = ray.get([worker.take_tokens.remote() for worker in workers])
         return {name: sum(count[name] for count in counts) for name in counts[0]}
 
 

@@ -100,9 +100,11 @@ def last_boundary(
         found = [(text.rfind(boundary), boundary) for boundary in boundary_texts]
         end = max((start + len(boundary) for start, boundary in found if start >= 0), default=0)
         if end:
-            # The first prefix whose text reaches that far: the text of a prefix grows with the prefix.
-            cut = max(cut, bisect_left(range(len(token_ids)), end, key=lambda n: len(decode(token_ids[:n]))))
-    return min(cut, len(token_ids)) or None
+            # The first prefix that holds the text up to there.  Its length would mislead: the first bytes of a
+            # character decode to a replacement character, which is as long as the character itself.
+            held = bisect_left(range(len(token_ids)), True, key=lambda n: decode(token_ids[:n]).startswith(text[:end]))
+            cut = max(cut, held)
+    return cut or None
 
 
 def cut_segment(

@@ -107,8 +107,8 @@ class SkpoSettings:
         selection: which candidate is kept: ``median`` (the paper), ``extreme``, ``first``, ``random``; see
             ``segments.select_segment``.
         skip: what the siblings continue: ``concat`` (the paper: the tokens of s, then those of the templated q),
-            ``chat`` (q's template with s quoted inside the user turn), ``continual`` (q, then s as the hard beginning of
-            the response), ``unconditional`` (q alone).
+            ``chat`` (q's template with s quoted inside the user turn), ``continual`` (q, then s as the hard beginning
+            of the response), ``unconditional`` (q alone).
         chat_quote: the user turn of ``chat``, with {segment} and {problem}.
         upstream_reward: R_I: ``mc`` (the paper: mean of the siblings' rewards) or ``own`` (the reward of the chosen
             candidate's own completed response).
@@ -124,7 +124,8 @@ class SkpoSettings:
             per request in the sampler: off in the GPU platform's config.
         prompt_timeout_s: seconds that one prompt may take from q to its stored rows before it is dropped.
         poll_interval_s: seconds between two looks of verl's replay buffer at what has finished.
-        trees_per_step: rollout trees (candidates, segment, responses, rewards) written per step for people to read.
+        trees_per_step: rollout trees (candidates, segment, responses, rewards) stored per step for people to read.
+        trees_max_mb: bound of all stored trees in megabytes; over it, steps are removed so that the rest stays even.
     """
 
     group_size: int = 8
@@ -150,6 +151,7 @@ class SkpoSettings:
     prompt_timeout_s: float = 1800.0
     poll_interval_s: float = 2.0
     trees_per_step: int = 1
+    trees_max_mb: float = 64.0
 
     def __post_init__(self) -> None:
         _require_finite(self, "skpo")
@@ -180,6 +182,7 @@ class SkpoSettings:
         _require(self.prompt_timeout_s > 0, f"skpo.prompt_timeout_s: must be > 0, got {self.prompt_timeout_s}")
         _require(self.poll_interval_s > 0, f"skpo.poll_interval_s: must be > 0, got {self.poll_interval_s}")
         _require(self.trees_per_step >= 0, f"skpo.trees_per_step: must be >= 0, got {self.trees_per_step}")
+        _require(self.trees_max_mb > 0, f"skpo.trees_max_mb: must be > 0, got {self.trees_max_mb}")
 
     def _check_combinations(self) -> None:
         """Refuse values that would be ignored or could not be told apart from another choice."""

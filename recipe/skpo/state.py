@@ -200,7 +200,7 @@ class SkpoState:
         path = require_state_file(folder)
         try:
             with np.load(path, allow_pickle=False) as archive:
-                meta = json.loads(str(archive["meta"]))
+                meta = _meta(path, archive)
                 arrays = {name: archive[name] for name in archive.files if name != "meta"}
             self._check_meta(path, meta)
             for part, target in self._parts().items():
@@ -213,8 +213,6 @@ class SkpoState:
             raise _damaged(path, error) from error
 
     def _check_meta(self, path: Path, meta: dict[str, Any]) -> None:
-        if meta["format"] != _FORMAT:
-            raise StateError(f"{path}: has format {meta['format']}, this version of verl-skpo reads {_FORMAT}")
         for name, mine in (("group_size", self.settings.group_size), ("drift", self.settings.tracker.drift)):
             if meta[name] != mine:
                 raise StateError(
@@ -237,14 +235,24 @@ def saved_tokens(folder: Path) -> int:
     """Tokens that the run of this checkpoint folder had generated.
 
     Raises:
-        StateError: no state file, or a damaged one.
+        StateError: no state file, a damaged one, or one of another format.
     """
     path = require_state_file(folder)
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return int(json.loads(str(archive["meta"]))["tokens_generated"])
+            return int(_meta(path, archive)["tokens_generated"])
     except DAMAGE as error:
         raise _damaged(path, error) from error
+
+
+def _meta(path: Path, archive: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads(str(archive["meta"]))
+    if meta["format"] != _FORMAT:
+        raise StateError(
+            f"{path}: has format {meta['format']}, this version of verl-skpo reads {_FORMAT}; resume with the "
+            f"version that wrote it, or start anew with trainer.resume_mode=disable and another output_dir"
+        )
+    return meta
 
 
 def _damaged(path: Path, error: Exception) -> StateError:

@@ -56,7 +56,7 @@ class PromptRows:
         self._row = rows
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """``text``: all keys one after another, UTF-8, uint8 (bytes,); ``lengths``: characters of each, int32 (keys,)."""
+        """``text``: all keys in a row, UTF-8, uint8 (bytes,); ``lengths``: characters of each, int32 (keys,)."""
         # An array of strings would take four bytes per character and be padded to the longest key.
         text = "".join(self._row).encode("utf-8", "surrogatepass")
         lengths = np.fromiter(map(len, self._row), dtype=np.int32, count=len(self._row))

@@ -5,7 +5,7 @@ row's share of the objective are written, the trackers are updated (SPEC section
 the policy moved.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,13 +21,14 @@ from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from recipe.skpo.advantage import skpo_advantage
 from recipe.skpo.base_trainer import BaseTrainer
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
-from recipe.skpo.metrics import append_trees, rollout_metrics, rollout_tree, update_metrics
+from recipe.skpo.metrics import rollout_metrics, update_metrics
 from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
+from recipe.skpo.trees import rollout_tree, sample_rows
 
 register_adv_est("skpo")(skpo_advantage)
 
 
-def _flat(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _flat(column: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """All rows of a batch's column one after another, (tokens,), and the tokens of each, int64 (rows,).
 
     Row by row, a batch of 128 prompts x 9 rows costs as many small operations, and unbinding it twenty times that.
@@ -45,7 +46,7 @@ def _row_sums(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
 
 
 def _mean_gap(first: torch.Tensor, second: torch.Tensor, valid: torch.Tensor) -> float:
-    """Mean of abs(first - second) over the tokens of the valid rows; 0 without any.  Other rows may differ in length."""
+    """Mean of abs(first - second) over the tokens of the valid rows, 0 without any; others may differ in length."""
     rows = valid.nonzero().flatten().tolist()
     columns = [values.split(sizes.tolist()) for values, sizes in map(_flat, (first, second))]
     gaps = [float(torch.dist(columns[0][row], columns[1][row], p=1)) for row in rows]
@@ -119,18 +120,19 @@ class SkpoTrainer(BaseTrainer):
             mean_length = float(written[prompts[row]])
             drifts.append(self.state.observe(ids[row], float(rewards[row]), mean_length, measured.get(ids[row])))
         if self.settings.tracker.drift == "logratio":
-            columns = [data[name].unbind() for name in ("responses", log_probs[1])]
-            self._store_segments(
-                [ids[row] for row in segments], *([column[row] for row in segments] for column in columns)
-            )
+            tokens, then = (data[name].unbind() for name in ("responses", log_probs[1]))
+            stored = ([column[row] for row in segments] for column in (tokens, then))
+            self._store_segments([ids[row] for row in segments], *stored)
 
         records = [extra.get("skpo") for extra in data.get("extra_fields").tolist()]
         metrics.update(rollout_metrics(phase, prompts, valid, rewards, advantages, lengths, records))
         metrics.update(self._tracker_metrics([ids[row] for row in segments], baselines[segments], drifts))
-        metrics["skpo/rollout_actor_logprob_gap/mean"] = _mean_gap(*(data[name] for name in log_probs), valid)
+        metrics["skpo/rollout_actor_logprob_gap/mean"] = _mean_gap(data[log_probs[0]], data[log_probs[1]], valid)
         metrics["skpo/prompts_dropped"] = self.config.data.train_batch_size - len(segments)
-        shown = segments[: self.settings.trees_per_step]
-        self._write_trees(batch, [(row, prompts == prompts[row]) for row in shown], siblings, rewards, advantages)
+        shown = sample_rows(segments, self.settings.trees_per_step, self.settings.seed, self.global_steps)
+        if shown:
+            numbers = {"reward": rewards, "advantage": advantages, "baseline": baselines, "length": lengths}
+            self._write_trees(batch, [(row, siblings & (prompts == prompts[row])) for row in shown], numbers)
 
         spread = torch.from_numpy(np.repeat(advantages.numpy(), sizes.numpy())).masked_fill_(mask == 0, 0.0)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)])
@@ -157,34 +159,43 @@ class SkpoTrainer(BaseTrainer):
     # ---------------------------------------------------------------- rollout trees
 
     def _write_trees(
-        self,
-        batch: KVBatchMeta,
-        shown: Sequence[tuple[int, torch.Tensor]],
-        siblings: torch.Tensor,
-        rewards: torch.Tensor,
-        advantages: torch.Tensor,
+        self, batch: KVBatchMeta, shown: Sequence[tuple[int, torch.Tensor]], numbers: Mapping[str, torch.Tensor]
     ) -> None:
-        """Write rollout trees for people to read; ``shown``: row of the segment, mask of the prompt's rows."""
+        """Store rollout trees; ``shown``: row of the segment, mask of its siblings; ``numbers``: name to (rows,)."""
 
-        def decode(token_ids: Sequence[int]) -> str:
-            return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        def decode(token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
-        fields = ["responses", "raw_prompt", "reward_model", "extra_fields"]
+        fields = ["id", "prompts", "responses", "raw_prompt", "reward_model", "extra_fields"]
         trees = []
         for segment, own in shown:
-            rows = [segment, *(own & siblings).nonzero().flatten().tolist()]
+            rows = [segment, *own.nonzero().flatten().tolist()]
             data = tq.kv_batch_get(
                 keys=[batch.keys[row] for row in rows], partition_id=batch.partition_id, select_fields=fields
             )
-            texts = [decode(response.tolist()) for response in data["responses"].unbind()]
-            scored = [{"reward": float(rewards[row]), "advantage": float(advantages[row])} for row in rows]
-            tree = rollout_tree(
-                problem=data.get("raw_prompt").tolist()[0][-1]["content"],
-                answer=str(data.get("reward_model").tolist()[0]["ground_truth"]),
-                record=data.get("extra_fields").tolist()[0]["skpo"],
-                responses=[{"text": text, **score} for text, score in zip(texts[1:], scored[1:], strict=True)],
-                segment=scored[0],
-                decode=decode,
+            extras = data.get("extra_fields").tolist()
+            answers = [(extra.get("reward_extra_info") or {}).get("pred") for extra in extras]
+            responses = [
+                {
+                    "text": decode(response.tolist()),
+                    "reward": float(numbers["reward"][row]),
+                    "advantage": float(numbers["advantage"][row]),
+                    "length": int(numbers["length"][row]),
+                    "answer": None if answer is None else str(answer),
+                }
+                for row, response, answer in zip(rows, data["responses"].unbind(), answers, strict=True)
+            ]
+            trees.append(
+                rollout_tree(
+                    step=self.global_steps,
+                    prompt_id=str(data.get("id").tolist()[0]),
+                    problem=data.get("raw_prompt").tolist()[0][-1]["content"],
+                    answer=str(data.get("reward_model").tolist()[0]["ground_truth"]),
+                    record=extras[0]["skpo"],
+                    segment={name: float(numbers[name][segment]) for name in ("reward", "baseline", "advantage")},
+                    skip_prompt=decode(data["prompts"].unbind()[1].tolist(), skip_special_tokens=False),
+                    responses=responses[1:],
+                    decode=decode,
+                )
             )
-            trees.append({"step": self.global_steps, **tree})
-        append_trees(self.output_dir / "trees.jsonl", trees)
+        self.trees.write(self.global_steps, trees)

@@ -44,6 +44,8 @@ ABLATIONS = {
         "skpo.tracker.drift=logratio",
         "skpo.curriculum.enable=false",
         "data.train_max_samples=4",
+        # With a warm-up the first step moves nothing.
+        "actor_rollout_ref.actor.optim.lr_warmup_steps=0",
     ],
 }
 
@@ -83,7 +85,7 @@ def test_ablation(name: str, tmp_path: Path) -> None:
         assert own == line["skpo/tokens/generated"]
     if "logratio" in " ".join(ABLATIONS[name]):
         assert steps[0]["skpo/tracker/drift/mean"] == 0
-        assert steps[1]["skpo/tracker/drift/mean"] > 0
+        assert steps[1]["skpo/tracker/drift/mean"] > 1e-5, "more than rounding"
 
 
 def test_a_token_budget_ends_the_run_with_a_checkpoint_and_a_validation(tmp_path: Path) -> None:

@@ -8,11 +8,13 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import pytest
 
 from recipe.skpo.metrics import read_lines
-from recipe.skpo.state import FILE_NAME
+from recipe.skpo.settings import SkpoSettings
+from recipe.skpo.state import SkpoState
+from recipe.skpo.trees import read_trees, tree_index
 from tests.e2e.tiny import overrides
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -33,6 +35,12 @@ def wait_for_marker(folder: Path, process: subprocess.Popen, step: int, seconds:
     raise AssertionError(f"no checkpoint of step {step} after {seconds} s")
 
 
+def saved_state(checkpoint: Path) -> SkpoState:
+    state = SkpoState(SkpoSettings(group_size=4), response_budget=16)
+    state.load(checkpoint)
+    return state
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Two steps, SIGKILL right after their checkpoint, the same command again for one step more."""
@@ -49,11 +57,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
         wait_for_marker(folder, process, step=2)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    saved = dict(np.load(folder / "out/checkpoints/global_step_2" / FILE_NAME))
+    saved = saved_state(folder / "out/checkpoints/global_step_2")
     # Ray's processes follow their driver; give them the time to.
     time.sleep(5)
     again = subprocess.run(
-        [*LAUNCH, *arguments, "trainer.total_training_steps=3"],
+        [
+            *LAUNCH,
+            *arguments,
+            "trainer.total_training_steps=3",
+            # For the evaluation: every response of the validations, and the last weights as they are.
+            f"trainer.validation_data_dir={folder / 'validations'}",
+            "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -76,17 +91,17 @@ def test_metrics_are_kept_over_the_kill(run: dict) -> None:
 
 
 def test_trackers_go_on_where_they_were(run: dict) -> None:
-    before, after = run["saved"], dict(np.load(run["out"] / "checkpoints/global_step_3" / FILE_NAME))
-    seen = len(before["values.keys"])
-    assert 4 <= seen <= 8, "two steps of four prompts"
-    assert after["values.keys"][:seen].tolist() == before["values.keys"].tolist()
+    before, after = run["saved"], saved_state(run["out"] / "checkpoints/global_step_3")
+    seen = list(before.prompts)
+    assert 4 <= len(seen) <= 8, "two steps of four prompts"
+    assert list(after.prompts)[: len(seen)] == seen
     # What the third step did not visit stays as it was saved; what it did has one observation more.
-    visited = after["values.counts"][:seen] != before["values.counts"]
-    assert visited.sum() + len(after["values.keys"]) - seen == 4
-    for name in ("values.values", "values.counts", "lengths.values"):
-        np.testing.assert_array_equal(after[name][:seen][~visited], before[name][~visited])
-    assert json.loads(str(after["meta"]))["visits"] == 12
-    assert int(after["clock.steps"]) == 3
+    kept = [key for key in seen if after.values.count(key) == before.values.count(key)]
+    assert len(after.prompts) - len(kept) == 4
+    for tracker, earlier in ((after.values, before.values), (after.lengths, before.lengths)):
+        assert [tracker.value(key) for key in kept] == [earlier.value(key) for key in kept]
+    assert after.visits == 12
+    assert after.clock.steps == 3
 
 
 def test_rollout_and_actor_agree(run: dict) -> None:
@@ -138,3 +153,52 @@ def test_trees_and_tensorboard_are_written(run: dict) -> None:
     assert text.count("upstream candidates") == 3
     assert text.count("->") == 3
     assert list((run["out"] / "tensorboard").rglob("events.out.tfevents.*"))
+    trees = list(read_trees(tree_index(run["out"])))
+    assert [tree["step"] for tree in trees] == [1, 2, 3], "those after the checkpoint were made once more"
+    for tree in trees:
+        assert tree["problem"] in tree["skip_prompt"]
+        assert len(tree["candidates"]) == len(tree["responses"]) == 4
+        assert sum(candidate["chosen"] for candidate in tree["candidates"]) == 1
+        assert all(response["length"] > 0 for response in tree["responses"])
+
+
+def test_a_report_is_written(run: dict) -> None:
+    assert "report.html" in run["again"].stdout
+    text = (run["out"] / "report.html").read_text()
+    assert "Content-Security-Policy" in text and '"step":3' in text
+
+
+def test_evaluation_agrees_with_the_last_validation(run: dict) -> None:
+    """Greedy, in the run's own float32: the same responses, the same numbers to the last digit."""
+    folder = run["folder"]
+    arguments = [
+        f"checkpoint={run['out']}",
+        f"benchmarks=[{folder / 'val.parquet'}]",
+        f"output_dir={folder / 'evaluation'}",
+        "temperature=0",
+        "k.default=1",
+        "max_prompt_length=48",
+        "max_response_length=16",
+        "engine.dtype=float32",
+        "engine.platform=cpu",
+        f"reward.path={ROOT / 'tests/e2e/tiny.py'}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "recipe.skpo.evaluate", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (line,) = json.loads((folder / "evaluation/table.json").read_text())["benchmarks"]
+    last = [line for line in read_lines(run["out"] / "metrics.jsonl") if "val-core/tiny/acc/mean@1" in line][-1]
+    assert last["step"] == 3
+    assert line["problems"] == 16
+    assert line["avg"] == last["val-core/tiny/acc/mean@1"]
+    assert line["well_formed"] == last["val-aux/tiny/well_formed/mean@1"]
+    results = pd.read_parquet(folder / "evaluation" / line["benchmark"] / "problems.parquet")
+    validated = read_lines(folder / "validations/3.jsonl")
+    assert {row["gts"]: row["output"] for row in validated} == {
+        row.ground_truth: row.responses[0] for row in results.itertuples()
+    }

@@ -1,0 +1,192 @@
+"""Benchmarks to validate with, one parquet file each: AIME 2024 and 2025, AMC 2023, MATH-500, Minerva Math,
+OlympiadBench (text, mathematics, English, open-ended), MMLU-Pro, the test split of GSM8K.
+
+`--source` is a file for one benchmark, or a folder with `<name>.jsonl` (.json, .parquet, .csv) files; without it, each
+comes from its place on the hub. A folder is taken for those that it has, unless `--names` asks for others.
+
+Problems that are in more than one benchmark are kept and counted: each benchmark is reported as it is.
+
+    python -m data_prep.benchmarks --out DIR [--names aime24 math500 ...] [--source FILE_OR_FOLDER] [--template boxed]
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from data_prep import command, gsm8k
+from data_prep.leakage import normalised
+from data_prep.math import boxed_problem, whole
+from data_prep.pipeline import Collected, Problem, RowError, Source, read_split, sample, text_field, write_problems
+from data_prep.reading import SUFFIXES
+from data_prep.schema import DataError
+
+LETTERS = "ABCDEFGHIJ"
+
+
+def integer_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
+    """Fields `problem` and `answer`; the answer is an integer ("033" counts as 33)."""
+    answer = fields.get("answer")
+    text = whole(answer) if isinstance(answer, int | float) else text_field(fields, "answer").replace(",", "")
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise RowError(f"field 'answer' is no integer (found {text!r:.60})") from error
+    return Problem(data_source, text_field(fields, "problem", "question"), str(value))
+
+
+def olympiad_problem(fields: Mapping[str, Any], data_source: str) -> Problem | None:
+    """Fields `question`, `context`, `final_answer` (a list); None for images, other subjects and languages, proofs."""
+    wanted = {"subject": "Math", "language": "English", "modality": "Text-only", "question_type": "Open-ended"}
+    if any(fields.get(name) not in (None, value) for name, value in wanted.items()):
+        return None
+    if any(fields.get(f"image_{number}") for number in range(1, 10)):
+        return None
+    answers = fields.get("final_answer")
+    if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
+        raise RowError(f"field 'final_answer' is no list of strings (found {answers!r:.60})")
+    context = fields.get("context")
+    question = text_field(fields, "question")
+    return Problem(
+        data_source,
+        f"{context.strip()}\n\n{question}" if isinstance(context, str) and context.strip() else question,
+        ", ".join(answer.strip().strip("$").strip() for answer in answers),
+    )
+
+
+def choice_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
+    """Fields `question`, `options` (at most ten) and `answer` (a letter); the options become part of the question."""
+    options, letter = fields.get("options"), text_field(fields, "answer")
+    if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
+        raise RowError(f"field 'options' is no list of strings (found {options!r:.60})")
+    if len(options) > len(LETTERS) or letter not in tuple(LETTERS[: len(options)]):
+        raise RowError(f"answer {letter!r:.20} is no letter of {len(options)} options")
+    if fields.get("answer_index") not in (None, LETTERS.index(letter)):
+        raise RowError(f"answer {letter!r} and answer_index {fields['answer_index']!r} disagree")
+    listed = "\n".join(f"({LETTERS[number]}) {option.strip()}" for number, option in enumerate(options))
+    return Problem(data_source, f"{text_field(fields, 'question')}\n{listed}", letter, ability="multiple choice")
+
+
+def _benchmark(
+    name: str,
+    hub: str,
+    convert: Callable[[Mapping[str, Any], str], Problem | None],
+    *,
+    data_source: str | None = None,
+    hub_config: str | None = None,
+    hub_split: str = "test",
+    template: str = "boxed",
+) -> Source:
+    return Source(
+        name,
+        hub,
+        lambda fields: convert(fields, data_source or name),
+        template=template,
+        splits={"test": hub_split},
+        hub_config=hub_config,
+    )
+
+
+BENCHMARKS = {
+    source.name: source
+    for source in (
+        _benchmark("aime24", "HuggingFaceH4/aime_2024", integer_problem, hub_split="train"),
+        _benchmark("aime25", "yentinglin/aime_2025", integer_problem, hub_split="train"),
+        _benchmark("amc23", "math-ai/amc23", boxed_problem),
+        _benchmark("math500", "HuggingFaceH4/MATH-500", boxed_problem, data_source="HuggingFaceH4/MATH-500"),
+        _benchmark("minerva_math", "math-ai/minervamath", boxed_problem),
+        _benchmark(
+            "olympiadbench",
+            "Hothan/OlympiadBench",
+            olympiad_problem,
+            hub_config="OE_TO_maths_en_COMP",
+            hub_split="train",
+        ),
+        _benchmark(
+            "mmlu_pro", "TIGER-Lab/MMLU-Pro", choice_problem, data_source="TIGER-Lab/MMLU-Pro", template="choice"
+        ),
+        replace(gsm8k.SOURCE, splits={"test": "test"}),
+    )
+}
+
+
+def benchmark(name: str) -> Source:
+    """One of `BENCHMARKS`; raises DataError for another name."""
+    if name not in BENCHMARKS:
+        raise DataError(f"benchmark {name!r} is unknown; known are {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def places(source: str | None, names: Sequence[str] | None) -> dict[str, str | None]:
+    """Where each benchmark is read from (None: its place on the hub). Raises DataError if one cannot be found."""
+    wanted = [benchmark(name).name for name in names or BENCHMARKS]
+    if source is None:
+        return dict.fromkeys(wanted)
+    if not Path(source).is_dir():
+        if len(wanted) != 1:
+            raise DataError(f"--source {source}: is no folder; say with --names which one benchmark it is")
+        return {wanted[0]: source}
+    found: dict[str, str | None] = {}
+    for name in wanted:
+        files = [str(path) for suffix in SUFFIXES if (path := Path(source) / f"{name}{suffix}").is_file()]
+        if len(files) > 1:
+            raise DataError(f"{source}: {name} is there in several formats; keep one of {', '.join(files)}")
+        if files:
+            found[name] = files[0]
+        elif names:
+            raise DataError(f"{source}: has no {name}.jsonl, .json, .parquet or .csv")
+    if not found:
+        raise DataError(f"{source}: has no file named after a benchmark ({', '.join(BENCHMARKS)})")
+    return found
+
+
+def prepare(
+    out: Path,
+    *,
+    names: Sequence[str] | None = None,
+    source: str | None = None,
+    limit: int | None = None,
+    template: str | None = None,
+    seed: int = 1,
+    skip_bad: bool = False,
+) -> dict[str, Path]:
+    """Write ``out/<name>.parquet`` for each benchmark and return the paths by name. Raises DataError in one line."""
+    found: dict[str, Collected] = {}
+    for name, place in places(source, names).items():
+        found[name] = read_split(BENCHMARKS[name], place, "test", skip_bad=skip_bad)
+    for problems in found.values():
+        problems.problems = sample(problems.problems, limit, seed)
+    paths = {name: out / f"{name}.parquet" for name in found}
+    for choice in dict.fromkeys(template or BENCHMARKS[name].template for name in found):
+        chosen = [name for name in found if (template or BENCHMARKS[name].template) == choice]
+        write_problems({paths[name]: ("test", found[name]) for name in chosen}, choice)
+    _report_shared(found)
+    return paths
+
+
+def _report_shared(found: Mapping[str, Collected]) -> None:
+    texts = {name: {normalised(problem.question) for problem in part.problems} for name, part in found.items()}
+    for number, (name, mine) in enumerate(texts.items()):
+        for other, theirs in list(texts.items())[number + 1 :]:
+            if mine & theirs:
+                print(f"note: {len(mine & theirs)} problems are in {name} and in {other}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code, 1 with one line on stderr."""
+    options = command.parser("benchmarks", "Benchmarks as parquet files for validation.")
+    options.add_argument("--names", nargs="+", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} (default: all)")
+    options.add_argument("--split", choices=["test"], default="test", help="a benchmark has no other")
+    given = vars(options.parse_args(argv))
+    del given["split"]
+    try:
+        prepare(given.pop("out"), **given)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

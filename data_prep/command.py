@@ -1,0 +1,51 @@
+"""The command line that the source modules share."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.pipeline import Source, prepare
+from data_prep.schema import DataError
+
+
+def parser(module: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the options that every source takes."""
+    options = argparse.ArgumentParser(prog=f"python -m data_prep.{module}", description=description)
+    options.add_argument("--out", type=Path, required=True, help="folder for the parquet files")
+    options.add_argument("--source", help="file or folder (jsonl, json, parquet, csv), or a hub name")
+    options.add_argument("--limit", type=int, help="at most this many rows per file, drawn with --seed")
+    options.add_argument("--template", help="name of a template, or the path of your own yaml file")
+    options.add_argument("--seed", type=int, default=1, help="of --limit (default %(default)s)")
+    options.add_argument("--skip-bad", action="store_true", help="leave out and list malformed rows, do not stop")
+    return options
+
+
+def main(source: Source, argv: Sequence[str] | None = None) -> int:
+    """The command of a source with splits; returns the exit code, 1 with one line on stderr."""
+    options = parser(source.name, f"{source.name} as parquet files for training (hub: {source.hub}).")
+    options.add_argument("--split", choices=[*source.splits], help="only this split (default: all)")
+    options.add_argument(
+        "--against",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="prepared parquet files or folders whose problems must not be in the training split",
+    )
+    given = options.parse_args(argv)
+    try:
+        prepare(
+            source,
+            given.out,
+            place=given.source,
+            splits=[given.split] if given.split else None,
+            limit=given.limit,
+            template=given.template,
+            seed=given.seed,
+            skip_bad=given.skip_bad,
+            against=given.against,
+        )
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

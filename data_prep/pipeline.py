@@ -1,0 +1,258 @@
+"""From a source to parquet: read, convert, drop what is there twice or held out, limit, put into the template, write.
+
+What it decides: a row that is there twice (same question, same answer) is dropped and counted; one question with two
+answers is a fault of the data, as is any malformed row: both stop the run with file, line and reason, or are left out,
+counted and listed with ``--skip-bad``. Training rows whose normalised text is in the test split, or in the files given
+by ``--against``, are dropped and counted. ``--limit`` takes a seeded sample in the source's order. Nothing is written
+before everything has been read and checked, so that the splits of one command belong together.
+"""
+
+import random
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.leakage import held_out, normalised
+from data_prep.prompts import load_prompt_template
+from data_prep.reading import RawRow, read_rows
+from data_prep.schema import DataError, Row, prompt_id, refuse_duplicates, write_parquet
+
+LISTED = 50
+"""Faulty rows listed one by one with --skip-bad; the rest is counted."""
+
+
+class RowError(ValueError):
+    """Why a raw row is no problem with a checkable answer; `pipeline` adds the place."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A bare question with its checkable answer. `data_source` chooses the answer check."""
+
+    data_source: str
+    question: str
+    answer: str
+    ability: str = "math"
+
+    @property
+    def id(self) -> str:
+        return prompt_id(self.data_source, self.question)
+
+
+Convert = Callable[[Mapping[str, Any]], Problem | None]
+"""Raw fields -> problem, or None for a row that is not asked for (an image, another language); raises RowError."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from and how its rows are read.
+
+    `hub` and `hub_config` are the hub's names; `splits` maps our name of a split to the source's; `template` is the
+    default one.
+    """
+
+    name: str
+    hub: str
+    convert: Convert
+    template: str
+    splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
+    hub_config: str | None = None
+
+
+@dataclass
+class Collected:
+    """The problems of one split and what was left out on the way."""
+
+    problems: list[Problem] = field(default_factory=list)
+    read: int = 0
+    duplicates: int = 0
+    not_asked_for: int = 0
+    leaks: int = 0
+    bad: list[str] = field(default_factory=list)
+
+    def summary(self) -> str:
+        """ "7473 of 7473 rows, 0 duplicates, ..." """
+        counts = [f"{len(self.problems)} of {self.read} rows", f"{self.duplicates} exact duplicates dropped"]
+        alike = len(self.problems) - len({normalised(problem.question) for problem in self.problems})
+        optional = {
+            "not of the kind asked for": self.not_asked_for,
+            "dropped because they are held out": self.leaks,
+            "kept that differ from another in typesetting only": alike,
+            "bad rows left out": len(self.bad),
+        }
+        return ", ".join([*counts, *(f"{count} {what}" for what, count in optional.items() if count)])
+
+
+def text_field(fields: Mapping[str, Any], *names: str) -> str:
+    """The first of `names` that is there, stripped; raises RowError if it is missing, empty or no string."""
+    for name in names:
+        value = fields.get(name)
+        if value is not None:
+            if not isinstance(value, str) or not value.strip():
+                raise RowError(f"field {name!r} is not a non-empty string (found {value!r:.60})")
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise RowError(f"field {name!r} has half a character (a lone surrogate)") from error
+            return value.strip()
+    raise RowError(f"field {' or '.join(map(repr, names))} is missing (it has {', '.join(map(str, fields)) or 'none'})")
+
+
+def collect(rows: Iterable[RawRow], convert: Convert, *, skip_bad: bool = False) -> Collected:
+    """Convert all rows and drop exact duplicates.
+
+    Raises DataError with place and reason for the first malformed row, unless `skip_bad`.
+    """
+    found = Collected()
+    first: dict[str, tuple[Problem, str]] = {}
+    torn: set[str] = set()
+    for raw in rows:
+        found.read += 1
+        try:
+            if raw.fault:
+                raise RowError(raw.fault)
+            problem = convert(raw.fields)
+            if problem is None:
+                found.not_asked_for += 1
+                continue
+            if problem.id in torn:
+                found.duplicates += 1
+                continue
+            known, where = first.setdefault(problem.id, (problem, raw.where))
+            if where == raw.where:
+                continue
+            if known != problem:
+                torn.add(problem.id)
+                raise RowError(
+                    f"same id {problem.id} as {where}, but the answer is {problem.answer!r} here and "
+                    f"{known.answer!r} there"
+                )
+            found.duplicates += 1
+        except RowError as error:
+            fault = f"{raw.where}: {error}"
+            if not skip_bad:
+                raise DataError(f"{fault}; mend the row, or leave out such rows with --skip-bad") from error
+            found.bad.append(fault)
+    found.problems = [problem for identifier, (problem, _) in first.items() if identifier not in torn]
+    # A question with two answers: nobody knows which one is right, so both rows go.
+    found.bad += [f"{first[torn_id][1]}: a later row has another answer" for torn_id in first if torn_id in torn]
+    return found
+
+
+def drop_held_out(found: Collected, texts: frozenset[str]) -> None:
+    """Take the problems out whose normalised text is among `texts`, and count them."""
+    kept = [problem for problem in found.problems if normalised(problem.question) not in texts]
+    found.leaks += len(found.problems) - len(kept)
+    found.problems = kept
+
+
+def sample(problems: Sequence[Problem], limit: int | None, seed: int) -> list[Problem]:
+    """`limit` of the problems, drawn with the seed, in their order; all of them for None."""
+    if limit is None or limit >= len(problems):
+        return list(problems)
+    if limit < 1:
+        raise DataError(f"--limit {limit}: need at least 1 row")
+    chosen = sorted(random.Random(seed).sample(range(len(problems)), limit))
+    return [problems[index] for index in chosen]
+
+
+def read_split(source: Source, place: str | None, split: str, *, skip_bad: bool = False) -> Collected:
+    """One split of a source; `place` is a file, folder or hub name, None for the source's own place on the hub."""
+    rows = read_rows(place or source.hub, source.splits[split], None if place else source.hub_config)
+    found = collect(rows, source.convert, skip_bad=skip_bad)
+    for fault in found.bad[:LISTED]:
+        print(f"left out: {fault}", file=sys.stderr)
+    if len(found.bad) > LISTED:
+        print(f"left out: {len(found.bad) - LISTED} more", file=sys.stderr)
+    if not found.problems:
+        raise DataError(f"{place or source.hub}: no usable row of {found.read} for split {split}")
+    return found
+
+
+def questions_of(files: Iterable[Path]) -> list[str]:
+    """The questions in parquet files that this package has written; a folder stands for all of them in it."""
+    questions: list[str] = []
+    for file in files:
+        paths = sorted(file.glob("*.parquet")) if file.is_dir() else [file]
+        if not paths:
+            raise DataError(f"--against {file}: has no parquet file; write them with `python -m data_prep.benchmarks`")
+        for path in paths:
+            try:
+                infos = pq.read_table(path, columns=["extra_info"])["extra_info"].to_pylist()
+                questions += [info["question"] for info in infos]
+            except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+                reason = str(error).splitlines()[0]
+                raise DataError(f"--against {path}: is no file of data_prep ({reason})") from error
+    return questions
+
+
+def write_problems(splits: Mapping[Path, tuple[str, Collected]], template: str) -> None:
+    """Write every split (path -> its name and problems) and print a line for each.
+
+    Raises DataError before anything is written if two rows of different files have one id.
+    """
+    telling = load_prompt_template(template)
+    everything = [problem for _, found in splits.values() for problem in found.problems]
+    refuse_duplicates(
+        [problem.id for problem in everything],
+        " + ".join(str(path) for path in splits),
+        "drop one of the two rows from its source",
+    )
+    for path, (split, found) in splits.items():
+        write_parquet(
+            [
+                Row(
+                    data_source=problem.data_source,
+                    prompt=telling.prompt(problem.question),
+                    ground_truth=problem.answer,
+                    ability=problem.ability,
+                    split=split,
+                    index=index,
+                    question=problem.question,
+                )
+                for index, problem in enumerate(found.problems)
+            ],
+            path,
+        )
+        lengths = sorted(len(problem.question) for problem in found.problems)
+        print(
+            f"{path}: {found.summary()}; questions of {lengths[0]} to {lengths[-1]} characters "
+            f"(median {lengths[len(lengths) // 2]}), template {template}"
+        )
+
+
+def prepare(
+    source: Source,
+    out: Path,
+    *,
+    place: str | None = None,
+    splits: Sequence[str] | None = None,
+    limit: int | None = None,
+    template: str | None = None,
+    seed: int = 1,
+    skip_bad: bool = False,
+    against: Sequence[Path] = (),
+) -> dict[str, Path]:
+    """Write ``out/<split>.parquet`` for each split (all of them for None) and return the paths by split.
+
+    `place` is a file, a folder or a hub name (None: the source's own); a single file needs a single split. `against`
+    are prepared parquet files whose problems are to be kept out of the training split. Raises DataError in one line.
+    """
+    splits = tuple(splits or source.splits)
+    if place is not None and Path(place).is_file() and len(splits) > 1:
+        raise DataError(f"--source {place}: is one file; say with --split which of {', '.join(splits)} it is")
+    load_prompt_template(template or source.template)
+    found = {split: read_split(source, place, split, skip_bad=skip_bad) for split in splits}
+    if "train" in found:
+        test = [problem.question for name, split in found.items() if name != "train" for problem in split.problems]
+        drop_held_out(found["train"], held_out([*test, *questions_of(against)]))
+    for split in found.values():
+        split.problems = sample(split.problems, limit, seed)
+    paths = {split: out / f"{split}.parquet" for split in splits}
+    write_problems({paths[split]: (split, found[split]) for split in splits}, template or source.template)
+    return paths

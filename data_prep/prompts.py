@@ -1,0 +1,61 @@
+r"""Prompt templates: yaml files with the chat around a problem.
+
+A template is ``messages: [{role, content}, ...]`` with ``{question}`` in exactly one message; nothing else in it is
+replaced, so that ``\boxed{}`` needs no escaping. A name ("boxed") means the file of that name in
+``data_prep/templates``; a path (anything with a suffix or a folder) is the user's own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from data_prep.schema import DataError
+
+FOLDER = Path(__file__).parent / "templates"
+QUESTION = "{question}"
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """The chat that asks a question."""
+
+    messages: tuple[Mapping[str, str], ...]
+
+    def prompt(self, question: str) -> list[dict[str, str]]:
+        """The messages with the question in its place."""
+        return [
+            {"role": message["role"], "content": message["content"].replace(QUESTION, question)}
+            for message in self.messages
+        ]
+
+
+def load_prompt_template(name: str) -> PromptTemplate:
+    """Read a template by name or by path.
+
+    Raises DataError in one line: no such template, unreadable, or not of the form above.
+    """
+    path = FOLDER / f"{name}.yaml" if Path(name).name == name and not Path(name).suffix else Path(name)
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "arithmetic"))
+        raise DataError(f"--template {name}: no such template; known are {known}, or give the path of a yaml file")
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+        raise DataError(f"{path}: cannot be read as a template ({str(error).splitlines()[0]})") from error
+    if not isinstance(content, dict) or set(content) != {"messages"}:
+        raise DataError(f"{path}: needs the one key 'messages'; copy {FOLDER.name}/boxed.yaml and change that")
+    messages = content["messages"]
+    if not isinstance(messages, list) or not all(
+        isinstance(message, dict)
+        and set(message) == {"role", "content"}
+        and all(isinstance(value, str) for value in message.values())
+        for message in messages
+    ):
+        raise DataError(f"{path}: key 'messages' is not a list of {{role, content}}; write it as in boxed.yaml")
+    if sum(message["content"].count(QUESTION) for message in messages) != 1:
+        raise DataError(f"{path}: key 'messages' needs {QUESTION} exactly once; write it in the last message")
+    return PromptTemplate(tuple(messages))

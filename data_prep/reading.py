@@ -1,0 +1,154 @@
+"""Raw rows of a source: a local file or folder (jsonl, json, parquet, csv), or a data set of the Hugging Face hub.
+
+Every row carries the place it came from ("train.jsonl: line 7"), so that whoever finds a fault in it can name the
+place. A line that cannot be read as a row at all is handed on as a row with a `fault`: stopping or skipping is one
+decision, made in one place (`data_prep.pipeline`).
+
+What exists on the disk is read from there; anything else that looks like ``owner/name`` is asked from the hub.
+"""
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.schema import DataError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """One row as it was found. `fault` is "" or says why there are no `fields`."""
+
+    where: str
+    fields: Mapping[str, Any]
+    fault: str = ""
+
+
+def read_rows(source: str, split: str, hub_config: str | None = None) -> Iterator[RawRow]:
+    """The rows of one split, in the order of the source.
+
+    `source` is a file, a folder with one file (or several shards) per split, or a hub name; `hub_config` is the hub's
+    name of a subset. Raises DataError in one line if there is no such file, split or data set.
+    """
+    path = Path(source)
+    if path.is_dir():
+        files = split_files(path, split)
+    elif path.is_file():
+        files = [path]
+    elif path.suffix in SUFFIXES or source.startswith(("/", ".", "~")) or not HUB_NAME.fullmatch(source):
+        raise DataError(
+            f"{source}: no such file or folder; give a file, a folder or a hub name (owner/name) by --source"
+        )
+    else:
+        yield from _hub_rows(source, hub_config, split)
+        return
+    for file in files:
+        yield from _file_rows(file)
+
+
+def split_files(folder: Path, split: str) -> list[Path]:
+    """The files of a split: ``<split>.jsonl``, shards ``<split>-*``, or everything below a folder ``<split>/``.
+
+    They may lie in `folder` itself or in a folder inside it, as in a download from the hub. Sorted by name.
+    """
+    candidates = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    by_name = [path for path in candidates if re.fullmatch(rf"{re.escape(split)}(-.*)?", path.stem)]
+    found = by_name or [path for path in candidates if split in path.relative_to(folder).parent.parts]
+    if not found:
+        present = ", ".join(str(path.relative_to(folder)) for path in candidates[:5]) or "no data file"
+        raise DataError(
+            f"{folder}: has no {split}.jsonl, .json, .parquet or .csv (it has {present}); name the file by --source"
+        )
+    copies = {path.stem for path in found if path.suffix != found[0].suffix}
+    if copies:
+        listed = ", ".join(str(path.relative_to(folder)) for path in found[:4])
+        raise DataError(f"{folder}: {split} is there in several formats ({listed}); name one of them by --source")
+    return found
+
+
+def _file_rows(file: Path) -> Iterator[RawRow]:
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows, ".csv": _csv_rows}
+    if file.suffix not in readers:
+        raise DataError(f"{file}: unknown format {file.suffix!r}; give one of {', '.join(SUFFIXES)}")
+    try:
+        yield from readers[file.suffix](file)
+    except (OSError, pa.ArrowException, UnicodeDecodeError, csv.Error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"{file}: cannot be read as {file.suffix[1:]} ({reason})") from error
+
+
+def _row(where: str, value: object) -> RawRow:
+    if isinstance(value, dict):
+        return RawRow(where, value)
+    return RawRow(where, {}, f"is no object with named fields (found {type(value).__name__})")
+
+
+def _jsonl_rows(file: Path) -> Iterator[RawRow]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{file}: line {number}"
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    yield _row(where, json.loads(text))
+            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+                yield RawRow(where, {}, f"is no JSON ({str(error).splitlines()[0]})")
+
+
+def _json_rows(file: Path) -> Iterator[RawRow]:
+    """A list of objects, or one object (the original MATH has a file per problem)."""
+    try:
+        content = json.loads(file.read_bytes())
+    except (json.JSONDecodeError, RecursionError) as error:
+        yield RawRow(str(file), {}, f"is no JSON ({str(error).splitlines()[0]})")
+        return
+    if isinstance(content, list):
+        for number, value in enumerate(content):
+            yield _row(f"{file}: row {number}", value)
+    else:
+        yield _row(str(file), content)
+
+
+def _parquet_rows(file: Path) -> Iterator[RawRow]:
+    number = 0
+    with pq.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=8192):
+            for value in batch.to_pylist():
+                yield _row(f"{file}: row {number}", value)
+                number += 1
+
+
+def _csv_rows(file: Path) -> Iterator[RawRow]:
+    with file.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines)
+        for value in reader:
+            where = f"{file}: line {reader.line_num}"
+            if None in value or None in value.values():
+                yield RawRow(where, {}, f"has not the {len(reader.fieldnames or [])} fields of the first line")
+            else:
+                yield RawRow(where, value)
+
+
+def _hub_rows(name: str, config: str | None, split: str) -> Iterator[RawRow]:
+    import datasets
+
+    try:
+        # A data set's own loading script would be code from the hub: datasets does not run any (since version 4).
+        rows = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # a process border: the hub answers with errors of five libraries
+        reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
+        raise DataError(
+            f"{name}: cannot be loaded from the hub ({reason}); without the hub, download its {split} split and give "
+            f"the file (jsonl, json, parquet, csv), or the folder with {split}.*, by --source (data.source in training)"
+        ) from error
+    for number, value in enumerate(rows):
+        yield _row(f"{name}[{split}]: row {number}", value)

@@ -1,0 +1,651 @@
+"""Evaluate a checkpoint on benchmarks with plain pi(.|q), no split and no skip (SPEC section 2).
+
+    python -m recipe.skpo.evaluate checkpoint=outputs/<run> benchmarks=[aime24,math500] [key=value ...]
+
+Draws k responses per problem with vLLM, checks them with the training's reward, and writes tables of avg@k and pass@k
+and every response.  ``config/evaluate.yaml`` has all keys.  A checkpoint of verl's FSDP is merged by verl's own merger
+first.  The same command again goes on where a kill stopped it; a finished one scores its stored responses anew.
+
+The paper gives k but no evaluation temperature.  0.6 with top-p 0.95 is the usual choice for avg@k of reasoning models;
+``temperature=0 k.default=1`` is greedy and is what the trainer's validation does.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_prep.benchmarks import BENCHMARKS
+from data_prep.schema import DataError, check_parquet
+from recipe.skpo.analysis.options import FREE, EngineConfig
+from recipe.skpo.analysis.output import AnalysisError, claim, guarded, plain, write_atomic
+from recipe.skpo.analysis.problems import load_tokenizer
+from recipe.skpo.evaluation import Answered, Score, markdown, score
+from recipe.skpo.prompts import problem_tokens
+from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, SamplingError, detected_platform, draw_stored
+from recipe.skpo.settings import ConfigError
+
+ACCEPTED = (
+    "give a Hugging Face folder or name, a verl FSDP checkpoint (.../global_step_N) or the folder of a run that has one"
+)
+
+# ---------------------------------------------------------------- config
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """The reward, as the trainer's ``reward.custom_reward_function``.
+
+    Attributes:
+        path: ``pkg://<module>`` or a Python file.
+        name: of the function in it.
+        reward_kwargs: passed along with every call.
+    """
+
+    path: str
+    name: str
+    reward_kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """``config/evaluate.yaml``, typed and checked.
+
+    Attributes:
+        checkpoint: what to evaluate; see ``find_checkpoint``.
+        benchmarks: names or parquet files.
+        data_dir: folder of the named ones.
+        output_dir: None takes a folder named after the checkpoint.
+        k: responses per problem, by benchmark and ``default``.
+        temperature, top_p: of the sampler; temperature 0 is greedy.
+        max_prompt_length, max_response_length: in tokens.
+        seed: of responses and bootstrap.
+        resamples: of the bootstrap.
+        reward: checks the responses.
+        engine: how vLLM serves the model.
+
+    Raises:
+        ConfigError: naming the key and what it must be.
+    """
+
+    checkpoint: str
+    benchmarks: list[str]
+    data_dir: str
+    output_dir: str | None
+    k: dict[str, int]
+    temperature: float
+    top_p: float
+    max_prompt_length: int
+    max_response_length: int
+    seed: int
+    resamples: int
+    reward: RewardFunction
+    engine: EngineConfig
+
+    def __post_init__(self) -> None:
+        _require(bool(self.benchmarks), f"benchmarks: is empty; name any of {', '.join(BENCHMARKS)}, or parquet files")
+        _require(self.temperature >= 0, f"temperature: must be >= 0, got {self.temperature}")
+        _require(0 < self.top_p <= 1, f"top_p: must be in (0, 1], got {self.top_p}")
+        _require("default" in self.k, "k.default: is not set")
+        for name, value in (
+            *((f"k.{name}", value) for name, value in self.k.items()),
+            ("max_prompt_length", self.max_prompt_length),
+            ("max_response_length", self.max_response_length),
+            ("resamples", self.resamples),
+            ("engine.prompts_per_call", self.engine.prompts_per_call),
+        ):
+            _require(value >= 1, f"{name}: must be >= 1, got {value}")
+        _require(self.seed >= 0, f"seed: must be >= 0, got {self.seed}")
+        _require(
+            self.engine.platform in ("cpu", "gpu"), f"engine.platform: must be cpu or gpu, got {self.engine.platform}"
+        )
+        needed, context = self.max_prompt_length + self.max_response_length, self.engine.max_model_len
+        _require(
+            context == 0 or context >= needed,
+            f"engine.max_model_len: {context} is below the {needed} tokens of max_prompt_length and "
+            f"max_response_length together; raise it, or leave it at 0",
+        )
+
+    def responses(self, benchmark: str) -> int:
+        """k of one benchmark.
+
+        Raises:
+            ConfigError: more than one greedy response.
+        """
+        key = benchmark if benchmark in self.k else "default"
+        _require(
+            self.temperature > 0 or self.k[key] == 1,
+            f"k.{key}: is {self.k[key]}, but with temperature=0 all responses are the same; give k.{key}=1",
+        )
+        return self.k[key]
+
+    @classmethod
+    def from_config(cls, config: DictConfig) -> "EvaluationConfig":
+        """The typed config.
+
+        Raises:
+            ConfigError: an unknown key, a missing one, one of another type or one out of range.
+        """
+        for key, what in (("checkpoint", ACCEPTED), ("benchmarks", f"name any of {', '.join(BENCHMARKS)}, or files")):
+            _require(config.get(key) is not None, f"{key}: is not set; {what}")
+        try:
+            # A frozen record of a config: types are OmegaConf's to convert and to refuse.
+            schema = OmegaConf.structured(cls)
+            # OmegaConf takes frozen for read-only, and merging lifts that from the outermost record alone.
+            OmegaConf.set_readonly(schema, False)
+            for name, record in (("reward", RewardFunction), ("engine", EngineConfig)):
+                schema[name] = OmegaConf.structured(record)
+                OmegaConf.set_readonly(schema[name], False)
+            typed: Any = OmegaConf.to_object(OmegaConf.merge(schema, config))
+        except OmegaConfBaseException as error:
+            where = f"{error.full_key}: " if error.full_key else ""
+            raise ConfigError(where + str(error).splitlines()[0]) from None
+        return typed
+
+
+# ---------------------------------------------------------------- checkpoint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that was found.
+
+    Attributes:
+        label: short name for files and tables.
+        model: Hugging Face folder or name; of an FSDP checkpoint the one with its config and tokenizer.
+        shards: FSDP checkpoint folder that has to be merged, else None.
+        identity: differs when the weights do: digest of names, sizes and times of their files, or the hub's name.
+    """
+
+    label: str
+    model: str
+    shards: Path | None
+    identity: str
+
+
+def find_checkpoint(given: str) -> Checkpoint:
+    """The model at a path or of a name.
+
+    Args:
+        given: a Hugging Face folder or name; a verl FSDP checkpoint, ``global_step_N`` or its ``actor``; a run's
+            folder or its ``checkpoints``, for the latest one.
+
+    Raises:
+        ConfigError: it is none of these, or not whole; naming the place.
+    """
+    folder = Path(given).expanduser()
+    if not folder.exists():
+        hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given)
+        _require(hub is not None, f"checkpoint: {given} does not exist; {ACCEPTED}")
+        return Checkpoint(label=given.rsplit("/", 1)[1], model=given, shards=None, identity=given)
+    folder = _latest(folder)
+    if (folder / "actor").is_dir():
+        folder = folder / "actor"
+    if (folder / "fsdp_config.json").is_file():
+        return _fsdp_checkpoint(folder)
+    _require((folder / "config.json").is_file(), f"checkpoint: {folder} holds no model; {ACCEPTED}")
+    return _whole_model(folder)
+
+
+def _latest(folder: Path) -> Path:
+    """The latest checkpoint below a run's folder; any other folder is returned as it is."""
+    for root in (folder, folder / "checkpoints"):
+        marker = root / "latest_checkpointed_iteration.txt"
+        if marker.is_file():
+            step = root / f"global_step_{marker.read_text().strip()}"
+            _require(step.is_dir(), f"checkpoint: {marker} names {step.name}, which is not there; name another one")
+            return step
+    return folder
+
+
+def _fsdp_checkpoint(actor: Path) -> Checkpoint:
+    try:
+        world_size = int(json.loads((actor / "fsdp_config.json").read_text())["world_size"])
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"checkpoint: {actor / 'fsdp_config.json'} has no world_size; {ACCEPTED}") from None
+    described = actor / "huggingface"
+    _require((described / "config.json").is_file(), f"checkpoint: {described} has no config.json; {ACCEPTED}")
+    _require(
+        not (actor / "lora_train_meta.json").exists(),
+        f"checkpoint: {actor} holds a LoRA adapter, which verl's merger keeps apart; give a model with it merged in",
+    )
+    if any(described.glob("*.safetensors")):  # saved with save_contents=[..., hf_model]
+        return _whole_model(described)
+    shards = [actor / f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)]
+    for shard in shards:
+        # torch.save writes a zip archive, whose directory is its end.
+        _require(
+            shard.is_file() and zipfile.is_zipfile(shard),
+            f"checkpoint: {shard} is missing or cut short; name a checkpoint that was saved to its end",
+        )
+    return Checkpoint(_label(actor), str(described), actor, _files_digest(shards))
+
+
+def _whole_model(folder: Path) -> Checkpoint:
+    from safetensors import SafetensorError, safe_open
+    from verl.model_merger.output_validation import validate_hf_model_output
+
+    try:
+        validate_hf_model_output(folder)
+    except RuntimeError as error:
+        raise ConfigError(f"checkpoint: {error}") from None
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    for file in weights:
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "numpy"):
+                    pass
+            except SafetensorError as error:
+                raise ConfigError(f"checkpoint: {file} is cut short or no safetensors file ({error})") from None
+    return Checkpoint(_label(folder), str(folder), None, _files_digest(weights))
+
+
+def _label(folder: Path) -> str:
+    """The last part of a path that says something, and the run's before ``global_step_N``."""
+    parts = [part for part in folder.resolve().parts if part not in ("checkpoints", "actor", "huggingface")]
+    return "-".join(parts[-2:]) if parts[-1].startswith("global_step_") else parts[-1]
+
+
+def _files_digest(files: Sequence[Path]) -> str:
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
+def merged_model(checkpoint: Checkpoint, beside: Path) -> str:
+    """The Hugging Face folder of a checkpoint; an FSDP checkpoint is merged unless that was done before.
+
+    verl's merger runs in a process of its own, so that its memory is free again when vLLM starts.  It writes bfloat16,
+    which is what verl's weight sync gives to a vLLM of that dtype.
+
+    Args:
+        checkpoint: from ``find_checkpoint``.
+        beside: the merged model goes into ``merged`` beside this folder, under the checkpoint's label and identity.
+
+    Raises:
+        ConfigError: verl's merger cannot read the checkpoint.
+    """
+    if checkpoint.shards is None:
+        return checkpoint.model
+    target = beside.parent / "merged" / f"{checkpoint.label}-{checkpoint.identity}"
+    if target.is_dir():
+        return str(target)
+    partial_target = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial_target, ignore_errors=True)
+    partial_target.mkdir(parents=True)
+    merger = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
+    folders = ["--local_dir", str(checkpoint.shards), "--target_dir", str(partial_target)]
+    print(f"merging {checkpoint.shards} into {target}", flush=True)
+    try:
+        done = subprocess.run([*merger, *folders], capture_output=True, text=True, check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ConfigError(f"checkpoint: verl's merger cannot read {checkpoint.shards} ({reason})")
+        # A rename is atomic: a folder of this name is whole.
+        partial_target.rename(target)
+    finally:
+        shutil.rmtree(partial_target, ignore_errors=True)
+    return str(target)
+
+
+# ---------------------------------------------------------------- benchmarks and rewards
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One row of a benchmark's file; ``prompt_ids`` are its templated tokens, ``extra_info`` is the reward's."""
+
+    id: str
+    data_source: str
+    prompt_ids: tuple[int, ...]
+    question: str
+    ground_truth: str
+    extra_info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A file's problems; ``digest`` differs when its bytes do."""
+
+    name: str
+    problems: list[Problem]
+    digest: str
+
+
+def benchmark_files(config: EvaluationConfig) -> dict[str, Path]:
+    """Name to parquet file.
+
+    A file of one's own is called after itself, and after its folder too if it is a ``train``, ``val`` or ``test``.
+
+    Raises:
+        ConfigError: unknown name, missing file with the command that makes it, or two of one name.
+    """
+    files: dict[str, Path] = {}
+    for given in config.benchmarks:
+        if given in BENCHMARKS:
+            name, path = given, Path(config.data_dir) / f"{given}.parquet"
+            make = f"make it with `python -m data_prep.benchmarks --names {given} --out {config.data_dir}`"
+        else:
+            path = Path(given)
+            _require(path.suffix == ".parquet", f"benchmarks: {given!r} is unknown; {_known()}")
+            stem = path.stem
+            name = f"{path.resolve().parent.name}-{stem}" if stem in ("train", "val", "test") else stem
+            make = _known()
+        _require(path.exists(), f"benchmarks: {path} does not exist; {make}")
+        _require(name not in files, f"benchmarks: {given} and {files.get(name)} are both called {name}; rename one")
+        files[name] = path
+    return files
+
+
+def _known() -> str:
+    return f"known are {', '.join(BENCHMARKS)}, and paths of .parquet files"
+
+
+def read_benchmark(name: str, path: Path, tokenizer: Any, limit: int) -> Benchmark:
+    """A benchmark's problems with their tokens.
+
+    Args:
+        name: of the benchmark.
+        path: parquet file (``data_prep.schema``).
+        tokenizer: of the model, with its chat template.
+        limit: longest prompt, in tokens.
+
+    Raises:
+        DataError: naming file, row or column, and the fix.
+    """
+    try:
+        rows = check_parquet(path, role="val").to_pylist()
+    except DataError as error:
+        raise DataError(str(error).replace("data.val_files:", "benchmarks:", 1)) from None
+    known = "extra_info" in pq.read_schema(path).names
+    extras = pq.read_table(path, columns=["extra_info"])["extra_info"].to_pylist() if known else [None] * len(rows)
+    problems = []
+    for number, (row, extra) in enumerate(zip(rows, extras, strict=True)):
+        prompt_ids = problem_tokens(tokenizer, row["prompt"])
+        if len(prompt_ids) > limit:
+            raise DataError(
+                f"benchmarks: {path}: row {number}: the prompt has {len(prompt_ids)} tokens, max_prompt_length is "
+                f"{limit}; raise it"
+            )
+        info = dict(extra or {})
+        problems.append(
+            Problem(
+                id=row["id"],
+                data_source=row["data_source"],
+                prompt_ids=tuple(prompt_ids),
+                question=info.get("question") or row["prompt"][-1]["content"],
+                ground_truth=row["reward_model"]["ground_truth"],
+                extra_info=info,
+            )
+        )
+    return Benchmark(name, problems, hashlib.sha256(path.read_bytes()).hexdigest()[:16])
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the reward says of a response; ``well_formed`` is None where it does not say."""
+
+    right: bool
+    pred: str
+    well_formed: bool | None
+
+
+class Reward:
+    """The reward function, loaded and called as verl does.
+
+    Raises:
+        ConfigError: no such module, file or function.
+    """
+
+    def __init__(self, function: RewardFunction) -> None:
+        from verl.utils.import_utils import load_extern_object
+
+        try:
+            loaded: Any = load_extern_object(module_path=function.path, object_name=function.name)
+        except (ImportError, OSError, RuntimeError, AttributeError, ValueError) as error:
+            raise ConfigError(f"reward: {error}") from None
+        self.name = f"{function.name} of {function.path}"
+        self._compute: Callable[..., Any] = partial(loaded, **function.reward_kwargs)
+
+    def __call__(self, problem: Problem, response: str) -> Checked:
+        """Check a response; a result without ``acc`` is right where its score is positive."""
+        result = self._compute(
+            data_source=problem.data_source,
+            solution_str=response,
+            ground_truth=problem.ground_truth,
+            extra_info=dict(problem.extra_info),
+        )
+        if not isinstance(result, Mapping):
+            return Checked(float(result) > 0, "", None)
+        accuracy = float(result["acc"]) if "acc" in result else float(result["score"] > 0)
+        _require(
+            accuracy in (0, 1),
+            f"reward: its acc is {accuracy}; right responses are counted, so give 0 or 1",
+        )
+        formed = result.get("well_formed")
+        return Checked(bool(accuracy), str(result.get("pred", "")), None if formed is None else bool(formed))
+
+
+def check_truths(benchmark: Benchmark, reward: Reward) -> None:
+    """See that every answer can be checked, before anything is drawn.
+
+    Raises:
+        DataError: naming the row and what the reward says.
+        ConfigError: the reward function does not take what it is given.
+    """
+    for number, problem in enumerate(benchmark.problems):
+        try:
+            reward(problem, "")
+        except ValueError as error:
+            raise DataError(f"benchmarks: {benchmark.name}: row {number}: {error}") from None
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"reward: {reward.name} fails on row {number} of {benchmark.name} ({type(error).__name__}: {error})"
+            ) from None
+
+
+# ---------------------------------------------------------------- draw, check, write
+
+
+def request_seed(seed: int, problem_id: str, k: int) -> int:
+    """Of a problem's first response, whatever else is evaluated with it; k seeds from there on are its own."""
+    digest = hashlib.sha256(f"{seed}/{problem_id}".encode()).digest()
+    return int.from_bytes(digest[:8]) % (SEED_BOUND - k)
+
+
+def answered(
+    benchmark: Benchmark, drawn: Mapping[str, Sequence[Completion]], tokenizer: Any, reward: Reward
+) -> list[Answered]:
+    """Every problem with its checked responses; text is decoded as the trainer's reward sees it."""
+    result = []
+    for problem in benchmark.problems:
+        completions = drawn[problem.id]
+        texts = [str(tokenizer.decode(item.token_ids, skip_special_tokens=True)) for item in completions]
+        checked = [reward(problem, text) for text in texts]
+        result.append(
+            Answered(
+                id=problem.id,
+                question=problem.question,
+                ground_truth=problem.ground_truth,
+                responses=tuple(texts),
+                preds=tuple(item.pred for item in checked),
+                right=tuple(item.right for item in checked),
+                well_formed=tuple(item.well_formed for item in checked),
+                lengths=tuple(len(item.token_ids) for item in completions),
+                cut=tuple(item.finish_reason == "length" for item in completions),
+            )
+        )
+    return result
+
+
+def write_problems(path: Path, problems: Sequence[Answered]) -> None:
+    """Per-problem results: the fields of ``Answered``, ``k`` and ``n_right``."""
+    rows = [asdict(problem) | {"k": len(problem.right), "n_right": sum(problem.right)} for problem in problems]
+    buffer = BytesIO()
+    pd.DataFrame(rows).to_parquet(buffer, index=False)
+    write_atomic(path, buffer.getvalue())
+
+
+def _write_json(path: Path, value: Any) -> None:
+    write_atomic(path, (json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def title(config: EvaluationConfig, checkpoint: Checkpoint) -> str:
+    """What the table is of, in one line."""
+    how = "greedy" if config.temperature == 0 else f"temperature {config.temperature:g}, top-p {config.top_p:g}"
+    return (
+        f"{checkpoint.label}: plain responses, {how}, at most {config.max_response_length} tokens, seed {config.seed}"
+    )
+
+
+def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None = None) -> list[Path]:
+    """Check, draw, score, write; returns the files, the table first.
+
+    Args:
+        config: what to evaluate.
+        open_sampler: makes the sampler of a model; None starts vLLM.
+    """
+    files = benchmark_files(config)
+    counts = {name: config.responses(name) for name in files}
+    checkpoint = find_checkpoint(config.checkpoint)
+    tokenizer = load_tokenizer(checkpoint.model)
+    benchmarks = [read_benchmark(name, path, tokenizer, config.max_prompt_length) for name, path in files.items()]
+    reward = Reward(config.reward)
+    for benchmark in benchmarks:
+        check_truths(benchmark, reward)
+    out = Path(config.output_dir or f"outputs/evaluation/{checkpoint.label}")
+    needed = config.max_prompt_length + config.max_response_length
+    engine = replace(config.engine, max_model_len=config.engine.max_model_len or needed)
+    for benchmark in benchmarks:
+        # What the draws depend on: a benchmark more, or another reward, can use the same folder.
+        drawn_with = {
+            "weights": checkpoint.identity,
+            "data": benchmark.digest,
+            "k": counts[benchmark.name],
+            **{name: getattr(config, name) for name in ("temperature", "top_p", "max_response_length", "seed")},
+            "engine": config.engine,
+        }
+        claim(out / benchmark.name, drawn_with, FREE)
+    if checkpoint.shards is not None and config.engine.dtype != "bfloat16":
+        print(
+            f"note: verl's merger rounds weights to bfloat16, so engine.dtype={config.engine.dtype} computes with those"
+        )
+
+    opened: list[Sampler] = []
+
+    def sampler() -> Sampler:
+        if not opened:
+            opened.append((open_sampler or engine.open)(merged_model(checkpoint, out)))
+        return opened[0]
+
+    scores: list[Score] = []
+    written: list[Path] = []
+    try:
+        for benchmark in benchmarks:
+            k = counts[benchmark.name]
+            requests = [
+                Request(
+                    problem.id, problem.prompt_ids, config.max_response_length, request_seed(config.seed, problem.id, k)
+                )
+                for problem in benchmark.problems
+            ]
+            drawn = draw_stored(
+                requests,
+                out / benchmark.name / "draws.jsonl",
+                sampler,
+                n=k,
+                temperature=config.temperature,
+                top_p=config.top_p,
+                prompts_per_call=engine.prompts_per_call,
+                report=lambda line, name=benchmark.name: print(f"{name}/{line}", flush=True),  # type: ignore[misc]
+            )
+            problems = answered(benchmark, drawn, tokenizer, reward)
+            written.append(out / benchmark.name / "problems.parquet")
+            write_problems(written[-1], problems)
+            scores.append(score(benchmark.name, problems, seed=config.seed, resamples=config.resamples))
+    finally:
+        for used in opened:
+            used.close()
+    heading = title(config, checkpoint)
+    table = f"{heading}\n\n{markdown(scores)}"
+    print(f"\n{table}")
+    write_atomic(out / "table.md", table.encode())
+    _write_json(out / "table.json", {"title": heading, "benchmarks": scores})
+    _write_json(out / "config.json", config)
+    return [out / "table.md", out / "table.json", out / "config.json", *written]
+
+
+# ---------------------------------------------------------------- command
+
+
+def read_config(overrides: Sequence[str]) -> EvaluationConfig:
+    """``config/evaluate.yaml`` under Hydra overrides.
+
+    Raises:
+        ConfigError: an override that Hydra or the record refuses.
+    """
+    try:
+        with initialize_config_dir(str(Path(__file__).parent / "config"), version_base=None):
+            config = compose("evaluate", overrides=list(overrides))
+        OmegaConf.resolve(config)
+    except (HydraException, OmegaConfBaseException) as error:
+        # Hydra spreads its message over lines and causes.
+        text = "\n".join(str(cause) for cause in (error, error.__cause__) if cause)
+        lines = [line for line in text.splitlines() if line.strip()]
+        raise ConfigError("; ".join(dict.fromkeys(lines[:2]))) from None
+    return EvaluationConfig.from_config(config)
+
+
+def apply_platform(engine: EngineConfig) -> None:
+    """Set the platform's variables before verl is imported, which is for rewards and for the merger's process."""
+    if engine.platform == "cpu":
+        from recipe.skpo import cpu
+
+        cpu.apply_environment(cpu.environment(engine.num_threads, engine.kv_cache_gib))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m recipe.skpo.evaluate", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of config/evaluate.yaml, as Hydra reads them"
+    )
+    overrides = parser.parse_args(argv).overrides
+    os.environ.setdefault("SKPO_PLATFORM", detected_platform())
+
+    def command() -> list[Path]:
+        try:
+            config = read_config(overrides)
+            apply_platform(config.engine)
+            return run(config)
+        except (AnalysisError, SamplingError) as error:
+            raise ConfigError(str(error).replace("another --out", "another output_dir")) from None
+
+    return guarded(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Run every method for a few steps on the same prompts and tabulate what it generates, relative to GRPO.
+
+    python scripts/compare_methods.py [--steps 3] [--out outputs/compare] [Hydra overrides for every run]
+
+A run that is there already is not repeated.  Prints a markdown table; tokens are per step and prompt of the common
+batch (SPO has G times as many prompts with one response each: its tokens are divided by the common number too).
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from recipe.skpo.metrics import read_lines
+
+METHODS = ["grpo", "skpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "spo"]
+
+
+def run(method: str, folder: Path, steps: int, overrides: list[str]) -> None:
+    """Train the method from the start.
+
+    Raises:
+        subprocess.CalledProcessError: the run failed; its output was printed.
+    """
+    command = [sys.executable, "-m", "recipe.skpo.main", f"method={method}", f"output_dir={folder}"]
+    command += [f"trainer.total_training_steps={steps}", "trainer.val_before_train=false", "trainer.test_freq=-1"]
+    subprocess.run([*command, "trainer.save_freq=-1", *overrides], check=True)
+
+
+def steps_of(folder: Path) -> list[dict[str, float]]:
+    """Metrics of the folder's training steps."""
+    return [line for line in read_lines(folder / "metrics.jsonl") if "actor/grad_norm" in line]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python scripts/compare_methods.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("outputs/compare"), help="default %(default)s")
+    arguments, overrides = parser.parse_known_args()
+
+    rows = {}
+    for method in METHODS:
+        folder = arguments.out / method
+        if len(steps_of(folder)) < arguments.steps:
+            run(method, folder, arguments.steps, overrides)
+        lines = steps_of(folder)
+        config = OmegaConf.load(folder / "config.yaml")
+        prompts = config.data.train_batch_size // (config.skpo.group_size if method == "spo" else 1)
+        rows[method] = {
+            name: sum(line[f"skpo/tokens/{name}"] for line in lines) / len(lines) / prompts
+            for name in ("generated", "prefilled", "cached")
+        }
+    print("| method | generated | relative to GRPO | prefilled | of which cached |\n|---|---|---|---|---|")
+    for method, row in rows.items():
+        relative = row["generated"] / rows["grpo"]["generated"]
+        share = row["cached"] / row["prefilled"]
+        print(f"| `{method}` | {row['generated']:.0f} | {relative:.2f} | {row['prefilled']:.0f} | {share:.0%} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Random batches on both sides of the golden tests: rows of the reference, and the same rows as verl hands them on.
+
+The "model" is one flat parameter that holds every log-prob of every row, so that its gradient is the loss's gradient
+token by token.  Order of rows, updates, counted rows and row scales come from ``recipe.skpo.minibatch``, as in the
+trainer.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+
+from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
+from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
+from tests.reference import FlatRow, Gradient, Row, random_batch, reference_batch_objective
+
+CLIPS = (0.2, 0.28)
+WEIGHTS = (0.7, 0.3)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch in the order in which verl trains it.
+
+    Attributes:
+        rows: as the reference sees them.
+        prompt_lengths: tokens before the response, per row.
+        update: number of the update, per row, as the reference counts them: by prompt.
+        scales: ``skpo_row_scale``, float32 (rows,).
+        rows_per_update: over all ranks.
+        ranks: data-parallel size.
+        aggregation: of the downstream tokens.
+    """
+
+    rows: list[FlatRow]
+    prompt_lengths: list[int]
+    update: list[int]
+    scales: torch.Tensor
+    rows_per_update: int
+    ranks: int
+    aggregation: str
+
+    def reference(self) -> tuple[dict[int, float], list[Gradient]]:
+        """Objective per update and its gradient per row, by plain loops."""
+        return reference_batch_objective(self.rows, self.update, WEIGHTS, CLIPS, self.aggregation)
+
+    def share(self, rank: int) -> list[list[int]]:
+        """Rows of a rank per update: verl gives it a contiguous chunk and trains that in equal contiguous parts."""
+        per_rank, part = len(self.rows) // self.ranks, self.rows_per_update // self.ranks
+        chunk = range(rank * per_rank, (rank + 1) * per_rank)
+        return [list(chunk[start : start + part]) for start in range(0, per_rank, part)]
+
+
+def _lose_responses(rows: list[FlatRow], prompt: int) -> list[FlatRow]:
+    """All responses of a prompt are lost, so its segment has nothing to learn from either."""
+    return [
+        row
+        if row.prompt != prompt
+        else replace(row, valid=False, row=row.row if row.upstream else Row([-1.0], [-2.0], [0], row.row.advantage))
+        for row in rows
+    ]
+
+
+def _after_a_beginning(rng: np.random.Generator, flat: FlatRow) -> FlatRow:
+    """A response that begins with tokens that are not trained, as in ``skip=continual``."""
+    extra = int(rng.integers(1, 4))
+    row = flat.row
+    before = (-rng.exponential(1.0, extra)).tolist()
+    beginning = Row(before + row.log_prob, before + row.old_log_prob, [0] * extra + row.mask, row.advantage)
+    return replace(flat, row=beginning)
+
+
+def make_case(seed: int, ranks: int, aggregation: str = "group_token_mean") -> Case:
+    """A random batch: G, updates, lengths, padding, missing siblings, lost groups, untrained beginnings."""
+    rng = np.random.default_rng(seed)
+    group, per_update, updates = int(rng.integers(1, 6)), 2 * int(rng.integers(1, 3)), int(rng.integers(1, 4))
+    total = per_update * updates
+    padding_prompts = int(rng.integers(0, per_update)) if rng.random() < 0.5 else 0
+    rows = random_batch(rng, updates, per_update, group, padding_prompts)
+    if rng.random() < 0.3:
+        rows = _lose_responses(rows, int(rng.integers(total - padding_prompts)))
+    if rng.random() < 0.3:
+        rows = [_after_a_beginning(rng, row) if not row.upstream and row.valid else row for row in rows]
+
+    def partition(lengths: list[int], parts: int) -> list[list[int]]:
+        # Any partition into equal parts has to do; verl's own is used in the tests through the actor.
+        return rng.permutation(len(lengths)).reshape(parts, -1).tolist()
+
+    size = (group + 1) * per_update
+    lengths = [len(row.row.mask) for row in rows]
+    order = minibatch_order([row.prompt for row in rows], lengths, size, ranks, partition)
+    rows = [rows[index] for index in order]
+    phase = torch.tensor([UPSTREAM if row.upstream else DOWNSTREAM for row in rows])
+    prompts = torch.tensor([row.prompt for row in rows])
+    trained = torch.tensor([sum(row.row.mask) for row in rows])
+    padding = torch.tensor([row.prompt >= total - padding_prompts for row in rows])
+    valid = counted_rows(phase, prompts, padding, trained)
+    number = minibatch_of_rows(len(rows), size, ranks)
+    scales = row_scales(phase, prompts, number, trained, valid, *WEIGHTS, aggregation)
+    update = [row.prompt // per_update for row in rows]
+    return Case(rows, rng.integers(1, 6, len(rows)).tolist(), update, scales, size, ranks, aggregation)
+
+
+def nested(rows: list[torch.Tensor]) -> torch.Tensor:
+    """verl's layout of rows of different length."""
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+class FlatPolicy:
+    """Every log-prob of a batch in one parameter, read through what verl's engine gives to the loss."""
+
+    NOISE = -9.0
+
+    def __init__(self, case: Case, dtype: torch.dtype) -> None:
+        self.case, self.dtype = case, dtype
+        # The model's output at position j scores token j + 1: a response starts one before its first token.
+        outputs = [
+            [self.NOISE] * (prompt - 1) + row.row.log_prob + [self.NOISE]
+            for row, prompt in zip(case.rows, case.prompt_lengths, strict=True)
+        ]
+        self.ends = np.cumsum([len(output) for output in outputs]).tolist()
+        self.starts = [0, *self.ends[:-1]]
+        self.parameter = torch.tensor([value for output in outputs for value in output], dtype=dtype)
+        self.parameter.requires_grad_()
+
+    def data(self, rows: list[int], dp_size: int) -> TensorDict:
+        """These rows as verl's engine gives a mini-batch to its micro-batches; ``row`` is their number."""
+        from verl.utils import tensordict_utils
+
+        case, ids = self.case, [self.case.rows[index].row for index in rows]
+        prompts = [torch.ones(case.prompt_lengths[index], dtype=torch.long) for index in rows]
+        responses = [torch.ones(len(row.mask), dtype=torch.long) for row in ids]
+        data = TensorDict(
+            {
+                "row": torch.tensor(rows),
+                "prompts": nested(prompts),
+                "responses": nested(responses),
+                "input_ids": nested([torch.cat(pair) for pair in zip(prompts, responses, strict=True)]),
+                "response_mask": nested([torch.tensor(row.mask) for row in ids]),
+                "old_log_probs": nested([torch.tensor(row.old_log_prob, dtype=self.dtype) for row in ids]),
+                "skpo_phase": torch.tensor([UPSTREAM if case.rows[i].upstream else DOWNSTREAM for i in rows]),
+                "skpo_advantage": torch.tensor([row.advantage for row in ids], dtype=self.dtype),
+                "skpo_row_scale": case.scales[rows],
+            },
+            batch_size=len(rows),
+        )
+        tensordict_utils.assign_non_tensor(data, dp_size=dp_size)
+        return data
+
+    def loss(self, micro_batch: TensorDict) -> torch.Tensor:
+        """The loss of a micro-batch of ``data``."""
+        outputs = [self.parameter[self.starts[index] : self.ends[index]] for index in micro_batch["row"].tolist()]
+        loss, _ = skpo_loss({"log_probs": nested(outputs)}, micro_batch, clip_low=CLIPS[0], clip_high=CLIPS[1])
+        return loss
+
+    def row_gradients(self, gradient: torch.Tensor) -> Iterator[Gradient]:
+        """Per row, the part at the positions that score its response; asserts that no other position has any."""
+        for row, prompt, start, end in zip(
+            self.case.rows, self.case.prompt_lengths, self.starts, self.ends, strict=True
+        ):
+            first = start + prompt - 1
+            last = first + len(row.row.mask)
+            assert not gradient[start:first].any() and not gradient[last:end].any()
+            yield gradient[first:last].tolist()
+
+
+def relative_error(actual: Iterator[Gradient], expected: list[Gradient]) -> float:
+    """Largest difference, relative to each expected entry; entries that must be 0 count as they are."""
+    worst = 0.0
+    for row, reference in zip(actual, expected, strict=True):
+        for found, slope in zip(row, reference, strict=True):
+            wanted = -slope  # a loss is a negated objective
+            worst = max(worst, abs(found - wanted) / abs(wanted) if wanted else abs(found))
+    return worst
+
+
+def gradient_of_updates(
+    policy: FlatPolicy, ranks: list[int], split: Callable[[TensorDict], list[TensorDict]]
+) -> Iterator[tuple[int, float, torch.Tensor]]:
+    """Number, loss and gradient per update, summed over the micro-batches of these ranks."""
+    case = policy.case
+    for number, parts in enumerate(zip(*(case.share(rank) for rank in ranks), strict=True)):
+        policy.parameter.grad = None
+        total = 0.0
+        for rows in parts:
+            for micro_batch in split(policy.data(rows, case.ranks)):
+                loss = policy.loss(micro_batch)
+                loss.backward()
+                total += float(loss.detach())
+        assert policy.parameter.grad is not None
+        yield number, total, policy.parameter.grad.clone()

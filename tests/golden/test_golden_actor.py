@@ -1,0 +1,258 @@
+"""The exact objective through verl: the gradient of the real FSDP actor is that of eq. 5 and eq. 6, written naively.
+
+A tiny Llama, verl's worker and engine built from the recipe's config, rows as the trainer stores them.  The reference
+scores one row at a time with a plain Hugging Face model in float64 and knows nothing of rows, scales, micro-batches or
+ranks: a wrong normaliser anywhere between the trainer and the optimizer shows here.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from recipe.skpo.advantage import skpo_advantage
+from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
+from recipe.skpo.segments import skip_prompt
+from tests.e2e.tiny import make_model
+from tests.reference import reference_group_relative, reference_single_stream
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUP, PER_UPDATE, WEIGHTS, CLIPS, TEMPERATURE, BOS = 3, 2, (0.7, 0.3), (0.2, 0.28), 0.8, 0
+TOLERANCE = 1e-4
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "dynamic": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 48, "use_remove_padding": False},
+    "dynamic, packed": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 48, "use_remove_padding": True},
+    "one micro-batch": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 4096, "use_remove_padding": False},
+    "micro-batches of 1": {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1, "use_remove_padding": False},
+    "micro-batches of 2, packed": {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2, "use_remove_padding": True},
+}
+
+
+@dataclass
+class Response:
+    """A sequence that is trained: the tokens before it, its own, how many of them a beginning is that is not."""
+
+    before: list[int]
+    tokens: list[int]
+    reward: float
+    untrained: int = 0
+    old: tuple[float, ...] = ()
+
+    @property
+    def positions(self) -> range:
+        """Trained positions of the response."""
+        return range(self.untrained, len(self.tokens))
+
+
+@dataclass
+class Visit:
+    """One prompt's rollout; a sibling that failed is None."""
+
+    baseline: float
+    segment: Response
+    responses: list[Response | None]
+
+
+def make_visits(seed: int) -> list[Visit]:
+    """Three prompts: one with a missing sibling, one whose responses begin with the segment (skip=continual)."""
+    rng = np.random.default_rng(seed)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return rng.integers(4, 260, int(rng.integers(low, high))).tolist()
+
+    visits = []
+    for number in range(3):
+        problem, segment = [BOS, *tokens(3, 9)], tokens(2, 7)
+        rewards = [[1.0, -1.0, 1.0], [-1.0, 1.0, -1.0], [1.0, 1.0, -1.0]][number]
+        responses: list[Response | None] = []
+        for reward in rewards:
+            if number == 1:
+                responses.append(Response(problem, segment + tokens(1, 10), reward, len(segment)))
+            else:
+                responses.append(Response(skip_prompt(segment, problem, BOS), tokens(1, 10), reward))
+        if number == 0:
+            responses[1] = None
+        came_back = [response.reward for response in responses if response is not None]
+        mean = sum(came_back) / len(came_back)
+        visits.append(Visit(float(rng.uniform(-1, 1)), Response(problem, segment, mean), responses))
+    return visits
+
+
+Score = Callable[[Response], list[torch.Tensor]]
+
+
+def scorer(model: Any) -> Score:
+    """log pi of every token of a response at the rollout's temperature, by a forward over this row alone."""
+
+    def score(response: Response) -> list[torch.Tensor]:
+        logits = model(torch.tensor([response.before + response.tokens])).logits[0] / TEMPERATURE
+        start = len(response.before)
+        return [torch.log_softmax(logits[start + index - 1], -1)[token] for index, token in enumerate(response.tokens)]
+
+    return score
+
+
+def with_old_log_probs(visits: list[Visit], score: Score, seed: int) -> None:
+    """Give every response log-probs of a policy nearby, so that ratios lie on both sides of both clip bounds."""
+    rng = np.random.default_rng(seed)
+    for visit in visits:
+        for response in (visit.segment, *visit.responses):
+            if response is not None:
+                with torch.no_grad():
+                    now = [float(value) for value in score(response)]
+                response.old = tuple(value + float(rng.normal(0, 0.3)) for value in now)
+
+
+def naive_objective(visits: list[Visit], everything: list[Visit], score: Score) -> torch.Tensor:
+    """SPEC section 6 over the prompts of one update; advantages over the whole batch, from the rewards."""
+    clipped = (1 - CLIPS[0], 1 + CLIPS[1])
+    upstream = reference_single_stream(
+        [visit.segment.reward for visit in everything], [visit.baseline for visit in everything], [True] * 3
+    )
+    total = torch.zeros((), dtype=torch.float64)
+    for visit in visits:
+        advantage = upstream[everything.index(visit)]
+        now, up = score(visit.segment), torch.zeros((), dtype=torch.float64)
+        for index in visit.segment.positions:
+            ratio = torch.exp(now[index] - visit.segment.old[index])
+            up = up + torch.minimum(ratio * advantage, ratio.clamp(*clipped) * advantage)
+        up = up / len(visit.segment.tokens)
+
+        siblings = [response for response in visit.responses if response is not None]
+        rewards = [response.reward for response in siblings]
+        advantages = reference_group_relative(rewards, [0] * len(rewards), [True] * len(rewards))
+        tokens, down = 0, torch.zeros((), dtype=torch.float64)
+        for response, gain in zip(siblings, advantages, strict=True):
+            now = score(response)
+            for index in response.positions:
+                weight = min(max(math.exp(float(now[index].detach()) - response.old[index]), clipped[0]), clipped[1])
+                down = down + weight * gain * now[index]
+                tokens += 1
+        total = total + (WEIGHTS[0] * up + WEIGHTS[1] * down / tokens) / len(visits)
+    return total
+
+
+def rows_of(visits: list[Visit], ranks: int) -> list[dict[str, Any]]:
+    """The trainer's side: rows with advantages and scales, padded to whole updates, in verl's order."""
+    from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+
+    flat: list[tuple[int, int, Response | None, float, bool]] = []
+    for number, visit in enumerate(visits):
+        flat.append((number, UPSTREAM, visit.segment, visit.baseline, False))
+        flat += [(number, DOWNSTREAM, response, 0.0, False) for response in visit.responses]
+    padding = -len(flat) % (PER_UPDATE * (GROUP + 1))
+    flat += [(len(visits), UPSTREAM, visits[0].segment, 0.9, True)] * padding
+    # verl hands them over in any order.
+    flat = [flat[int(index)] for index in np.random.default_rng(5).permutation(len(flat))]
+    lost = Response(visits[0].segment.before, [1], 0.0, untrained=1, old=(-1.0,))
+    size = PER_UPDATE * (GROUP + 1)
+    order = minibatch_order(
+        [number for number, *_ in flat],
+        [len(response.before + response.tokens) if response else 2 for _, _, response, _, _ in flat],
+        size,
+        ranks,
+        lambda lengths, parts: get_seqlen_balanced_partitions(lengths, k_partitions=parts, equal_size=True),
+    )
+    flat = [flat[index] for index in order]
+    responses = [response or lost for _, _, response, _, _ in flat]
+    prompts, phase = torch.tensor([row[0] for row in flat]), torch.tensor([row[1] for row in flat])
+    lengths = torch.tensor([len(response.positions) for response in responses])
+    valid = counted_rows(phase, prompts, torch.tensor([row[4] for row in flat]), lengths)
+    rewards = torch.tensor([response.reward for response in responses])
+    advantage = skpo_advantage(rewards, torch.tensor([row[3] for row in flat]), phase, prompts, valid)
+    minibatch = minibatch_of_rows(len(flat), size, ranks)
+    scale = row_scales(phase, prompts, minibatch, lengths, valid, *WEIGHTS)
+    return [
+        {
+            "prompt": torch.tensor(response.before),
+            "response": torch.tensor(response.tokens),
+            "mask": torch.tensor([int(index in response.positions) for index in range(len(response.tokens))]),
+            "old_log_probs": torch.tensor(response.old, dtype=torch.float32),
+            "phase": phase[index],
+            "advantage": advantage[index],
+            "scale": scale[index],
+        }
+        for index, response in enumerate(responses)
+    ]
+
+
+def run_ranks(folder: Path, ranks: int) -> None:
+    """Start the processes of ``tests.golden.actor`` and wait for them."""
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.golden.actor", str(folder), str(rank), str(ranks)],
+            cwd=ROOT,
+            env=variables,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        logs = [process.communicate(timeout=280)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, log in zip(processes, logs, strict=True):
+        assert process.returncode == 0, log[-6000:]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_gradient_of_verls_actor_is_that_of_the_paper(
+    ranks: int, tmp_path: Path, compose_config: Callable[..., Any]
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    path = make_model(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float64)
+    score = scorer(model)
+    visits = make_visits(seed=1)
+    with_old_log_probs(visits, score, seed=2)
+    config = compose_config(
+        "platform=cpu",
+        f"actor_rollout_ref.model.path={path}",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={PER_UPDATE}",
+        "actor_rollout_ref.actor.optim.lr=1e-2",
+        "actor_rollout_ref.actor.optim.lr_warmup_steps=0",
+        "actor_rollout_ref.rollout.dtype=float32",
+        f"actor_rollout_ref.rollout.temperature={TEMPERATURE}",
+        f"skpo.group_size={GROUP}",
+        f"skpo.clip_low={CLIPS[0]}",
+        f"skpo.clip_high={CLIPS[1]}",
+    )
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    job = {"rows": rows_of(visits, ranks), "rows_per_update": PER_UPDATE * (GROUP + 1), "variants": VARIANTS}
+    torch.save(job, tmp_path / "rows.pt")
+    run_ranks(tmp_path, ranks)
+
+    updates = torch.load(tmp_path / "updates.pt")
+    assert list(updates) == list(VARIANTS)
+    for name, records in updates.items():
+        assert len(records) == 2
+        moved = max(float((records[0][0][key] - tensor).abs().max()) for key, tensor in records[1][0].items())
+        assert moved > 1e-3, "the second update has to see another policy than the first"
+        for number, (weights, gradients) in enumerate(records):
+            model.load_state_dict(weights, strict=False)  # the tied output layer is not listed twice
+            model.zero_grad()
+            (-naive_objective(visits[number * PER_UPDATE : (number + 1) * PER_UPDATE], visits, score)).backward()
+            expected = {key: parameter.grad for key, parameter in model.named_parameters()}
+            assert set(expected) == set(gradients)
+            worst = 0.0
+            for key, wanted in expected.items():
+                assert wanted is not None
+                worst = max(worst, float((gradients[key] - wanted).norm() / wanted.norm()))
+            print(f"{ranks} ranks, {name}, update {number}: largest relative error of a parameter {worst:.1e}")
+            assert worst < TOLERANCE
