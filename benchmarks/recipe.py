@@ -1,12 +1,10 @@
 """The recipe's own Python against its limits, and where its time goes.
 
-    python -m benchmarks.recipe [--repeats 7] [--profile] [--out outputs/benchmarks/recipe.json]
-
 Measured apart from everything that is called: TransferQueue, tokenizer, reward function and model take no part.
-Medians of processor time on one thread, at the paper's shape: 128 prompts, G = 8, responses of 3,072 tokens, candidates of 512.
+Medians of processor time on one thread, at the paper's shape: 128 prompts, G = 8, responses of 3,072 tokens, candidates
+of 512.  ``--profile`` shows where the time goes.
 """
 
-import argparse
 import cProfile
 import json
 import pstats
@@ -23,6 +21,8 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+
+from benchmarks.report import parser_of, table, write_json
 
 PROMPTS, GROUP, RESPONSE_TOKENS, SEGMENT_TOKENS, PROBLEM_TOKENS = 128, 8, 3072, 512, 200
 DAPO_PROMPTS, MILLION = 17_398, 1_000_000
@@ -178,7 +178,8 @@ def training_step(prompts: int = PROMPTS) -> Callable[[], dict[str, float]]:
 
     def step() -> dict[str, float]:
         metrics: dict[str, float] = {}
-        with patch("transfer_queue.kv_batch_get", lambda **_: data), patch("transfer_queue.kv_batch_put", lambda **_: batch):
+        taken = patch("transfer_queue.kv_batch_get", lambda **_: data)
+        with taken, patch("transfer_queue.kv_batch_put", lambda **_: batch):
             trainer._compute_advantage(batch, metrics)
         return metrics
 
@@ -205,17 +206,17 @@ def visited_state(count: int) -> Any:
 
 
 def _highest_memory() -> int:
-    """Bytes of resident memory at their highest in this process (Linux; ``ru_maxrss`` would count the parent's)."""
+    """Highest resident memory of this process in bytes (``ru_maxrss`` would count the parent's)."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
 
 def million(count: int = MILLION) -> dict[str, float]:
-    """Costs of trackers that know ``count`` prompts; call it in a process that did nothing else (see ``fresh_million``).
+    """Costs of trackers that know ``count`` prompts, in a process that did nothing else: see ``fresh_million``.
 
     Returns:
-        ``memory_mb``: growth of resident memory by the state; ``peak_mb``: growth by the end of a save and a load, at
-        its highest; ``update_ms``: of 128 prompts, read and observed; ``save_s``; ``load_s``; ``file_mb``.
+        ``memory_mb``: growth of resident memory by the state; ``peak_mb``: growth by the end of a save, at its
+        highest; ``update_ms``: of 128 prompts, read and observed; ``save_s``; ``load_s``; ``file_mb``.
     """
     import psutil
 
@@ -243,9 +244,9 @@ def million(count: int = MILLION) -> dict[str, float]:
         save_seconds = time.process_time() - start
         size = path.stat().st_size
         peak = _highest_memory() - before
-        del state
+        loaded = SkpoState(SkpoSettings(), RESPONSE_TOKENS)
         start = time.process_time()
-        SkpoState(SkpoSettings(), RESPONSE_TOKENS).load(Path(folder))
+        loaded.load(Path(folder))
         load_seconds = time.process_time() - start
     return {
         "memory_mb": memory / 1e6,
@@ -270,7 +271,8 @@ def draw_seconds(prompts: int, repeats: int) -> float:
     from recipe.skpo.curriculum import PrioritisedBatches
 
     state = visited_state(prompts)
-    batches = PrioritisedBatches([*map(prompt_key, range(prompts))], PROMPTS, 0.05, state.values.value, lambda: state.rng)
+    ids = [*map(prompt_key, range(prompts))]
+    batches = PrioritisedBatches(ids, PROMPTS, 0.05, state.values.value, lambda: state.rng)
     drawn = iter(batches)
     return median_seconds(lambda: next(drawn), repeats)
 
@@ -323,25 +325,16 @@ def _profiled(name: str, call: Callable[[], Any], lines: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns 1 if a limit is passed."""
-    from benchmarks.report import stamp, write_json
-
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.recipe", description=__doc__.splitlines()[0])
+    parser = parser_of("recipe", __doc__ or "")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--profile", action="store_true", help="print profiles instead")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/recipe.json"))
     options = parser.parse_args(argv)
     if options.profile:
         profile()
         return 0
     found = measure(options.repeats)
-    print("| what | measured | limit |\n| --- | --- | --- |")
-    for item in found:
-        limit = "" if item.limit is None else f"{item.limit:g} {item.unit}"
-        print(f"| {item.name} | {item.value:.3g} {item.unit} | {limit} |")
-    write_json(options.out, {"kind": "recipe", "measured": stamp(), "values": [vars(item) for item in found]})
-    print(f"written: {options.out}")
+    limits = ["" if item.limit is None else f"{item.limit:g} {item.unit}" for item in found]
+    rows = [[item.name, f"{item.value:.3g} {item.unit}", limit] for item, limit in zip(found, limits, strict=True)]
+    print(table(["what", "measured", "limit"], rows))
+    write_json(options.out, {"values": [vars(item) for item in found]})
     return int(any(item.limit is not None and item.value > item.limit for item in found))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,7 +1,7 @@
 """A cluster of language-model servers without a model: continuous batching, prefix cache and routing in virtual time.
 
 What it keeps of vLLM 0.28 (v1 scheduler): running sequences decode one token per step; prompts are prefilled in chunks
-in the same steps, within a token budget; waiting requests are admitted by priority, then in order, while there are slots and cache blocks;
+in the same steps, within a token budget; waiting requests are admitted in order while there are slots and cache blocks;
 full blocks of a prompt can be shared from the moment they are scheduled, also within one step; at least the last prompt
 token is always computed; blocks that nobody uses are evicted least recently used first.  What it leaves out: preemption
 (a request is admitted when all that it will write fits), sharing of generated tokens, and speculative anything.
@@ -11,7 +11,7 @@ The clients in front are verl's own, with verl's own router.
 import asyncio
 import heapq
 import itertools
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -29,9 +29,9 @@ Writer = Callable[[Sequence[int], dict[str, Any]], list[int]]
 class ServerConstants:
     """Speed and size of one replica; the defaults resemble a 7B model in bf16 on one H100 that it shares with training.
 
-    A step takes ``step_seconds`` (reading 15 GB of weights at about 2.7 TB/s, and launching kernels), plus, per decoding
-    sequence, ``sequence_seconds`` (sampling, scheduling), plus ``context_seconds`` per token of context that attention
-    reads (57 kB of keys and values at about 2.7 TB/s), plus the prefill of its chunk (15 GFLOP per token at 45% of peak).
+    A step takes ``step_seconds`` (reading 15 GB of weights at about 2.7 TB/s, and launching kernels), per decoding
+    sequence ``sequence_seconds`` (sampling, scheduling), per token of context that attention reads ``context_seconds``
+    (57 kB of keys and values at about 2.7 TB/s), and the prefill of its chunk (15 GFLOP per token at 45% of peak).
     """
 
     step_seconds: float = 7e-3
@@ -112,7 +112,7 @@ class Replica:
     def __init__(self, constants: ServerConstants, write: Writer) -> None:
         self.constants, self.write = constants, write
         self.cache = PrefixCache(constants.cache_tokens // constants.block_size)
-        self._waiting: list[tuple[int, int, _Sequence]] = []  # heap by priority and arrival
+        self._waiting: deque[_Sequence] = deque()
         self._prefilling: list[_Sequence] = []
         self._decoding: list[tuple[int, int, _Sequence]] = []  # heap by the step of the last token
         self._context = 0
@@ -126,16 +126,15 @@ class Replica:
         prompt_ids: list[int],
         sampling_params: dict[str, Any],
         request_id: str,
-        priority: int = 0,
         **media: Any,
     ) -> TokenOutput:
-        """One completion, when it is written; a lower ``priority`` is admitted first."""
+        """One completion, when it is written."""
         tokens = self.write(prompt_ids, sampling_params)
         await asyncio.sleep(self.constants.request_seconds)
         sequence = _Sequence(
             self._hashes(prompt_ids), len(prompt_ids), len(tokens), asyncio.get_running_loop().create_future()
         )
-        heapq.heappush(self._waiting, (priority, next(self._numbers), sequence))
+        self._waiting.append(sequence)
         self._arrived.set()
         await sequence.done
         return TokenOutput(
@@ -181,12 +180,12 @@ class Replica:
         for sequence in self._prefilling:
             granted += self._prefill(sequence, budget - granted)
         while self._waiting and granted < budget and self._running() < self.constants.slots:
-            sequence = self._waiting[0][2]
+            sequence = self._waiting[0]
             if not self._admit(sequence):
                 if not self._running():
                     raise ValueError(f"a sequence of {sequence.prompt_tokens + sequence.to_write} tokens never fits")
                 break
-            heapq.heappop(self._waiting)
+            self._waiting.popleft()
             self._prefilling.append(sequence)
             granted += self._prefill(sequence, budget - granted)
         return granted
@@ -258,7 +257,8 @@ class Cluster:
     def __init__(self, config: Any, replicas: int, constants: ServerConstants, write: Writer) -> None:
         self.replicas = [Replica(constants, write) for _ in range(replicas)]
         servers: dict[str, Any] = {str(number): LocalHandle(replica) for number, replica in enumerate(self.replicas)}
-        self.client = LLMServerClient(config, load_balancer_handle=LocalHandle(GlobalRequestLoadBalancer(servers)))
+        router: Any = LocalHandle(GlobalRequestLoadBalancer(servers))
+        self.client = LLMServerClient(config, load_balancer_handle=router)
 
     def stop(self) -> None:
         """End all servers."""

@@ -1,15 +1,11 @@
 """One actor update, forward and backward, with and without shared prompts (``share_prefixes``).
 
-    python -m benchmarks.update [--model DIR] [--prompts 4] [--group 8] [--segment 12] [--problem 70] [--response 24]
-
 Drives the two engines' own code from a micro-batch to log-probs and back, without FSDP, Ray or an optimizer: those
-cost the same in both.  Micro-batches hold whole prompts, ``--prompts-per-batch`` of them.  Each response has between half and all of
-``--response`` tokens.  Without ``--model`` a random Llama of 4 layers is used.  Repetitions of both engines alternate; medians.
+cost the same in both.  Micro-batches hold whole prompts, ``--prompts-per-batch`` of them; each response has between
+half and all of ``--response`` tokens.  The defaults are the sizes of the default run.  Both engines take turns.
 """
 
-import argparse
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +15,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.report import stamp, write_json
+from benchmarks import embedded
+from benchmarks.report import parser_of, table, write_json
 
 VOCABULARY = 1000
 Rows = tuple[list[torch.Tensor], list[torch.Tensor]]
@@ -51,19 +48,19 @@ class Shape:
 
 
 def load_model(folder: str) -> Any:
-    """The checkpoint, or a random model, in float32 with sdpa, as the CPU platform trains it."""
+    """The checkpoint, or with ``random`` a small random model, in float32 with sdpa, as the CPU platform trains it."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    if folder:
+    if folder != "random":
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa")
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
     )
     return LlamaForCausalLM(config)
 
@@ -90,7 +87,7 @@ def micro_batch(rows: Sequence[Rows]) -> Any:
 
 
 def update(engine_class: type, model: Any, batches: Sequence[Any]) -> tuple[float, int]:
-    """Forward and backward over all micro-batches; seconds, and positions that the model computed (padding included)."""
+    """Forward and backward over all micro-batches: seconds, and positions that the model computed, padding included."""
     engine: Any = object.__new__(engine_class)
     engine.pad_to_length = None
     engine.use_ulysses_sp = False
@@ -112,20 +109,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from recipe.skpo.prefix_engine import SharedPrefixEngine
 
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.update", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="", help="checkpoint folder (default: a small random model)")
-    for name, default in (("prompts", 4), ("group", 8), ("problem", 70), ("segment", 12), ("response", 24)):
+    parser = parser_of("update", __doc__ or "")
+    parser.add_argument("--model", default="", help="checkpoint folder, or random (default: the embedded model)")
+    for name, default in (("prompts", 4), ("group", 8), ("problem", 70), ("segment", 5), ("response", 24)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--prompts-per-batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/update.json"))
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     shape = Shape(options.prompts, options.group, options.problem, options.segment, options.response)
     rows = shape.rows(torch.Generator().manual_seed(1))
     size = options.prompts_per_batch
     batches = [micro_batch(rows[first : first + size]) for first in range(0, len(rows), size)]
+    options.model = options.model or str(embedded.model_folder())
     model = load_model(options.model)
     engines = {"separate rows": FSDPEngineWithLMHead, "shared prompts": SharedPrefixEngine}
     seconds: dict[str, list[float]] = {name: [] for name in engines}
@@ -136,15 +133,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if repeat:  # the first one warms up
                 seconds[name].append(taken)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print("| engine | seconds | positions computed |\n| --- | --- | --- |")
-    for name, median in medians.items():
-        print(f"| {name} | {median:.3f} | {positions[name]:,} |")
-    print(f"speed-up: {medians['separate rows'] / medians['shared prompts']:.2f}")
-    content = {"kind": "update", "measured": stamp(), "model": Path(options.model).name or "random", **vars(shape)}
-    write_json(options.out, {**content, "threads": options.threads, "seconds": seconds, "positions": positions})
-    print(f"written: {options.out}")
+    base = medians["separate rows"]
+    lines = [[name, f"{own:.3f}", f"{base / own:.2f}", f"{positions[name]:,}"] for name, own in medians.items()]
+    print(table(["engine", "seconds", "speed-up", "positions computed"], lines))
+    settings = {**vars(options), "model": Path(options.model).name, "out": options.out.name}
+    write_json(options.out, {"settings": settings, "seconds": seconds, "positions": positions})
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

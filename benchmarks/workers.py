@@ -9,7 +9,7 @@ import io
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,6 +19,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from verl.workers.rollout.replica import TokenOutput
 
+from benchmarks.comparison import GRPO, TWO_BATCH
 from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD, Candidate, MeteredWorker, SkpoAgentLoopWorker
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -31,8 +32,7 @@ class Variant:
     Attributes:
         name: as printed.
         method: ``grpo`` (G independent responses), ``skpo``, ``two-batch`` (SKPO as two global batches of verl's stock
-            kind: a barrier between them, and every request routed on its own), ``barrier`` (the barrier alone) or
-            ``downstream-first`` (SKPO whose siblings overtake waiting candidates; needs scheduling_policy=priority).
+            kind: a barrier between them, and every request routed on its own) or ``barrier`` (the barrier alone).
         candidates: upstream candidates per prompt; of no effect for GRPO.
     """
 
@@ -47,14 +47,13 @@ class Variant:
 
 
 def variants(group_size: int) -> list[Variant]:
-    """GRPO first, which the others are compared with; the two-batch forms have the candidates of the SKPO they undo."""
+    """What is compared."""
     counts = sorted({group_size, min(3, group_size), 1}, reverse=True)
     return [
-        Variant("GRPO", "grpo", group_size),
-        *(Variant(f"SKPO, {count} candidates", "skpo", count) for count in counts),
-        *(Variant(f"two-batch SKPO, {count} candidates", "two-batch", count) for count in counts),
-        Variant(f"SKPO with a barrier, {group_size} candidates", "barrier", group_size),
-        Variant(f"SKPO downstream first, {group_size} candidates", "downstream-first", group_size),
+        Variant(GRPO, "grpo", group_size),
+        *(Variant(f"SKPO, candidates={count}", "skpo", count) for count in counts),
+        Variant("SKPO with a barrier", "barrier", group_size),
+        Variant(TWO_BATCH, "two-batch", group_size),
     ]
 
 
@@ -72,10 +71,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Call:
-    """One request as the worker saw it; times in seconds of the event loop's clock, counts in tokens.
-
-    ``cut``: it wrote as many tokens as it was allowed.
-    """
+    """One request as the worker saw it; times in seconds of the event loop's clock, counts in tokens."""
 
     phase: str
     start: float
@@ -83,7 +79,6 @@ class Call:
     generated: int
     prefilled: int
     cached: int
-    cut: bool
 
 
 class RecordingClient:
@@ -92,8 +87,8 @@ class RecordingClient:
     The phase is told by the routing id: ``...-up`` and ``...-down`` are the recipe's, verl's own loop has random ones.
     """
 
-    def __init__(self, client: Any, budget: int, downstream_first: bool = False) -> None:
-        self._client, self._budget, self._downstream_first = client, budget, downstream_first
+    def __init__(self, client: Any) -> None:
+        self._client = client
         self.calls: list[Call] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -104,12 +99,9 @@ class RecordingClient:
         clock = asyncio.get_running_loop().time
         start = clock()
         phase = {"up": "upstream", "down": "downstream"}.get(request_id.rpartition("-")[2], "responses")
-        limit = kwargs["sampling_params"].get("max_tokens", self._budget)
-        if self._downstream_first and phase == "downstream":
-            kwargs["priority"] = -1
         output = await self._client.generate(request_id=request_id, prompt_ids=prompt_ids, **kwargs)
-        cached, written = int(output.extra_fields.get("num_cached_tokens") or 0), len(output.token_ids)
-        self.calls.append(Call(phase, start, clock(), written, len(prompt_ids), cached, written >= limit))
+        cached = int(output.extra_fields.get("num_cached_tokens") or 0)
+        self.calls.append(Call(phase, start, clock(), len(output.token_ids), len(prompt_ids), cached))
         return output
 
 
@@ -138,7 +130,6 @@ WORKERS: dict[str, type[MeteredWorker]] = {
     "skpo": SkpoAgentLoopWorker,
     "two-batch": TwoBatchWorker,
     "barrier": BarrierWorker,
-    "downstream-first": SkpoAgentLoopWorker,
 }
 
 
@@ -148,18 +139,14 @@ class PhaseCost:
 
     Attributes:
         seconds: from its first request to its last answer; phases of different prompts overlap.
-        request_seconds: mean time of a request.
         requests, generated, prefilled, cached: sums; ``cached`` is part of ``prefilled``.
-        cut: requests that wrote all that they were allowed.
     """
 
     seconds: float
-    request_seconds: float
     requests: int
     generated: int
     prefilled: int
     cached: int
-    cut: int
 
 
 @dataclass(frozen=True)
@@ -168,15 +155,6 @@ class RolloutCost:
 
     seconds: float
     phases: dict[str, PhaseCost]
-
-    @property
-    def generated(self) -> int:
-        """Tokens generated in all phases, discarded ones included."""
-        return sum(phase.generated for phase in self.phases.values())
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def phase_costs(calls: Iterable[Call]) -> dict[str, PhaseCost]:
@@ -187,12 +165,10 @@ def phase_costs(calls: Iterable[Call]) -> dict[str, PhaseCost]:
     return {
         phase: PhaseCost(
             seconds=max(call.end for call in own) - min(call.start for call in own),
-            request_seconds=sum(call.end - call.start for call in own) / len(own),
             requests=len(own),
             generated=sum(call.generated for call in own),
             prefilled=sum(call.prefilled for call in own),
             cached=sum(call.cached for call in own),
-            cut=sum(call.cut for call in own),
         )
         for phase, own in grouped.items()
     }
@@ -254,8 +230,7 @@ async def roll_out(
         RuntimeError: a prompt failed; times of a partial rollout mean nothing.
     """
     clock = asyncio.get_running_loop().time
-    budget = config.data.max_response_length
-    recording = RecordingClient(client, budget, variant.method == "downstream-first")
+    recording = RecordingClient(client)
     with counted_queue() as queue:
         with redirect_stdout(io.StringIO()):  # verl prints which dataset class it has found
             worker: Any = WORKERS[variant.method](config, recording, reward_loop_worker_handles=[reward])
