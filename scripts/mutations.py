@@ -268,13 +268,11 @@ MUTATIONS = (
         "siblings = valid & (phase == DOWNSTREAM)",
         "siblings = phase == DOWNSTREAM",
     ),
-    Mutation(
+    one(
         "trainer",
         "groups by prompt in place of visit",
-        (
-            ("enumerate(dict.fromkeys(uids))", "enumerate(dict.fromkeys(ids))"),
-            ("number[uid] for uid in uids", "number[uid] for uid in ids"),
-        ),
+        '[key.rsplit("_", 2)[0] for key in batch.keys]\n        number',
+        'data.get("id").tolist()\n        number',
     ),
     one(
         "trainer",

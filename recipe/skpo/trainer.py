@@ -95,11 +95,12 @@ class SkpoTrainer(BaseTrainer):
         rewards = _row_sums(*_flat(data["rm_scores"]))
         phase = data["skpo_phase"].reshape(-1)
         padding = torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags])
-        uids, ids = [key.rsplit("_", 2)[0] for key in batch.keys], [str(key) for key in data.get("id").tolist()]
+        uids = [key.rsplit("_", 2)[0] for key in batch.keys]
         number = {uid: index for index, uid in enumerate(dict.fromkeys(uids))}
         prompts = torch.tensor([number[uid] for uid in uids])
         valid = counted_rows(phase, prompts, padding, lengths)
         segments = (valid & (phase == UPSTREAM)).nonzero().flatten().tolist()
+        ids = {row: str(data.get("id")[row].tolist()) for row in segments}
 
         # Every baseline is read before any tracker moves, also where a prompt is in the batch twice.
         baselines = torch.zeros_like(rewards)
