@@ -30,7 +30,13 @@ class EngineClient:
         self.engine, self.budget = engine, budget
 
     async def generate(
-        self, request_id: str, *, prompt_ids: list[int], sampling_params: dict[str, Any], **media: Any
+        self,
+        request_id: str,
+        *,
+        prompt_ids: list[int],
+        sampling_params: dict[str, Any],
+        priority: int = 0,
+        **media: Any,
     ) -> Any:
         """One completion with its log-probs, as verl's server makes it."""
         from verl.workers.rollout.replica import TokenOutput
@@ -48,7 +54,7 @@ class EngineClient:
         )
         prompt = TokensPrompt(prompt_token_ids=list(prompt_ids))
         final = None
-        async for output in self.engine.generate(prompt, params, uuid.uuid4().hex):
+        async for output in self.engine.generate(prompt, params, uuid.uuid4().hex, priority=priority):
             final = output
         assert final is not None
         written = final.outputs[0]
@@ -76,6 +82,7 @@ def _start_engine(model: Path, config: Any) -> Any:
         enable_chunked_prefill=rollout.enable_chunked_prefill,
         enable_prefix_caching=rollout.enable_prefix_caching,
         enforce_eager=rollout.enforce_eager,
+        scheduling_policy=rollout.scheduling_policy,
         logprobs_mode=rollout.logprobs_mode,
         block_size=rollout.engine_kwargs.vllm.block_size,
         disable_log_stats=True,
@@ -106,8 +113,8 @@ async def _measure(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) 
             ]
         )
 
-    # With one replica there is nothing to be routed: the barrier alone is the two-batch form.
-    compared = [variant for variant in variants(options.group) if variant.method != "barrier"]
+    # One replica leaves nothing to be routed, and first visits expect the same length of all: these change nothing.
+    compared = [variant for variant in variants(options.group) if variant.method not in ("barrier", "arrival")]
     configs = {variant.name: composed(variant.config_method, variant.candidates) for variant in compared}
     # SKPO's, whose sequences are the longest.
     config = composed("skpo", options.group)
@@ -124,7 +131,7 @@ async def _measure(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) 
             visit = state.next_visit(row["id"], 1)
             messages = [dict(message) for message in row["prompt"]]
             truth = row["reward_model"]["ground_truth"]
-            prompts.append(Prompt(row["id"], messages, truth, row["data_source"], visit.split_position, visit.seed))
+            prompts.append(Prompt(row["id"], messages, truth, row["data_source"], visit))
         return prompts
 
     try:

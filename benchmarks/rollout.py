@@ -123,10 +123,12 @@ def simulate(
 ) -> list[dict[str, Any]]:
     """Every variant on every seed, on a cluster of so many replicas; one record per rollout."""
     records = []
+    configs: dict[tuple[str, int], Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = write_tokenizer(Path(folder))
         for variant in compared:
-            config = compose(
+            key = (variant.config_method, variant.candidates)
+            config = configs[key] = configs.get(key) or compose(
                 [
                     "platform=cpu",
                     f"method={variant.config_method}",
@@ -142,7 +144,7 @@ def simulate(
             )
             for seed in seeds:
                 cost = run_virtual(_rollout(variant, config, workload, replicas, seed, constants))
-                shape = f"{workload.prompts} prompts, {replicas} replicas"
+                shape = f"{workload.prompts} prompts, {replicas} x {constants.slots} slots"
                 records.append({"variant": variant.name, "shape": shape, "run": seed, **asdict(cost)})
     return records
 
@@ -161,7 +163,7 @@ async def _rollout(
         state.observe(str(number), 0.0, float(np.minimum(earlier, workload.response_length).mean()))
         visit = state.next_visit(str(number), 1)
         messages = [{"role": "user", "content": " ".join(f"w{token}" for token in problem)}]
-        prompts.append(Prompt(str(number), messages, "", "simulated", visit.split_position, visit.seed))
+        prompts.append(Prompt(str(number), messages, "", "simulated", visit))
 
     class Reward:
         async def compute_score(self, data: Any) -> dict[str, Any]:
@@ -181,20 +183,21 @@ async def _rollout(
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = parser_of("rollout", __doc__ or "")
-    parser.add_argument("--shapes", nargs="+", default=["32x1", "128x8", "128x64"], help="prompts x replicas")
+    shapes = ["32x1x64", "32x1x256", "128x8x256", "128x64x256"]
+    help_text = "prompts x replicas x sequences that a replica runs at once"
+    parser.add_argument("--shapes", nargs="+", default=shapes, help=help_text)
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--response-length", type=int, default=3072)
-    parser.add_argument("--slots", type=int, default=256, help="sequences that a replica runs at once")
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args(argv)
     quiet()
-    constants = ServerConstants(slots=options.slots)
-    records, settings = [], {"server": asdict(constants)}
-    for prompts, replicas in (map(int, shape.split("x")) for shape in options.shapes):
-        workload = Workload(prompts, options.group, options.response_length)
-        settings[f"{prompts} prompts"] = asdict(workload)
+    records, settings = [], {}
+    for name in options.shapes:
+        prompts, replicas, slots = map(int, name.split("x"))
+        workload, constants = Workload(prompts, options.group, options.response_length), ServerConstants(slots=slots)
+        settings[name] = {"workload": asdict(workload), "server": asdict(constants)}
         seeds = range(1, options.seeds + 1)
         records += simulate(workload, replicas, seeds, constants, variants(options.group))
-        print(f"{prompts} prompts on {replicas} replicas: done", file=sys.stderr)
+        print(f"{name}: done", file=sys.stderr)
     report(records, settings, options.out)
     return 0

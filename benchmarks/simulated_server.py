@@ -1,17 +1,18 @@
 """A cluster of language-model servers without a model: continuous batching, prefix cache and routing in virtual time.
 
 What it keeps of vLLM 0.28 (v1 scheduler): running sequences decode one token per step; prompts are prefilled in chunks
-in the same steps, within a token budget; waiting requests are admitted in order while there are slots and cache blocks;
-full blocks of a prompt can be shared from the moment they are scheduled, also within one step; at least the last prompt
-token is always computed; blocks that nobody uses are evicted least recently used first.  What it leaves out: preemption
-(a request is admitted when all that it will write fits), sharing of generated tokens, and speculative anything.
+in the same steps, within a token budget; waiting requests are admitted by priority, then in order, while there are
+slots and cache blocks; full blocks of a prompt can be shared from the moment they are scheduled, also within one step;
+at least the last prompt token is always computed; blocks that nobody uses are evicted least recently used first.  What
+it leaves out: preemption (a request is admitted when all that it will write fits), sharing of generated tokens, and
+speculative anything.
 The clients in front are verl's own, with verl's own router.
 """
 
 import asyncio
 import heapq
 import itertools
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -112,7 +113,7 @@ class Replica:
     def __init__(self, constants: ServerConstants, write: Writer) -> None:
         self.constants, self.write = constants, write
         self.cache = PrefixCache(constants.cache_tokens // constants.block_size)
-        self._waiting: deque[_Sequence] = deque()
+        self._waiting: list[tuple[int, int, _Sequence]] = []  # heap by priority and arrival
         self._prefilling: list[_Sequence] = []
         self._decoding: list[tuple[int, int, _Sequence]] = []  # heap by the step of the last token
         self._context = 0
@@ -126,15 +127,16 @@ class Replica:
         prompt_ids: list[int],
         sampling_params: dict[str, Any],
         request_id: str,
+        priority: int = 0,
         **media: Any,
     ) -> TokenOutput:
-        """One completion, when it is written."""
+        """One completion, when it is written; a lower ``priority`` is admitted first."""
         tokens = self.write(prompt_ids, sampling_params)
         await asyncio.sleep(self.constants.request_seconds)
         sequence = _Sequence(
             self._hashes(prompt_ids), len(prompt_ids), len(tokens), asyncio.get_running_loop().create_future()
         )
-        self._waiting.append(sequence)
+        heapq.heappush(self._waiting, (priority, next(self._numbers), sequence))
         self._arrived.set()
         await sequence.done
         return TokenOutput(
@@ -180,12 +182,12 @@ class Replica:
         for sequence in self._prefilling:
             granted += self._prefill(sequence, budget - granted)
         while self._waiting and granted < budget and self._running() < self.constants.slots:
-            sequence = self._waiting[0]
+            sequence = self._waiting[0][2]
             if not self._admit(sequence):
                 if not self._running():
                     raise ValueError(f"a sequence of {sequence.prompt_tokens + sequence.to_write} tokens never fits")
                 break
-            self._waiting.popleft()
+            heapq.heappop(self._waiting)
             self._prefilling.append(sequence)
             granted += self._prefill(sequence, budget - granted)
         return granted

@@ -20,7 +20,16 @@ from omegaconf import DictConfig, OmegaConf
 from verl.workers.rollout.replica import TokenOutput
 
 from benchmarks.comparison import GRPO, TWO_BATCH
-from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD, Candidate, MeteredWorker, SkpoAgentLoopWorker
+from recipe.skpo.rollout import (
+    LENGTH_FIELD,
+    SEED_FIELD,
+    SPLIT_FIELD,
+    STEP_FIELD,
+    Candidate,
+    MeteredWorker,
+    SkpoAgentLoopWorker,
+)
+from recipe.skpo.state import Visit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -32,7 +41,8 @@ class Variant:
     Attributes:
         name: as printed.
         method: ``grpo`` (G independent responses), ``skpo``, ``two-batch`` (SKPO as two global batches of verl's stock
-            kind: a barrier between them, and every request routed on its own) or ``barrier`` (the barrier alone).
+            kind: a barrier between them, every request routed on its own, first come, first served), ``barrier`` (the
+            barrier alone) or ``arrival`` (SKPO without priorities).
         candidates: upstream candidates per prompt; of no effect for GRPO.
     """
 
@@ -52,6 +62,7 @@ def variants(group_size: int) -> list[Variant]:
     return [
         Variant(GRPO, "grpo", group_size),
         *(Variant(f"SKPO, candidates={count}", "skpo", count) for count in counts),
+        Variant("SKPO in order of arrival", "arrival", group_size),
         Variant("SKPO with a barrier", "barrier", group_size),
         Variant(TWO_BATCH, "two-batch", group_size),
     ]
@@ -65,8 +76,7 @@ class Prompt:
     messages: list[dict[str, str]]
     ground_truth: str
     data_source: str
-    split_position: int
-    seed: int
+    visit: Visit
 
 
 @dataclass(frozen=True)
@@ -116,13 +126,20 @@ class BarrierWorker(SkpoAgentLoopWorker):
         return candidates
 
 
-class TwoBatchWorker(BarrierWorker):
+class ArrivalWorker(SkpoAgentLoopWorker):
+    """SKPO whose requests are served in order of arrival."""
+
+    async def _generate(self, route: str, index: int, prompt_ids: list[int], params: dict, *rest: Any) -> TokenOutput:
+        return await super()._generate(route, index, prompt_ids, dict(params, priority=0), *rest)
+
+
+class TwoBatchWorker(BarrierWorker, ArrivalWorker):
     """SKPO as two global batches of verl's stock kind: siblings have routing ids of their own and are scattered."""
 
-    async def _generate(self, route: str, index: int, *args: Any, **kwargs: Any) -> TokenOutput:
+    async def _generate(self, route: str, index: int, *rest: Any) -> TokenOutput:
         # The phase stays the last part, by which requests are counted.
         uid, _, phase = route.rpartition("-")
-        return await super()._generate(f"{uid}-{index}-{phase}", index, *args, **kwargs)
+        return await super()._generate(f"{uid}-{index}-{phase}", index, *rest)
 
 
 WORKERS: dict[str, type[MeteredWorker]] = {
@@ -130,6 +147,7 @@ WORKERS: dict[str, type[MeteredWorker]] = {
     "skpo": SkpoAgentLoopWorker,
     "two-batch": TwoBatchWorker,
     "barrier": BarrierWorker,
+    "arrival": ArrivalWorker,
 }
 
 
@@ -263,8 +281,9 @@ def _batch(prompts: Sequence[Prompt]) -> Any:
         "reward_model": objects([{"style": "rule", "ground_truth": prompt.ground_truth} for prompt in prompts]),
         "extra_info": objects([{"split": "train", "index": 0, "question": ""} for _ in prompts]),
         "index": objects([0] * len(prompts)),
-        SPLIT_FIELD: torch.tensor([prompt.split_position for prompt in prompts]),
-        SEED_FIELD: torch.tensor([prompt.seed for prompt in prompts]),
+        SPLIT_FIELD: torch.tensor([prompt.visit.split_position for prompt in prompts]),
+        SEED_FIELD: torch.tensor([prompt.visit.seed for prompt in prompts]),
+        LENGTH_FIELD: torch.tensor([round(prompt.visit.expected_length) for prompt in prompts]),
         STEP_FIELD: torch.ones(len(prompts), dtype=torch.int64),
     }
     batch = tu.get_tensordict(columns)

@@ -41,11 +41,13 @@ class Visit:
         ordinal: running number of the visit, from 0, over the whole run.
         split_position: t_q in tokens.
         seed: of the prompt's sampled requests.
+        expected_length: L_q, the prompt's tracked mean response length in tokens.
     """
 
     ordinal: int
     split_position: int
     seed: int
+    expected_length: float
 
 
 class StoredSegments:
@@ -141,7 +143,7 @@ class SkpoState:
             split = fixed_split_position(mean_length, step, *bounds)
         else:
             split = sample_split_position(mean_length, self.rng, *bounds)
-        visit = Visit(self.visits, split, int(self.rng.integers(_SEED_BOUND)))
+        visit = Visit(self.visits, split, int(self.rng.integers(_SEED_BOUND)), mean_length)
         self.visits += 1
         return visit
 
