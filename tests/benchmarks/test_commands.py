@@ -34,7 +34,8 @@ def test_anything_else_prints_what_there_is(
     arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command.main(arguments) == code
-    assert all(f"    {part} " in capsys.readouterr().out or True for part in command.PARTS)
+    said = capsys.readouterr().out
+    assert all(f"    {part} " in said for part in command.PARTS)
 
 
 # ---------------------------------------------------------------- the recipe's own Python
@@ -109,7 +110,6 @@ def test_updates_are_timed_alone_and_beside_an_idle_pool(
 
 def test_the_idle_pool_ends_with_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(threads, "_IDLE_POOL", "import sys; print('ready', flush=True); sys.stdin.read()")
-    run = subprocess.run
 
     def fake(arguments: list[str], **rest: Any) -> None:
         assert arguments[:4] == [sys.executable, "-m", "benchmarks", "update"] and "--threads=2" in arguments
@@ -117,6 +117,5 @@ def test_the_idle_pool_ends_with_the_update(monkeypatch: pytest.MonkeyPatch) -> 
         out = Path(arguments[arguments.index("--out") + 1])
         out.write_text(json.dumps({"seconds": {"shared prompts": [3.0, 1.0, 2.0]}}))
 
-    monkeypatch.setattr(threads.subprocess, "run", fake)
+    monkeypatch.setattr(subprocess, "run", fake)
     assert threads.update_seconds(2, "ACTIVE", True, []) == 2.0
-    monkeypatch.setattr(threads.subprocess, "run", run)

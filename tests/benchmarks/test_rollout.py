@@ -1,6 +1,7 @@
 """The recipe's workers on a simulated cluster: what is compared is comparable, and counted right."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,9 @@ WORKLOAD = Workload(
 
 
 @cache
-def costs(replicas: int = 2, slots: int = 256) -> dict[str, dict[str, Any]]:
-    """Variant to its record, of one seed."""
-    records = simulate(WORKLOAD, replicas, [1], ServerConstants(slots=slots), variants(4))
-    return {record["variant"]: record for record in records}
+def costs() -> dict[str, dict[str, Any]]:
+    """Variant to its record, of one seed on two replicas that have a slot for every request."""
+    return {record["variant"]: record for record in simulate(WORKLOAD, 2, [1], ServerConstants(), variants(4))}
 
 
 def tokens(record: dict[str, Any], phase: str, name: str = "generated") -> int:
@@ -35,6 +35,7 @@ def test_the_variants_are_those_promised() -> None:
         ("skpo", 8),
         ("skpo", 3),
         ("skpo", 1),
+        ("arrival", 8),
         ("barrier", 8),
         ("two-batch", 8),
     ]
@@ -56,7 +57,7 @@ def test_grpo_generates_what_the_model_writes_within_the_budget() -> None:
 
 def test_every_form_of_skpo_writes_the_same_tokens() -> None:
     skpo = costs()["SKPO, candidates=4"]
-    for other in ("SKPO with a barrier", "two-batch SKPO"):
+    for other in ("SKPO in order of arrival", "SKPO with a barrier", "two-batch SKPO"):
         for phase in ("upstream", "downstream"):
             for name in ("requests", "generated", "prefilled"):
                 assert tokens(costs()[other], phase, name) == tokens(skpo, phase, name)
@@ -69,11 +70,17 @@ def test_fewer_candidates_cost_fewer_upstream_tokens_alone() -> None:
     assert all(record["phases"]["downstream"]["requests"] == 24 for record in (full, three, one))
 
 
-def test_a_barrier_takes_longer_than_none_with_long_tailed_lengths() -> None:
-    # As many slots as half of the requests: the server has work for the tail of the first batch.
-    found = costs(replicas=1, slots=12)
-    assert found["SKPO, candidates=4"]["seconds"] < 0.97 * found["two-batch SKPO"]["seconds"]
-    assert found["GRPO"]["seconds"] < found["SKPO, candidates=4"]["seconds"]
+def test_where_requests_queue_two_batches_are_slower_and_the_order_matters() -> None:
+    workload = replace(WORKLOAD, prompts=8, response_sigma=0.5)
+    compared = [variant for variant in variants(4) if variant.method in ("skpo", "arrival", "two-batch")]
+    compared = [variant for variant in compared if variant.candidates == 4]
+    records = simulate(workload, 1, [1, 2, 3], ServerConstants(slots=16), compared)
+    seconds = dict.fromkeys((variant.name for variant in compared), 0.0)
+    for record in records:
+        seconds[record["variant"]] += record["seconds"]
+    assert seconds["SKPO, candidates=4"] < 0.95 * seconds["SKPO in order of arrival"]
+    assert seconds["SKPO, candidates=4"] < 0.9 * seconds["two-batch SKPO"]
+    assert seconds["SKPO in order of arrival"] < seconds["two-batch SKPO"]
 
 
 def test_with_a_barrier_no_downstream_request_starts_before_the_last_candidate_ends() -> None:
@@ -120,9 +127,9 @@ def test_a_prompt_that_fails_spoils_the_measurement(monkeypatch: pytest.MonkeyPa
 
 def test_the_command_prints_and_stores(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rollout.json"
-    arguments = ["--shapes", "2x1", "--seeds", "1", "--group", "2", "--response-length", "60", "--out", str(out)]
+    arguments = ["--shapes", "2x1x9", "--seeds", "1", "--group", "2", "--response-length", "60", "--out", str(out)]
     assert rollout.main(arguments) == 0
-    assert "| 2 prompts, 1 replicas | SKPO, candidates=2 |" in capsys.readouterr().out
+    assert "| 2 prompts, 1 x 9 slots | SKPO, candidates=2 |" in capsys.readouterr().out
     content = json.loads(out.read_text())
-    assert content["settings"]["2 prompts"]["response_length"] == 60
-    assert len(content["runs"]) == 5
+    assert content["settings"]["2x1x9"]["workload"]["response_length"] == 60
+    assert len(content["runs"]) == 6

@@ -74,6 +74,23 @@ def test_what_waits_for_a_slot_starts_when_one_is_free() -> None:
     assert ends == pytest.approx([3.0, 6.0], abs=1e-6)
 
 
+def test_what_waits_is_admitted_by_priority_then_in_order() -> None:
+    order: list[str] = []
+
+    async def one(replica: Replica, name: str, priority: int) -> None:
+        await replica.generate(prompt(6), {"max_tokens": 2}, name, priority)
+        order.append(name)
+
+    async def main() -> None:
+        replica = Replica(replace(SPEED, slots=1), lambda prompt_ids, params: [7] * params["max_tokens"])
+        asked = [("first", 0), ("later", 0), ("last", 5), ("urgent", -5), ("later still", 0)]
+        await asyncio.gather(*(one(replica, *request) for request in asked))
+        replica.stop()
+
+    run_virtual(main())
+    assert order == ["urgent", "first", "later", "later still", "last"]
+
+
 def test_siblings_share_all_full_blocks_but_the_last_token() -> None:
     # 8 tokens are two blocks of 4; the last prompt token is computed in any case, so one block is shared.
     assert [cached for _, _, cached in serve(SPEED, (prompt(8), 2), (prompt(8), 2), (prompt(8), 2))] == [0, 4, 4]
