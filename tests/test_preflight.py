@@ -222,6 +222,17 @@ def test_a_run_resumes_where_verl_will(config, checkpoints: Path) -> None:
     check_resume(config)
 
 
+def test_a_checkpoint_of_another_format_is_refused_before_anything_starts(config, checkpoints: Path) -> None:
+    path = checkpoints / "global_step_10" / FILE_NAME
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    arrays["meta"] = np.array(str(arrays["meta"]).replace('"format": 3', '"format": 2'))
+    np.savez(path, **arrays)
+    with pytest.raises(StateError) as error:
+        check_resume(config)
+    assert one_line(error).startswith(f"{path}: has format 2, this version of verl-skpo reads 3; resume with")
+
+
 @pytest.mark.parametrize("absent", ["latest_checkpointed_iteration.txt", "global_step_10"])
 def test_without_marker_or_folder_verl_starts_anew(config, checkpoints: Path, absent: str) -> None:
     from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path

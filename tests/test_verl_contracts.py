@@ -420,6 +420,16 @@ FACTS = [
         "base_trainer._data_parallel_size computes it in the same way, from the same _dispatch_info['actor']",
     ),
     (
+        "verl.workers.rollout.llm_server:LLMServerClient.generate",
+        'priority = kwargs.pop("priority", 0)',
+        "rollout._generate hands a priority to every request",
+    ),
+    (
+        f"{BASE}._compute_old_log_prob",
+        'data["old_log_probs"] = data.pop("rollout_log_probs")',
+        "docs/performance.md: in bypass mode the rollout's log-probs are the old ones",
+    ),
+    (
         f"{BASE}._balance_batch",
         "worker_group._dispatch_info[role] = dp_rank_mapping",
         "base_trainer._data_parallel_size reads it",

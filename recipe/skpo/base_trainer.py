@@ -23,7 +23,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from recipe.skpo.curriculum import PrioritisedBatches
 from recipe.skpo.metrics import MetricsFile
-from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager
+from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
 from recipe.skpo.trees import FOLDER, TreeStore
@@ -117,6 +117,7 @@ class BaseTrainer(PPOTrainerSync):
         batch["uid"] = NonTensorStack.from_list(uids)
         batch[SPLIT_FIELD] = torch.tensor([visit.split_position for visit in visits])
         batch[SEED_FIELD] = torch.tensor([visit.seed for visit in visits])
+        batch[LENGTH_FIELD] = torch.tensor([round(visit.expected_length) for visit in visits])
         batch[STEP_FIELD] = torch.full((len(visits),), self.global_steps)
         return batch
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError, check_parquet
 from recipe.skpo.settings import ConfigError, SkpoSettings
-from recipe.skpo.state import require_state_file, saved_tokens
+from recipe.skpo.state import saved_tokens
 from reward_fns import route
 from reward_fns.forms import check_format
 
@@ -233,14 +233,14 @@ def _tokenizer(config: DictConfig):
 
 
 def check_resume(config: DictConfig) -> None:
-    """Refuse to resume from a checkpoint without SKPO's state.
+    """Refuse to resume from a checkpoint whose SKPO state is missing, damaged or of another version.
 
     Raises:
         StateError: naming the folder.
     """
     folder = resume_folder(config)
     if folder is not None:
-        require_state_file(folder)
+        saved_tokens(folder)
 
 
 def is_finished(config: DictConfig) -> bool:
