@@ -5,6 +5,7 @@ verl's synchronous V1 trainer does everything else.  The methods are ``trainer.S
 compared.  docs/verl_seams.md lists every override of verl.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -154,7 +155,7 @@ class BaseTrainer(PPOTrainerSync):
         requests = [count for cause, count in failures.items() if not cause.startswith("prompt:")]
         metrics["skpo/requests_failed"] = sum(requests)
         if failures:
-            logger.warning("failures in step %d: %s", self.global_steps, dict(failures))
+            logger.warning("failures in step %d: %s", self.global_steps, json.dumps(failures))
         return batch
 
     # ---------------------------------------------------------------- drift of the policy
