@@ -5,6 +5,8 @@ verl's synchronous V1 trainer does everything else.  The methods are ``trainer.S
 compared.  docs/verl_seams.md lists every override of verl.
 """
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import numpy as np
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
+from ray.exceptions import RayActorError
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
@@ -23,10 +27,13 @@ from verl.workers.utils.padding import response_from_nested
 
 from recipe.skpo.curriculum import PrioritisedBatches
 from recipe.skpo.metrics import MetricsFile
-from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager
+from recipe.skpo.replay import BoundedReplayBuffer
+from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager, RolloutError
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
 from recipe.skpo.trees import FOLDER, TreeStore
+
+logger = logging.getLogger(__name__)
 
 _DRIFT_PARTITION = "skpo_drift"
 """TransferQueue partition of the rows whose log-probs only measure drift; empty between two steps."""
@@ -53,7 +60,11 @@ class BaseTrainer(PPOTrainerSync):
         self.trainer_mode = "sync"
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = self.settings.poll_interval_s
-        return buffer
+        # A sampler of the user's own polls as it likes.
+        if type(buffer) is not ReplayBuffer:
+            return buffer
+        limits = (self.settings.prompt_timeout_s, self.settings.max_dropped_share)
+        return BoundedReplayBuffer(buffer, *limits, lambda: self.agent_loop_manager.take_failures())
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
@@ -106,7 +117,17 @@ class BaseTrainer(PPOTrainerSync):
     def on_step_begin(self) -> None:
         # What validation generated since the last step belongs to no step.
         self.agent_loop_manager.take_tokens()
+        self.agent_loop_manager.take_failures()
         super().on_step_begin()
+
+    def on_sample_end(self) -> None:
+        try:
+            super().on_sample_end()
+        except RayActorError as error:
+            raise RolloutError(
+                f"a rollout server died in step {self.global_steps}: {str(error).splitlines()[0]}; the same command "
+                f"resumes from the last checkpoint"
+            ) from error
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         batch = super()._fetch_one_gen_batch()
@@ -131,6 +152,11 @@ class BaseTrainer(PPOTrainerSync):
         self.state.tokens_generated += counts["generated"]
         metrics.update({f"skpo/tokens/{name}": count for name, count in counts.items()})
         metrics["skpo/tokens/generated_so_far"] = self.state.tokens_generated
+        failures = self.agent_loop_manager.take_failures()
+        requests = [count for cause, count in failures.items() if not cause.startswith("prompt:")]
+        metrics["skpo/requests_failed"] = sum(requests)
+        if failures:
+            logger.warning("failures in step %d: %s", self.global_steps, json.dumps(failures))
         return batch
 
     # ---------------------------------------------------------------- drift of the policy
