@@ -122,6 +122,11 @@ SEAMS = [
     (f"{SYNC}.on_step_end", "(self)", "base_trainer.BaseTrainer ends training there when the budget is spent"),
     (f"{SYNC}.on_train_end", "(self)", "base_trainer.BaseTrainer saves and validates there when the budget is spent"),
     (
+        f"{SYNC}.step",
+        "(self, metrics, timing_raw)",
+        "base_trainer.BaseTrainer keeps the step's metrics, which it saves with the checkpoint",
+    ),
+    (
         f"{SYNC}._fetch_one_gen_batch",
         "(self)",
         "base_trainer.BaseTrainer adds uid, split position, seed and step to its batch",
