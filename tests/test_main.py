@@ -377,9 +377,9 @@ def test_attention_follows_what_is_installed(
 @pytest.mark.parametrize(
     ("given", "libraries"),
     [
-        (None, ["recipe.skpo.prefix_engine"]),
-        ("mine", ["mine", "recipe.skpo.prefix_engine"]),
-        ("[mine, yours]", ["mine", "yours", "recipe.skpo.prefix_engine"]),
+        (None, ["recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
+        ("mine", ["mine", "recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
+        ("[mine, yours]", ["mine", "yours", "recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
     ],
 )
 def test_shared_prompts_reach_every_worker(compose_config, monkeypatch, given: str | None, libraries) -> None:
