@@ -117,4 +117,10 @@ def report(records: Sequence[dict[str, Any]], settings: dict[str, Any], out: Pat
     """Print both tables and store everything."""
     lines = summarise(records)
     print(f"{ratios_table(lines)}\n\n{phases_table(lines)}")
-    write_json(out, {"settings": settings, "medians": [asdict(line) for line in lines], "runs": list(records)})
+    store(records, settings, out)
+
+
+def store(records: Sequence[dict[str, Any]], settings: dict[str, Any], out: Path) -> None:
+    """Write the runs and their medians."""
+    lines = [asdict(line) for line in summarise(records)]
+    write_json(out, {"settings": settings, "medians": lines, "runs": list(records)})

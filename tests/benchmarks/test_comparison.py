@@ -39,7 +39,7 @@ def test_ratios_are_taken_run_by_run() -> None:
     assert skpo.over_two_batch == pytest.approx(0.8)
     assert skpo.tokens == {"generated": 1200, "prefilled": 300, "cached": 150}
     assert (skpo.downstream_cached, naive.downstream_cached) == (0.75, 0.0)
-    assert naive.over_two_batch == 1.0
+    assert (naive.over_two_batch, naive.over_token_bound) == (1.0, pytest.approx(1.25))
 
 
 def test_tables_have_a_row_per_method_and_per_phase() -> None:

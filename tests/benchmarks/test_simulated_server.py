@@ -119,3 +119,13 @@ def test_the_cache_evicts_what_was_idle_longest_and_never_what_is_held() -> None
     assert cache.admit([1], 2), "block 2 makes room, as it is idle"
     assert cache.hits([1, 2]) == 1
     assert not cache.admit([], 1), "all three are held or reserved"
+
+
+def test_of_idle_blocks_the_one_released_first_goes_first() -> None:
+    cache = PrefixCache(blocks=2)
+    for key in (1, 2):
+        assert cache.admit([], 1)
+        cache.share(key)
+        cache.release([key], 0)
+    assert cache.admit([], 1)
+    assert (cache.hits([1]), cache.hits([2])) == (0, 1)
