@@ -5,6 +5,7 @@ socket to vLLM.  What is real and what stands for a process is told in ``rollout
 """
 
 import asyncio
+import importlib.util
 import json
 import math
 import os
@@ -595,7 +596,7 @@ class Server:  # stands for the Ray handle of a vLLM server whose receiver never
             future.set_result(None)
         return future
 
-async def sync(outcome, rank_has_server=True):
+async def sync(outcome, peer=False, rank_has_server=True):
     made = adapter.__new__(adapter)
     made.config = SimpleNamespace(
         custom={"weight_sync_timeout_s": 1.0},
@@ -603,15 +604,21 @@ async def sync(outcome, rank_has_server=True):
     )
     made.server_handle, made._has_server, made.use_shm = Server(outcome), rank_has_server, True
     made.zmq_handle = f"ipc://{sys.argv[1]}/weights.sock"
+    # A receiver that takes the first message and answers nothing; without one, nothing can even be sent.
+    other = zmq.Context()
+    if peer:
+        other.socket(zmq.REP).connect(made.zmq_handle)
     before, started = dict(zmq.Context.instance().sockopts), time.monotonic()
     try:
         await made.update_weights(iter([("w", torch.ones(2))]))
     except weight_sync.WeightSyncError as error:
         message = str(error)
     assert zmq.Context.instance().sockopts == before, "other sockets of the process wait as they did"
+    other.destroy(linger=0)
     return message, time.monotonic() - started
 
-print(json.dumps([asyncio.run(sync(*case)) for case in (("fails",), ("hangs",), ("is gone",), ("fails", False))]))
+CASES = [("fails",), ("fails", True), ("hangs", True), ("is gone", True), ("fails", True, False)]
+print(json.dumps([asyncio.run(sync(*case)) for case in CASES]))
 """
 
 
@@ -626,7 +633,11 @@ def test_weights_that_nobody_acknowledges_stop_the_run(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    reasons = ["ValueError: no such weight", "hangs or is slower", "an answer was lost", "does not talk to the server"]
+    reasons = ["ValueError: no such weight"] * 2 + [
+        "hangs or is slower",
+        "an answer was lost",
+        "does not talk to the server",
+    ]
     for (message, seconds), reason in zip(json.loads(done.stdout.splitlines()[-1]), reasons, strict=True):
         assert "within skpo.weight_sync_timeout_s=1 s" in message and reason in message
         assert 1.0 <= seconds < 10
@@ -644,3 +655,29 @@ def test_every_run_registers_the_adapter(compose_config, monkeypatch, given) -> 
     mine = [given] if isinstance(given, str) else list(given or [])
     assert list(config.actor_rollout_ref.model.external_lib) == [*mine, "recipe.skpo.weight_sync_registration"]
     assert config.actor_rollout_ref.rollout.custom.weight_sync_timeout_s == 300
+
+
+# ---------------------------------------------------------------- the soak's own tools
+
+
+def test_injected_faults_have_the_rate_that_is_asked_for() -> None:
+    from tests.e2e import injected
+
+    draws = 20_000
+    found = Counter(injected.fault(injected.SERVER, "slow", str(number)) for number in range(draws))
+    for kind in injected.SERVER:
+        rate = injected.RATE / injected.PER_PROMPT if kind == "slow" else injected.RATE
+        assert found[kind] == pytest.approx(rate * draws, rel=0.35), kind
+    assert injected.fault(injected.SERVER, "slow", "7") == injected.fault(injected.SERVER, "slow", "7")
+
+
+def test_the_soak_measures_a_slope_after_the_warm_up() -> None:
+    spec = importlib.util.spec_from_file_location("soak", REWARDS.parents[1] / "scripts/soak.py")
+    assert spec is not None and spec.loader is not None
+    soak = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(soak)
+    steps = range(200)
+    grows = [{"step": step, "mib": 1000 + (0.5 * step if step > soak.WARM_UP else -40 * step)} for step in steps]
+    slope, mean = soak.memory_slope(grows)
+    assert slope == pytest.approx(50.0) and 1000 < mean < 1100
+    assert soak.memory_slope([{"step": step, "mib": 7.0} for step in steps])[0] == pytest.approx(0.0, abs=1e-9)
