@@ -45,9 +45,10 @@ def install(version: str, folder: Path) -> None:
 
 def run_contracts(folder: Path, report: Path) -> subprocess.CompletedProcess[str]:
     """The contract tests with ``folder`` first on the path; their results go to ``report`` as JUnit XML."""
-    command = [sys.executable, "-m", "pytest", CONTRACTS, f"--deselect={PIN}", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", CONTRACTS, f"--deselect={PIN}", "-p", "no:cacheprovider"]
     return subprocess.run(
-        [*command, "--tb=short", f"--junitxml={report}", "-o", "junit_logging=no"],
+        # -vv: shorter messages would be cut.
+        [*command, "-vv", "--tb=short", f"--junitxml={report}", "-o", "junit_logging=no"],
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])},
         capture_output=True,

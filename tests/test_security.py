@@ -261,6 +261,7 @@ def test_variables_of_the_environment_get_into_no_file_and_no_output(
     from hydra.core.hydra_config import HydraConfig
 
     from recipe.skpo.html_report import write_report
+    from recipe.skpo.metrics import MetricsFile
 
     keys = ("WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
     for name in keys:
@@ -283,6 +284,7 @@ def test_variables_of_the_environment_get_into_no_file_and_no_output(
             del os.environ[name]
     (config,) = launched
     assert VALUE not in OmegaConf.to_yaml(config), "verl prints it, and Ray gets it as the workers' environment"
+    MetricsFile(tmp_path / "out/metrics.jsonl", 0).log({"a": 1.0}, 1)
     write_report(tmp_path / "out")
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"config.yaml", "report.html"} <= {path.name for path in written}

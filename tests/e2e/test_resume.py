@@ -57,6 +57,13 @@ CHAINS: dict[str, tuple[list[str], list[tuple[str, int, int | None]]]] = {
     ),
 }
 
+EXACT = [
+    "full_determinism=true",
+    # The last bits of a log-prob depend on what a request is computed together with, and on what is cached already.
+    "actor_rollout_ref.rollout.max_num_seqs=1",
+    "actor_rollout_ref.rollout.enable_prefix_caching=false",
+]
+
 MACHINE = ("timing", "perf/", "seconds")
 """Parts of the names of metrics that measure the machine."""
 
@@ -65,7 +72,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
     folder.mkdir()
     return [
         *overrides(folder),
-        "full_determinism=true",
+        *EXACT,
         f"trainer.total_training_steps={STEPS}",
         f"trainer.save_freq={SAVE_EVERY}",
         "trainer.max_actor_ckpt_to_keep=2",

@@ -84,9 +84,6 @@ def environment(num_threads: int, kv_cache_gib: int) -> dict[str, str]:
         "TQ_NUM_THREADS": str(min(num_threads, _physical_cores() or num_threads)),
         # Socket threads of a TransferQueue client, 8 by default; a few kilobytes per step need one.
         "TQ_CLIENT_ZMQ_IO_THREADS": "1",
-        # verl sets 1 for full_determinism. vLLM then takes Triton kernels for every mean and softmax
-        # (vllm/model_executor/layers/batch_invariant.py:928), which a CPU does not have: the first forward fails.
-        "VLLM_BATCH_INVARIANT": "0",
         # Compiling costs a minute of CPU per process and gains little on small models.
         "TORCH_COMPILE_DISABLE": "1",
         # "GPU" is a logical resource here. "1" would empty CUDA_VISIBLE_DEVICES in actors that hold none, and

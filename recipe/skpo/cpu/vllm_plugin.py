@@ -8,10 +8,6 @@ writes into it, and `process_weights_after_loading`, which verl calls once per s
 (verl/workers/rollout/vllm_rollout/utils.py:353), packs it anew. The price is a second copy of the linear
 weights in the vLLM process.
 
-Second, VLLM_BATCH_INVARIANT is taken back. verl's server sets it for `rollout.full_determinism=true`
-(verl/workers/rollout/vllm_rollout/vllm_async_server.py:156), and vLLM then puts Triton kernels in the place of mean and
-softmax (vllm/model_executor/layers/batch_invariant.py:930), which a CPU does not have: the first forward fails.
-
 Not covered: layers whose weight is not a matrix (Mamba's convolution, where AMX is there), which pack in
 place.
 """
@@ -20,6 +16,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from recipe.skpo.cpu import is_selected
 from recipe.skpo.cpu.override import FunctionOverride
 
 
@@ -42,5 +39,8 @@ OVERRIDE = FunctionOverride(
 def register() -> None:
     """Does nothing unless VERL_PLATFORM=cpu. An error stops the vLLM process: vLLM does not catch it."""
     OVERRIDE.install()
-    if OVERRIDE.is_installed():
+    if is_selected():
+        # verl's server sets 1 for full_determinism (vllm_async_server.py:156).  vLLM then computes means and softmaxes
+        # by Triton kernels (vllm/model_executor/layers/batch_invariant.py:928), which a CPU does not have: the first
+        # forward fails.  Read when a worker starts, after its plugins are loaded.
         os.environ["VLLM_BATCH_INVARIANT"] = "0"
