@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Known vulnerabilities of the pinned packages: bash scripts/audit.sh [options of pip-audit, such as -s osv]
 #
-# pip-audit is installed into a temporary environment and asks an advisory service (pypi.org, or api.osv.dev with
+# pip-audit is installed into a temporary environment and asks an advisory service (the package index's own, or OSV with
 # -s osv) about every line of requirements/*.txt.  Without such a service it fails: --strict makes a package that
 # could not be looked up an error, so that silence is never taken for a clean result.
 set -euo pipefail

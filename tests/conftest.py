@@ -31,6 +31,7 @@ class Request:
         prompt_ids: as they arrived.
         params: the sampling parameters as they arrived, before the server took keys out.
         given: the caller's own dictionary, emptied by now.
+        priority: what a queueing server admits first, lowest first; None for a request without one.
     """
 
     number: int
@@ -38,6 +39,7 @@ class Request:
     prompt_ids: list[int]
     params: dict[str, Any]
     given: dict[str, Any]
+    priority: int | None = None
 
 
 Answer = Any
@@ -74,7 +76,8 @@ class FakeLLMClient:
     ):
         from verl.workers.rollout.replica import TokenOutput
 
-        request = Request(len(self.requests), request_id, list(prompt_ids), dict(sampling_params), sampling_params)
+        asked, priority = dict(sampling_params), kwargs.get("priority")
+        request = Request(len(self.requests), request_id, list(prompt_ids), asked, sampling_params, priority)
         self.requests.append(request)
         sampling_params.clear()
         await asyncio.sleep(0)

@@ -374,6 +374,25 @@ def test_attention_follows_what_is_installed(
     assert config.ray_kwargs.ray_init.runtime_env.env_vars == {"TENSORBOARD_DIR": "elsewhere"}
 
 
+@pytest.mark.parametrize(
+    ("given", "libraries"),
+    [
+        (None, ["recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
+        ("mine", ["mine", "recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
+        ("[mine, yours]", ["mine", "yours", "recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
+    ],
+)
+def test_shared_prompts_reach_every_worker(compose_config, monkeypatch, given: str | None, libraries) -> None:
+    monkeypatch.setenv("TENSORBOARD_DIR", "elsewhere")
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
+    extra = [f"actor_rollout_ref.model.external_lib={given}"] if given else []
+    config = compose_config("platform=gpu", "share_prefixes=true", *extra)
+    main.apply_platform(config)
+    assert config.actor_rollout_ref.model.external_lib == libraries
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars["VERL_ENGINE_DEVICE"] == "shared_prefix"
+    assert os.environ["VERL_ENGINE_DEVICE"] == "shared_prefix"
+
+
 def test_embedded_data_and_model_are_made_once(compose_config, tmp_path: Path, monkeypatch) -> None:
     from data_prep import arithmetic
     from model_prep import smollm2

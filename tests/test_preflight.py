@@ -230,6 +230,17 @@ def test_a_run_resumes_where_verl_will(config, checkpoints: Path) -> None:
     check_resume(config, SkpoSettings())
 
 
+def test_a_checkpoint_of_another_format_is_refused_before_anything_starts(config, checkpoints: Path) -> None:
+    path = checkpoints / "global_step_10" / FILE_NAME
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    arrays["meta"] = np.array(str(arrays["meta"]).replace('"format": 3', '"format": 2'))
+    np.savez(path, **arrays)
+    with pytest.raises(StateError) as error:
+        check_resume(config, SkpoSettings())
+    assert one_line(error).startswith(f"{path}: has format 2, this version of verl-skpo reads 3; resume with")
+
+
 def test_without_a_marker_verl_starts_anew(config, checkpoints: Path) -> None:
     from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
@@ -386,6 +397,7 @@ def test_a_setting_that_the_method_ignores_is_refused(compose_config, method: st
 def test_settings_of_every_method_and_other_options_pass(compose_config, method: str) -> None:
     config = compose_config("platform=cpu", f"method={method}")
     shared = ["group_size", "seed", "seed_requests", "poll_interval_s"]
+    shared += ["prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s"]
     check_method_settings(config, [f"skpo.{key}=1" for key in shared])
     check_method_settings(config, ["data.skpo.skip=1", "trainer.nnodes=1", f"method={method}", "~hydra.run.dir"])
 
@@ -395,4 +407,5 @@ def test_every_setting_has_a_part_or_is_read_by_every_method() -> None:
     listed = [key for keys in METHOD_SETTINGS.values() for key in keys]
     assert len(listed) == len(set(listed))
     top = {key for key in known_keys() if "." not in key} | set(RECORDS)
-    assert top - set(listed) == {"group_size", "seed", "seed_requests", "poll_interval_s"}
+    shared = {"group_size", "seed", "seed_requests", "poll_interval_s"}
+    assert top - set(listed) == shared | {"prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s"}

@@ -6,6 +6,7 @@ compared.  docs/verl_seams.md lists every override of verl.
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ import numpy as np
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
+from ray.exceptions import RayActorError
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
@@ -25,10 +28,13 @@ from verl.workers.utils.padding import response_from_nested
 from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
 from recipe.skpo.curriculum import PrioritisedBatches
 from recipe.skpo.metrics import MetricsFile, plain_numbers
-from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager
+from recipe.skpo.replay import BoundedReplayBuffer
+from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager, RolloutError
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
 from recipe.skpo.trees import FOLDER, TreeStore
+
+logger = logging.getLogger(__name__)
 
 _DRIFT_PARTITION = "skpo_drift"
 """TransferQueue partition of the rows whose log-probs only measure drift; empty between two steps."""
@@ -61,7 +67,11 @@ class BaseTrainer(PPOTrainerSync):
         self.trainer_mode = "sync"
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = self.settings.poll_interval_s
-        return buffer
+        # A sampler of the user's own polls as it likes.
+        if type(buffer) is not ReplayBuffer:
+            return buffer
+        limits = (self.settings.prompt_timeout_s, self.settings.max_dropped_share)
+        return BoundedReplayBuffer(buffer, *limits, lambda: self.agent_loop_manager.take_failures())
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
@@ -131,7 +141,17 @@ class BaseTrainer(PPOTrainerSync):
     def on_step_begin(self) -> None:
         # What validation generated since the last step belongs to no step.
         self.agent_loop_manager.take_tokens()
+        self.agent_loop_manager.take_failures()
         super().on_step_begin()
+
+    def on_sample_end(self) -> None:
+        try:
+            super().on_sample_end()
+        except RayActorError as error:
+            raise RolloutError(
+                f"a rollout server died in step {self.global_steps}: {str(error).splitlines()[0]}; the same command "
+                f"resumes from the last checkpoint"
+            ) from error
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
         # Saved with the checkpoint, which verl writes before it logs them.
@@ -147,6 +167,7 @@ class BaseTrainer(PPOTrainerSync):
         batch["uid"] = NonTensorStack.from_list(uids)
         batch[SPLIT_FIELD] = torch.tensor([visit.split_position for visit in visits])
         batch[SEED_FIELD] = torch.tensor([visit.seed for visit in visits])
+        batch[LENGTH_FIELD] = torch.tensor([round(visit.expected_length) for visit in visits])
         batch[STEP_FIELD] = torch.full((len(visits),), self.global_steps)
         return batch
 
@@ -160,6 +181,11 @@ class BaseTrainer(PPOTrainerSync):
         self.state.tokens_generated += counts["generated"]
         metrics.update({f"skpo/tokens/{name}": count for name, count in counts.items()})
         metrics["skpo/tokens/generated_so_far"] = self.state.tokens_generated
+        failures = self.agent_loop_manager.take_failures()
+        requests = [count for cause, count in failures.items() if not cause.startswith("prompt:")]
+        metrics["skpo/requests_failed"] = sum(requests)
+        if failures:
+            logger.warning("failures in step %d: %s", self.global_steps, json.dumps(failures))
         return batch
 
     # ---------------------------------------------------------------- drift of the policy

@@ -136,12 +136,14 @@ def apply_platform(config: DictConfig) -> None:
 
         verl_plugin.activate()
     with open_dict(config):
+        libraries = config.actor_rollout_ref.model.get("external_lib") or []
+        libraries = [libraries] if isinstance(libraries, str) else list(libraries)
+        libraries.append("recipe.skpo.weight_sync_registration")
         if config.share_prefixes:
             # A device of its own in verl's registry of engines is how another engine is chosen.
             os.environ["VERL_ENGINE_DEVICE"] = variables["VERL_ENGINE_DEVICE"] = "shared_prefix"
-            libraries = config.actor_rollout_ref.model.get("external_lib") or []
-            libraries = [libraries] if isinstance(libraries, str) else list(libraries)
-            config.actor_rollout_ref.model.external_lib = [*libraries, "recipe.skpo.prefix_engine"]
+            libraries.append("recipe.skpo.prefix_engine")
+        config.actor_rollout_ref.model.external_lib = libraries
         options = config.actor_rollout_ref.model.override_config
         if "attn_implementation" not in options and find_spec("flash_attn") is None:
             # verl asks for flash attention by default, which is a package of its own to build.

@@ -142,7 +142,12 @@ def keep_lines(path: Path, resumed_at: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; what a kill left incomplete is skipped."""
+    """Lines of a metrics file; what is no such line is skipped."""
+    return [line for line in json_lines(path) if isinstance(line.get("step"), int)]
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines, none if there is no file; what a kill left incomplete is skipped."""
     if not path.is_file():
         return []
     lines = []
@@ -153,6 +158,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             read = json.loads(line)
         except (json.JSONDecodeError, RecursionError):
             continue
-        if isinstance(read, dict) and isinstance(read.get("step"), int):
+        if isinstance(read, dict):
             lines.append(read)
     return lines

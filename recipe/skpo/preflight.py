@@ -31,7 +31,7 @@ OUR_REWARD = "pkg://reward_fns"
 METHOD_SETTINGS = {
     "rollout": [
         *("candidates", "split", "split_low", "split_high", "boundaries", "selection", "skip", "chat_quote"),
-        *("upstream_reward", "initial_length", "prompt_timeout_s", "trees_per_step", "trees_max_mb"),
+        *("upstream_reward", "initial_length", "trees_per_step", "trees_max_mb"),
     ],
     "objective": ["weight_up", "weight_down", "clip_low", "clip_high", "downstream_aggregation"],
     "tracker": ["tracker"],
