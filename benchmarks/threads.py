@@ -1,8 +1,8 @@
 """An actor update beside another process's idle thread pool: what threads and OpenMP's wait policy cost.
 
 On the CPU platform vLLM and the actor share the cores and take turns.  Here a second process computes once, as vLLM
-does, and then waits with its pool of threads, while ``benchmarks.update`` (one prompt, shared) runs.  Reported per number
-of threads and wait policy, which both processes get; ``alone`` has no second process.
+does, and then waits with its pool of threads, while ``benchmarks.update`` (one prompt, shared) runs.  Reported per
+number of threads and wait policy, which both processes get; ``alone`` has no second process.
 """
 
 import json
