@@ -64,7 +64,7 @@ def read_report(report: Path) -> tuple[int, list[Broken]]:
     for case in cases:
         fault = case.find("failure") if case.find("failure") is not None else case.find("error")
         if fault is not None:
-            # The attribute is cut short; the text has every line of the error behind "E   ", pytest's own explanation last.
+            # The attribute is cut short; the text has the whole error behind "E   ", with pytest's explanation last.
             lines = [line[4:] for line in (fault.text or "").splitlines() if line.startswith("E   ")]
             message = ("\n".join(lines) or fault.get("message", "")).partition("\nassert ")[0].strip()
             broken.append(
