@@ -64,8 +64,9 @@ def read_report(report: Path) -> tuple[int, list[Broken]]:
     for case in cases:
         fault = case.find("failure") if case.find("failure") is not None else case.find("error")
         if fault is not None:
-            # pytest puts "Failed: " or "AssertionError: " in front and its own explanation behind.
-            message = fault.get("message", "").partition("\nassert ")[0]
+            # The attribute is cut short; the text has the whole error behind "E   ", with pytest's explanation last.
+            lines = [line[4:] for line in (fault.text or "").splitlines() if line.startswith("E   ")]
+            message = ("\n".join(lines) or fault.get("message", "")).partition("\nassert ")[0].strip()
             broken.append(
                 Broken(case.get("name", "?"), message.removeprefix("Failed: ").removeprefix("AssertionError: "))
             )

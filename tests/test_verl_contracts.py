@@ -290,7 +290,7 @@ def test_signature_is_the_pinned_one(place: str, pinned: str, ours: str) -> None
         found = signature(locate(place))
     except (ImportError, AttributeError) as error:
         pytest.fail(changed(f"{place} is gone ({error})", ours))
-    assert found == pinned, changed(f"{place} has another signature\n  0.9.1: {pinned}\n  now:   {found}\n", ours)
+    assert found == pinned, changed(f"{place} has another signature\n  0.9.1: {pinned}\n  now:   {found}", ours)
 
 
 def our_classes() -> dict[str, tuple[type, str]]:
