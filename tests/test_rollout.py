@@ -1,16 +1,11 @@
-"""The rollout hook on verl's real worker class: from q to G + 1 stored rows, and every way a prompt can go wrong.
+"""The rollout hook on verl's real worker class: from q to G + 1 stored rows.
 
-Real here: verl's worker with its constructor and ``generate_sequences``, chat template, verl's reward worker with our
-reward function.  In place of a process border: the LLM client is a fake, TransferQueue's two asynchronous puts are
-caught, the reward worker lives in this process behind a handle that pickles what it is given.
+What is real and what stands for a process is told in ``rollout_setup``; what goes wrong is in ``test_faults``.
 """
 
 import asyncio
-import itertools
 import logging
-import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
@@ -19,266 +14,22 @@ import numpy as np
 import pytest
 import torch
 
-G, SPLIT, SEED, STEP = 4, 6, 1000, 3
-QUESTION, ANSWER = "What is 2 plus 3?", "5"
-
-# ---------------------------------------------------------------- the borders
-
-
-@dataclass
-class Store:
-    """What workers put into TransferQueue, in order.
-
-    Attributes:
-        rows: key -> fields of the row, each without the batch dimension.
-        tags: key -> tag.
-        partitions: key -> partition, prompts included.
-        events: ("row", key) or (status, uid).
-    """
-
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tags: dict[str, dict[str, Any]] = field(default_factory=dict)
-    partitions: dict[str, str] = field(default_factory=dict)
-    events: list[tuple[str, str]] = field(default_factory=list)
-    before_row: Callable[[str], Any] | None = None
-
-    async def kv_put(self, key, partition_id, fields=None, tag=None, data_parser=None):
-        assert fields is None
-        await asyncio.sleep(0)
-        self.partitions[key] = partition_id
-        self.events.append((tag["status"], key))
-
-    async def kv_batch_put(self, keys, partition_id, fields=None, tags=None, data_parser=None):
-        for key in keys:
-            if self.before_row is not None:
-                await self.before_row(key)
-        await asyncio.sleep(0)
-        for index, (key, tag) in enumerate(zip(keys, tags, strict=True)):
-            self.rows[key] = {name: plain(fields.get(name)[index]) for name in fields.keys()}  # noqa: SIM118
-            self.tags[key] = tag
-            self.partitions[key] = partition_id
-            self.events.append(("row", key))
-
-    def status(self, uid: str) -> list[str]:
-        return [status for status, key in self.events if key == uid]
-
-    def row(self, uid: str, session: int) -> dict[str, Any]:
-        return self.rows[f"{uid}_{session}_0"]
-
-    def siblings(self, uid: str) -> list[dict[str, Any]]:
-        return [self.row(uid, session) for session in range(1, G + 1)]
-
-
-def plain(value: Any) -> Any:
-    return getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Store:
-    import transfer_queue
-
-    store = Store()
-    monkeypatch.setattr(transfer_queue, "init", lambda *args, **kwargs: None)
-    monkeypatch.setattr(transfer_queue, "async_kv_put", store.kv_put)
-    monkeypatch.setattr(transfer_queue, "async_kv_batch_put", store.kv_batch_put)
-    return store
-
-
-class RewardHandle:
-    """Stands for the Ray handle of verl's reward worker: arguments are copied as Ray would copy them.
-
-    Attributes:
-        calls: number of rewards asked for.
-        raises_at: numbers of the calls that raise.
-        hangs: no call ever returns.
-    """
-
-    def __init__(self, config: Any) -> None:
-        from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
-
-        self.worker = RewardLoopWorker(config)
-        self.compute_score = SimpleNamespace(remote=self._compute_score)
-        self.calls = 0
-        self.raises_at: set[int] = set()
-        self.hangs = False
-
-    async def _compute_score(self, data):
-        number, self.calls = self.calls, self.calls + 1
-        if self.hangs:
-            await asyncio.Event().wait()
-        if number in self.raises_at:
-            raise RuntimeError("the reward function raised")
-        return await self.worker.compute_score(pickle.loads(pickle.dumps(data)))
-
-
-@dataclass
-class Setup:
-    """One worker with what surrounds it."""
-
-    worker: Any
-    llm: Any
-    store: Store
-    reward: RewardHandle
-
-    @property
-    def tokenizer(self):
-        return self.worker.tokenizer
-
-    def tokens(self, text: str, end: str = "</s>") -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids + [self.tokenizer.convert_tokens_to_ids(end)] if end else ids
-
-    def problem_ids(self, question: str = QUESTION) -> list[int]:
-        """Tokens of q, straight from the tokenizer's chat template."""
-        message = {"role": "user", "content": question}
-        return self.tokenizer.apply_chat_template([message], add_generation_prompt=True)["input_ids"]
-
-    def upstream(self, question: str = QUESTION) -> list[Any]:
-        """Requests under q alone."""
-        return [request for request in self.llm.requests if request.prompt_ids == self.problem_ids(question)]
-
-    def downstream(self, question: str = QUESTION) -> list[Any]:
-        """Requests under [s, q]."""
-        tail = self.problem_ids(question)[1:]
-        return [
-            request
-            for request in self.llm.requests
-            if len(request.prompt_ids) > len(tail) + 1 and request.prompt_ids[-len(tail) :] == tail
-        ]
-
-    def routed(self, route: str) -> list[Any]:
-        """Requests with a routing id."""
-        return [request for request in self.llm.requests if request.request_id == route]
-
-    async def roll_out(self, *prompts: dict[str, Any], validate: bool = False) -> None:
-        """What verl's manager does with a batch, up to the end of the worker's background tasks."""
-        await self.worker.generate_sequences(make_batch(prompts, validate))
-        # A hanging prompt must fail the test, not hang it.
-        await asyncio.wait_for(asyncio.gather(*self.worker.background_tasks), 20)
-
-
-def make_prompt(uid: str = "v0000000000", question: str = QUESTION, **changes: Any) -> dict[str, Any]:
-    return {
-        "id": f"id-{uid}",
-        "uid": uid,
-        "data_source": "skpo/arithmetic",
-        "raw_prompt": [{"role": "user", "content": question}],
-        "reward_model": {"style": "rule", "ground_truth": ANSWER},
-        "extra_info": {"split": "train", "index": 0, "question": question},
-        "index": 0,
-        "skpo_split_position": SPLIT,
-        "skpo_expected_length": 60,
-        "skpo_seed": SEED,
-        "skpo_step": STEP,
-        **changes,
-    }
-
-
-def make_batch(prompts, validate: bool):
-    """A batch as the trainer hands it to verl's manager."""
-    from verl.utils import tensordict_utils as tu
-
-    columns: dict[str, Any] = {}
-    for name in prompts[0]:
-        values = [prompt[name] for prompt in prompts]
-        if name.startswith("skpo_"):
-            columns[name] = torch.tensor(values)
-        else:
-            columns[name] = np.empty(len(values), dtype=object)
-            columns[name][:] = values
-    if validate:  # the trainer adds ours to training prompts only
-        columns = {name: value for name, value in columns.items() if not name.startswith("skpo_")}
-    batch = tu.get_tensordict(columns)
-    tu.assign_non_tensor_data(batch, "global_steps", STEP)
-    if validate:
-        tu.assign_non_tensor_data(batch, "validate", True)
-    return batch
-
-
-@pytest.fixture
-def make_config(compose_config, model_folder):
-    def make(*overrides: str, model=model_folder, skpo: dict[str, Any] | None = None):
-        config = compose_config(
-            "platform=cpu",
-            f"actor_rollout_ref.model.path={model}",
-            f"skpo.group_size={G}",
-            "data.max_prompt_length=96",
-            "data.max_response_length=32",
-            *overrides,
-        )
-        for key, value in (skpo or {}).items():  # without composing anew
-            config.skpo[key] = value
-        return config
-
-    return make
-
-
-@pytest.fixture
-def make_worker(make_config, fake_llm, store: Store) -> Callable[..., Setup]:
-    """Make an ``SkpoAgentLoopWorker`` by its real constructor; ``script`` answers its requests."""
-    from recipe.skpo.rollout import SkpoAgentLoopWorker
-
-    def make(script=None, *overrides: str, worker_class=SkpoAgentLoopWorker, **options: Any) -> Setup:
-        config = make_config(*overrides, **options)
-        llm = fake_llm(script) if script else fake_llm()
-        reward = RewardHandle(config)
-        worker = worker_class(config, llm, reward_loop_worker_handles=[reward])
-        return Setup(worker, llm, store, reward)
-
-    return make
-
-
-def scripted(setup_box: list[Setup], upstream, downstream) -> Callable[[Any], Any]:
-    """A script from two: each gets the running number of the request within its phase."""
-    numbers = {"up": itertools.count(), "down": itertools.count()}
-
-    def script(request):
-        if request.prompt_ids == setup_box[0].problem_ids():
-            return upstream(next(numbers["up"]))
-        return downstream(next(numbers["down"]))
-
-    return script
-
-
-@pytest.fixture
-def two_phases(make_worker) -> Callable[..., Setup]:
-    """A worker whose upstream and downstream answers are scripted apart, each by its number within the phase."""
-
-    def make(upstream=None, downstream=None, *overrides: str, **options: Any) -> Setup:
-        box: list[Setup] = []
-        up = upstream or (lambda number: box[0].tokens(f"candidate {number}", end=""))
-        down = downstream or (lambda number: box[0].tokens(f"So it is #### {ANSWER if number % 2 else 6}"))
-        box.append(make_worker(scripted(box, up, down), *overrides, **options))
-        return box[0]
-
-    return make
-
-
-@pytest.fixture
-def ablated(make_worker) -> Callable[..., Setup]:
-    """As ``two_phases`` for any ``skip``: phases are told apart by routing id; ``own`` completes a candidate.
-
-    Keyword arguments are settings below ``skpo``.
-    """
-
-    def make(upstream=None, downstream=None, own=None, overrides=(), model=None, **skpo: Any) -> Setup:
-        box: list[Setup] = []
-        numbers = {"up": itertools.count(), "down": itertools.count()}
-        up = upstream or (lambda number: box[0].tokens("abcdefgh", end=""))
-        down = downstream or (lambda number: box[0].tokens(f"#### {ANSWER if number % 2 else 6}"))
-
-        def script(request):
-            if "-down" in request.request_id:
-                return down(next(numbers["down"]))
-            if request.prompt_ids == box[0].problem_ids():
-                return up(next(numbers["up"]))
-            return own(request)
-
-        box.append(make_worker(script, *overrides, skpo=skpo, **({"model": model} if model else {})))
-        return box[0]
-
-    return make
-
+from tests.rollout_setup import (  # the fixtures are used by name
+    ANSWER,
+    QUESTION,
+    SEED,
+    SPLIT,
+    STEP,
+    G,
+    Setup,
+    Store,
+    ablated,
+    make_config,
+    make_prompt,
+    make_worker,
+    store,
+    two_phases,
+)
 
 # ---------------------------------------------------------------- what is stored
 
@@ -920,162 +671,6 @@ async def test_the_records_count_tokens_and_cache_hits(two_phases) -> None:
         assert row["extra_fields"]["skpo"] == expected
 
 
-# ---------------------------------------------------------------- what goes wrong
-
-
-FAILURES = {
-    "an error": lambda: RuntimeError("the server died"),
-    "no tokens": lambda: [],
-    "no log-probs": lambda: ([40, 41, 42], []),
-}
-
-
-@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
-async def test_a_failing_sibling_leaves_an_untrained_row(two_phases, failure, caplog) -> None:
-    setup = two_phases(
-        downstream=lambda number: failure() if number == 1 else setup.tokens(f"#### {ANSWER if number == 0 else 9}")
-    )
-    await setup.roll_out(make_prompt("v7"))
-
-    assert setup.store.status("v7") == ["running", "finished"]
-    assert len(setup.store.rows) == G + 1
-    missing = setup.store.row("v7", 2)
-    assert not missing["response_mask"].any() and not missing["loss_mask"].any()
-    assert len(missing["responses"]) >= 1, "verl needs at least one token per row"
-    assert int(missing["skpo_phase"]) == 1
-    assert missing["prompts"].tolist() == setup.store.row("v7", 1)["prompts"].tolist()
-    assert len({frozenset(row) for row in setup.store.rows.values()}) == 1
-    tag = setup.store.tags["v7_2_0"]
-    assert (tag["min_global_steps"], tag["max_global_steps"]) == (7, 7)
-    # +1, -1, -1: the one that failed does not count.
-    assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == pytest.approx(-1 / 3)
-    assert "sibling 1 failed" in caplog.text
-
-
-async def test_a_sibling_whose_reward_raises_leaves_an_untrained_row(two_phases) -> None:
-    setup = two_phases(downstream=lambda number: setup.tokens(f"#### {ANSWER}"))
-    setup.reward.raises_at = {0}
-    await setup.roll_out(make_prompt("v7"))
-    assert setup.store.status("v7") == ["running", "finished"]
-    trained = [bool(row["response_mask"].any()) for row in setup.store.siblings("v7")]
-    assert sorted(trained) == [False, True, True, True]
-    assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == 1.0
-
-
-@pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
-async def test_a_failing_candidate_is_left_out(two_phases, failure, caplog) -> None:
-    deviations = [0.1, 5.0, 1.0, 2.0]  # without number 1 the median is 1.0, of number 2
-
-    def upstream(number: int):
-        return failure() if number == 1 else ([10 + number] * SPLIT, [-deviations[number]] * SPLIT)
-
-    setup = two_phases(upstream=upstream)
-    await setup.roll_out(make_prompt("v7"))
-    assert setup.store.status("v7") == ["running", "finished"]
-    assert len(setup.store.rows) == G + 1
-    assert setup.store.row("v7", 0)["responses"].tolist() == [12] * SPLIT
-    assert len(setup.store.row("v7", 0)["extra_fields"]["skpo"]["candidates"]) == G - 1
-    assert "candidate 1 failed" in caplog.text
-
-
-def all_candidates_fail(two_phases) -> Setup:
-    return two_phases(upstream=lambda number: RuntimeError("the server died"))
-
-
-def all_candidates_are_aborted(two_phases) -> Setup:
-    return two_phases(upstream=lambda number: [])
-
-
-def all_siblings_fail(two_phases) -> Setup:
-    return two_phases(downstream=lambda number: RuntimeError("the server died"))
-
-
-def all_siblings_are_aborted(two_phases) -> Setup:
-    return two_phases(downstream=lambda number: [])
-
-
-def every_reward_raises(two_phases) -> Setup:
-    setup = two_phases()
-    setup.reward.raises_at = set(range(G))
-    return setup
-
-
-def candidates_never_come(two_phases) -> Setup:
-    return two_phases(lambda number: asyncio.Event().wait(), None, "skpo.prompt_timeout_s=0.1")
-
-
-def one_sibling_never_comes(two_phases) -> Setup:
-    setup = two_phases(
-        None,
-        lambda number: asyncio.Event().wait() if number == 2 else setup.tokens(f"#### {ANSWER}"),
-        "skpo.prompt_timeout_s=0.1",
-    )
-    return setup
-
-
-def rewards_never_come(two_phases) -> Setup:
-    setup = two_phases(None, None, "skpo.prompt_timeout_s=0.1")
-    setup.reward.hangs = True
-    return setup
-
-
-NO_CANDIDATE, NO_SIBLING = f"all {G} upstream candidates failed", f"all {G} siblings failed"
-
-
-@pytest.mark.parametrize(
-    ("case", "reason"),
-    [
-        (all_candidates_fail, NO_CANDIDATE),
-        (all_candidates_are_aborted, NO_CANDIDATE),
-        (all_siblings_fail, NO_SIBLING),
-        (all_siblings_are_aborted, NO_SIBLING),
-        (every_reward_raises, NO_SIBLING),
-        (candidates_never_come, "TimeoutError"),
-        (one_sibling_never_comes, "TimeoutError"),
-        (rewards_never_come, "TimeoutError"),
-    ],
-    ids=lambda value: value.__name__.replace("_", " ") if callable(value) else "",
-)
-async def test_a_prompt_that_cannot_be_rolled_out_is_a_failure_without_rows(
-    two_phases, case, reason: str, caplog
-) -> None:
-    setup = case(two_phases)
-    await setup.roll_out(make_prompt("v7"))
-    assert setup.store.status("v7") == ["running", "failure"]
-    assert not setup.store.rows
-    assert "prompt id-v7 (v7) is dropped" in caplog.text and reason in caplog.text
-
-
-async def test_a_failing_prompt_does_not_touch_its_neighbour(make_worker) -> None:
-    def script(request):
-        bad = bytes(token - 5 for token in request.prompt_ids if token >= 5)
-        return RuntimeError("no") if len(bad) == len_bad[0] else setup.tokens("#### 5")
-
-    len_bad = [0]
-    setup = make_worker(script)
-    len_bad[0] = sum(token >= 5 for token in setup.problem_ids("bad?!"))
-    await setup.roll_out(make_prompt("v7", "bad?!"), make_prompt("v8"))
-    assert setup.store.status("v7") == ["running", "failure"]
-    assert setup.store.status("v8") == ["running", "finished"]
-    assert {key.split("_")[0] for key in setup.store.rows} == {"v8"}
-
-
-async def test_rows_are_settled_before_a_prompt_is_called_a_failure(two_phases) -> None:
-    """verl clears a failed group; a row written after that would belong to no prompt."""
-    setup = two_phases()
-
-    async def before_row(key: str) -> None:
-        if key == "v7_1_0":
-            raise RuntimeError("the storage unit died")
-        await asyncio.sleep(0.05)
-
-    setup.store.before_row = before_row
-    await setup.roll_out(make_prompt("v7"))
-    await asyncio.sleep(0.1)
-    assert setup.store.status("v7") == ["running", "failure"]
-    assert setup.store.events[-1] == ("failure", "v7")
-
-
 # ---------------------------------------------------------------- prompts side by side, validation
 
 
@@ -1204,5 +799,5 @@ def test_the_manager_adds_up_the_tokens_of_its_workers(make_config, fake_llm, mo
     manager.agent_loop_workers = [
         SimpleNamespace(take_tokens=SimpleNamespace(remote=lambda count=count: count)) for count in counts
     ]
-    monkeypatch.setattr(ray, "get", list)
+    monkeypatch.setattr(ray, "get", lambda values, timeout: list(values))
     assert manager.take_tokens() == {"generated": 5, "prefilled": 70, "cached": 900}

@@ -113,6 +113,11 @@ class Manager:
 
     def __init__(self) -> None:
         self.counts = {"generated": 0, "prefilled": 0, "cached": 0}
+        self.failures: dict[str, int] = {}
+
+    def take_failures(self) -> dict[str, int]:
+        taken, self.failures = self.failures, {}
+        return taken
 
     def take_tokens(self) -> dict[str, int]:
         taken, self.counts = self.counts, dict.fromkeys(self.counts, 0)
@@ -752,3 +757,73 @@ def test_the_budget_counts_over_a_resume(make_trainer, tmp_path: Path) -> None:
     assert not resumed._budget_spent()
     resumed.state.tokens_generated += 100
     assert resumed._budget_spent()
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("method", ["skpo", "grpo"])
+def test_failed_requests_of_the_step_are_a_metric(make_trainer, queue: Queue, method: str) -> None:
+    trainer = make_trainer(method)
+    trainer.agent_loop_manager.failures = {"session: of validation": 9}
+    trainer.on_step_begin()
+    metrics: dict[str, float] = {}
+    trainer.agent_loop_manager.failures = {"candidate: A": 2, "sibling: B": 3, "prompt: all failed": 1}
+    trainer._balance_batch(stored(queue, groups(4)), metrics)
+    assert metrics["skpo/requests_failed"] == 5, "a prompt is no request, and is in skpo/prompts_dropped"
+    trainer._balance_batch(stored(queue, groups(4)), metrics)
+    assert metrics["skpo/requests_failed"] == 0
+
+
+@pytest.mark.faults
+def test_a_dropped_prompt_is_counted_and_its_trackers_stay(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer()
+    metrics: dict[str, float] = {}
+    trainer._compute_advantage(trainer._balance_batch(stored(queue, groups(3)), metrics), metrics)
+    assert metrics["skpo/prompts_dropped"] == 1
+    assert len(trainer.state.values) == 3
+
+
+@pytest.mark.faults
+def test_an_unknown_prompt_id_is_a_first_visit(make_trainer, queue: Queue) -> None:
+    """Of data that was changed between two launches, for example."""
+    trainer = make_trainer()
+    trainer.state.observe("id-v0000000000", 0.5, 10.0)
+    assert trainer.state.baseline("never seen") == 0.0
+    trainer._compute_advantage(trainer._balance_batch(stored(queue, groups(4)), {}), {})
+    assert trainer.state.values.count("id-v0000000001") == 1.0
+    assert trainer.state.values.count("id-v0000000000") > 1.0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("method", ["skpo", "grpo"])
+def test_a_replica_that_died_stops_the_run_and_names_the_way_on(make_trainer, method: str) -> None:
+    from ray.exceptions import RayActorError
+
+    from recipe.skpo.rollout import RolloutError
+
+    def sleep() -> None:
+        raise RayActorError(error_msg="vLLMHttpServer was killed\nmore")
+
+    trainer = make_trainer(method)
+    trainer.checkpoint_manager.sleep_replicas = sleep
+    with pytest.raises(RolloutError) as error:
+        trainer.on_sample_end()
+    assert str(error.value).startswith("a rollout server died in step 1: ")
+    assert "the same command resumes from the last checkpoint" in str(error.value)
+
+
+@pytest.mark.faults
+def test_every_trainer_waits_with_a_bound(make_trainer) -> None:
+    from recipe.skpo.replay import BoundedReplayBuffer
+
+    for method in ("skpo", "grpo", "spo", "dapo"):
+        trainer = make_trainer(method, prompt_timeout_s=7.0, max_dropped_share=0.25)
+        buffer = trainer.replay_buffer
+        assert isinstance(buffer, BoundedReplayBuffer)
+        assert (buffer.patience_s, buffer.max_dropped_share) == (67.0, 0.25)
+        assert buffer.poll_interval == trainer.settings.poll_interval_s
+        assert (buffer.filter_groups_metric is not None) == (method == "dapo")
+        trainer.agent_loop_manager.failures = {"prompt: A": 1}
+        assert buffer.causes() == {"prompt: A": 1}

@@ -7,6 +7,7 @@ and only then the table.  docs/verl_seams.md tells the reason of each override.
 import importlib
 import inspect
 from functools import reduce
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ import verl
 BASE = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
 SYNC = "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync"
 WORKER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class__"
+BUFFER = "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer"
 LOOPS = "verl.experimental.agent_loop.agent_loop"
 MANAGER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ"
+ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 
 # (where it is upstream, its signature without annotations, where and how we rely on it).  Ray adds _ray_trace_ctx to
 # the methods of an actor class; it is left out here.
@@ -48,7 +51,8 @@ SEAMS = [
     (
         f"{WORKER}._compute_score",
         "async (self, outputs, kwargs)",
-        "rollout._respond gets a sibling's reward by it, rollout._complete that of a candidate's own response",
+        "rollout.MeteredWorker._compute_score bounds it in time and checks the reward; rollout._respond gets a "
+        "sibling's reward by it, rollout._complete that of a candidate's own response",
     ),
     (
         f"{MANAGER}._init_agent_loop_workers",
@@ -98,9 +102,30 @@ SEAMS = [
         "base_trainer.BaseTrainer adds its metrics file at the first hook of fit(); on_train_end calls it",
     ),
     (f"{SYNC}.on_train_begin", "(self)", "base_trainer.BaseTrainer adds its metrics file at the first hook of fit()"),
+    (
+        f"{BUFFER}.sample",
+        "(self, global_steps, partition_id, batch_size)",
+        "replay.BoundedReplayBuffer.sample counts the prompts that are missing",
+    ),
+    (
+        f"{BUFFER}._wait_for_next_poll",
+        "(self, partition_id, last_debug_time)",
+        "replay.BoundedReplayBuffer._wait_for_next_poll gives up",
+    ),
+    (f"{SYNC}.on_sample_end", "(self)", "base_trainer.BaseTrainer names the replica that died"),
+    (
+        "verl.workers.rollout.base:get_rollout_class",
+        "(rollout_name, mode='async')",
+        "it finds weight_sync.BoundedServerAdapter by the name that weight_sync_registration puts into its registry",
+    ),
     (f"{SYNC}.on_step_begin", "(self)", "base_trainer.BaseTrainer starts the token counts of the step there"),
     (f"{SYNC}.on_step_end", "(self)", "base_trainer.BaseTrainer ends training there when the budget is spent"),
     (f"{SYNC}.on_train_end", "(self)", "base_trainer.BaseTrainer saves and validates there when the budget is spent"),
+    (
+        f"{SYNC}.step",
+        "(self, metrics, timing_raw)",
+        "base_trainer.BaseTrainer keeps the step's metrics, which it saves with the checkpoint",
+    ),
     (
         f"{SYNC}._fetch_one_gen_batch",
         "(self)",
@@ -173,6 +198,24 @@ SEAMS = [
         "trainer and baselines write advantages by it, base_trainer._log_ratios rows with tags",
     ),
     ("transfer_queue:KVBatchMeta.reorder", "(self, indexes)", "both _balance_batch order rows by it"),
+    # prefix_engine.py
+    (f"{ENGINE}.prepare_model_inputs", "(self, micro_batch)", "prefix_engine.SharedPrefixEngine packs rows there"),
+    (
+        f"{ENGINE}.prepare_model_outputs",
+        "(self, output, output_args, micro_batch, logits_processor_func)",
+        "prefix_engine.SharedPrefixEngine unpacks log-probs and entropies there",
+    ),
+    (
+        "verl.workers.engine.base:EngineRegistry.register",
+        "(model_type, backend, device='cuda', vendor=None)",
+        "prefix_engine registers SharedPrefixEngine for the device shared_prefix",
+    ),
+    (
+        "verl.utils.torch_functional:logprobs_from_logits",
+        "(logits, labels, inplace_backward=True)",
+        "prefix_engine computes log-probs by it",
+    ),
+    ("verl.utils.torch_functional:entropy_from_logits", "(logits)", "prefix_engine computes entropies by it"),
     (
         "verl.trainer.ppo.core_algos:register_adv_est",
         "(name_or_enum)",
@@ -247,32 +290,35 @@ def test_signature_is_the_pinned_one(place: str, pinned: str, ours: str) -> None
         found = signature(locate(place))
     except (ImportError, AttributeError) as error:
         pytest.fail(changed(f"{place} is gone ({error})", ours))
-    assert found == pinned, changed(f"{place}{pinned} became {found}", ours)
+    assert found == pinned, changed(f"{place} has another signature\n  0.9.1: {pinned}\n  now:   {found}\n", ours)
 
 
 def our_classes() -> dict[str, tuple[type, str]]:
     """Every class of ours that stands below one of verl's, with the latter's place."""
-    from recipe.skpo import base_trainer, baselines, rollout, trainer
+    from recipe.skpo import base_trainer, baselines, prefix_engine, replay, rollout, trainer
 
     found = {}
-    for module in (rollout, base_trainer, trainer, baselines):
+    for module in (rollout, replay, base_trainer, trainer, baselines, prefix_engine):
         for name, value in vars(module).items():
             if inspect.isclass(value) and value.__module__ == module.__name__:
-                for place in (WORKER, MANAGER, SYNC):
+                for place in (WORKER, MANAGER, SYNC, BUFFER, ENGINE):
                     if issubclass(value, locate(place)):
                         found[name] = (value, place)
     return found
 
 
 OURS = ["MeteredWorker", "SkpoAgentLoopWorker", "MeteredManager", "SkpoAgentLoopManager"]
-OURS += ["BaseTrainer", "SkpoTrainer", "BaselineTrainer", "SpoTrainer"]
+OURS += ["BoundedReplayBuffer", "BaseTrainer", "SkpoTrainer", "BaselineTrainer", "SpoTrainer", "SharedPrefixEngine"]
 
 
 def overridden(name: str) -> dict[str, Any]:
     """What a class of ours overrides of verl's, by name."""
     ours, place = our_classes()[name]
     base = locate(place)
-    return {key: value for key, value in vars(ours).items() if callable(value) and hasattr(base, key)}
+    found = {key: value for key, value in vars(ours).items() if callable(value) and hasattr(base, key)}
+    if name == "BoundedReplayBuffer":
+        del found["__init__"]  # it takes over what verl's has built, and calls none
+    return found
 
 
 def test_every_class_below_one_of_verls_is_known_here() -> None:
@@ -450,6 +496,29 @@ FACTS = [
         'self.config.trainer.default_local_dir, f"global_step_{self.global_steps}"',
         "base_trainer._checkpoint_folder names the same folder",
     ),
+    *(
+        (
+            "verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager.save_checkpoint",
+            f'f"{start}_world_size_{{self.world_size}}_rank_{{self.rank}}.pt"',
+            "checkpoints.missing_piece looks for these files",
+        )
+        for start in ("model", "optim", "extra_state")
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        'dataloader_local_path = os.path.join(local_global_step_folder, "data.pt")',
+        "checkpoints.missing_piece looks for it, checkpoints.remove_older knows a killed save by its absence",
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        'self.config.trainer.get("max_actor_ckpt_to_keep", None)',
+        "base_trainer.__init__ sets it to None, so that verl removes nothing",
+    ),
+    (
+        f"{BASE}.fit",
+        "batch = self.step(metrics, self.timing_raw)",
+        "base_trainer.step keeps the dictionary, which is complete but for verl's own metrics when the step is saved",
+    ),
     (
         f"{BASE}.fit",
         "self.logger = Tracking(",
@@ -563,6 +632,87 @@ FACTS = [
         "config/method/*.yaml name rollout.SkpoAgentLoopManager or rollout.MeteredManager there",
     ),
 ]
+
+
+FACTS += [
+    (
+        f"{BUFFER}.sample",
+        "selected terminal groups with no materializable trajectories",
+        "replay.BoundedReplayBuffer tells a batch without rows by these words",
+    ),
+    (
+        f"{BUFFER}.sample",
+        "last_debug_time = self._wait_for_next_poll(partition_id, last_debug_time)",
+        "replay.BoundedReplayBuffer watches progress there",
+    ),
+    (
+        f"{SYNC}.on_sample_end",
+        "self.checkpoint_manager.sleep_replicas()",
+        "base_trainer.on_sample_end learns there of a replica that died",
+    ),
+]
+
+# Read from the files, because importing them imports vLLM.
+VLLM_ROLLOUT = "workers/rollout/vllm_rollout"
+WEIGHT_FACTS = [
+    (
+        f"{VLLM_ROLLOUT}/bucketed_weight_transfer.py",
+        "self.zmq_context = zmq.Context.instance() self.socket = None",
+        "weight_sync.BoundedServerAdapter gives that context's new sockets a time-out",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/bucketed_weight_transfer.py",
+        "self.socket = self.zmq_context.socket(zmq.REQ)",
+        "the sender's socket is made from that context, after the time-out is set",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/bucketed_weight_transfer.py",
+        'self.socket.send_pyobj({"bucket_meta": bucket_meta, "is_last": True}) self.socket.recv() finally: '
+        "self._cleanup()",
+        "what recv raises reaches weight_sync.BoundedServerAdapter, and socket and shared memory are released",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        'future = await self._execute_method( "update_weights_from_ipc", non_block=True,',
+        "weight_sync.BoundedServerAdapter._execute_method keeps what the receiver answers",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        "async def update_weights( self, weights: Generator[tuple[str, torch.Tensor], None, None], "
+        'global_steps: int = None, wire_format: str = "named_tensors", **kwargs, ):',
+        "weight_sync.BoundedServerAdapter.update_weights overrides it",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        "async def _execute_method( self, method: str, non_block: bool = False,",
+        "weight_sync.BoundedServerAdapter._execute_method overrides it",
+    ),
+    (
+        "workers/rollout/base.py",
+        '("vllm", "async"): "verl.workers.rollout.vllm_rollout.ServerAdapter"',
+        "weight_sync_registration replaces this entry by a class below that one",
+    ),
+    (
+        "workers/config/model.py",
+        "import_external_libs(self.external_lib)",
+        "main.apply_platform has weight_sync_registration imported there, in the actor's process",
+    ),
+    (
+        "workers/config/rollout.py",
+        "custom: Optional[dict] = None",
+        "rollout.custom.weight_sync_timeout_s carries the setting to weight_sync.BoundedServerAdapter",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "fact", "ours"), WEIGHT_FACTS, ids=[f"{file}: {fact[:40]}" for file, fact, _ in WEIGHT_FACTS]
+)
+def test_file_still_says_so(file: str, fact: str, ours: str) -> None:
+    path = Path(verl.__file__).parent / file
+    if not path.is_file():
+        pytest.fail(changed(f"{path} is gone", ours))
+    assert fact in " ".join(path.read_text().split()), changed(f"{file} no longer says `{fact}`", ours)
 
 
 @pytest.mark.parametrize(

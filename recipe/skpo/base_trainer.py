@@ -5,6 +5,8 @@ verl's synchronous V1 trainer does everything else.  The methods are ``trainer.S
 compared.  docs/verl_seams.md lists every override of verl.
 """
 
+import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,21 +14,27 @@ from typing import Any
 import numpy as np
 import torch
 import transfer_queue as tq
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
+from ray.exceptions import RayActorError
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
+from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
 from recipe.skpo.curriculum import PrioritisedBatches
-from recipe.skpo.metrics import MetricsFile
-from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager
+from recipe.skpo.metrics import MetricsFile, plain_numbers
+from recipe.skpo.replay import BoundedReplayBuffer
+from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager, RolloutError
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
 from recipe.skpo.trees import FOLDER, TreeStore
+
+logger = logging.getLogger(__name__)
 
 _DRIFT_PARTITION = "skpo_drift"
 """TransferQueue partition of the rows whose log-probs only measure drift; empty between two steps."""
@@ -42,6 +50,12 @@ class BaseTrainer(PPOTrainerSync):
         self.state = SkpoState(self.settings, config.data.max_response_length)
         self.output_dir = Path(config.output_dir)
         self.resumed_at = 0
+        self.step_metrics: dict[str, Any] = {}
+        self.saved_metrics: dict[str, float] = {}
+        # Removed by us: verl's own removal leaves our file behind and forgets what earlier launches wrote.
+        self.checkpoints_to_keep: int | None = config.trainer.max_actor_ckpt_to_keep
+        with open_dict(config):
+            config.trainer.max_actor_ckpt_to_keep = None
         self.curriculum = self.settings.curriculum.enable and "curriculum" in config.method.uses
         super().__init__(config)
 
@@ -53,7 +67,11 @@ class BaseTrainer(PPOTrainerSync):
         self.trainer_mode = "sync"
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = self.settings.poll_interval_s
-        return buffer
+        # A sampler of the user's own polls as it likes.
+        if type(buffer) is not ReplayBuffer:
+            return buffer
+        limits = (self.settings.prompt_timeout_s, self.settings.max_dropped_share)
+        return BoundedReplayBuffer(buffer, *limits, lambda: self.agent_loop_manager.take_failures())
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
@@ -72,16 +90,31 @@ class BaseTrainer(PPOTrainerSync):
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         self.resumed_at = self.global_steps
+        own = None
         if self.resumed_at:
             trainer = self.config.trainer
             explicit = trainer.resume_mode == "resume_path"
-            folder = trainer.resume_from_path if explicit else self._checkpoint_folder()
-            self.state.load(Path(folder))
+            folder = Path(trainer.resume_from_path) if explicit else self._checkpoint_folder()
+            self.state.load(folder)
+            if (folder / METRICS_FILE).is_file():
+                self.saved_metrics = json.loads((folder / METRICS_FILE).read_text())
+            own = self.resumed_at if folder.resolve() == self._checkpoint_folder().resolve() else None
+        # Later steps are trained again: a marker that still named one of them would make a kill in the middle of
+        # saving it anew look like a whole checkpoint.
+        mark(self._checkpoint_folder().parent, own)
 
     def _save_checkpoint(self) -> None:
+        folder, keep = self._checkpoint_folder(), self.checkpoints_to_keep
+        # What is left of a killed save, or of steps that are trained again.
+        remove_checkpoint(folder)
+        # Makes room, but never removes the one that the marker names.
+        remove_older(folder.parent, self.global_steps - 1, keep and max(1, keep - 1))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS_FILE).write_text(json.dumps(plain_numbers(self.step_metrics)))
         # Before verl's part, which ends with the marker file that makes the checkpoint count.
-        self.state.save(self._checkpoint_folder())
+        self.state.save(folder)
         super()._save_checkpoint()
+        remove_older(folder.parent, self.global_steps, keep)
 
     def _checkpoint_folder(self) -> Path:
         return Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
@@ -99,14 +132,31 @@ class BaseTrainer(PPOTrainerSync):
         loggers: dict[str, Any] = self.logger.logger
         if "metrics_file" not in loggers:
             self.trees = TreeStore(self.output_dir / FOLDER, self.settings.trees_max_mb, self.resumed_at)
-            loggers["metrics_file"] = MetricsFile(self.output_dir / "metrics.jsonl", self.resumed_at)
+            loggers["metrics_file"] = MetricsFile(
+                self.output_dir / "metrics.jsonl", self.resumed_at, self.saved_metrics
+            )
 
     # ---------------------------------------------------------------- prompts out, rows in order
 
     def on_step_begin(self) -> None:
         # What validation generated since the last step belongs to no step.
         self.agent_loop_manager.take_tokens()
+        self.agent_loop_manager.take_failures()
         super().on_step_begin()
+
+    def on_sample_end(self) -> None:
+        try:
+            super().on_sample_end()
+        except RayActorError as error:
+            raise RolloutError(
+                f"a rollout server died in step {self.global_steps}: {str(error).splitlines()[0]}; the same command "
+                f"resumes from the last checkpoint"
+            ) from error
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        # Saved with the checkpoint, which verl writes before it logs them.
+        self.step_metrics = metrics
+        return super().step(metrics, timing_raw)
 
     def _fetch_one_gen_batch(self) -> TensorDict:
         batch = super()._fetch_one_gen_batch()
@@ -131,6 +181,11 @@ class BaseTrainer(PPOTrainerSync):
         self.state.tokens_generated += counts["generated"]
         metrics.update({f"skpo/tokens/{name}": count for name, count in counts.items()})
         metrics["skpo/tokens/generated_so_far"] = self.state.tokens_generated
+        failures = self.agent_loop_manager.take_failures()
+        requests = [count for cause, count in failures.items() if not cause.startswith("prompt:")]
+        metrics["skpo/requests_failed"] = sum(requests)
+        if failures:
+            logger.warning("failures in step %d: %s", self.global_steps, json.dumps(failures))
         return batch
 
     # ---------------------------------------------------------------- drift of the policy

@@ -12,6 +12,9 @@ responses has a long segment too, so in order of arrival its siblings would come
 sibling that fails leaves a row without trained tokens; a prompt without a usable candidate or sibling is marked failed
 and stores nothing.  Validation is verl's own path, plain pi(.|q).
 
+No request is tried again: its siblings are the reserve, and what failed once under a seed fails again.  Answers of the
+server and rewards are checked where they arrive, for every method; docs/operations.md has every fault and its policy.
+
 The ablations of SPEC section 8 change what the siblings continue (``skip``), where candidates are cut (``split``),
 which one is kept (``selection``) and whose reward the segment gets (``upstream_reward``).  The baselines use the worker
 ``MeteredWorker``: verl's own rollout with counted tokens and a seed per request.
@@ -19,10 +22,14 @@ which one is kept (``selection``) and whose reward the segment gets (``upstream_
 
 import asyncio
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import ray
@@ -44,6 +51,12 @@ logger = logging.getLogger(__name__)
 SPLIT_FIELD, SEED_FIELD, STEP_FIELD = "skpo_split_position", "skpo_seed", "skpo_step"
 LENGTH_FIELD = "skpo_expected_length"
 """Fields that the trainer adds to every training prompt."""
+
+_TIME_LIMIT: ContextVar[asyncio.Timeout | None] = ContextVar("skpo_time_limit", default=None)
+"""The time limit of the baseline's session that runs in this task."""
+
+_ANSWER_S = 120.0
+"""Seconds within which every worker must have told its counts, whatever else it does."""
 
 
 class RolloutError(RuntimeError):
@@ -74,29 +87,58 @@ class SkipPrompt:
     opening: Segment | None = None
 
 
-def log_failures(results: Sequence[object], what: str) -> None:
-    """Log every exception among gathered results, with its traceback."""
-    for index, result in enumerate(results):
-        if isinstance(result, BaseException):
-            logger.error("%s %d failed", what, index, exc_info=result)
+def cause_of(kind: str, error: BaseException) -> str:
+    """What is counted of a failure: ``kind`` (prompt, candidate, sibling, session) and the first line of the error."""
+    lines = str(error).splitlines() or [""]
+    return f"{kind}: {type(error).__name__}: {lines[0]}"[:300]
+
+
+def flaw(output: TokenOutput, vocabulary: int) -> str | None:
+    """Why an answer of the server cannot be used; None for a good one.
+
+    Good are at least one token id within ``[0, vocabulary)`` with one finite log-prob each, of a request that was not
+    aborted.
+    """
+    tokens, logprobs = output.token_ids, output.log_probs or ()
+    if not tokens or len(tokens) != len(logprobs):
+        return f"{len(tokens)} tokens with {len(logprobs)} log-probs"
+    if output.stop_reason == "aborted":
+        return f"aborted after {len(tokens)} tokens"
+    if min(tokens) < 0 or max(tokens) >= vocabulary:
+        return f"token ids from {min(tokens)} to {max(tokens)}, the model has {vocabulary}"
+    if not math.isfinite(math.fsum(logprobs)):
+        return "a log-prob that is not finite"
+    return None
 
 
 class MeteredClient:
-    """verl's LLM client, which counts the tokens of every training request, discarded ones included."""
+    """verl's LLM client, which counts the tokens of every request, discarded ones included, and checks its answer.
 
-    def __init__(self, client: Any) -> None:
-        self._client = client
+    Args:
+        client: verl's.
+        vocabulary: number of token ids that the model knows.
+    """
+
+    def __init__(self, client: Any, vocabulary: int) -> None:
+        self._client, self._vocabulary = client, vocabulary
         self.tokens = {"generated": 0, "prefilled": 0, "cached": 0}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
 
     async def generate(self, request_id: str, *, prompt_ids: list[int], **kwargs: Any) -> TokenOutput:
-        """As verl's client; prompt tokens and generated ones are added up."""
+        """As verl's client; prompt tokens and generated ones are added up.
+
+        Raises:
+            RolloutError: an answer that cannot be used, see ``flaw``.
+        """
         output = await self._client.generate(request_id=request_id, prompt_ids=prompt_ids, **kwargs)
         self.tokens["generated"] += len(output.token_ids)
         self.tokens["prefilled"] += len(prompt_ids)
         self.tokens["cached"] += _cached(output)
+        problem = flaw(output, self._vocabulary)
+        if problem is not None:
+            raise RolloutError(f"{problem} (stop reason {output.stop_reason})")
         return output
 
 
@@ -109,7 +151,21 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.settings = SkpoSettings.from_config(self.config.skpo)
-        self.llm_client: MeteredClient = MeteredClient(self.llm_client)
+        vocabulary = self.model_config.hf_config.get_text_config().vocab_size
+        self.llm_client: MeteredClient = MeteredClient(self.llm_client, vocabulary)
+        self.failures: Counter[str] = Counter()
+
+    def take_failures(self) -> dict[str, int]:
+        """How often what failed since the last call; keys as ``cause_of`` makes them."""
+        taken, self.failures = self.failures, Counter()
+        return dict(taken)
+
+    def _note_failures(self, results: Sequence[object], kind: str, where: str) -> None:
+        """Count every exception among gathered results, and log it with its traceback."""
+        for index, result in enumerate(results):
+            if isinstance(result, BaseException):
+                self.failures[cause_of(kind, result)] += 1
+                logger.error("%s: %s %d failed", where, kind, index, exc_info=result)
 
     def take_tokens(self) -> dict[str, int]:
         """Tokens of all requests since the last call: ``generated``, ``prefilled``, ``cached``."""
@@ -126,10 +182,40 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
         trace: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """One response of a prompt; override of verl's, which seeds no request."""
+        """One response of a prompt; override of verl's, which seeds no request and waits for ever."""
         if not trajectory["validate"] and self.settings.seed_requests:
             sampling_params = dict(sampling_params, seed=int(kwargs[SEED_FIELD]) + int(kwargs["session_id"]))
-        return await super()._run_agent_loop(sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs)
+        # Validation sends all its prompts at once, most of which only wait: there, the replay buffer watches progress.
+        limit = None if trajectory["validate"] else self.settings.prompt_timeout_s
+        try:
+            async with asyncio.timeout(limit) as bound:
+                _TIME_LIMIT.set(bound)
+                return await super()._run_agent_loop(
+                    sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
+                )
+        except Exception as error:  # counted; verl logs it and marks the prompt
+            self.failures[cause_of("session", error)] += 1
+            raise
+
+    async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict) -> None:
+        """Reward of the last output; override of verl's, which waits for ever and takes whatever comes.
+
+        Raises:
+            RolloutError: a reward that is no finite number or, for a method with trackers, not within [-1, 1].
+            TimeoutError: none within ``skpo.prompt_timeout_s``.
+        """
+        async with asyncio.timeout(self.settings.prompt_timeout_s):
+            await super()._compute_score(outputs, kwargs=kwargs)
+        reward = outputs[-1].reward_score
+        if not isinstance(reward, Real) or not math.isfinite(reward):
+            raise RolloutError(f"the reward function returned {reward!r}, which is no finite number")
+        if "tracker" in self.config.method.uses and not -1 <= reward <= 1:
+            raise RolloutError(f"the reward function returned {reward}, which is not within [-1, 1]")
+        outputs[-1].reward_score = float(reward)
+        bound = _TIME_LIMIT.get()
+        if bound is not None:
+            # The row is stored next, and a time-out must not leave half of it.
+            bound.reschedule(None)
 
 
 class SkpoAgentLoopWorker(MeteredWorker):
@@ -169,7 +255,8 @@ class SkpoAgentLoopWorker(MeteredWorker):
             if errors:
                 raise errors[0]
             status = "finished"
-        except Exception:  # process border: verl must learn of every prompt's end, or its replay buffer polls for ever
+        except Exception as error:  # process border: verl must learn of every prompt's end, or its replay buffer waits
+            self.failures[cause_of("prompt", error)] += 1
             logger.exception("prompt %s (%s) is dropped", prompt.get("id"), uid)
             status = "failure"
         await tq.async_kv_put(key=uid, partition_id="train", tag={"status": status})
@@ -211,7 +298,7 @@ class SkpoAgentLoopWorker(MeteredWorker):
             for index in range(size)
         ]
         settled = await asyncio.gather(*requests, *own, return_exceptions=True)
-        log_failures(settled, f"prompt {prompt['id']} ({uid}): sibling")
+        self._note_failures(settled, "sibling", f"prompt {prompt['id']} ({uid})")
         siblings, completed = settled[:size], settled[size:]
         responses = [response for response in siblings if isinstance(response, AgentLoopOutput)]
         if not responses:
@@ -272,7 +359,7 @@ class SkpoAgentLoopWorker(MeteredWorker):
             ),
             return_exceptions=True,
         )
-        log_failures(outputs, f"{route}: candidate")
+        self._note_failures(outputs, "candidate", route)
         boundary = self.find_boundary if self.settings.split == "boundary_token" else None
         candidates = []
         for output in outputs:
@@ -327,23 +414,14 @@ class SkpoAgentLoopWorker(MeteredWorker):
         """One request; ``route`` and ``index`` tell it apart, and ``name`` where several share both.
 
         The server empties the parameters it is given, so each request gets its own copy.
-
-        Raises:
-            RolloutError: an answer without tokens or without one log-prob per token, as an aborted request gives.
         """
         own = dict(params, seed=seed + index) if self.settings.seed_requests else dict(params)
         priority = own.pop("priority")
         # Full determinism hands the routing id on to vLLM as the request's name, which must be unique there.
         request_id = f"{route}-{name}{index}" if self.rollout_config.full_determinism else route
-        output = await self.llm_client.generate(
+        return await self.llm_client.generate(
             request_id=request_id, prompt_ids=prompt_ids, sampling_params=own, priority=priority
         )
-        if not output.token_ids or len(output.log_probs or ()) != len(output.token_ids):
-            raise RolloutError(
-                f"{len(output.token_ids)} tokens with {len(output.log_probs or ())} log-probs "
-                f"(stop reason {output.stop_reason})"
-            )
-        return output
 
     def _row(
         self, prompt_ids: list[int], token_ids: list[int], logprobs: list[float] | None, extra_fields: dict
@@ -426,9 +504,16 @@ class MeteredManager(AgentLoopManagerTQ):
 
     def take_tokens(self) -> dict[str, int]:
         """Tokens of all workers' requests since the last call: ``generated``, ``prefilled``, ``cached``."""
-        workers: list[Any] = self.agent_loop_workers
-        counts = ray.get([worker.take_tokens.remote() for worker in workers])
+        counts = self._ask("take_tokens")
         return {name: sum(count[name] for count in counts) for name in counts[0]}
+
+    def take_failures(self) -> Counter[str]:
+        """How often what failed in all workers since the last call; keys as ``cause_of`` makes them."""
+        return sum(map(Counter, self._ask("take_failures")), Counter())
+
+    def _ask(self, method: str) -> list[dict[str, int]]:
+        workers: list[Any] = self.agent_loop_workers
+        return ray.get([getattr(worker, method).remote() for worker in workers], timeout=_ANSWER_S)
 
 
 class SkpoAgentLoopManager(MeteredManager):

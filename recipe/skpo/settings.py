@@ -122,7 +122,11 @@ class SkpoSettings:
         seed: of every random draw of the trainer (split positions, request seeds).
         seed_requests: give every sampled request its own seed, so that a run can be repeated.  Costs a generator
             per request in the sampler: off in the GPU platform's config.
-        prompt_timeout_s: seconds that one prompt may take from q to its stored rows before it is dropped.
+        prompt_timeout_s: seconds that one prompt may take from q to its rewards before it is dropped; a batch in which
+            no prompt ends for that long and a minute stops the run.
+        max_dropped_share: largest share of a batch's prompts that may be dropped; more stop the run, and so does a
+            batch without any prompt left.
+        weight_sync_timeout_s: seconds within which the inference server must acknowledge a bucket of weights.
         poll_interval_s: seconds between two looks of verl's replay buffer at what has finished.
         trees_per_step: rollout trees (candidates, segment, responses, rewards) stored per step for people to read.
         trees_max_mb: bound of all stored trees in megabytes; over it, steps are removed so that the rest stays even.
@@ -149,6 +153,8 @@ class SkpoSettings:
     seed: int = 1
     seed_requests: bool = True
     prompt_timeout_s: float = 1800.0
+    max_dropped_share: float = 0.5
+    weight_sync_timeout_s: float = 300.0
     poll_interval_s: float = 2.0
     trees_per_step: int = 1
     trees_max_mb: float = 64.0
@@ -180,6 +186,15 @@ class SkpoSettings:
         _require(self.clip_high > 0, f"skpo.clip_high: must be > 0, got {self.clip_high}")
         _require(self.seed >= 0, f"skpo.seed: must be >= 0, got {self.seed}")
         _require(self.prompt_timeout_s > 0, f"skpo.prompt_timeout_s: must be > 0, got {self.prompt_timeout_s}")
+        _require(
+            0 <= self.max_dropped_share < 1,
+            f"skpo.max_dropped_share: must be inside [0, 1) (a step without prompts trains nothing), "
+            f"got {self.max_dropped_share}",
+        )
+        _require(
+            self.weight_sync_timeout_s >= 1,
+            f"skpo.weight_sync_timeout_s: must be >= 1, got {self.weight_sync_timeout_s}",
+        )
         _require(self.poll_interval_s > 0, f"skpo.poll_interval_s: must be > 0, got {self.poll_interval_s}")
         _require(self.trees_per_step >= 0, f"skpo.trees_per_step: must be >= 0, got {self.trees_per_step}")
         _require(self.trees_max_mb > 0, f"skpo.trees_max_mb: must be > 0, got {self.trees_max_mb}")

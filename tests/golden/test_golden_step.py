@@ -158,7 +158,7 @@ class Trainer:
         self.real.use_critic, self.real.global_steps = False, 0
         self.real.tokenizer = SimpleNamespace(eos_token_id=1)
         counts = {"generated": 1, "prefilled": 1, "cached": 0}
-        self.real.agent_loop_manager = SimpleNamespace(take_tokens=lambda: counts)
+        self.real.agent_loop_manager = SimpleNamespace(take_tokens=lambda: counts, take_failures=dict)
         self.real.actor_rollout_wg = SimpleNamespace(
             _dispatch_info={"actor": list(range(ranks))}, compute_log_prob=self.compute_log_prob
         )

@@ -1,0 +1,146 @@
+"""Whole runs under faults: each goes on, or stops within a bound and says why.  Nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from recipe.skpo.metrics import read_lines
+from tests.e2e import injected, tiny
+from tests.e2e.processes import alive, seconds_until_gone, shared_memory_files, tree
+
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.faults, pytest.mark.timeout(600)]
+
+ROOT = Path(__file__).parents[2]
+
+
+class Run:
+    """A tiny run in a session of its own, as in a terminal of its own."""
+
+    def __init__(self, folder: Path, *extra: str, **variables: str) -> None:
+        self.folder, self.log = folder, folder / "run.log"
+        self.before = shared_memory_files()
+        self.seen: dict[tuple[int, float], psutil.Process] = {}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "recipe.skpo.main", *tiny.overrides(folder), *extra],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **variables},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def steps(self) -> list[int]:
+        lines = read_lines(self.folder / "out/metrics.jsonl")
+        return [int(line["step"]) for line in lines if "skpo/loss" in line]
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, until: Callable[[], bool], seconds: float) -> None:
+        """Wait for something, and note all processes of the run meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not until():
+            assert time.monotonic() < deadline, f"not within {seconds:g} s:\n{self.text()[-4000:]}"
+            self.seen |= {(member.pid, member.create_time()): member for member in alive(tree(self.process.pid))}
+            time.sleep(0.3)
+
+    def trained(self, steps: int) -> Callable[[], bool]:
+        def done() -> bool:
+            assert self.process.poll() is None, f"the run ended early:\n{self.text()[-4000:]}"
+            return len(self.steps()) >= steps
+
+        return done
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def leaves_nothing(self, seconds: float = 15) -> None:
+        seconds_until_gone(list(self.seen.values()), seconds)
+        assert not shared_memory_files() - self.before
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def make(*extra: str, **variables: str) -> Run:
+        runs.append(Run(tmp_path, "trainer.save_freq=1000", *extra, **variables))
+        return runs[-1]
+
+    yield make
+    for run in runs:
+        for process in alive([*tree(run.process.pid), *run.seen.values()]):
+            process.kill()
+        run.process.wait()
+
+
+def test_ctrl_c_ends_everything_within_15_seconds(start) -> None:
+    """A terminal sends it to every process of the foreground group."""
+    run = start("trainer.total_training_steps=1000")
+    run.wait(run.trained(2), 300)
+    pressed = time.monotonic()
+    os.killpg(run.process.pid, signal.SIGINT)
+    run.wait(run.ended, 15)
+    run.leaves_nothing(15 - (time.monotonic() - pressed))
+    print(f"everything was gone {time.monotonic() - pressed:.1f} s after Ctrl-C")
+
+
+def test_a_run_goes_on_under_faults_and_counts_them(start) -> None:
+    run = start(
+        "trainer.total_training_steps=6",
+        "skpo.prompt_timeout_s=3",
+        "skpo.max_dropped_share=0.8",
+        *injected.overrides(),
+        FAULT_RATE="0.05",
+    )
+    run.wait(run.ended, 400)
+    assert run.process.returncode == 0, run.text()[-4000:]
+    assert run.steps() == [1, 2, 3, 4, 5, 6]
+    lines = [line for line in read_lines(run.folder / "out/metrics.jsonl") if "skpo/loss" in line]
+    assert sum(line["skpo/requests_failed"] for line in lines) > 0
+    run.leaves_nothing()
+
+
+def test_a_run_whose_prompts_are_all_dropped_stops_and_says_why(start) -> None:
+    run = start("trainer.total_training_steps=6", *injected.overrides(), FAULT_RATE="1")
+    run.wait(run.ended, 300)
+    assert run.process.returncode != 0
+    assert "BatchError" in run.text() and "all 4 prompts were dropped" in run.text()
+    assert "injected: the server failed" in run.text()
+    assert run.steps() == []
+    run.leaves_nothing()
+
+
+def test_a_vllm_that_fails_to_receive_weights_stops_the_run(start) -> None:
+    run = start(
+        "trainer.total_training_steps=6",
+        "skpo.weight_sync_timeout_s=5",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tests.e2e.failing_receiver.FailingExtension",
+    )
+    run.wait(run.ended, 300)
+    assert run.process.returncode != 0
+    assert "vLLM did not acknowledge weights within skpo.weight_sync_timeout_s=5 s" in run.text()
+    assert "injected: no such weight" in run.text()
+    run.leaves_nothing()
+
+
+def test_a_rollout_server_that_dies_stops_the_run(start) -> None:
+    run = start("trainer.total_training_steps=1000", "skpo.prompt_timeout_s=20")
+    run.wait(run.trained(1), 300)
+    servers = [member for member in tree(run.process.pid) if "vLLMHttpServer" in " ".join(member.cmdline())]
+    assert len(servers) == 1
+    servers[0].kill()
+    killed = time.monotonic()
+    run.wait(run.ended, 120)
+    assert run.process.returncode != 0
+    assert "vLLMHttpServer" in run.text() and "ActorDiedError" in run.text()
+    print(f"the run had ended {time.monotonic() - killed:.1f} s after its server died")
+    run.leaves_nothing()
