@@ -1,8 +1,8 @@
 """An actor update beside another process's idle thread pool: what threads and OpenMP's wait policy cost.
 
 On the CPU platform vLLM and the actor share the cores and take turns.  Here a second process computes once, as vLLM
-does, and then waits with its pool of threads, while ``benchmarks.update`` (shared prompts) runs.  Reported per number
-of threads and wait policy, which both processes get; ``alone`` has no second process.
+does, and then waits with its pool of threads, while ``benchmarks.update`` (one prompt, shared) runs.  Reported per
+number of threads and wait policy, which both processes get; ``alone`` has no second process.
 """
 
 import json
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     options = parser.parse_args(argv)
-    passed = [f"--model={options.model or embedded.model_folder()}", f"--repeats={options.repeats}"]
+    model = options.model or embedded.model_folder()
+    passed = [f"--model={model}", f"--repeats={options.repeats}", "--prompts=1", "--shared-only"]
     seconds = {
         f"{threads} threads, {name}": update_seconds(threads, policy, beside, passed)
         for threads in options.threads

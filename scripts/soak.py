@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -43,7 +44,7 @@ KINDS = {
 """Kind of fault to the words by which its cause is known."""
 
 
-def overrides(folder: Path, steps: int) -> list[str]:
+def overrides(folder: Path, steps: int, prompt_timeout_s: float) -> list[str]:
     """Overrides of the run."""
     return [
         *tiny.overrides(folder),
@@ -51,7 +52,7 @@ def overrides(folder: Path, steps: int) -> list[str]:
         f"trainer.total_training_steps={steps}",
         "trainer.save_freq=50",
         "trainer.test_freq=50",
-        "skpo.prompt_timeout_s=3",
+        f"skpo.prompt_timeout_s={prompt_timeout_s}",
         "skpo.max_dropped_share=0.8",
         # The cache is touched block by block: a large one would grow into memory over the whole run.
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.num_gpu_blocks_override=256",
@@ -63,7 +64,6 @@ def watch(process: subprocess.Popen, folder: Path, seconds: float) -> tuple[list
     started, readings, seen = time.monotonic(), [], {}
     while process.poll() is None:
         if time.monotonic() - started > seconds:
-            process.kill()
             raise SystemExit(f"the run has not ended within {seconds:g} s")
         members = tree(process.pid)
         seen |= {(member.pid, member.create_time()): member for member in members if member.is_running()}
@@ -94,6 +94,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=0.02, help="of each kind of fault")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--prompt-timeout", type=float, default=4.0, help="seconds; a hanging request costs this")
     parser.add_argument("--max-slope", type=float, default=100.0, help="MiB per 100 steps")
     parser.add_argument("--minutes", type=float, default=20.0, help="the run is ended after that")
     options = parser.parse_args()
@@ -105,11 +106,18 @@ def main() -> int:
     # Ray would leave out lines that look alike.
     environment["RAY_DEDUP_LOGS"] = "0"
     with (folder / "run.log").open("w") as log:
-        command = [sys.executable, "-m", "recipe.skpo.main", *overrides(folder, options.steps)]
+        command = [sys.executable, "-m", "recipe.skpo.main", *overrides(folder, options.steps, options.prompt_timeout)]
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        readings, processes = watch(process, folder, options.minutes * 60)
+        # A soak that is stopped stops its run, and Ray's processes follow their driver.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+        try:
+            readings, processes = watch(process, folder, options.minutes * 60)
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait(60)
     lines = [line for line in read_lines(folder / "out/metrics.jsonl") if "skpo/loss" in line]
     slope, mean = memory_slope(readings)
     text = (folder / "run.log").read_text(errors="replace")

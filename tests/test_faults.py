@@ -606,8 +606,9 @@ async def sync(outcome, peer=False, rank_has_server=True):
     made.zmq_handle = f"ipc://{sys.argv[1]}/weights.sock"
     # A receiver that takes the first message and answers nothing; without one, nothing can even be sent.
     other = zmq.Context()
+    silent = other.socket(zmq.REP)
     if peer:
-        other.socket(zmq.REP).connect(made.zmq_handle)
+        silent.connect(made.zmq_handle)
     before, started = dict(zmq.Context.instance().sockopts), time.monotonic()
     try:
         await made.update_weights(iter([("w", torch.ones(2))]))

@@ -78,11 +78,11 @@ def test_a_limit_that_is_passed_fails_the_command(
 
 def test_shared_prompts_are_computed_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "update.json"
-    sizes = ["--prompts=2", "--group=3", "--problem=20", "--segment=4", "--response=6", "--prompts-per-batch=2"]
+    sizes = ["--prompts=2", "--group=3", "--problem=20", "--segment=4", "--response=6", "--prompts-per-batch=1"]
     assert update.main(["--model=random", "--repeats=1", "--threads=1", f"--out={out}", *sizes]) == 0
     content = json.loads(out.read_text())
     computed: dict[str, int] = content["positions"]
-    # Padded to the longest of 8 rows, at least 4 + 20 + 3 tokens; or two sequences of a shared prompt and its branches.
+    # Two batches: 4 rows padded to the longest, at least 4 + 20 + 3 tokens; or a shared prompt and its branches.
     assert computed["separate rows"] >= 8 * 27 > computed["shared prompts"] >= 2 * (24 + 3 * 3)
     assert content["settings"]["model"] == "random"
     assert "| shared prompts |" in capsys.readouterr().out
@@ -108,14 +108,27 @@ def test_updates_are_timed_alone_and_beside_an_idle_pool(
     assert json.loads(out.read_text())["seconds"]["2 threads, alone"] == 1.0
 
 
-def test_the_idle_pool_ends_with_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("beside", [True, False])
+def test_the_idle_pool_is_there_during_the_update_and_ends_with_it(
+    beside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pools: list[subprocess.Popen] = []
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> subprocess.Popen:
+        pools.append(popen(*arguments, **options))
+        return pools[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
     monkeypatch.setattr(threads, "_IDLE_POOL", "import sys; print('ready', flush=True); sys.stdin.read()")
 
     def fake(arguments: list[str], **rest: Any) -> None:
         assert arguments[:4] == [sys.executable, "-m", "benchmarks", "update"] and "--threads=2" in arguments
+        assert [pool.poll() for pool in pools] == ([None] if beside else []), "running"
         assert (rest["env"]["OMP_NUM_THREADS"], rest["env"]["OMP_WAIT_POLICY"]) == ("2", "ACTIVE")
         out = Path(arguments[arguments.index("--out") + 1])
         out.write_text(json.dumps({"seconds": {"shared prompts": [3.0, 1.0, 2.0]}}))
 
     monkeypatch.setattr(subprocess, "run", fake)
-    assert threads.update_seconds(2, "ACTIVE", True, []) == 2.0
+    assert threads.update_seconds(2, "ACTIVE", beside, []) == 2.0
+    assert all(pool.poll() == 0 for pool in pools)

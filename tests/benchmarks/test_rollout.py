@@ -55,6 +55,17 @@ def test_grpo_generates_what_the_model_writes_within_the_budget() -> None:
     assert tokens(costs()["GRPO"], "responses", "prefilled") == 4 * sum(map(len, model.problems))
 
 
+def test_a_response_to_a_skip_prompt_is_shorter_by_the_factor_of_the_workload() -> None:
+    model = LongTailedModel(WORKLOAD, 1)
+    for seed in range(20):
+        plain = model.length(0, seed, skip=False)
+        assert model.length(0, seed, skip=True) == pytest.approx(0.9 * plain, abs=1)
+    model.know(0, model.problems[0])
+    under_q = model.write(model.problems[0], {"seed": 5, "max_tokens": 10**6})
+    under_s_q = model.write([3, *model.problems[0]], {"seed": 5, "max_tokens": 10**6})
+    assert (len(under_q), len(under_s_q)) == (model.length(0, 5, skip=False), model.length(0, 5, skip=True))
+
+
 def test_every_form_of_skpo_writes_the_same_tokens() -> None:
     skpo = costs()["SKPO, candidates=4"]
     for other in ("SKPO in order of arrival", "SKPO with a barrier", "two-batch SKPO"):

@@ -15,9 +15,11 @@ from recipe.skpo.metrics import read_lines
 from tests.e2e import injected, tiny
 from tests.e2e.processes import alive, seconds_until_gone, shared_memory_files, tree
 
-pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.faults, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.faults, pytest.mark.timeout(1500)]
 
 ROOT = Path(__file__).parents[2]
+START_S = 900
+"""For a start and a few steps, on a machine that has other things to do."""
 
 
 class Run:
@@ -85,7 +87,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 def test_ctrl_c_ends_everything_within_15_seconds(start) -> None:
     """A terminal sends it to every process of the foreground group."""
     run = start("trainer.total_training_steps=1000")
-    run.wait(run.trained(2), 300)
+    run.wait(run.trained(2), START_S)
     pressed = time.monotonic()
     os.killpg(run.process.pid, signal.SIGINT)
     run.wait(run.ended, 15)
@@ -96,12 +98,12 @@ def test_ctrl_c_ends_everything_within_15_seconds(start) -> None:
 def test_a_run_goes_on_under_faults_and_counts_them(start) -> None:
     run = start(
         "trainer.total_training_steps=6",
-        "skpo.prompt_timeout_s=3",
+        "skpo.prompt_timeout_s=5",
         "skpo.max_dropped_share=0.8",
         *injected.overrides(),
         FAULT_RATE="0.05",
     )
-    run.wait(run.ended, 400)
+    run.wait(run.ended, START_S)
     assert run.process.returncode == 0, run.text()[-4000:]
     assert run.steps() == [1, 2, 3, 4, 5, 6]
     lines = [line for line in read_lines(run.folder / "out/metrics.jsonl") if "skpo/loss" in line]
@@ -111,7 +113,7 @@ def test_a_run_goes_on_under_faults_and_counts_them(start) -> None:
 
 def test_a_run_whose_prompts_are_all_dropped_stops_and_says_why(start) -> None:
     run = start("trainer.total_training_steps=6", *injected.overrides(), FAULT_RATE="1")
-    run.wait(run.ended, 300)
+    run.wait(run.ended, START_S)
     assert run.process.returncode != 0
     assert "BatchError" in run.text() and "all 4 prompts were dropped" in run.text()
     assert "injected: the server failed" in run.text()
@@ -125,7 +127,7 @@ def test_a_vllm_that_fails_to_receive_weights_stops_the_run(start) -> None:
         "skpo.weight_sync_timeout_s=5",
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=tests.e2e.failing_receiver.FailingExtension",
     )
-    run.wait(run.ended, 300)
+    run.wait(run.ended, START_S)
     assert run.process.returncode != 0
     assert "vLLM did not acknowledge weights within skpo.weight_sync_timeout_s=5 s" in run.text()
     assert "injected: no such weight" in run.text()
@@ -134,7 +136,7 @@ def test_a_vllm_that_fails_to_receive_weights_stops_the_run(start) -> None:
 
 def test_a_rollout_server_that_dies_stops_the_run(start) -> None:
     run = start("trainer.total_training_steps=1000", "skpo.prompt_timeout_s=20")
-    run.wait(run.trained(1), 300)
+    run.wait(run.trained(1), START_S)
     servers = [member for member in tree(run.process.pid) if "vLLMHttpServer" in " ".join(member.cmdline())]
     assert len(servers) == 1
     servers[0].kill()
