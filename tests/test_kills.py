@@ -188,7 +188,7 @@ def test_a_run_killed_at_every_point_is_the_run_that_never_was(
         (2, POINTS[:-1]),
         (3, ["generation"]),
         (4, POINTS[1:-1]),
-        (STEPS, ["torn_data", "torn_marker"]),
+        (STEPS, ["torn_state", "torn_data", "torn_marker"]),
     ):
         saved = (step - 1) // SAVE_EVERY * SAVE_EVERY or None
         for point in points:
