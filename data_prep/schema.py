@@ -7,7 +7,6 @@ the row's position nor on the wording of the system message. A source module bui
 
 import hashlib
 import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,14 +83,12 @@ def write_parquet(rows: Iterable[Row], path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # A rename is atomic only within one file system, hence the temporary file beside the target.
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-    os.close(handle)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         pq.write_table(table, partial)
-        os.chmod(partial, 0o644)  # mkstemp makes it 0600, but a data folder may be shared
-        os.replace(partial, path)
+        partial.replace(path)
     except BaseException:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
 
 

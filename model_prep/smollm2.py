@@ -123,7 +123,8 @@ def convert(gguf: Path, folder: Path) -> None:
     model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(folder)
     for file in folder.iterdir():
-        file.chmod(0o644)  # safetensors writes 0600, but a model cache may be shared
+        # safetensors writes 0600 whatever the umask says, but a model cache may be shared
+        shutil.copymode(folder / "config.json", file)
 
 
 def verify(folder: Path) -> None:

@@ -66,6 +66,9 @@ READ_BASELINES = """        for row in segments:
             baselines[row] = self.state.baseline(ids[row])
 """
 
+STORE_SEGMENTS = """        if self.settings.tracker.drift == "logratio":
+"""
+
 MUTATIONS = (
     # SPEC section 2
     one(
@@ -132,9 +135,7 @@ MUTATIONS = (
         "return self.values.value(prompt_id)",
     ),
     one("state", "reward not mapped to [0, 1]", "(reward + 1.0) / 2.0, drift", "reward, drift"),
-    one(
-        "state", "first baseline is not 0", "KLAdaptiveTracker(0.5, **constants)", "KLAdaptiveTracker(0.0, **constants)"
-    ),
+    one("state", "first baseline is not 0", "KLAdaptiveTracker(0.5, **constants", "KLAdaptiveTracker(0.0, **constants"),
     one("state", "visit is not noted", "        self.clock.visit(prompt_id)\n", ""),
     one(
         "state",
@@ -250,16 +251,16 @@ MUTATIONS = (
         (
             (READ_BASELINES, ""),
             (f"        {ESTIMATE}\n", ""),
-            ("        columns = [[data[name]", f"{READ_BASELINES}        {ESTIMATE}\n        columns = [[data[name]"),
+            (STORE_SEGMENTS, f"{READ_BASELINES}        {ESTIMATE}\n{STORE_SEGMENTS}"),
         ),
     ),
-    one("trainer", "reward is a mean over tokens", "[scores.sum() for scores", "[scores.mean() for scores"),
-    one("trainer", "log-probs for rewards", 'data["rm_scores"].unbind()', "data[log_probs[0]].unbind()"),
+    one("trainer", "reward is a mean over tokens", '_flat(data["rm_scores"]))', '_flat(data["rm_scores"])) / sizes'),
+    one("trainer", "log-probs for rewards", 'data["rm_scores"]', "data[log_probs[0]]"),
     one(
         "trainer",
         "mean length of trained tokens alone",
-        '[len(response) for response in data["responses"].unbind()]',
-        "lengths.tolist()",
+        "torch.bincount(prompts, sizes * siblings)",
+        "torch.bincount(prompts, lengths * siblings)",
     ),
     one(
         "trainer",
@@ -267,13 +268,11 @@ MUTATIONS = (
         "siblings = valid & (phase == DOWNSTREAM)",
         "siblings = phase == DOWNSTREAM",
     ),
-    Mutation(
+    one(
         "trainer",
         "groups by prompt in place of visit",
-        (
-            ("enumerate(dict.fromkeys(uids))", "enumerate(dict.fromkeys(ids))"),
-            ("number[uid] for uid in uids", "number[uid] for uid in ids"),
-        ),
+        '[key.rsplit("_", 2)[0] for key in batch.keys]\n        number',
+        'data.get("id").tolist()\n        number',
     ),
     one(
         "trainer",

@@ -31,6 +31,7 @@ class Request:
         prompt_ids: as they arrived.
         params: the sampling parameters as they arrived, before the server took keys out.
         given: the caller's own dictionary, emptied by now.
+        priority: what a queueing server admits first, lowest first; None for a request without one.
     """
 
     number: int
@@ -38,6 +39,7 @@ class Request:
     prompt_ids: list[int]
     params: dict[str, Any]
     given: dict[str, Any]
+    priority: int | None = None
 
 
 Answer = Any
@@ -74,7 +76,8 @@ class FakeLLMClient:
     ):
         from verl.workers.rollout.replica import TokenOutput
 
-        request = Request(len(self.requests), request_id, list(prompt_ids), dict(sampling_params), sampling_params)
+        asked, priority = dict(sampling_params), kwargs.get("priority")
+        request = Request(len(self.requests), request_id, list(prompt_ids), asked, sampling_params, priority)
         self.requests.append(request)
         sampling_params.clear()
         await asyncio.sleep(0)
@@ -158,6 +161,8 @@ def build_tokenizer(bos: str | None = None):
 
 
 def _write_model_folder(folder: Path, bos: str | None) -> Path:
+    import torch
+    from safetensors.torch import save_file
     from transformers import GenerationConfig, LlamaConfig
 
     tokenizer = build_tokenizer(bos)
@@ -172,12 +177,14 @@ def _write_model_folder(folder: Path, bos: str | None) -> Path:
         architectures=["LlamaForCausalLM"],
     ).save_pretrained(folder)
     GenerationConfig(eos_token_id=ends).save_pretrained(folder)
+    # As good as weights for whoever reads their header.
+    save_file({"model.norm.weight": torch.ones(16)}, folder / "model.safetensors")
     return folder
 
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder without weights; its tokenizer has no BOS.  Two tokens end a response: </s>, <|im_end|>."""
+    """A checkpoint folder with one weight; its tokenizer has no BOS.  Two tokens end a response: </s>, <|im_end|>."""
     return _write_model_folder(tmp_path_factory.mktemp("model"), bos=None)
 
 
@@ -227,3 +234,29 @@ def compose_config() -> Callable[..., Any]:
         return deepcopy(_composed(overrides))
 
     return compose_with
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def write_checkpoint(folder: Path, state: Any = None, ranks: int = 1) -> Path:
+    """A checkpoint folder with every piece of a whole one, without weights; returns it.
+
+    Args:
+        folder: ``.../global_step_N``.
+        state: the SKPO state in it; that of a run with the default settings and nothing visited if None.
+        ranks: processes of the actor that saved it.
+    """
+    import torch
+
+    from recipe.skpo.checkpoints import ACTOR_FILES, DATA_FILE
+    from recipe.skpo.settings import SkpoSettings
+    from recipe.skpo.state import SkpoState
+
+    (state or SkpoState(SkpoSettings(), 64)).save(folder)
+    (folder / "actor").mkdir(exist_ok=True)
+    for start in ACTOR_FILES.values():
+        for rank in range(ranks):
+            torch.save({}, folder / "actor" / f"{start}_world_size_{ranks}_rank_{rank}.pt")
+    torch.save({}, folder / DATA_FILE)
+    return folder

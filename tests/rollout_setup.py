@@ -165,6 +165,7 @@ def make_prompt(uid: str = "v0000000000", question: str = QUESTION, **changes: A
         "extra_info": {"split": "train", "index": 0, "question": question},
         "index": 0,
         "skpo_split_position": SPLIT,
+        "skpo_expected_length": 60,
         "skpo_seed": SEED,
         "skpo_step": STEP,
         **changes,

@@ -7,6 +7,7 @@ import io
 from contextlib import redirect_stdout
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -147,6 +148,38 @@ def test_megatron_is_verls_own_engine_group(compose_config) -> None:
     assert isinstance(actor, McoreActorConfig) and actor.strategy == "megatron"
     assert (actor.optim.lr, actor.optim.weight_decay, actor.optim.clip_grad) == (1e-6, 0.1, 1.0)
     check_config(config, SkpoSettings.from_config(config.skpo))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_no_padding_rows_in_the_default_shapes(run_config, run: str) -> None:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    config = run_config(run)
+    trainer = SimpleNamespace(config=config, use_critic=False, global_steps=1)
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    rows = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+    assert rows % PPOTrainer._get_required_batch_multiple(trainer, ranks) == 0
+    assert PPOTrainer._get_required_batch_multiple(trainer, ranks) % ranks == 0
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_default_actor_is_batched_by_tokens(run_config, run: str) -> None:
+    actor = run_config(run).actor_rollout_ref.actor
+    longest = run_config(run).actor_rollout_ref.rollout.max_model_len
+    assert actor.use_dynamic_bsz and actor.ppo_max_token_len_per_gpu >= longest
+    assert run_config(run).actor_rollout_ref.rollout.log_prob_use_dynamic_bsz
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_requests_that_queue_are_served_by_priority(run_config, run: str) -> None:
+    assert run_config(run).actor_rollout_ref.rollout.scheduling_policy == "priority"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_bypass_mode_passes_the_checks(run_config, run: str) -> None:
+    config = run_config(run, "algorithm.rollout_correction.bypass_mode=true")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+    assert config.algorithm.rollout_correction.bypass_mode is True
 
 
 def test_cpu_and_embedded_model_are_the_default(compose_config, monkeypatch) -> None:

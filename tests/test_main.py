@@ -18,6 +18,7 @@ from omegaconf import OmegaConf, open_dict
 
 from recipe.skpo import main
 from recipe.skpo.settings import ConfigError, known_keys
+from tests.conftest import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -141,7 +142,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_more_bad_overrides(tmp_path: Path, monkeypatch, steps, override: str) -> None:
     from hydra.core.global_hydra import GlobalHydra
 
-    for check in ("check_data", "prepare_data", "prepare_model", "check_prompt_lengths"):
+    for check in ("check_data", "prepare_data", "prepare_model", "check_model", "check_prompt_lengths"):
         if override != "data=files":  # the embedded data and model are not there
             monkeypatch.setattr(main, check, lambda config: None)
     monkeypatch.chdir(tmp_path)
@@ -269,7 +270,7 @@ def test_a_finished_run_is_not_launched_again(config, steps, tmp_path: Path, cap
     folder = Path(config.trainer.default_local_dir)
     state = SkpoState(SkpoSettings(), 64)
     state.tokens_generated = 700
-    state.save(folder / "global_step_3")
+    write_checkpoint(folder / "global_step_3", state)
     (folder / "latest_checkpointed_iteration.txt").write_text("3")
     config.budget.match, config.trainer.total_training_steps = budget, 3 if budget == "steps" else 1_000_000
     config.budget.tokens = 700 if budget == "tokens" else None
@@ -371,6 +372,25 @@ def test_attention_follows_what_is_installed(
     main.apply_platform(config)
     assert config.actor_rollout_ref.model.override_config.get("attn_implementation") == used
     assert config.ray_kwargs.ray_init.runtime_env.env_vars == {"TENSORBOARD_DIR": "elsewhere"}
+
+
+@pytest.mark.parametrize(
+    ("given", "libraries"),
+    [
+        (None, ["recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
+        ("mine", ["mine", "recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
+        ("[mine, yours]", ["mine", "yours", "recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
+    ],
+)
+def test_shared_prompts_reach_every_worker(compose_config, monkeypatch, given: str | None, libraries) -> None:
+    monkeypatch.setenv("TENSORBOARD_DIR", "elsewhere")
+    monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
+    extra = [f"actor_rollout_ref.model.external_lib={given}"] if given else []
+    config = compose_config("platform=gpu", "share_prefixes=true", *extra)
+    main.apply_platform(config)
+    assert config.actor_rollout_ref.model.external_lib == libraries
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars["VERL_ENGINE_DEVICE"] == "shared_prefix"
+    assert os.environ["VERL_ENGINE_DEVICE"] == "shared_prefix"
 
 
 def test_embedded_data_and_model_are_made_once(compose_config, tmp_path: Path, monkeypatch) -> None:

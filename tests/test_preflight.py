@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 
 from data_prep.schema import DataError, Row, write_parquet
+from recipe.skpo.checkpoints import DATA_FILE, MARKER, repair_marker
+from recipe.skpo.model_checks import check_prompt_lengths
 from recipe.skpo.preflight import (
     METHOD_SETTINGS,
     check_data,
     check_method_settings,
-    check_prompt_lengths,
     check_resume,
     is_finished,
     resume_folder,
 )
 from recipe.skpo.settings import RECORDS, ConfigError, SkpoSettings, known_keys
 from recipe.skpo.state import FILE_NAME, SkpoState, StateError
+from tests.conftest import write_checkpoint
 
 
 def write_rows(path: Path, questions: list[str], split: str = "train") -> Path:
@@ -75,7 +77,7 @@ def test_a_data_source_without_a_reward_is_refused_unless_the_reward_is_ones_own
 def test_good_files_pass(config) -> None:
     check_data(config)
     check_prompt_lengths(config)
-    check_resume(config)
+    check_resume(config, SkpoSettings())
 
 
 @pytest.mark.parametrize("role", ["train", "val"])
@@ -180,8 +182,14 @@ def test_a_prompt_longer_than_the_limit(config, tmp_path: Path, request, role: s
     assert message.startswith(f"{file}: row 2: the prompt has {length} tokens, data.max_prompt_length is {length - 1}")
     assert "data.filter_overlong_prompts=true" in message
 
-    config.data.filter_overlong_prompts = True
+    config.data.filter_overlong_prompts, config.data.train_batch_size = True, 2
     check_prompt_lengths(config)
+    config.data.train_batch_size = 3
+    if role == "train":
+        with pytest.raises(
+            DataError, match=r"data.train_files: 2 prompts of at most .* fewer than data.train_batch_size=3"
+        ):
+            check_prompt_lengths(config)
 
 
 def test_the_tokenizer_of_the_run_counts(config, tmp_path: Path, bos_model_folder: Path) -> None:
@@ -208,7 +216,7 @@ def checkpoints(config, tmp_path: Path) -> Path:
     """A run's checkpoint folder with steps 5 and 10, state included; verl's marker names step 10."""
     folder = tmp_path / "checkpoints"
     for step in (5, 10):
-        SkpoState(SkpoSettings(), 64).save(folder / f"global_step_{step}")
+        write_checkpoint(folder / f"global_step_{step}")
     (folder / "latest_checkpointed_iteration.txt").write_text("10")
     config.trainer.default_local_dir = str(folder)
     return folder
@@ -219,39 +227,61 @@ def test_a_run_resumes_where_verl_will(config, checkpoints: Path) -> None:
 
     assert config.trainer.resume_mode == "auto"
     assert resume_folder(config) == Path(find_latest_ckpt_path(str(checkpoints))) == checkpoints / "global_step_10"
-    check_resume(config)
+    check_resume(config, SkpoSettings())
 
 
-@pytest.mark.parametrize("absent", ["latest_checkpointed_iteration.txt", "global_step_10"])
-def test_without_marker_or_folder_verl_starts_anew(config, checkpoints: Path, absent: str) -> None:
+def test_a_checkpoint_of_another_format_is_refused_before_anything_starts(config, checkpoints: Path) -> None:
+    path = checkpoints / "global_step_10" / FILE_NAME
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    arrays["meta"] = np.array(str(arrays["meta"]).replace('"format": 3', '"format": 2'))
+    np.savez(path, **arrays)
+    with pytest.raises(StateError) as error:
+        check_resume(config, SkpoSettings())
+    assert one_line(error).startswith(f"{path}: has format 2, this version of verl-skpo reads 3; resume with")
+
+
+def test_without_a_marker_verl_starts_anew(config, checkpoints: Path) -> None:
     from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
-    (checkpoints / absent).rename(checkpoints / "elsewhere")
+    (checkpoints / MARKER).unlink()
     assert resume_folder(config) is None and find_latest_ckpt_path(str(checkpoints)) is None
-    check_resume(config)
+    check_resume(config, SkpoSettings())
+
+
+def test_a_marker_without_its_folder_is_refused(config, checkpoints: Path) -> None:
+    """verl would start anew, over the metrics of what was trained."""
+    (checkpoints / "global_step_10").rename(checkpoints / "elsewhere")
+    with pytest.raises(ConfigError) as error:
+        check_resume(config, SkpoSettings())
+    message = one_line(error)
+    assert message.startswith(
+        f"{checkpoints / MARKER}: names global_step_10, which is not there (there is global_step_5)"
+    )
+    assert "remove it to start anew" in message
 
 
 def test_a_checkpoint_without_our_state_is_refused(config, checkpoints: Path) -> None:
     (checkpoints / "global_step_10" / FILE_NAME).unlink()
     with pytest.raises(StateError) as error:
-        check_resume(config)
+        check_resume(config, SkpoSettings())
     message = one_line(error)
     assert message.startswith(f"{checkpoints}/global_step_10: holds no {FILE_NAME}")
     assert "trainer.resume_mode=disable" in message
 
     config.trainer.resume_mode = "disable"
     assert resume_folder(config) is None
-    check_resume(config)
+    check_resume(config, SkpoSettings())
 
 
 def test_an_older_checkpoint_can_be_named(config, checkpoints: Path) -> None:
     (checkpoints / "global_step_10" / FILE_NAME).unlink()
     config.trainer.resume_mode = "resume_path"
     config.trainer.resume_from_path = str(checkpoints / "global_step_5")
-    check_resume(config)
+    check_resume(config, SkpoSettings())
     (checkpoints / "global_step_5" / FILE_NAME).unlink()
     with pytest.raises(StateError) as error:
-        check_resume(config)
+        check_resume(config, SkpoSettings())
     assert one_line(error).startswith(f"{checkpoints}/global_step_5: holds no")
 
 
@@ -259,7 +289,7 @@ def test_resume_path_without_a_path_is_refused(config, checkpoints: Path) -> Non
     config.trainer.resume_mode = "resume_path"
     config.trainer.resume_from_path = None
     with pytest.raises((ConfigError, StateError)) as error:
-        check_resume(config)
+        check_resume(config, SkpoSettings())
     assert "trainer.resume_from_path" in one_line(error)
 
 
@@ -267,18 +297,45 @@ def test_an_unknown_resume_mode_is_refused(config, checkpoints: Path) -> None:
     """verl only logs it and then fails on a name that was never set."""
     config.trainer.resume_mode = "always"
     with pytest.raises((ConfigError, StateError)) as error:
-        check_resume(config)
+        check_resume(config, SkpoSettings())
     assert "trainer.resume_mode" in one_line(error)
 
 
-@pytest.mark.parametrize("content", ["", "ten"])
+@pytest.mark.parametrize("content", ["ten", "10 5", "-3", "1.5"])
 def test_a_damaged_marker_is_refused_by_name(config, checkpoints: Path, content: str) -> None:
-    """A run killed while verl wrote the marker leaves an empty one."""
-    marker = checkpoints / "latest_checkpointed_iteration.txt"
-    marker.write_text(content)
-    with pytest.raises((ConfigError, StateError)) as error:
-        check_resume(config)
-    assert str(marker) in one_line(error)
+    (checkpoints / MARKER).write_text(content)
+    assert repair_marker(config) is None
+    with pytest.raises(ConfigError) as error:
+        check_resume(config, SkpoSettings())
+    assert one_line(error).startswith(f"{checkpoints / MARKER}: holds {content!r} and no step")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\0\0"], ids=repr)
+def test_a_marker_that_a_kill_left_empty_gets_the_last_whole_checkpoint(config, checkpoints: Path, content) -> None:
+    (checkpoints / MARKER).write_bytes(content)
+    # Left by an earlier kill in the middle of a save.
+    (write_checkpoint(checkpoints / "global_step_15") / DATA_FILE).write_bytes(b"PK")
+    assert repair_marker(config) == 10
+    assert (checkpoints / MARKER).read_text() == "10"
+    assert resume_folder(config) == checkpoints / "global_step_10"
+    assert repair_marker(config) is None, "done once"
+    assert not list(checkpoints.glob(f".{MARKER}*"))
+
+
+def test_an_empty_marker_without_a_whole_checkpoint_is_refused(config, checkpoints: Path) -> None:
+    for step in (5, 10):
+        (checkpoints / f"global_step_{step}" / DATA_FILE).unlink()
+    (checkpoints / MARKER).write_text("")
+    assert repair_marker(config) is None
+    with pytest.raises(ConfigError, match="holds '' and no step"):
+        check_resume(config, SkpoSettings())
+
+
+@pytest.mark.parametrize("mode", ["disable", "resume_path"])
+def test_a_marker_that_is_not_read_is_not_repaired(config, checkpoints: Path, mode: str) -> None:
+    (checkpoints / MARKER).write_text("")
+    config.trainer.resume_mode = mode
+    assert repair_marker(config) is None and (checkpoints / MARKER).read_text() == ""
 
 
 def test_the_state_written_by_a_trainer_is_what_is_asked_for(checkpoints: Path) -> None:

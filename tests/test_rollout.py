@@ -118,6 +118,14 @@ async def test_candidates_are_limited_to_the_split_position(two_phases) -> None:
     assert len(setup.store.row("v0000000000", 0)["responses"]) == 5
 
 
+async def test_longer_prompts_go_first_where_requests_queue(two_phases) -> None:
+    setup = two_phases()
+    await setup.roll_out(make_prompt("v1", skpo_expected_length=90), make_prompt("v2", skpo_expected_length=700))
+    asked = {(request.request_id, request.priority) for request in setup.llm.requests}
+    assert asked == {("v1-up", -90), ("v1-down", -90), ("v2-up", -700), ("v2-down", -700)}
+    assert all("priority" not in request.params for request in setup.llm.requests), "vLLM's sampler knows none"
+
+
 async def test_the_candidate_with_the_median_deviation_is_kept(two_phases) -> None:
     deviations = [2.0, 0.1, 0.9, 1.0]  # middle values 0.9 and 1.0: the earlier of them wins
     setup = two_phases(upstream=lambda number: ([10 + number] * SPLIT, [-deviations[number]] * SPLIT))

@@ -39,7 +39,7 @@ def train(state: SkpoState, rng: np.random.Generator, steps: int) -> list[tuple[
 
 
 def content(state: SkpoState) -> str:
-    parts = (state.values, state.lengths, state.clock, state.segments)
+    parts = (state.prompts, state.values, state.lengths, state.clock, state.segments)
     counters = (state.visits, state.tokens_generated)
     return repr(([part.state_dict() for part in parts], state.rng.bit_generator.state, counters))
 
@@ -260,7 +260,7 @@ def test_state_file_holds_no_pickle(tmp_path: Path) -> None:
     state = fresh()
     train(state, np.random.default_rng(0), 2)
     with np.load(state.save(tmp_path), allow_pickle=False) as archive:
-        assert {archive[name].dtype.kind for name in archive.files} <= {"U", "f", "i"}
+        assert {archive[name].dtype.kind for name in archive.files} <= {"U", "f", "i", "u"}
         assert json.loads(str(archive["meta"]))["group_size"] == 8
 
 
@@ -370,9 +370,10 @@ def swap_lengths(lengths: np.ndarray) -> None:
         (lambda meta, arrays: meta.pop("rng"), "cannot be read.*rng"),
         (lambda meta, arrays: meta["rng"].update(bit_generator="MT19937"), "cannot be read"),
         (lambda meta, arrays: meta.pop("tokens_generated"), "cannot be read.*tokens_generated"),
-        (lambda meta, arrays: meta.update(format=1), "format 1.*reads 2"),
+        (lambda meta, arrays: meta.update(format=2), "format 2.*reads 3; resume with the version that wrote it"),
         (lambda meta, arrays: arrays.pop("values.counts"), "cannot be read.*lacks.*counts"),
         (lambda meta, arrays: arrays.pop("clock.total_kl"), "cannot be read.*lacks.*total_kl"),
+        (lambda meta, arrays: arrays.pop("prompts.text"), "cannot be read.*lack.*text"),
         (lambda meta, arrays: arrays.update({"lengths.values": np.zeros(1)}), "cannot be read.*different lengths"),
         (lambda meta, arrays: arrays["values.values"].fill(math.nan), "cannot be read.*not a number"),
         (lambda meta, arrays: arrays.pop("segments.keys"), "cannot be read.*keys"),
@@ -383,7 +384,7 @@ def swap_lengths(lengths: np.ndarray) -> None:
         (lambda meta, arrays: swap_lengths(arrays["segments.lengths"]), "cannot be read.*0 tokens"),
     ],
     ids=[
-        *("visits", "rng", "other_generator", "tokens", "format", "counts", "total_kl", "lengths", "nan"),
+        *("visits", "rng", "other_generator", "tokens", "format", "counts", "total_kl", "text", "lengths", "nan"),
         *(
             "no_segment_keys",
             "no_segment_logprobs",

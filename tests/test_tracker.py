@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe.skpo.tracker import DriftClock, KLAdaptiveTracker
+from recipe.skpo.tracker import DriftClock, KLAdaptiveTracker, PromptRows
 from tests.reference import reference_drift, reference_tracker
 
 seeds = st.integers(0, 2**32)
@@ -305,3 +305,106 @@ def test_clock_state_with_arrays_of_different_lengths_is_refused() -> None:
     clock.visit("a")
     with pytest.raises(ValueError, match="different lengths"):
         DriftClock().load_state_dict(clock.state_dict() | {"visit_kl": np.zeros(2)})
+
+
+@pytest.mark.parametrize("unit", DriftClock.UNITS)
+def test_clock_state_without_visits_comes_back(unit: str) -> None:
+    clock = DriftClock(unit)
+    clock.advance(0.5)
+    loaded = DriftClock(unit)
+    loaded.load_state_dict(clock.state_dict())
+    assert (loaded.steps, loaded.total_kl, loaded.drift("a")) == (1, 0.5, 0.0)
+
+
+# ---------------------------------------------------------------- rows shared by several tables
+
+
+def shared_tables() -> tuple[PromptRows, KLAdaptiveTracker, KLAdaptiveTracker, DriftClock]:
+    rows = PromptRows()
+    return rows, KLAdaptiveTracker(0.5, rows=rows), KLAdaptiveTracker(9.0, rows=rows), DriftClock("nats", rows)
+
+
+def test_tables_that_share_rows_do_not_know_each_others_prompts() -> None:
+    _, values, lengths, clock = shared_tables()
+    values.update("a", 1.0, 0.0)
+    lengths.update("b", 30.0, 0.0)
+    clock.visit("c")
+    clock.advance(2.0)
+    assert (len(values), len(lengths)) == (1, 1)
+    assert (values.value("b"), values.count("b"), lengths.value("a"), lengths.count("c")) == (0.5, 0.0, 9.0, 0.0)
+    assert (clock.drift("a"), clock.drift("b"), clock.drift("c")) == (0.0, 0.0, 2.0)
+
+
+@given(seeds)
+def test_sharing_rows_changes_no_number(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    _, values, lengths, clock = shared_tables()
+    own = KLAdaptiveTracker(0.5), KLAdaptiveTracker(9.0), DriftClock("nats")
+    for _ in range(200):
+        key, table, number = f"p{rng.integers(3000)}", int(rng.integers(3)), float(rng.uniform())
+        for tables in ((values, lengths, clock), own):
+            if table < 2:
+                tables[table].update(key, number, 0.5)  # type: ignore[union-attr]
+            else:
+                tables[2].advance(number)
+                tables[2].visit(key)
+        assert [values.value(key), lengths.count(key), clock.drift(key)] == [
+            own[0].value(key),
+            own[1].count(key),
+            own[2].drift(key),
+        ]
+
+
+def test_shared_rows_come_back_with_every_table() -> None:
+    rows, values, lengths, clock = shared_tables()
+    clock.visit("only/é visited")
+    values.update("", 0.25, 0.0)
+    lengths.update("日本", 12.0, 0.0)
+    clock.advance(1.5)
+    states = [table.state_dict() for table in (rows, values, lengths, clock)]
+    assert "keys" not in states[1] and "keys" not in states[3]
+    loaded = shared_tables()
+    loaded[1].update("left over", 1.0, 0.0)
+    for table, state in zip(loaded, states, strict=True):
+        table.load_state_dict(state)
+    assert list(loaded[0]) == ["only/é visited", "", "日本"]
+    assert (loaded[1].value(""), loaded[1].value("日本"), loaded[2].value("日本")) == (0.25, 0.5, 12.0)
+    assert (loaded[3].drift("only/é visited"), loaded[3].drift("")) == (1.5, 0.0)
+    assert loaded[1].value("left over") == 0.5 and len(loaded[1]) == 1
+
+
+@given(st.lists(st.text(), unique=True, max_size=20))
+def test_any_prompt_id_comes_back(keys: list[str]) -> None:
+    rows, loaded = PromptRows(), PromptRows()
+    for key in keys:
+        rows.add(key)
+    loaded.load_state_dict(rows.state_dict())
+    assert list(loaded) == keys
+    assert [loaded.find(key) for key in keys] == list(range(len(keys)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": None}, "lack .*text"),
+        ({"lengths": np.array([1, 2], dtype=np.int32)}, "do not fit"),
+        ({"text": np.frombuffer(b"aa", dtype=np.uint8)}, "key twice"),
+    ],
+)
+def test_damaged_rows_are_refused(change: dict[str, Any], message: str) -> None:
+    rows = PromptRows()
+    rows.add("a")
+    rows.add("b")
+    state = {name: value for name, value in (rows.state_dict() | change).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        PromptRows().load_state_dict(state)
+
+
+def test_a_table_of_other_rows_is_refused() -> None:
+    rows, values, _, clock = shared_tables()
+    values.update("a", 0.5, 0.0)
+    states = values.state_dict(), clock.state_dict()
+    rows.add("b")
+    for table, state in zip((values, clock), states, strict=True):
+        with pytest.raises(ValueError, match="different lengths"):
+            table.load_state_dict(state)

@@ -296,15 +296,18 @@ def prompts(*ids: str) -> TensorDict:
 def test_every_prompt_gets_its_own_uid_split_seed_and_the_step(make_trainer, monkeypatch, method: str) -> None:
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-    from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD
+    from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD
     from recipe.skpo.state import SkpoState
 
     monkeypatch.setattr(PPOTrainerSync, "_fetch_one_gen_batch", lambda self: prompts("a", "b", "a"))
     trainer = make_trainer(method)
     trainer.global_steps = 5
     twin = SkpoState(trainer.settings, trainer.config.data.max_response_length)
+    for state in (trainer.state, twin):
+        state.observe("a", 1.0, 12.4)
     for first in (0, 3):
         batch = trainer._fetch_one_gen_batch()
+        assert batch[LENGTH_FIELD].tolist() == [12, round(twin.lengths.value("b")), 12]
         visits = [twin.next_visit(key, 5) for key in ("a", "b", "a")]
         assert list(batch["uid"]) == [f"v{first + index:010d}" for index in range(3)]
         assert batch[SPLIT_FIELD].tolist() == [visit.split_position for visit in visits]

@@ -19,6 +19,7 @@ WORKER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class_
 BUFFER = "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer"
 LOOPS = "verl.experimental.agent_loop.agent_loop"
 MANAGER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ"
+ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 
 # (where it is upstream, its signature without annotations, where and how we rely on it).  Ray adds _ray_trace_ctx to
 # the methods of an actor class; it is left out here.
@@ -121,6 +122,11 @@ SEAMS = [
     (f"{SYNC}.on_step_end", "(self)", "base_trainer.BaseTrainer ends training there when the budget is spent"),
     (f"{SYNC}.on_train_end", "(self)", "base_trainer.BaseTrainer saves and validates there when the budget is spent"),
     (
+        f"{SYNC}.step",
+        "(self, metrics, timing_raw)",
+        "base_trainer.BaseTrainer keeps the step's metrics, which it saves with the checkpoint",
+    ),
+    (
         f"{SYNC}._fetch_one_gen_batch",
         "(self)",
         "base_trainer.BaseTrainer adds uid, split position, seed and step to its batch",
@@ -192,6 +198,24 @@ SEAMS = [
         "trainer and baselines write advantages by it, base_trainer._log_ratios rows with tags",
     ),
     ("transfer_queue:KVBatchMeta.reorder", "(self, indexes)", "both _balance_batch order rows by it"),
+    # prefix_engine.py
+    (f"{ENGINE}.prepare_model_inputs", "(self, micro_batch)", "prefix_engine.SharedPrefixEngine packs rows there"),
+    (
+        f"{ENGINE}.prepare_model_outputs",
+        "(self, output, output_args, micro_batch, logits_processor_func)",
+        "prefix_engine.SharedPrefixEngine unpacks log-probs and entropies there",
+    ),
+    (
+        "verl.workers.engine.base:EngineRegistry.register",
+        "(model_type, backend, device='cuda', vendor=None)",
+        "prefix_engine registers SharedPrefixEngine for the device shared_prefix",
+    ),
+    (
+        "verl.utils.torch_functional:logprobs_from_logits",
+        "(logits, labels, inplace_backward=True)",
+        "prefix_engine computes log-probs by it",
+    ),
+    ("verl.utils.torch_functional:entropy_from_logits", "(logits)", "prefix_engine computes entropies by it"),
     (
         "verl.trainer.ppo.core_algos:register_adv_est",
         "(name_or_enum)",
@@ -266,25 +290,25 @@ def test_signature_is_the_pinned_one(place: str, pinned: str, ours: str) -> None
         found = signature(locate(place))
     except (ImportError, AttributeError) as error:
         pytest.fail(changed(f"{place} is gone ({error})", ours))
-    assert found == pinned, changed(f"{place}{pinned} became {found}", ours)
+    assert found == pinned, changed(f"{place} has another signature\n  0.9.1: {pinned}\n  now:   {found}\n", ours)
 
 
 def our_classes() -> dict[str, tuple[type, str]]:
     """Every class of ours that stands below one of verl's, with the latter's place."""
-    from recipe.skpo import base_trainer, baselines, replay, rollout, trainer
+    from recipe.skpo import base_trainer, baselines, prefix_engine, replay, rollout, trainer
 
     found = {}
-    for module in (rollout, replay, base_trainer, trainer, baselines):
+    for module in (rollout, replay, base_trainer, trainer, baselines, prefix_engine):
         for name, value in vars(module).items():
             if inspect.isclass(value) and value.__module__ == module.__name__:
-                for place in (WORKER, MANAGER, SYNC, BUFFER):
+                for place in (WORKER, MANAGER, SYNC, BUFFER, ENGINE):
                     if issubclass(value, locate(place)):
                         found[name] = (value, place)
     return found
 
 
 OURS = ["MeteredWorker", "SkpoAgentLoopWorker", "MeteredManager", "SkpoAgentLoopManager"]
-OURS += ["BoundedReplayBuffer", "BaseTrainer", "SkpoTrainer", "BaselineTrainer", "SpoTrainer"]
+OURS += ["BoundedReplayBuffer", "BaseTrainer", "SkpoTrainer", "BaselineTrainer", "SpoTrainer", "SharedPrefixEngine"]
 
 
 def overridden(name: str) -> dict[str, Any]:
@@ -423,6 +447,16 @@ FACTS = [
         "base_trainer._data_parallel_size computes it in the same way, from the same _dispatch_info['actor']",
     ),
     (
+        "verl.workers.rollout.llm_server:LLMServerClient.generate",
+        'priority = kwargs.pop("priority", 0)',
+        "rollout._generate hands a priority to every request",
+    ),
+    (
+        f"{BASE}._compute_old_log_prob",
+        'data["old_log_probs"] = data.pop("rollout_log_probs")',
+        "docs/performance.md: in bypass mode the rollout's log-probs are the old ones",
+    ),
+    (
         f"{BASE}._balance_batch",
         "worker_group._dispatch_info[role] = dp_rank_mapping",
         "base_trainer._data_parallel_size reads it",
@@ -461,6 +495,29 @@ FACTS = [
         f"{BASE}._save_checkpoint",
         'self.config.trainer.default_local_dir, f"global_step_{self.global_steps}"',
         "base_trainer._checkpoint_folder names the same folder",
+    ),
+    *(
+        (
+            "verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager.save_checkpoint",
+            f'f"{start}_world_size_{{self.world_size}}_rank_{{self.rank}}.pt"',
+            "checkpoints.missing_piece looks for these files",
+        )
+        for start in ("model", "optim", "extra_state")
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        'dataloader_local_path = os.path.join(local_global_step_folder, "data.pt")',
+        "checkpoints.missing_piece looks for it, checkpoints.remove_older knows a killed save by its absence",
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        'self.config.trainer.get("max_actor_ckpt_to_keep", None)',
+        "base_trainer.__init__ sets it to None, so that verl removes nothing",
+    ),
+    (
+        f"{BASE}.fit",
+        "batch = self.step(metrics, self.timing_raw)",
+        "base_trainer.step keeps the dictionary, which is complete but for verl's own metrics when the step is saved",
     ),
     (
         f"{BASE}.fit",

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import transfer_queue as tq
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 from ray.exceptions import RayActorError
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -25,10 +25,11 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
+from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
 from recipe.skpo.curriculum import PrioritisedBatches
-from recipe.skpo.metrics import MetricsFile
+from recipe.skpo.metrics import MetricsFile, plain_numbers
 from recipe.skpo.replay import BoundedReplayBuffer
-from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager, RolloutError
+from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager, RolloutError
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
 from recipe.skpo.trees import FOLDER, TreeStore
@@ -49,6 +50,12 @@ class BaseTrainer(PPOTrainerSync):
         self.state = SkpoState(self.settings, config.data.max_response_length)
         self.output_dir = Path(config.output_dir)
         self.resumed_at = 0
+        self.step_metrics: dict[str, Any] = {}
+        self.saved_metrics: dict[str, float] = {}
+        # Removed by us: verl's own removal leaves our file behind and forgets what earlier launches wrote.
+        self.checkpoints_to_keep: int | None = config.trainer.max_actor_ckpt_to_keep
+        with open_dict(config):
+            config.trainer.max_actor_ckpt_to_keep = None
         self.curriculum = self.settings.curriculum.enable and "curriculum" in config.method.uses
         super().__init__(config)
 
@@ -83,16 +90,31 @@ class BaseTrainer(PPOTrainerSync):
     def _load_checkpoint(self) -> None:
         super()._load_checkpoint()
         self.resumed_at = self.global_steps
+        own = None
         if self.resumed_at:
             trainer = self.config.trainer
             explicit = trainer.resume_mode == "resume_path"
-            folder = trainer.resume_from_path if explicit else self._checkpoint_folder()
-            self.state.load(Path(folder))
+            folder = Path(trainer.resume_from_path) if explicit else self._checkpoint_folder()
+            self.state.load(folder)
+            if (folder / METRICS_FILE).is_file():
+                self.saved_metrics = json.loads((folder / METRICS_FILE).read_text())
+            own = self.resumed_at if folder.resolve() == self._checkpoint_folder().resolve() else None
+        # Later steps are trained again: a marker that still named one of them would make a kill in the middle of
+        # saving it anew look like a whole checkpoint.
+        mark(self._checkpoint_folder().parent, own)
 
     def _save_checkpoint(self) -> None:
+        folder, keep = self._checkpoint_folder(), self.checkpoints_to_keep
+        # What is left of a killed save, or of steps that are trained again.
+        remove_checkpoint(folder)
+        # Makes room, but never removes the one that the marker names.
+        remove_older(folder.parent, self.global_steps - 1, keep and max(1, keep - 1))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS_FILE).write_text(json.dumps(plain_numbers(self.step_metrics)))
         # Before verl's part, which ends with the marker file that makes the checkpoint count.
-        self.state.save(self._checkpoint_folder())
+        self.state.save(folder)
         super()._save_checkpoint()
+        remove_older(folder.parent, self.global_steps, keep)
 
     def _checkpoint_folder(self) -> Path:
         return Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
@@ -110,7 +132,9 @@ class BaseTrainer(PPOTrainerSync):
         loggers: dict[str, Any] = self.logger.logger
         if "metrics_file" not in loggers:
             self.trees = TreeStore(self.output_dir / FOLDER, self.settings.trees_max_mb, self.resumed_at)
-            loggers["metrics_file"] = MetricsFile(self.output_dir / "metrics.jsonl", self.resumed_at)
+            loggers["metrics_file"] = MetricsFile(
+                self.output_dir / "metrics.jsonl", self.resumed_at, self.saved_metrics
+            )
 
     # ---------------------------------------------------------------- prompts out, rows in order
 
@@ -129,6 +153,11 @@ class BaseTrainer(PPOTrainerSync):
                 f"resumes from the last checkpoint"
             ) from error
 
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        # Saved with the checkpoint, which verl writes before it logs them.
+        self.step_metrics = metrics
+        return super().step(metrics, timing_raw)
+
     def _fetch_one_gen_batch(self) -> TensorDict:
         batch = super()._fetch_one_gen_batch()
         visits = [self.state.next_visit(str(key), self.global_steps) for key in batch.get("id").tolist()]
@@ -138,6 +167,7 @@ class BaseTrainer(PPOTrainerSync):
         batch["uid"] = NonTensorStack.from_list(uids)
         batch[SPLIT_FIELD] = torch.tensor([visit.split_position for visit in visits])
         batch[SEED_FIELD] = torch.tensor([visit.seed for visit in visits])
+        batch[LENGTH_FIELD] = torch.tensor([round(visit.expected_length) for visit in visits])
         batch[STEP_FIELD] = torch.full((len(visits),), self.global_steps)
         return batch
 

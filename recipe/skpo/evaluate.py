@@ -41,6 +41,7 @@ from recipe.skpo.analysis.problems import load_tokenizer
 from recipe.skpo.evaluation import Answered, Score, markdown, score
 from recipe.skpo.prompts import problem_tokens
 from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, SamplingError, detected_platform, draw_stored
+from recipe.skpo.secrets import reject_secret_overrides
 from recipe.skpo.settings import ConfigError
 
 ACCEPTED = (
@@ -638,6 +639,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> list[Path]:
         try:
+            reject_secret_overrides(overrides)
             config = read_config(overrides)
             apply_platform(config.engine)
             return run(config)

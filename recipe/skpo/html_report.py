@@ -28,6 +28,7 @@ from yaml import YAMLError
 
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.report import held_out
+from recipe.skpo.secrets import is_secret
 from recipe.skpo.trees import read_trees, spread, tree_index
 
 T = TypeVar("T")
@@ -117,7 +118,6 @@ HELD_OUT = "held-out "
 WORDS = {"acc": "accuracy", "well_formed": "well-formed answers", "acc_of_well_formed": "accuracy among well-formed"}
 """Names that the held-out numbers get among the metrics: ``held-out <source>: <word>``."""
 
-SECRET = re.compile(r"(^|_)(api_?key|secret|password|passwd|credentials?|access_key|auth|token)$", re.IGNORECASE)
 """Names of settings whose values stay out of a page that people pass on."""
 
 
@@ -218,7 +218,7 @@ def settings_of(node: Any, path: str = "") -> list[list[str]]:
         return [
             pair for key, value in node.items() for pair in settings_of(value, f"{path}.{key}" if path else str(key))
         ]
-    hidden = isinstance(node, str) and node and SECRET.search(path.rpartition(".")[2])
+    hidden = is_secret(path.rpartition(".")[2], node)
     return [[path, "(hidden)" if hidden else json.dumps(node, ensure_ascii=False, default=str)]]
 
 

@@ -25,16 +25,20 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from recipe.skpo.checkpoints import repair_marker
 from recipe.skpo.html_report import write_report
+from recipe.skpo.model_checks import check_model, check_prompt_lengths
 from recipe.skpo.preflight import (
     check_config,
     check_data,
+    check_folders,
+    check_loggers,
     check_method_settings,
-    check_prompt_lengths,
     check_resume,
     is_finished,
 )
 from recipe.skpo.report import summary
+from recipe.skpo.secrets import reject_secret_overrides, reject_secrets
 from recipe.skpo.settings import HALF_LIVES, RECORDS, ConfigError, SkpoSettings, known_keys
 
 logger = logging.getLogger(__name__)
@@ -88,6 +92,25 @@ def reject_unknown_keys(arguments: list[str]) -> None:
         match = re.match(r"[+~]{0,2}skpo\.([\w.]+)(=|$)", argument)
         if match and match[1] not in [*known_keys(), *RECORDS]:
             raise ConfigError(f"skpo.{match[1]}: unknown key; known are {', '.join(known_keys())}")
+
+
+def check_environment() -> None:
+    """Refuse variables of ours that cannot be used: Hydra would answer with a page about its search path.
+
+    Raises:
+        ConfigError: naming the variable, its value and what it may be.
+    """
+    platform, threads = os.environ.get("SKPO_PLATFORM", "cpu"), os.environ.get("SKPO_NUM_THREADS", "1")
+    if platform not in ("cpu", "gpu"):
+        raise ConfigError(f"SKPO_PLATFORM: is {platform!r} in the environment, must be cpu or gpu, or unset")
+    if not threads.isdecimal() or int(threads) < 1:
+        raise ConfigError(
+            f"SKPO_NUM_THREADS: is {threads!r} in the environment, must be a whole number above 0, or unset"
+        )
+    for name in ("SKPO_CACHE", "TENSORBOARD_DIR"):
+        folder = os.environ.get(name)
+        if folder and Path(folder).exists() and not Path(folder).is_dir():
+            raise ConfigError(f"{name}: {folder} is a file; set it to a folder, or leave it unset")
 
 
 def single_responses(config: DictConfig) -> None:
@@ -200,7 +223,11 @@ def launch(config: DictConfig) -> None:
         from recipe.skpo import cpu
 
         cpu.check_active()
-    validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    try:
+        validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    except (AssertionError, ValueError, TypeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        sys.exit(f"error: verl refuses the config: {reason}")
 
     class SkpoTaskRunner(TaskRunnerV1.__ray_actor_class__):  # type: ignore[name-defined,misc]
         """verl's runner; importing our trainers registers them inside the actor's process."""
@@ -240,14 +267,21 @@ def run(config: DictConfig) -> None:
         settings = SkpoSettings.from_config(config.skpo)
         check_method_settings(config, HydraConfig.get().overrides.task)
         OmegaConf.resolve(config)
+        reject_secrets(OmegaConf.to_container(config))
         single_responses(config)
         check_config(config, settings)
+        check_folders(config)
+        check_loggers(config)
         apply_platform(config)
         prepare_data(config)
         check_data(config)
         prepare_model(config)
+        check_model(config)
         check_prompt_lengths(config)
-        check_resume(config)
+        repaired = repair_marker(config)
+        if repaired is not None:
+            print(f"note: the last save was killed while it was marked as done; going on from step {repaired}")
+        check_resume(config, settings)
         resolve_paths(config)
         finished = is_finished(config)
     except (ValueError, RuntimeError, OSError) as error:
@@ -273,7 +307,9 @@ def main() -> None:
     """Command line."""
     os.environ.setdefault("SKPO_PLATFORM", detect_platform())
     try:
+        reject_secret_overrides(sys.argv[1:])
         reject_unknown_keys(sys.argv[1:])
+        check_environment()
     except ConfigError as error:
         sys.exit(f"error: {error}")
     run()

@@ -94,6 +94,17 @@ def update_metrics(sums: Mapping[str, float]) -> tuple[dict[str, float], float]:
     return result, step_kl
 
 
+def plain_numbers(data: Mapping[str, Any]) -> dict[str, float]:
+    """Every value of ``data`` that is a number, as a float."""
+    numbers = {}
+    for name, value in data.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return numbers
+
+
 class MetricsFile:
     """One JSON object per logged step, ``{"step": n, <name>: <number>, ...}``, kept across resumes.
 
@@ -103,21 +114,19 @@ class MetricsFile:
     Args:
         path: the file.
         resumed_at: step of the checkpoint resumed from; 0 for a fresh start, which begins an empty file.
+        saved: what was known of that step when its checkpoint was written.  verl logs a step after it is saved, so a
+            kill in between leaves a checkpoint without its line; this takes the line's place.
     """
 
-    def __init__(self, path: Path, resumed_at: int) -> None:
+    def __init__(self, path: Path, resumed_at: int, saved: Mapping[str, float] | None = None) -> None:
         keep_lines(path, resumed_at)
         self._file = path.open("a", buffering=1)
+        if saved and not any(line["step"] == resumed_at and saved.keys() <= line.keys() for line in read_lines(path)):
+            self.log(saved, resumed_at)
 
     def log(self, data: Mapping[str, Any], step: int) -> None:
         """Append one line with every value of ``data`` that is a number; called by verl's ``Tracking``."""
-        numbers = {}
-        for name, value in data.items():
-            try:
-                numbers[name] = float(value)
-            except (TypeError, ValueError):
-                continue
-        self._file.write(json.dumps({"step": step, **numbers}) + "\n")
+        self._file.write(json.dumps({"step": step, **plain_numbers(data)}) + "\n")
 
 
 def keep_lines(path: Path, resumed_at: int) -> None:
@@ -133,7 +142,12 @@ def keep_lines(path: Path, resumed_at: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; what a kill left incomplete is skipped."""
+    """Lines of a metrics file; what is no such line is skipped."""
+    return [line for line in json_lines(path) if isinstance(line.get("step"), int)]
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines, none if there is no file; what a kill left incomplete is skipped."""
     if not path.is_file():
         return []
     lines = []
@@ -141,7 +155,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     # character apart.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            read = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
             continue
+        if isinstance(read, dict):
+            lines.append(read)
     return lines

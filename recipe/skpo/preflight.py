@@ -1,17 +1,28 @@
 """Start-up checks: what can be known to be wrong before a model is loaded, each as one line that names the fix."""
 
+import math
+import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError, check_parquet
+from recipe.skpo.checkpoints import (
+    ACTOR_FILES,
+    MARKER,
+    marked_step,
+    missing_piece,
+    newest_whole,
+    stored_checkpoints,
+)
 from recipe.skpo.settings import ConfigError, SkpoSettings
-from recipe.skpo.state import require_state_file, saved_tokens
+from recipe.skpo.state import SkpoState, require_state_file, saved_tokens
 from reward_fns import route
 from reward_fns.forms import check_format
 
@@ -42,12 +53,86 @@ def check_method_settings(config: DictConfig, overrides: Iterable[str]) -> None:
             raise ConfigError(f"skpo.{match[1]}: has no effect with method={config.method.name}; leave it out")
 
 
+@dataclass(frozen=True)
+class Number:
+    """What a number in verl's part of the config may be.
+
+    Attributes:
+        whole: an integer is needed.
+        low, high: bounds; ``low`` itself is outside where ``above`` is set.
+        none: null is allowed.
+    """
+
+    whole: bool
+    low: float
+    above: bool = False
+    high: float = math.inf
+    none: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Whether the value is such a number."""
+        if value is None:
+            return self.none
+        if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
+            return False
+        return (self.low < value if self.above else self.low <= value) and value <= self.high and math.isfinite(value)
+
+    def __str__(self) -> str:
+        text = ("a whole number" if self.whole else "a number") + (" above " if self.above else " of at least ")
+        text += f"{self.low:g}" + (f" and at most {self.high:g}" if self.high < math.inf else "")
+        return text + (", or null" if self.none else "")
+
+
+_COUNT = Number(whole=True, low=1)
+_ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+NUMBERS = {
+    "data.train_batch_size": _COUNT,
+    "data.max_prompt_length": _COUNT,
+    "data.max_response_length": _COUNT,
+    f"{_ACTOR}.ppo_mini_batch_size": _COUNT,
+    f"{_ACTOR}.ppo_epochs": _COUNT,
+    f"{_ACTOR}.optim.lr": Number(whole=False, low=0, above=True),
+    f"{_ACTOR}.optim.weight_decay": Number(whole=False, low=0),
+    f"{_ACTOR}.optim.clip_grad": Number(whole=False, low=0, above=True),
+    f"{_ROLLOUT}.temperature": Number(whole=False, low=0, above=True),
+    f"{_ROLLOUT}.top_p": Number(whole=False, low=0, above=True, high=1),
+    f"{_ROLLOUT}.gpu_memory_utilization": Number(whole=False, low=0, above=True, high=1),
+    f"{_ROLLOUT}.tensor_model_parallel_size": _COUNT,
+    f"{_ROLLOUT}.max_model_len": Number(whole=True, low=1, none=True),
+    "trainer.nnodes": _COUNT,
+    "trainer.n_gpus_per_node": _COUNT,
+    "trainer.total_epochs": _COUNT,
+    "trainer.total_training_steps": Number(whole=True, low=1, none=True),
+    # Not above 0 means never.
+    "trainer.save_freq": Number(whole=True, low=-1),
+    "trainer.test_freq": Number(whole=True, low=-1),
+    "trainer.max_actor_ckpt_to_keep": Number(whole=True, low=1, none=True),
+}
+"""Config path to what it may be: what verl itself would take and then fail on, or train nothing with."""
+
+
+def check_numbers(config: DictConfig) -> None:
+    """Refuse sizes, rates and frequencies that no run can have.
+
+    Raises:
+        ConfigError: naming the config path, the value and what it must be.
+    """
+    platform = (
+        {"platform.num_threads": _COUNT, "platform.kv_cache_gib": _COUNT} if config.platform.name == "cpu" else {}
+    )
+    for path, number in (NUMBERS | platform).items():
+        value = OmegaConf.select(config, path)
+        if not number.holds(value):
+            raise ConfigError(f"{path}: is {value!r}, must be {number}")
+
+
 def check_config(config: DictConfig, settings: SkpoSettings) -> None:
     """Refuse combinations that the method cannot train with.
 
     Raises:
         ConfigError: naming the config path, what it is and what it must be.
     """
+    check_numbers(config)
     required: dict[str, tuple[Any, str]] = {
         "algorithm.use_kl_in_reward": (False, "no method here has a KL penalty"),
         "algorithm.rollout_correction.rollout_is": (None, "the objectives have no importance weights"),
@@ -58,6 +143,10 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
         "data.dataloader_num_workers": (0, "prefetched prompts would be lost to a checkpoint"),
         "reward.reward_model.enable": (False, "rewards are rules, computed while others generate"),
         "trainer.use_v1": (True, "the trainers are V1 trainers"),
+        "trainer.critic_warmup": (0, "there is no critic; steps without an update would still move the trackers"),
+        "actor_rollout_ref.rollout.name": ("vllm", "the rollout is written for vLLM's server"),
+        "trainer.default_hdfs_dir": (None, "only a local folder gets the whole checkpoint, trackers included"),
+        "actor_rollout_ref.actor.checkpoint.async_save": (False, "it leaves no mark of the checkpoint to resume from"),
     }
     if config.method.name == "skpo":
         required |= {
@@ -85,6 +174,8 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
                 f"share_prefixes: needs actor.strategy fsdp or fsdp2 (is {strategy}) and "
                 f"+actor_rollout_ref.model.override_config.attn_implementation=sdpa (is {attention}); or set false"
             )
+    if config.platform.name == "cpu" and config.actor_rollout_ref.actor.strategy == "fsdp":
+        raise ConfigError("actor_rollout_ref.actor.strategy: is fsdp, which refuses modules on a CPU; use fsdp2")
     trainers = {"skpo": "skpo", "spo": "skpo_spo"}
     wanted_trainer = trainers.get(config.method.name, "skpo_baseline")
     required["trainer.v1.trainer_mode"] = (wanted_trainer, "choose the method with method=<name>")
@@ -114,9 +205,22 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
                 "skpo.curriculum.enable: must be false where prompts are fetched in other numbers than a batch "
                 "(data.gen_batch_size, trainer.v1.sampler.sync_refill_failed_groups)"
             )
+    _check_saving(config)
     check_reward(config)
     if config.method.name == "skpo":
         _check_context(config, settings)
+
+
+def _check_saving(config: DictConfig) -> None:
+    if config.trainer.get("remove_previous_ckpt_in_save"):
+        raise ConfigError("trainer.remove_previous_ckpt_in_save: give trainer.max_actor_ckpt_to_keep=1 in its place")
+    for name in ("save_contents", "load_contents"):
+        lacking = [content for content in ACTOR_FILES if content not in config.actor_rollout_ref.actor.checkpoint[name]]
+        if lacking:
+            raise ConfigError(
+                f"actor_rollout_ref.actor.checkpoint.{name}: lacks {', '.join(lacking)}, without which a resumed run "
+                f"is another run; add it"
+            )
 
 
 def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
@@ -142,14 +246,77 @@ def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
 
 
 def check_reward(config: DictConfig) -> None:
-    """Refuse an unknown option of our own reward.
+    """Refuse a reward that cannot be loaded, and an unknown option of our own.
 
     Raises:
-        ValueError: naming the config path and the known values.
+        ValueError: naming the config path, and what was found there or the known values.
     """
-    reward = config.reward.custom_reward_function
+    where, reward = "reward.custom_reward_function", config.reward.custom_reward_function
     if reward.path == OUR_REWARD:
         check_format((reward.get("reward_kwargs") or {}).get("answer_format", "any"))
+    if not reward.path:
+        raise ConfigError(
+            f"{where}.path: is not set; give a python file, or {OUR_REWARD} for the rewards of this recipe"
+        )
+    from verl.utils.import_utils import load_extern_object
+
+    try:
+        function = load_extern_object(module_path=reward.path, object_name=reward.name)
+    except Exception as error:  # a process border: the file is somebody's own
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"{where}: {reward.name} of {reward.path} cannot be loaded ({type(error).__name__}: {reason}); give a "
+            f"python file or pkg://module by {where}.path and the function in it by {where}.name"
+        ) from error
+    if not callable(function):
+        raise ConfigError(
+            f"{where}.name: {reward.name} of {reward.path} is no function; name the one that gives rewards"
+        )
+
+
+LOGGERS = {
+    "wandb": "wandb",
+    "mlflow": "mlflow",
+    "swanlab": "swanlab",
+    "vemlp_wandb": "volcengine_ml_platform",
+    "clearml": "clearml",
+    "trackio": "trackio",
+    "tensorboard": "tensorboard",
+}
+"""verl's loggers that need a package, to its name."""
+
+
+def check_loggers(config: DictConfig) -> None:
+    """Refuse loggers that verl does not know or that are not installed.
+
+    Raises:
+        ConfigError: naming the logger.
+    """
+    from verl.utils.tracking import Tracking
+
+    given = config.trainer.logger
+    for name in [given] if isinstance(given, str) else list(given or []):
+        if name not in Tracking.supported_backend:
+            raise ConfigError(f"trainer.logger: {name} is unknown; known are {', '.join(Tracking.supported_backend)}")
+        if name in LOGGERS and find_spec(LOGGERS[name]) is None:
+            raise ConfigError(
+                f"trainer.logger: {name} needs the package {LOGGERS[name]}; install it, or leave {name} out"
+            )
+
+
+def check_folders(config: DictConfig) -> None:
+    """Refuse folders of the run that cannot be made or written.
+
+    Raises:
+        ConfigError: naming the config path and what is in the way.
+    """
+    for path in ("output_dir", "trainer.default_local_dir"):
+        folder = Path(OmegaConf.select(config, path))
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise ConfigError(f"{path}: {folder} cannot be made: {there} is a file; give another folder")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ConfigError(f"{path}: {folder} cannot be written: no permission for {there}; give another folder")
 
 
 def check_data(config: DictConfig) -> None:
@@ -161,7 +328,7 @@ def check_data(config: DictConfig) -> None:
     tables = []
     roles: tuple[Literal["train", "val"], ...] = ("train", "val")
     for role in roles:
-        for file in _files(config, role):
+        for file in prompt_files(config, role):
             tables.append((role, file, check_parquet(Path(file), role=role, prompt_key=config.data.prompt_key)))
     train = [(file, table) for role, file, table in tables if role == "train"]
     rows = sum(table.num_rows for _, table in train)
@@ -176,33 +343,10 @@ def check_data(config: DictConfig) -> None:
                     route(data_source)
                 except ValueError as error:
                     raise DataError(f"{file}: {error}") from error
-    _check_unique_over_files(train)
+    _check_unique_overprompt_files(train)
 
 
-def check_prompt_lengths(config: DictConfig) -> None:
-    """Check every prompt's length under the run's own tokenizer and chat template.
-
-    Raises:
-        ConfigError: no tokenizer at the model's path.
-        DataError: naming file and row of the first prompt that is too long.
-    """
-    if config.data.filter_overlong_prompts:
-        return
-    tokenizer, limit = _tokenizer(config), config.data.max_prompt_length
-    options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
-    for file in [*_files(config, "train"), *_files(config, "val")]:
-        prompts = pq.read_table(file, columns=[config.data.prompt_key])[config.data.prompt_key].to_pylist()
-        for index, messages in enumerate(prompts):
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-            length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if length > limit:
-                raise DataError(
-                    f"{file}: row {index}: the prompt has {length} tokens, data.max_prompt_length is {limit}; raise "
-                    f"it, or set data.filter_overlong_prompts=true to leave such prompts out"
-                )
-
-
-def _check_unique_over_files(tables: Iterable[tuple[str, pa.Table]]) -> None:
+def _check_unique_overprompt_files(tables: Iterable[tuple[str, pa.Table]]) -> None:
     seen: dict[str, str] = {}
     for file, table in tables:
         for prompt_id in table["id"].to_pylist():
@@ -213,34 +357,40 @@ def _check_unique_over_files(tables: Iterable[tuple[str, pa.Table]]) -> None:
                 )
 
 
-def _files(config: DictConfig, role: Literal["train", "val"]) -> list[str]:
+def prompt_files(config: DictConfig, role: Literal["train", "val"]) -> list[str]:
+    """``data.train_files`` or ``data.val_files`` as a list.
+
+    Raises:
+        ConfigError: none is named.
+    """
     value = config.data[f"{role}_files"]
     if not value:
         raise ConfigError(f"data.{role}_files: is not set; name a parquet file, or choose a data set with data=<name>")
     return [str(file) for file in ([value] if isinstance(value, str) else value)]
 
 
-def _tokenizer(config: DictConfig):
-    from transformers import AutoTokenizer
-
-    model = config.actor_rollout_ref.model
-    path = model.get("tokenizer_path") or model.path
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"actor_rollout_ref.model.path: no tokenizer can be loaded from {path} ({reason})") from error
-
-
-def check_resume(config: DictConfig) -> None:
-    """Refuse to resume from a checkpoint without SKPO's state.
+def check_resume(config: DictConfig, settings: SkpoSettings) -> None:
+    """Refuse to resume from a checkpoint that is not whole, or whose SKPO state is damaged or of another run.
 
     Raises:
-        StateError: naming the folder.
+        ConfigError: naming the folder, the piece that is missing and a checkpoint that is whole.
+        StateError: naming the file.
     """
     folder = resume_folder(config)
-    if folder is not None:
-        require_state_file(folder)
+    if folder is None:
+        return
+    require_state_file(folder)
+    missing = missing_piece(folder, config)
+    if missing is not None:
+        other = newest_whole(folder.parent, config)
+        fix = (
+            f"resume from {folder.parent}/global_step_{other} by trainer.resume_mode=resume_path "
+            f"trainer.resume_from_path=<that folder>"
+            if other is not None
+            else "start anew with trainer.resume_mode=disable and another output_dir"
+        )
+        raise ConfigError(f"{folder}: cannot be resumed from: {missing}; {fix}")
+    SkpoState(settings, config.data.max_response_length).load(folder)
 
 
 def is_finished(config: DictConfig) -> bool:
@@ -257,7 +407,7 @@ def resume_folder(config: DictConfig) -> Path | None:
     """The checkpoint folder that verl will resume from, None for a fresh start.
 
     Raises:
-        ConfigError: an unknown mode, a path that is no checkpoint, or a marker file that holds no step.
+        ConfigError: an unknown mode, a path that is no checkpoint, or a marker file that names no step or a lost one.
     """
     trainer = config.trainer
     if trainer.resume_mode not in ("auto", "disable", "resume_path"):
@@ -267,11 +417,17 @@ def resume_folder(config: DictConfig) -> Path | None:
         if not re.fullmatch(r"global_step_\d+", folder.name) or not folder.is_dir():
             raise ConfigError(f"trainer.resume_from_path: {folder} is no folder named global_step_<N>")
         return folder
-    marker = Path(trainer.default_local_dir) / "latest_checkpointed_iteration.txt"
-    if trainer.resume_mode == "disable" or not marker.is_file():
+    if trainer.resume_mode == "disable":
         return None
-    step = marker.read_text().strip()
-    if not step.isdecimal():
-        raise ConfigError(f"{marker}: holds {step!r} and no step; write the number of the last whole global_step_<N>")
-    folder = marker.parent / f"global_step_{step}"
-    return folder if folder.is_dir() else None
+    root = Path(trainer.default_local_dir)
+    step = marked_step(root)
+    if step is None:
+        return None
+    folder = root / f"global_step_{step}"
+    if not folder.is_dir():
+        there = ", ".join(path.name for path in stored_checkpoints(root).values()) or "no checkpoint"
+        raise ConfigError(
+            f"{root / MARKER}: names {folder.name}, which is not there (there is {there}); write the number of a whole "
+            f"one into it, or remove it to start anew"
+        )
+    return folder

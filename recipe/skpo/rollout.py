@@ -7,8 +7,10 @@ under [s, q]; their rewards while others still generate; then the rows are store
     session 1..G     the responses under [s, q]       reward of each                    phase DOWNSTREAM
 
 Nothing waits for other prompts.  All requests of one phase carry one routing id, so that they land on one replica and
-share its prefix cache.  A sibling that fails leaves a row without trained tokens; a prompt without a usable candidate
-or sibling is marked failed and stores nothing.  Validation is verl's own path, plain pi(.|q).
+share its prefix cache.  Where requests queue for a replica, those of the longest prompts go first: a prompt with long
+responses has a long segment too, so in order of arrival its siblings would come last and be waited for alone.  A
+sibling that fails leaves a row without trained tokens; a prompt without a usable candidate or sibling is marked failed
+and stores nothing.  Validation is verl's own path, plain pi(.|q).
 
 No request is tried again: its siblings are the reserve, and what failed once under a seed fails again.  Answers of the
 server and rewards are checked where they arrive, for every method; docs/operations.md has every fault and its policy.
@@ -47,6 +49,7 @@ from recipe.skpo.settings import SkpoSettings
 logger = logging.getLogger(__name__)
 
 SPLIT_FIELD, SEED_FIELD, STEP_FIELD = "skpo_split_position", "skpo_seed", "skpo_step"
+LENGTH_FIELD = "skpo_expected_length"
 """Fields that the trainer adds to every training prompt."""
 
 _TIME_LIMIT: ContextVar[asyncio.Timeout | None] = ContextVar("skpo_time_limit", default=None)
@@ -272,6 +275,8 @@ class SkpoAgentLoopWorker(MeteredWorker):
         size, uid = self.settings.group_size, prompt["uid"]
         messages = list(prompt["raw_prompt"])
         problem_ids = await self._tokenize(messages)
+        # With the parameters of every request; vLLM heeds it under scheduling_policy=priority, lowest first.
+        sampling_params = dict(sampling_params, priority=-int(prompt[LENGTH_FIELD]))
 
         started = time.perf_counter()
         candidates = await self._sample_candidates(f"{uid}-up", problem_ids, sampling_params, split_position, seed)
@@ -411,15 +416,19 @@ class SkpoAgentLoopWorker(MeteredWorker):
         The server empties the parameters it is given, so each request gets its own copy.
         """
         own = dict(params, seed=seed + index) if self.settings.seed_requests else dict(params)
+        priority = own.pop("priority")
         # Full determinism hands the routing id on to vLLM as the request's name, which must be unique there.
         request_id = f"{route}-{name}{index}" if self.rollout_config.full_determinism else route
-        return await self.llm_client.generate(request_id=request_id, prompt_ids=prompt_ids, sampling_params=own)
+        return await self.llm_client.generate(
+            request_id=request_id, prompt_ids=prompt_ids, sampling_params=own, priority=priority
+        )
 
     def _row(
         self, prompt_ids: list[int], token_ids: list[int], logprobs: list[float] | None, extra_fields: dict
     ) -> AgentLoopOutput:
         """verl's output record; all rows set the same fields, as one TransferQueue partition needs."""
-        return AgentLoopOutput(
+        # Not validated: that would copy every list of tokens, which takes longer than all else that is done for a row.
+        return AgentLoopOutput.model_construct(
             prompt_ids=prompt_ids,
             response_ids=list(token_ids),
             response_mask=[1] * len(token_ids),

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from recipe.skpo.metrics import read_lines
+from recipe.skpo.metrics import json_lines
 
 SEED_BOUND = 2**31 - 1
 
@@ -257,7 +257,7 @@ def read_completions(path: Path) -> dict[str, list[Completion]]:
                 Completion(tuple(item["token_ids"]), item["text"], item["finish_reason"], tuple(item["logprobs"]))
                 for item in line["completions"]
             ]
-            for line in read_lines(path)
+            for line in json_lines(path)
         }
     except (KeyError, TypeError) as error:
         raise SamplingError(f"{path}: is no store of completions ({error!r}); give another --out") from None

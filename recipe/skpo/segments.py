@@ -140,8 +140,8 @@ def cut_segment(
     keep = max(1, len(token_ids) // 2) if ended_early else min(split_position, len(token_ids))
     if boundary is not None:
         keep = boundary(token_ids[:keep]) or keep
-    kept = tuple(float(value) for value in logprobs[:keep])
-    return Segment(tuple(int(token) for token in token_ids[:keep]), kept, -math.fsum(kept) / keep)
+    kept = tuple(logprobs[:keep])
+    return Segment(tuple(token_ids[:keep]), kept, -math.fsum(kept) / keep)
 
 
 def select_segment(deviations: Sequence[float], selection: str = "median", step: int = 1, seed: int = 0) -> int:

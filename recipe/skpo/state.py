@@ -18,10 +18,10 @@ import numpy as np
 
 from recipe.skpo.segments import fixed_split_position, sample_split_position
 from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.tracker import DriftClock, KLAdaptiveTracker
+from recipe.skpo.tracker import DriftClock, KLAdaptiveTracker, PromptRows
 
 FILE_NAME = "skpo_state.npz"
-_FORMAT = 2
+_FORMAT = 3
 _SEED_BOUND = 2**31 - 1
 
 
@@ -41,11 +41,13 @@ class Visit:
         ordinal: running number of the visit, from 0, over the whole run.
         split_position: t_q in tokens.
         seed: of the prompt's sampled requests.
+        expected_length: L_q, the prompt's tracked mean response length in tokens.
     """
 
     ordinal: int
     split_position: int
     seed: int
+    expected_length: float
 
 
 class StoredSegments:
@@ -115,12 +117,14 @@ class SkpoState:
             "rho_max": settings.tracker.rho_max,
             "half_life": settings.tracker.half_life,
         }
+        self.prompts = PromptRows()
         # 0.5 in [0, 1] is reward 0: the baseline of a first visit (SPEC section 4).
-        self.values = KLAdaptiveTracker(0.5, **constants)
-        self.lengths = KLAdaptiveTracker(min(settings.initial_length, response_budget), **constants)
+        self.values = KLAdaptiveTracker(0.5, **constants, rows=self.prompts)
+        first_length = min(settings.initial_length, response_budget)
+        self.lengths = KLAdaptiveTracker(first_length, **constants, rows=self.prompts)
         drift = settings.tracker.drift
         # The log-ratio is measured by the actor; the clock then only counts steps.
-        self.clock = DriftClock(drift if drift in DriftClock.UNITS else "kl_steps")
+        self.clock = DriftClock(drift if drift in DriftClock.UNITS else "kl_steps", self.prompts)
         self.segments = StoredSegments()
         self.rng = np.random.default_rng(settings.seed)
         self.visits = 0
@@ -139,7 +143,7 @@ class SkpoState:
             split = fixed_split_position(mean_length, step, *bounds)
         else:
             split = sample_split_position(mean_length, self.rng, *bounds)
-        visit = Visit(self.visits, split, int(self.rng.integers(_SEED_BOUND)))
+        visit = Visit(self.visits, split, int(self.rng.integers(_SEED_BOUND)), mean_length)
         self.visits += 1
         return visit
 
@@ -198,7 +202,7 @@ class SkpoState:
         path = require_state_file(folder)
         try:
             with np.load(path, allow_pickle=False) as archive:
-                meta = json.loads(str(archive["meta"]))
+                meta = _meta(path, archive)
                 arrays = {name: archive[name] for name in archive.files if name != "meta"}
             self._check_meta(path, meta)
             for part, target in self._parts().items():
@@ -211,8 +215,6 @@ class SkpoState:
             raise _damaged(path, error) from error
 
     def _check_meta(self, path: Path, meta: dict[str, Any]) -> None:
-        if meta["format"] != _FORMAT:
-            raise StateError(f"{path}: has format {meta['format']}, this version of verl-skpo reads {_FORMAT}")
         for name, mine in (("group_size", self.settings.group_size), ("drift", self.settings.tracker.drift)):
             if meta[name] != mine:
                 raise StateError(
@@ -220,22 +222,39 @@ class SkpoState:
                     f"a new run with trainer.resume_mode=disable and another output_dir"
                 )
 
-    def _parts(self) -> dict[str, KLAdaptiveTracker | DriftClock | StoredSegments]:
-        return {"values": self.values, "lengths": self.lengths, "clock": self.clock, "segments": self.segments}
+    def _parts(self) -> dict[str, PromptRows | KLAdaptiveTracker | DriftClock | StoredSegments]:
+        """In the order in which they are loaded: the tables after the rows that they share."""
+        return {
+            "prompts": self.prompts,
+            "values": self.values,
+            "lengths": self.lengths,
+            "clock": self.clock,
+            "segments": self.segments,
+        }
 
 
 def saved_tokens(folder: Path) -> int:
     """Tokens that the run of this checkpoint folder had generated.
 
     Raises:
-        StateError: no state file, or a damaged one.
+        StateError: no state file, a damaged one, or one of another format.
     """
     path = require_state_file(folder)
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return int(json.loads(str(archive["meta"]))["tokens_generated"])
+            return int(_meta(path, archive)["tokens_generated"])
     except DAMAGE as error:
         raise _damaged(path, error) from error
+
+
+def _meta(path: Path, archive: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    meta: dict[str, Any] = json.loads(str(archive["meta"]))
+    if meta["format"] != _FORMAT:
+        raise StateError(
+            f"{path}: has format {meta['format']}, this version of verl-skpo reads {_FORMAT}; resume with the "
+            f"version that wrote it, or start anew with trainer.resume_mode=disable and another output_dir"
+        )
+    return meta
 
 
 def _damaged(path: Path, error: Exception) -> StateError:

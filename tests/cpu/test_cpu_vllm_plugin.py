@@ -20,8 +20,10 @@ def output_is_right(layer, method, weight):
 method = UnquantizedLinearMethod()
 weights = [torch.randn(32, 64) for _ in range(3)]
 
+os.environ["VLLM_BATCH_INVARIANT"] = "1"
 register()                                                     # VERL_PLATFORM is not set: nothing happens
 assert not OVERRIDE.is_installed()
+assert os.environ["VLLM_BATCH_INVARIANT"] == "1"
 layer = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
 sync(layer, method, weights[0])
 assert output_is_right(layer, method, weights[0])
@@ -31,6 +33,8 @@ os.environ["VERL_PLATFORM"] = "cpu"
 register()
 register()
 assert OVERRIDE.is_installed()
+from vllm import envs
+assert envs.VLLM_BATCH_INVARIANT is False, "its kernels are Triton's"
 layer = torch.nn.Linear(64, 32, bias=False).requires_grad_(False)
 for weight in weights:
     sync(layer, method, weight)

@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 
 from recipe.skpo.metrics import read_lines
-from recipe.skpo.state import FILE_NAME
+from recipe.skpo.settings import SkpoSettings
+from recipe.skpo.state import SkpoState
 from recipe.skpo.trees import read_trees, tree_index
 from tests.e2e.tiny import overrides
 
@@ -35,6 +35,12 @@ def wait_for_marker(folder: Path, process: subprocess.Popen, step: int, seconds:
     raise AssertionError(f"no checkpoint of step {step} after {seconds} s")
 
 
+def saved_state(checkpoint: Path) -> SkpoState:
+    state = SkpoState(SkpoSettings(group_size=4), response_budget=16)
+    state.load(checkpoint)
+    return state
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Two steps, SIGKILL right after their checkpoint, the same command again for one step more."""
@@ -51,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
         wait_for_marker(folder, process, step=2)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    saved = dict(np.load(folder / "out/checkpoints/global_step_2" / FILE_NAME))
+    saved = saved_state(folder / "out/checkpoints/global_step_2")
     # Ray's processes follow their driver; give them the time to.
     time.sleep(5)
     again = subprocess.run(
@@ -85,17 +91,17 @@ def test_metrics_are_kept_over_the_kill(run: dict) -> None:
 
 
 def test_trackers_go_on_where_they_were(run: dict) -> None:
-    before, after = run["saved"], dict(np.load(run["out"] / "checkpoints/global_step_3" / FILE_NAME))
-    seen = len(before["values.keys"])
-    assert 4 <= seen <= 8, "two steps of four prompts"
-    assert after["values.keys"][:seen].tolist() == before["values.keys"].tolist()
+    before, after = run["saved"], saved_state(run["out"] / "checkpoints/global_step_3")
+    seen = list(before.prompts)
+    assert 4 <= len(seen) <= 8, "two steps of four prompts"
+    assert list(after.prompts)[: len(seen)] == seen
     # What the third step did not visit stays as it was saved; what it did has one observation more.
-    visited = after["values.counts"][:seen] != before["values.counts"]
-    assert visited.sum() + len(after["values.keys"]) - seen == 4
-    for name in ("values.values", "values.counts", "lengths.values"):
-        np.testing.assert_array_equal(after[name][:seen][~visited], before[name][~visited])
-    assert json.loads(str(after["meta"]))["visits"] == 12
-    assert int(after["clock.steps"]) == 3
+    kept = [key for key in seen if after.values.count(key) == before.values.count(key)]
+    assert len(after.prompts) - len(kept) == 4
+    for tracker, earlier in ((after.values, before.values), (after.lengths, before.lengths)):
+        assert [tracker.value(key) for key in kept] == [earlier.value(key) for key in kept]
+    assert after.visits == 12
+    assert after.clock.steps == 3
 
 
 def test_rollout_and_actor_agree(run: dict) -> None:

@@ -12,9 +12,11 @@ Not covered: layers whose weight is not a matrix (Mamba's convolution, where AMX
 place.
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+from recipe.skpo.cpu import is_selected
 from recipe.skpo.cpu.override import FunctionOverride
 
 
@@ -37,3 +39,8 @@ OVERRIDE = FunctionOverride(
 def register() -> None:
     """Does nothing unless VERL_PLATFORM=cpu. An error stops the vLLM process: vLLM does not catch it."""
     OVERRIDE.install()
+    if is_selected():
+        # verl's server sets 1 for full_determinism (vllm_async_server.py:156).  vLLM then computes means and softmaxes
+        # by Triton kernels (vllm/model_executor/layers/batch_invariant.py:928), which a CPU does not have: the first
+        # forward fails.  Read when a worker starts, after its plugins are loaded.
+        os.environ["VLLM_BATCH_INVARIANT"] = "0"

@@ -1,0 +1,139 @@
+"""Start-up checks of the model to train: its folder, tokenizer and chat template, and every prompt under them.
+
+Nothing of the weights but the headers of their files is read.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from jinja2 import TemplateError
+from omegaconf import DictConfig, OmegaConf
+
+from data_prep.schema import DataError
+from recipe.skpo.preflight import prompt_files
+from recipe.skpo.settings import ConfigError
+
+
+def check_model(config: DictConfig) -> None:
+    """Refuse a model that cannot be trained or served: nothing of its weights but their headers is read.
+
+    Raises:
+        ConfigError: naming the folder or file and what is wrong with it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where, model = "actor_rollout_ref.model.path", config.actor_rollout_ref.model
+    if not model.path:
+        raise ConfigError(f"{where}: is not set; give a model's folder or hub name, or choose one with model=<name>")
+    folder = Path(model.path)
+    if folder.is_file():
+        raise ConfigError(f"{where}: {folder} is a file; give the folder that holds config.json and the weights")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{where}: {folder} holds no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        described = AutoConfig.from_pretrained(model.path, trust_remote_code=model.get("trust_remote_code", False))
+    except Exception as error:  # a process border: the hub, json and the model's own class answer with their own errors
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{where}: {model.path} cannot be read as a model ({reason}); give a folder with a whole checkpoint, or a "
+            f"name on the hub where that can be reached"
+        ) from error
+    if type(described) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in (
+        getattr(described, "auto_map", None) or {}
+    ):
+        raise ConfigError(
+            f"{where}: {model.path} is a {described.model_type}, which is no causal language model; give one that is"
+        )
+    context = config.actor_rollout_ref.rollout.max_model_len
+    longest = getattr(described.get_text_config(), "max_position_embeddings", None)
+    if context is not None and longest is not None and context > longest:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.max_model_len: is {context}, {model.path} takes {longest} tokens; lower "
+            f"data.max_prompt_length or data.max_response_length, or set max_model_len={longest}"
+        )
+    if folder.is_dir():
+        _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    where = "actor_rollout_ref.model.path"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ConfigError(f"{where}: {index} is no index of weight files; download the model again") from None
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names and not any(folder.glob("*.bin")):
+        raise ConfigError(f"{where}: {folder} holds no weights (*.safetensors); give the folder of a whole checkpoint")
+    for name in names:
+        try:
+            with safe_open(folder / name, "numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"{where}: {folder / name} is missing or cut off ({reason}); copy or download the model again"
+            ) from None
+
+
+def check_prompt_lengths(config: DictConfig) -> None:
+    """Check every prompt's length under the run's own tokenizer and chat template.
+
+    Raises:
+        ConfigError: no tokenizer at the model's path, or no chat template.
+        DataError: naming file and row of the first prompt that is too long or that the template refuses; or too few
+            prompts are left.
+    """
+    tokenizer, limit = _tokenizer(config), config.data.max_prompt_length
+    options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
+    left, filtered = 0, config.data.filter_overlong_prompts
+    train = prompt_files(config, "train")
+    for file in [*train, *prompt_files(config, "val")]:
+        prompts = pq.read_table(file, columns=[config.data.prompt_key])[config.data.prompt_key].to_pylist()
+        for index, messages in enumerate(prompts):
+            try:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+            except (TemplateError, TypeError) as error:  # the second: a template that calls what is not there
+                reason = (str(error).splitlines() or [""])[0]
+                raise DataError(
+                    f"{file}: row {index}: the model's chat template fails on this prompt ({reason}); change the "
+                    f"prompt's roles, or give another template by actor_rollout_ref.model.custom_chat_template"
+                ) from error
+            length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if length > limit and not filtered:
+                raise DataError(
+                    f"{file}: row {index}: the prompt has {length} tokens, data.max_prompt_length is {limit}; raise "
+                    f"it, or set data.filter_overlong_prompts=true to leave such prompts out"
+                )
+            left += file in train and length <= limit
+    if filtered and left < config.data.train_batch_size:
+        raise DataError(
+            f"data.train_files: {left} prompts of at most data.max_prompt_length={limit} tokens are fewer than "
+            f"data.train_batch_size={config.data.train_batch_size}; raise the first or lower the second"
+        )
+
+
+def _tokenizer(config: DictConfig):
+    from transformers import AutoTokenizer
+
+    model = config.actor_rollout_ref.model
+    path = model.get("tokenizer_path") or model.path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
+    except Exception as error:  # a process border: five libraries read these files, each with errors of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"actor_rollout_ref.model.path: no tokenizer can be loaded from {path} ({reason})") from error
+    if model.get("custom_chat_template"):
+        tokenizer.chat_template = model.custom_chat_template
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"actor_rollout_ref.model.path: the tokenizer of {path} has no chat template; give one by "
+            f"actor_rollout_ref.model.custom_chat_template, or an instruct model"
+        )
+    return tokenizer

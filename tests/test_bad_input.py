@@ -1,0 +1,630 @@
+"""Bad input at every border of a training run: one line that names the place and the fix, before any heavy work.
+
+One table.  Every case starts from a run that would be launched and resumed, spoils one thing, and goes through all of
+``main.run`` but the launch.  Elsewhere: values of ``skpo.*`` in test_settings.py, combinations of options and methods
+in test_config.py and test_preflight.py, the command line and its exit codes in test_main.py, single bytes of a state
+file in test_state.py, raw data sources and their commands in test_data_sources.py and test_data_prep.py, checkpoints
+and benchmarks of an evaluation in test_evaluate.py.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from omegaconf import OmegaConf, open_dict
+
+from data_prep.prompts import load_prompt_template
+from data_prep.schema import DataError, Row, write_parquet
+from recipe.skpo import main
+from recipe.skpo.checkpoints import DATA_FILE, MARKER, mark
+from recipe.skpo.settings import ConfigError, SkpoSettings, TrackerSettings
+from recipe.skpo.state import FILE_NAME, SkpoState
+from tests.conftest import write_checkpoint
+
+BATCH = 4
+
+
+@dataclass
+class Run:
+    """A run that can be launched; ``folder`` is its own."""
+
+    folder: Path
+    config: Any
+    train: Path
+    model: Path
+    checkpoint: Path
+
+    def set(self, path: str, value: Any) -> None:
+        with open_dict(self.config):
+            OmegaConf.update(self.config, path, value, force_add=True)
+
+    def message(self) -> str:
+        """What the command says when it ends by itself; only the launch is left out."""
+        with pytest.raises(SystemExit) as exit_info:
+            main.run.__wrapped__(self.config)
+        message = exit_info.value.code
+        assert isinstance(message, str), "a text is printed on stderr, and the exit code is 1"
+        assert len(message.splitlines()) == 1
+        return message
+
+
+@pytest.fixture
+def run(compose_config, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    from hydra.core.hydra_config import HydraConfig
+
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {"overrides": {"task": []}}}))
+    # They change this process, or start everything.
+    monkeypatch.setattr(main, "apply_platform", lambda config: None)
+    monkeypatch.setattr(main, "launch", lambda config: print("launched"))
+    monkeypatch.setattr(main, "report", lambda *arguments, **options: None)
+    config = compose_config("platform=cpu", "data=files")
+    files = {}
+    for role in ("train", "val"):
+        files[role] = tmp_path / f"{role}.parquet"
+        prompts = [[{"role": "user", "content": f"{role} {n}?"}] for n in range(BATCH + 2)]
+        rows = [Row("skpo/arithmetic", prompt, "5", "math", role, n, f"{n}?") for n, prompt in enumerate(prompts)]
+        write_parquet(rows, files[role])
+        config.data[f"{role}_files"] = str(files[role])
+    config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size = BATCH, 2
+    config.data.max_prompt_length = 96
+    config.output_dir = str(tmp_path / "out")
+    config.trainer.default_local_dir = str(tmp_path / "out/checkpoints")
+    model = tmp_path / "model"
+    shutil.copytree(model_folder, model)
+    config.actor_rollout_ref.model.path = str(model)
+    settings = SkpoSettings.from_config(config.skpo)
+    checkpoint = write_checkpoint(tmp_path / "out/checkpoints/global_step_3", SkpoState(settings, 64))
+    mark(checkpoint.parent, 3)
+    return Run(tmp_path, config, files["train"], model, checkpoint)
+
+
+def test_the_run_that_every_case_spoils_is_launched(run: Run, capsys) -> None:
+    main.run.__wrapped__(run.config)
+    assert "launched" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the table
+
+Spoil = Callable[[Run], Any]
+CASES: dict[str, tuple[Spoil, str, str]] = {}
+"""Name to what is spoilt, how the message begins, the fix in it; {train}, {model}, {checkpoint}, {folder} are paths."""
+
+
+def case(name: str, begins: str, fix: str) -> Callable[[Spoil], Spoil]:
+    def add(spoil: Spoil) -> Spoil:
+        assert name not in CASES, name
+        CASES[name] = (spoil, begins, fix)
+        return spoil
+
+    return add
+
+
+def value(path: str, given: Any, begins: str | None = None, fix: str = "must be") -> None:
+    """A case of a value in the config."""
+    case(f"{path}={given!r}", begins or f"{path}: is {given!r}, must be ", fix)(lambda run: run.set(path, given))
+
+
+# ---- config
+
+ACTOR, ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
+value("data.train_batch_size", 0, fix="a whole number of at least 1")
+value("data.train_batch_size", "many", fix="a whole number of at least 1")
+value("data.train_batch_size", 2.5, fix="a whole number of at least 1")
+value("data.train_batch_size", None, fix="a whole number of at least 1")
+value("data.max_prompt_length", -1, fix="a whole number of at least 1")
+value("data.max_response_length", 0, fix="a whole number of at least 1")
+value(f"{ACTOR}.ppo_mini_batch_size", 0, fix="a whole number of at least 1")
+value(f"{ACTOR}.ppo_mini_batch_size", 3, "data.train_batch_size: 4 prompts do not split", "ppo_mini_batch_size=3")
+value(f"{ACTOR}.ppo_epochs", 0, fix="a whole number of at least 1")
+value(f"{ACTOR}.optim.lr", 0.0, fix="a number above 0")
+value(f"{ACTOR}.optim.lr", float("nan"), fix="a number above 0")
+value(f"{ACTOR}.optim.lr", "fast", fix="a number above 0")
+value(f"{ACTOR}.optim.weight_decay", -0.1, fix="a number of at least 0")
+value(f"{ACTOR}.optim.clip_grad", 0, fix="a number above 0")
+value(f"{ROLLOUT}.temperature", 0.0, fix="a number above 0")
+value(f"{ROLLOUT}.top_p", 1.5, fix="a number above 0 and at most 1")
+value(f"{ROLLOUT}.gpu_memory_utilization", 60, fix="a number above 0 and at most 1")
+value(f"{ROLLOUT}.tensor_model_parallel_size", 0, fix="a whole number of at least 1")
+value(f"{ROLLOUT}.max_model_len", "long", fix="a whole number of at least 1, or null")
+value(f"{ROLLOUT}.name", "sglang", f"{ROLLOUT}.name: is sglang", "must be vllm")
+value("trainer.nnodes", 0, fix="a whole number of at least 1")
+value("trainer.n_gpus_per_node", True, fix="a whole number of at least 1")
+value("trainer.total_epochs", 0, fix="a whole number of at least 1")
+value("trainer.total_training_steps", 0, fix="a whole number of at least 1, or null")
+value("trainer.save_freq", "often", fix="a whole number of at least -1")
+value("trainer.test_freq", None, fix="a whole number of at least -1")
+value("trainer.max_actor_ckpt_to_keep", 0, fix="a whole number of at least 1, or null")
+value(
+    "trainer.remove_previous_ckpt_in_save", True, "trainer.remove_previous_ckpt_in_save: ", "max_actor_ckpt_to_keep=1"
+)
+value("trainer.default_hdfs_dir", "hdfs://x", "trainer.default_hdfs_dir: is hdfs://x", "must be None")
+value("trainer.critic_warmup", 5, fix="must be 0")
+value(f"{ACTOR}.checkpoint.async_save", True, f"{ACTOR}.checkpoint.async_save: is True", "must be False")
+value(
+    f"{ACTOR}.checkpoint.save_contents",
+    ["model"],
+    f"{ACTOR}.checkpoint.save_contents: lacks optimizer, extra",
+    "add it",
+)
+value(
+    f"{ACTOR}.checkpoint.load_contents",
+    ["model", "extra"],
+    f"{ACTOR}.checkpoint.load_contents: lacks optimizer",
+    "add it",
+)
+value(f"{ACTOR}.strategy", "fsdp", f"{ACTOR}.strategy: is fsdp", "use fsdp2")
+value("platform.num_threads", 0, fix="a whole number of at least 1")
+value("platform.kv_cache_gib", 0.5, fix="a whole number of at least 1")
+value("trainer.logger", ["consle"], "trainer.logger: consle is unknown", "known are wandb, ")
+value("trainer.resume_mode", "always", "trainer.resume_mode: is always", "must be auto, disable or resume_path")
+value(
+    "ray_kwargs.ray_init.runtime_env.env_vars.WANDB_API_KEY",
+    "0123456789",
+    "ray_kwargs.ray_init.runtime_env.env_vars.WANDB_API_KEY: looks like a secret",
+    "export it",
+)
+value("trainer.project_name", "hf_" + "a" * 30, "trainer.project_name: looks like a secret", "export it")
+
+
+@case("a logger that is not installed", "trainer.logger: clearml needs the package clearml", "install it")
+def _(run: Run) -> None:
+    run.set("trainer.logger", ["console", "clearml"])
+
+
+@case("output_dir below a file", "output_dir: {folder}/train.parquet/out cannot be made", "give another folder")
+def _(run: Run) -> None:
+    run.set("output_dir", f"{run.train}/out")
+
+
+@case(
+    "checkpoints in a file", "trainer.default_local_dir: {folder}/train.parquet cannot be made", "give another folder"
+)
+def _(run: Run) -> None:
+    run.set("trainer.default_local_dir", str(run.train))
+
+
+REWARD = "reward.custom_reward_function"
+
+
+def reward(name: str, text: str | None, reason: str, function: str = "compute_score") -> None:
+    """A case of a reward file with this content; None: there is no file."""
+
+    def spoil(run: Run) -> None:
+        file = run.folder / "mine.py"
+        if text is not None:
+            file.write_text(text)
+        run.set(f"{REWARD}.path", str(file))
+        run.set(f"{REWARD}.name", function)
+
+    case(f"reward: {name}", f"{REWARD}: {function} of {{folder}}/mine.py cannot be loaded ({reason}", "pkg://module")(
+        spoil
+    )
+
+
+reward("no file", None, "FileNotFoundError")
+reward("no such function", "def other(): pass\n", "AttributeError")
+reward("broken python", "def compute_score(:\n", "")
+reward("raises when it is imported", "1 / 0\n", "")
+
+
+@case(
+    "reward: no function",
+    f"{REWARD}.name: VALUE of {{folder}}/mine.py is no function",
+    "name the one that gives rewards",
+)
+def _(run: Run) -> None:
+    (run.folder / "mine.py").write_text("VALUE = 3\n")
+    run.set(f"{REWARD}.path", f"{run.folder}/mine.py")
+    run.set(f"{REWARD}.name", "VALUE")
+
+
+@case("reward: no module", f"{REWARD}: compute_score of pkg://not_here cannot be loaded", "pkg://module")
+def _(run: Run) -> None:
+    run.set(f"{REWARD}.path", "pkg://not_here")
+
+
+value(f"{REWARD}.path", None, f"{REWARD}.path: is not set", "pkg://reward_fns")
+
+# ---- parquet
+
+
+def column(name: str, column: str, change: Callable[[list], list] | None, begins: str, fix: str) -> None:
+    """A case of a training file with one column changed, or without it."""
+
+    def spoil(run: Run) -> None:
+        table = pq.read_table(run.train)
+        index = table.column_names.index(column)
+        values = table.column(column).to_pylist()
+        table = table.remove_column(index)
+        if change is not None:
+            table = table.add_column(index, column, pa.array(change(values)))
+        pq.write_table(table, run.train)
+
+    case(f"parquet: {name}", begins, fix)(spoil)
+
+
+TRAIN, WRITE = "data.train_files: {train}: ", "python -m data_prep."
+column("no column id", "id", None, TRAIN + "missing column(s) id", WRITE)
+column("no column prompt", "prompt", None, TRAIN + "missing column(s) prompt", WRITE)
+column("ids are numbers", "id", lambda ids: list(range(len(ids))), TRAIN + "row 0: column 'id'", WRITE)
+column("an empty id", "id", lambda ids: [*ids[:2], "", *ids[3:]], TRAIN + "row 2: column 'id'", WRITE)
+column("no data source", "data_source", lambda old: [*old[:-1], None], TRAIN + "row 5: column 'data_source'", WRITE)
+column("prompts are text", "prompt", lambda old: ["2 + 2?"] * len(old), TRAIN + "row 0: column 'prompt'", WRITE)
+column(
+    "a prompt without messages", "prompt", lambda old: [*old[:3], [], *old[4:]], TRAIN + "row 3: column 'prompt'", WRITE
+)
+column(
+    "a message without a role",
+    "prompt",
+    lambda old: [*old[:-1], [{"role": None, "content": "2 + 2?"}]],
+    TRAIN + "row 5: column 'prompt'",
+    WRITE,
+)
+column(
+    "no ground truth", "reward_model", lambda old: [{"ground_truth": None}] * len(old), TRAIN + "row 0: column", WRITE
+)
+column("an id twice", "id", lambda ids: [ids[0], ids[0], *ids[2:]], TRAIN + "rows 0 and 1: same id", "drop one")
+column(
+    "a data source without a reward",
+    "data_source",
+    lambda old: ["mine"] * len(old),
+    "{train}: data_source 'mine' has no reward here",
+    "set reward.custom_reward_function.path",
+)
+
+
+@case("parquet: cut off", TRAIN + "cannot be read as parquet", WRITE)
+def _(run: Run) -> None:
+    os.truncate(run.train, run.train.stat().st_size // 2)
+
+
+@case("parquet: empty file", TRAIN + "cannot be read as parquet", WRITE)
+def _(run: Run) -> None:
+    run.train.write_bytes(b"")
+
+
+@case("parquet: a folder", TRAIN + "is a folder", "name the .parquet file in it")
+def _(run: Run) -> None:
+    run.train.unlink()
+    run.train.mkdir()
+
+
+@case("parquet: no rows", TRAIN + "has no rows", WRITE)
+def _(run: Run) -> None:
+    pq.write_table(pq.read_table(run.train).slice(0, 0), run.train)
+
+
+@case("parquet: no file", "data.val_files: {folder}/none.parquet: file not found", WRITE)
+def _(run: Run) -> None:
+    run.set("data.val_files", f"{run.folder}/none.parquet")
+
+
+@case("parquet: an id in two files", "{folder}/again.parquet: id ", "ids must be unique over all of data.train_files")
+def _(run: Run) -> None:
+    shutil.copy(run.train, run.folder / "again.parquet")
+    run.set("data.train_files", [str(run.train), f"{run.folder}/again.parquet"])
+
+
+@case("parquet: a prompt is too long", "{train}: row 0: the prompt has ", "data.filter_overlong_prompts=true")
+def _(run: Run) -> None:
+    run.set("data.max_prompt_length", 20)
+
+
+@case(
+    "parquet: all prompts are too long", "data.train_files: 0 prompts of at most", "raise the first or lower the second"
+)
+def _(run: Run) -> None:
+    run.set("data.max_prompt_length", 20)
+    run.set("data.filter_overlong_prompts", True)
+
+
+# ---- model folder
+
+MODEL = "actor_rollout_ref.model.path: "
+
+
+@case("model: not there", MODEL + "{folder}/none cannot be read as a model", "give a folder with a whole checkpoint")
+def _(run: Run) -> None:
+    run.set("actor_rollout_ref.model.path", f"{run.folder}/none")
+
+
+@case("model: a file", MODEL + "{model}/config.json is a file", "give the folder")
+def _(run: Run) -> None:
+    run.set("actor_rollout_ref.model.path", f"{run.model}/config.json")
+
+
+value("actor_rollout_ref.model.path", None, MODEL + "is not set", "model=<name>")
+
+
+@case("model: no config.json", MODEL + "{model} holds no config.json", "give the folder of a Hugging Face checkpoint")
+def _(run: Run) -> None:
+    (run.model / "config.json").unlink()
+
+
+@case("model: config.json is no JSON", MODEL + "{model} cannot be read as a model", "whole checkpoint")
+def _(run: Run) -> None:
+    (run.model / "config.json").write_text('{"model_type": "lla')
+
+
+def described(run: Run, **changes: Any) -> None:
+    file = run.model / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@case("model: unknown architecture", MODEL + "{model} cannot be read as a model", "whole checkpoint")
+def _(run: Run) -> None:
+    described(run, model_type="not_a_model")
+
+
+@case("model: foreign architecture", MODEL + "{model} is a t5, which is no causal language model", "give one that is")
+def _(run: Run) -> None:
+    (run.model / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
+
+
+@case("model: short context", "actor_rollout_ref.rollout.max_model_len: is ", "set max_model_len=64")
+def _(run: Run) -> None:
+    described(run, max_position_embeddings=64)
+
+
+@case("model: no tokenizer", MODEL + "no tokenizer can be loaded from {model}", "")
+def _(run: Run) -> None:
+    for file in run.model.glob("tokenizer*"):
+        file.unlink()
+
+
+@case("model: broken tokenizer", MODEL + "no tokenizer can be loaded from {model}", "")
+def _(run: Run) -> None:
+    os.truncate(run.model / "tokenizer.json", 100)
+
+
+@case("model: no chat template", MODEL + "the tokenizer of {model} has no chat template", "custom_chat_template")
+def _(run: Run) -> None:
+    (run.model / "chat_template.jinja").unlink()
+
+
+@case("model: broken chat template", "{train}: row 0: the model's chat template fails", "custom_chat_template")
+def _(run: Run) -> None:
+    (run.model / "chat_template.jinja").write_text("{% for message in messages %}{{ message['content'] }}")
+
+
+@case(
+    "model: a template that refuses a role",
+    "{train}: row 0: the model's chat template fails",
+    "change the prompt's roles",
+)
+def _(run: Run) -> None:
+    run.set("actor_rollout_ref.model.custom_chat_template", "{{ raise_exception('no users here') }}")
+
+
+@case("model: weights cut off", MODEL + "{model}/model.safetensors is missing or cut off", "download the model again")
+def _(run: Run) -> None:
+    os.truncate(run.model / "model.safetensors", 60)
+
+
+@case("model: no weights", MODEL + "{model} holds no weights", "give the folder of a whole checkpoint")
+def _(run: Run) -> None:
+    (run.model / "model.safetensors").unlink()
+
+
+@case(
+    "model: a shard is missing", MODEL + "{model}/model-2.safetensors is missing or cut off", "download the model again"
+)
+def _(run: Run) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (run.model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@case("model: broken index", MODEL + "{model}/model.safetensors.index.json is no index", "download the model again")
+def _(run: Run) -> None:
+    (run.model / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
+
+
+# ---- checkpoint folder
+
+STATE = f"{{checkpoint}}/{FILE_NAME}: "
+CANNOT = "{checkpoint}: cannot be resumed from: "
+ANEW = "start anew with trainer.resume_mode=disable"
+
+
+@case("checkpoint: no state", f"{{checkpoint}}: holds no {FILE_NAME}", "start anew with trainer.resume_mode=disable")
+def _(run: Run) -> None:
+    (run.checkpoint / FILE_NAME).unlink()
+
+
+@case("checkpoint: state cut off", STATE + "cannot be read as SKPO state", "trainer.resume_from_path")
+def _(run: Run) -> None:
+    os.truncate(run.checkpoint / FILE_NAME, 300)
+
+
+@case("checkpoint: a foreign npz", STATE + "cannot be read as SKPO state", "trainer.resume_from_path")
+def _(run: Run) -> None:
+    with (run.checkpoint / FILE_NAME).open("wb") as file:
+        np.savez(file, weights=np.zeros(3))
+
+
+@case("checkpoint: a pickle", STATE + "cannot be read as SKPO state", "trainer.resume_from_path")
+def _(run: Run) -> None:
+    (run.checkpoint / FILE_NAME).write_bytes(pickle.dumps({"values": [1, 2, 3]}))
+
+
+def other_settings(run: Run, **changes: Any) -> None:
+    settings = SkpoSettings(**({"group_size": run.config.skpo.group_size} | changes))
+    SkpoState(settings, 64).save(run.checkpoint)
+
+
+@case("checkpoint: another group size", STATE + "was saved with group_size=5, this run has 8", "use the same value")
+def _(run: Run) -> None:
+    other_settings(run, group_size=5)
+
+
+@case("checkpoint: another drift", STATE + "was saved with drift=nats, this run has kl_steps", "use the same value")
+def _(run: Run) -> None:
+    other_settings(run, tracker=TrackerSettings(drift="nats"))
+
+
+@case("checkpoint: no data.pt", CANNOT + f"{DATA_FILE} is missing or cut off", ANEW)
+def _(run: Run) -> None:
+    (run.checkpoint / DATA_FILE).unlink()
+
+
+@case("checkpoint: data.pt cut off", CANNOT + f"{DATA_FILE} is missing or cut off", ANEW)
+def _(run: Run) -> None:
+    os.truncate(run.checkpoint / DATA_FILE, 100)
+
+
+@case("checkpoint: no optimizer", CANNOT + "actor/optim_world_size_1_rank_0.pt is missing or cut off", ANEW)
+def _(run: Run) -> None:
+    (run.checkpoint / "actor/optim_world_size_1_rank_0.pt").unlink()
+
+
+@case("checkpoint: weights cut off", CANNOT + "actor/model_world_size_1_rank_0.pt is missing or cut off", ANEW)
+def _(run: Run) -> None:
+    os.truncate(run.checkpoint / "actor/model_world_size_1_rank_0.pt", 100)
+
+
+@case("checkpoint: no actor", CANNOT + "actor/model_world_size_1_rank_0.pt is missing or cut off", ANEW)
+def _(run: Run) -> None:
+    shutil.rmtree(run.checkpoint / "actor")
+
+
+@case("checkpoint: other ranks", CANNOT + "actor/ was saved by 2 rank(s), this run has 1 (trainer.nnodes * ", ANEW)
+def _(run: Run) -> None:
+    shutil.rmtree(run.checkpoint / "actor")
+    write_checkpoint(run.checkpoint, SkpoState(SkpoSettings(), 64), ranks=2)
+
+
+@case("checkpoint: an older one is whole", CANNOT + DATA_FILE, "resume from {folder}/out/checkpoints/global_step_2 by")
+def _(run: Run) -> None:
+    write_checkpoint(run.checkpoint.parent / "global_step_2")
+    (run.checkpoint / DATA_FILE).unlink()
+
+
+@case(
+    "checkpoint: garbage in the marker",
+    f"{{folder}}/out/checkpoints/{MARKER}: holds 'three' and no step",
+    "write the number",
+)
+def _(run: Run) -> None:
+    (run.checkpoint.parent / MARKER).write_text("three")
+
+
+@case(
+    "checkpoint: the marked one is gone",
+    f"{{folder}}/out/checkpoints/{MARKER}: names global_step_3",
+    "remove it to start anew",
+)
+def _(run: Run) -> None:
+    shutil.rmtree(run.checkpoint)
+
+
+def resume_from(run: Run, path: Path) -> None:
+    run.set("trainer.resume_mode", "resume_path")
+    run.set("trainer.resume_from_path", str(path))
+
+
+@case("checkpoint: another folder", "trainer.resume_from_path: {model} is no folder named global_step_<N>", "")
+def _(run: Run) -> None:
+    resume_from(run, run.model)
+
+
+@case(
+    "checkpoint: its actor folder",
+    "trainer.resume_from_path: {checkpoint}/actor is no folder named global_step_<N>",
+    "",
+)
+def _(run: Run) -> None:
+    resume_from(run, run.checkpoint / "actor")
+
+
+@case("checkpoint: a file", "trainer.resume_from_path: {folder}/global_step_9 is no folder named global_step_<N>", "")
+def _(run: Run) -> None:
+    (run.folder / "global_step_9").write_text("")
+    resume_from(run, run.folder / "global_step_9")
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(CASES) >= 60
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(run: Run, capsys, name: str) -> None:
+    spoil, begins, fix = CASES[name]
+    spoil(run)
+    places = {name: str(getattr(run, name)) for name in ("train", "model", "checkpoint", "folder")}
+    message = run.message()
+    assert message.startswith(f"error: {begins.format(**places) if '{' in begins else begins}")
+    assert (fix.format(**places) if "{" in fix else fix) in message
+    assert "launched" not in capsys.readouterr().out
+    assert not (run.folder / "out/config.yaml").exists()
+
+
+# ---------------------------------------------------------------- the environment
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "said"),
+    [
+        ("SKPO_PLATFORM", "tpu", "SKPO_PLATFORM: is 'tpu' in the environment, must be cpu or gpu"),
+        ("SKPO_PLATFORM", "", "SKPO_PLATFORM: is '' in the environment, must be cpu or gpu"),
+        ("SKPO_NUM_THREADS", "two", "SKPO_NUM_THREADS: is 'two' in the environment, must be a whole number above 0"),
+        ("SKPO_NUM_THREADS", "0", "SKPO_NUM_THREADS: is '0' in the environment, must be a whole number above 0"),
+        ("SKPO_NUM_THREADS", "-2", "SKPO_NUM_THREADS: is '-2' in the environment, must be a whole number above 0"),
+        ("SKPO_CACHE", __file__, f"SKPO_CACHE: {__file__} is a file; set it to a folder"),
+        ("TENSORBOARD_DIR", __file__, f"TENSORBOARD_DIR: {__file__} is a file; set it to a folder"),
+    ],
+)
+def test_a_bad_variable_of_the_environment(monkeypatch, name: str, given: str, said: str) -> None:
+    monkeypatch.setenv("SKPO_PLATFORM", "cpu")
+    monkeypatch.setenv(name, given)
+    monkeypatch.setattr("sys.argv", ["main"])
+    monkeypatch.setattr(main, "run", lambda: pytest.fail("Hydra was called"))
+    with pytest.raises(SystemExit) as exit_info:
+        main.main()
+    assert str(exit_info.value.code).startswith(f"error: {said}")
+    assert len(str(exit_info.value.code).splitlines()) == 1
+
+
+def test_another_platform_of_verl_in_the_environment(run: Run, monkeypatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setenv("VERL_PLATFORM", "nvidia")
+    with pytest.raises(RuntimeError, match=r"^VERL_PLATFORM=nvidia is set .* unset VERL_PLATFORM or choose the same"):
+        main.apply_platform(run.config)
+
+
+# ---------------------------------------------------------------- prompt templates
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\xff\xfe\x00", "cannot be read as a template"),
+        (b"messages: [", "cannot be read as a template"),
+        (b"- a list", "needs the one key 'messages'"),
+        (b"messages: []", "needs {question} exactly once"),
+        (b"messages: hello", "key 'messages' is not a list of {role, content}"),
+        (b"messages: [{role: user}]", "key 'messages' is not a list of {role, content}"),
+        (b"messages: [{role: user, content: 5}]", "key 'messages' is not a list of {role, content}"),
+        (b"messages: [{role: user, content: hello}]", "needs {question} exactly once"),
+        (b"messages: [{role: user, content: '{question} {question}'}]", "needs {question} exactly once"),
+    ],
+)
+def test_a_bad_prompt_template(tmp_path: Path, content: bytes, said: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    with pytest.raises(DataError) as error:
+        load_prompt_template(str(file))
+    message = str(error.value)
+    assert message.startswith(f"{file}: ") and said in message and len(message.splitlines()) == 1
+
+
+def test_config_error_is_what_main_catches() -> None:
+    assert issubclass(ConfigError, ValueError)
