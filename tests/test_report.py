@@ -104,7 +104,7 @@ def row(text: str, label: str) -> list[str]:
 
 def test_summary_shows_the_numbers_before_and_after(tmp_path: Path) -> None:
     text = summary(run(tmp_path), minutes=7.5)
-    assert "SKPO: 4 steps, 7.5 minutes" in text
+    assert f"{tmp_path.name}: 4 steps, 7.5 minutes" in text
     assert row(text, f"held-out {SOURCE}, greedy") == ["step", "0", "step", "4"]
     assert row(text, "accuracy among well-formed") == ["0.500", "0.500"]
     assert row(text, "share of well-formed answers") == ["0.200", "0.900"]
@@ -128,7 +128,7 @@ def test_a_source_that_was_not_there_before_has_no_number_before(tmp_path: Path)
 
 def test_a_run_that_wrote_nothing_still_has_a_summary(tmp_path: Path) -> None:
     text = summary(tmp_path, minutes=0.0)
-    assert "SKPO: 0 steps" in text
+    assert f"{tmp_path.name}: 0 steps" in text
     assert "held-out" not in text and "checkpoint" not in text and "trees" not in text
 
 

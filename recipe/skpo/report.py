@@ -44,7 +44,8 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
     lines = read_lines(output_dir / "metrics.jsonl")
     validated = [(int(line["step"]), held_out(line)) for line in lines if held_out(line)]
     steps = max((int(line["step"]) for line in lines), default=0)
-    text = ["", f"SKPO: {steps} steps" + (f", {minutes:.1f} minutes in this launch" if minutes is not None else "")]
+    launch = f", {minutes:.1f} minutes in this launch" if minutes is not None else ""
+    text = ["", f"{output_dir.name}: {steps} steps{launch}"]
     if validated:
         (first, before), (last, after) = validated[0], validated[-1]
         for source in after:

@@ -82,7 +82,7 @@ def test_resumes_after_a_kill_and_ends_well(run: dict) -> None:
     again = run["again"]
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert "global_step_2" in again.stdout + again.stderr
-    assert "SKPO: 3 steps" in again.stdout
+    assert "out: 3 steps" in again.stdout
 
 
 def test_metrics_are_kept_over_the_kill(run: dict) -> None:
