@@ -131,7 +131,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(main, name, step)
 
-    for name in ("check_config", "check_data", "check_prompt_lengths", "check_resume", "prepare_data", "prepare_model"):
+    for name in ("check_config", "check_reward", "check_data", "check_prompt_lengths", "check_resume", "prepare_data", "prepare_model"):
         watch(name, getattr(main, name))
     for name in ("apply_platform", "launch", "summary", "write_report"):
         watch(name)
@@ -212,6 +212,8 @@ def test_a_run_checks_then_launches_then_reports(config, steps, tmp_path: Path) 
     good_files(config, tmp_path)
     main.run.__wrapped__(config)
     assert steps.index("check_config") < steps.index("apply_platform") < steps.index("check_data")
+    # A reward may import verl, which settles on a platform then.
+    assert steps.index("apply_platform") < steps.index("check_reward") < steps.index("prepare_data")
     assert steps.index("check_data") < steps.index("prepare_model") < steps.index("check_prompt_lengths")
     assert steps[-4:] == ["check_resume", "launch", "summary", "write_report"]
     saved = OmegaConf.load(tmp_path / "out" / "config.yaml")

@@ -35,6 +35,7 @@ from recipe.skpo.preflight import (
     check_loggers,
     check_method_settings,
     check_resume,
+    check_reward,
     is_finished,
 )
 from recipe.skpo.report import summary
@@ -273,6 +274,7 @@ def run(config: DictConfig) -> None:
         check_folders(config)
         check_loggers(config)
         apply_platform(config)
+        check_reward(config)
         prepare_data(config)
         check_data(config)
         prepare_model(config)

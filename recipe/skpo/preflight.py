@@ -206,7 +206,6 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
                 "(data.gen_batch_size, trainer.v1.sampler.sync_refill_failed_groups)"
             )
     _check_saving(config)
-    check_reward(config)
     if config.method.name == "skpo":
         _check_context(config, settings)
 
@@ -247,6 +246,8 @@ def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
 
 def check_reward(config: DictConfig) -> None:
     """Refuse a reward that cannot be loaded, and an unknown option of our own.
+
+    The file may import anything, verl included, so the platform must have been applied.
 
     Raises:
         ValueError: naming the config path, and what was found there or the known values.
