@@ -131,7 +131,15 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(main, name, step)
 
-    for name in ("check_config", "check_reward", "check_data", "check_prompt_lengths", "check_resume", "prepare_data", "prepare_model"):
+    for name in (
+        "check_config",
+        "check_reward",
+        "check_data",
+        "check_prompt_lengths",
+        "check_resume",
+        "prepare_data",
+        "prepare_model",
+    ):
         watch(name, getattr(main, name))
     for name in ("apply_platform", "launch", "summary", "write_report"):
         watch(name)

@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from recipe.skpo.checkpoints import MARKER, METRICS_FILE, marked_step, stored_ch
 from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments, segments
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.state import FILE_NAME
+from tests.e2e.processes import alive, seconds_until_gone
 from tests.e2e.tiny import overrides
 
 pytestmark = [pytest.mark.e2e, pytest.mark.resume, pytest.mark.nightly, pytest.mark.timeout(5400)]
@@ -64,6 +64,9 @@ EXACT = [
     "actor_rollout_ref.rollout.enable_prefix_caching=false",
 ]
 
+PATIENT = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""After a SIGKILL these two try for a minute or two to tell a dead server of Ray's; they hold nothing of the run."""
+
 MACHINE = ("timing", "perf/", "seconds")
 """Parts of the names of metrics that measure the machine."""
 
@@ -83,7 +86,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 
 def launch(folder: Path, module: list[str], arguments: list[str]) -> tuple[int, str]:
-    """Run to the end; exit code and output.  Ray's processes are gone when it returns."""
+    """Run to the end; exit code and output.  Its processes are gone when it returns."""
     log, before = folder / f"{len(list(folder.glob('*.log')))}.log", segments()
     with log.open("w") as out:
         process = subprocess.Popen(
@@ -97,21 +100,21 @@ def launch(folder: Path, module: list[str], arguments: list[str]) -> tuple[int, 
             code = process.wait(timeout=900)
         finally:
             process.kill()
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and (left := of_session(process.pid)):
-        time.sleep(0.2)
-    assert not left, f"still there after {module}: {left}"
+    left = of_session(process.pid)
+    seconds_until_gone([member for member, title in left.items() if title not in PATIENT], 60)
+    for member in alive(list(left)):
+        member.kill()
     remove_segments(leftover_segments(before))
     return code, log.read_text(errors="replace")
 
 
-def of_session(session: int) -> list[str]:
-    """Command lines of the processes that a launch left."""
-    found = []
+def of_session(session: int) -> dict[psutil.Process, str]:
+    """The processes that a launch left, and their titles."""
+    found = {}
     for process in psutil.process_iter():
         try:
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline())[:80])
+            if os.getsid(process.pid) == session:
+                found[process] = " ".join(process.cmdline()).strip()
         except (ProcessLookupError, psutil.NoSuchProcess):
             continue
     return found
