@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from tests.rollout_setup import (  # the fixtures are used by name
     ANSWER,
@@ -226,6 +226,14 @@ async def test_what_failed_is_counted_by_its_cause(two_phases) -> None:
         "sibling: RuntimeError: the server died": G - 1,
     }
     assert setup.worker.take_failures() == {}
+
+
+def test_an_error_of_another_actor_is_counted_by_its_first_line() -> None:
+    from recipe.skpo.rollout import cause_of
+
+    remote = [RayTaskError("compute_score", "the traceback", ValueError("bad\nworse"), pid=pid) for pid in (1, 2)]
+    assert {cause_of("sibling", error) for error in remote} == {"sibling: ValueError: bad"}
+    assert {cause_of("sibling", error.as_instanceof_cause()) for error in remote} == {"sibling: ValueError: bad"}
 
 
 async def test_a_dropped_prompt_is_counted_by_its_cause(two_phases) -> None:

@@ -5,6 +5,7 @@ through Hydra in this process; and where a config is enough the function that Hy
 """
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -366,6 +367,19 @@ def test_the_platform_is_what_the_driver_says(tmp_path: Path, monkeypatch, scrip
         tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main.detect_platform() == platform
+
+
+def test_warnings_are_seen_where_vllm_is_imported(monkeypatch, capsys) -> None:
+    ours = logging.getLogger("recipe.skpo")
+    for name in ("handlers", "propagate", "level"):
+        monkeypatch.setattr(ours, name, getattr(ours, name))
+    main.keep_warnings()
+    # What importing vLLM's server does (model_hosting_container_standards/logging_config.py).
+    monkeypatch.setattr(logging.root, "level", logging.ERROR)
+    logging.getLogger("recipe.skpo.base_trainer").warning("failures in step 3")
+    logging.getLogger("elsewhere").warning("silent")
+    written = capsys.readouterr().err
+    assert written.startswith("WARNING:") and written.endswith(":failures in step 3\n") and written.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,15 @@ def clean_shared_memory(active: bool) -> Iterator[None]:
         remove_segments(leftover_segments(before))
 
 
+def keep_warnings() -> None:
+    """Give our loggers a handler of their own, as verl does with its own: vLLM's import silences root below ERROR."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s:%(asctime)s:%(message)s"))
+    ours = logging.getLogger("recipe.skpo")
+    ours.handlers, ours.propagate = [handler], False
+    ours.setLevel(os.environ.get("VERL_LOGGING_LEVEL", "INFO"))
+
+
 def launch(config: DictConfig) -> None:
     """Hand the checked config to verl."""
     import ray
@@ -234,6 +243,7 @@ def launch(config: DictConfig) -> None:
         """verl's runner; importing our trainers registers them inside the actor's process."""
 
         def run(self, config: DictConfig) -> None:
+            keep_warnings()
             import recipe.skpo.baselines
             import recipe.skpo.trainer  # noqa: F401
 

@@ -35,6 +35,7 @@ from typing import Any
 import ray
 import torch
 import transfer_queue as tq
+from ray.exceptions import RayTaskError
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
@@ -88,7 +89,13 @@ class SkipPrompt:
 
 
 def cause_of(kind: str, error: BaseException) -> str:
-    """What is counted of a failure: ``kind`` (prompt, candidate, sibling, session) and the first line of the error."""
+    """What is counted of a failure: ``kind`` (prompt, candidate, sibling, session) and the first line of the error.
+
+    Of an error in another Ray actor it is the first line of that error: Ray's own line has process numbers in it, by
+    which equal causes would be counted apart.
+    """
+    while isinstance(error, RayTaskError) and error.cause is not None:
+        error = error.cause
     lines = str(error).splitlines() or [""]
     return f"{kind}: {type(error).__name__}: {lines[0]}"[:300]
 

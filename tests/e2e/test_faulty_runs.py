@@ -108,6 +108,7 @@ def test_a_run_goes_on_under_faults_and_counts_them(start) -> None:
     assert run.steps() == [1, 2, 3, 4, 5, 6]
     lines = [line for line in read_lines(run.folder / "out/metrics.jsonl") if "skpo/loss" in line]
     assert sum(line["skpo/requests_failed"] for line in lines) > 0
+    assert "failures in step" in run.text() and "ValueError: injected: the reward function failed" in run.text()
     run.leaves_nothing()
 
 
