@@ -48,7 +48,7 @@ def cluster() -> Iterator:
 def launch(folder: Path, cluster, *extra: str) -> subprocess.Popen:
     arguments = [
         *tiny.overrides(folder),
-        f"+ray_kwargs.ray_init.address={cluster.address}",
+        f"ray_kwargs.ray_init.address={cluster.address}",
         # Ray takes these only where it starts a cluster itself.
         *(f"ray_kwargs.ray_init.{name}=null" for name in ("num_cpus", "num_gpus", "object_store_memory")),
         "ray_kwargs.ray_init.include_dashboard=null",

@@ -89,6 +89,9 @@ def environment(num_threads: int, kv_cache_gib: int) -> dict[str, str]:
         # "GPU" is a logical resource here. "1" would empty CUDA_VISIBLE_DEVICES in actors that hold none, and
         # the next ray.init(num_gpus=1) below such an actor would be refused. "0" is the default of Ray 2.60.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        # Ray records every call for its dashboard, which is off here: 100,000 of them by default, up to which its
+        # server grows by half a megabyte per step.
+        "RAY_task_events_max_num_task_in_gcs": "1000",
         # No telemetry: it costs threads and, on a machine without a network, time-outs.
         "RAY_USAGE_STATS_ENABLED": "0",
         "VLLM_NO_USAGE_STATS": "1",
