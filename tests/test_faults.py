@@ -686,7 +686,11 @@ def test_the_soak_measures_a_slope_after_the_warm_up() -> None:
     soak = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(soak)
     steps = range(200)
-    grows = [{"step": step, "mib": 1000 + (0.5 * step if step > soak.WARM_UP else -40 * step)} for step in steps]
-    slope, mean = soak.memory_slope(grows)
-    assert slope == pytest.approx(50.0) and 1000 < mean < 1100
-    assert soak.memory_slope([{"step": step, "mib": 7.0} for step in steps])[0] == pytest.approx(0.0, abs=1e-9)
+    readings = [
+        {"step": step, "programs": {"a": 1000 + (0.5 * step if step > soak.WARM_UP else -40 * step), "b": 7.0}}
+        for step in steps
+    ]
+    ending = [{"step": 199, "programs": {"b": 1.0}}] * 20
+    slopes = soak.memory_slopes([*readings, *ending])
+    assert slopes == pytest.approx({"all": 50.0, "a": 50.0, "b": 0.0}, abs=1e-9)
+    assert soak.memory_slopes(readings[:10]) == {"all": 0.0}

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
@@ -18,16 +19,18 @@ def tree(pid: int) -> list[psutil.Process]:
         return []
 
 
-def resident_bytes(processes: list[psutil.Process]) -> int:
-    """Memory of all processes, a page that several share divided among them (PSS)."""
-    total = 0
+def resident_bytes(processes: list[psutil.Process]) -> dict[str, int]:
+    """Memory by program, a page that several processes share divided among them (PSS)."""
+    total: Counter[str] = Counter()
     for process in processes:
         try:
             lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-        except (OSError, ProcessLookupError):
+            # Ray titles its actors "ray::WorkerDict.update_actor".
+            program = process.name().split(".")[0]
+        except (OSError, psutil.NoSuchProcess):
             continue
-        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
-    return total
+        total[program] += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return dict(total)
 
 
 def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
