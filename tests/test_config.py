@@ -13,7 +13,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.skpo.main import context_length, rows_per_prompt, single_responses
-from recipe.skpo.preflight import check_config
+from recipe.skpo.preflight import check_config, check_reward
 from recipe.skpo.settings import RECORDS, ConfigError, SkpoSettings, TrackerSettings, known_keys
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -234,7 +234,7 @@ def test_the_answer_format_reaches_the_reward(compose_config) -> None:
     assert verdicts == [1.0, -1.0]
     config = compose_config(f"{key}=loose")
     with pytest.raises(ValueError, match=rf"{key}: 'loose' is unknown; known are any, boxed, hash, line"):
-        check_config(config, SkpoSettings.from_config(config.skpo))
+        check_reward(config)
 
 
 def test_every_run_has_a_folder_of_its_own(run_config) -> None:
