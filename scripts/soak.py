@@ -133,7 +133,7 @@ def main() -> int:
             readings, processes = watch(process, folder, options.minutes * 60)
         finally:
             if process.poll() is None:
-                process.send_signal(signal.SIGINT)
+                process.terminate()
                 process.wait(60)
     lines = [line for line in read_lines(folder / "out/metrics.jsonl") if "skpo/loss" in line]
     slopes = memory_slopes(readings)

@@ -37,6 +37,8 @@ class Run:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell ignores it for what it starts in the background, and so would all below it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def steps(self) -> list[int]:
@@ -84,15 +86,16 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         run.process.wait()
 
 
-def test_ctrl_c_ends_everything_within_15_seconds(start) -> None:
-    """A terminal sends it to every process of the foreground group."""
+@pytest.mark.parametrize("end", [os.killpg, os.kill], ids=["ctrl_c", "sigterm"])
+def test_ctrl_c_and_sigterm_end_everything_within_15_seconds(start, end: Callable[[int, int], None]) -> None:
+    """A terminal sends the one to every process of the foreground group, a scheduler the other to the command."""
     run = start("trainer.total_training_steps=1000")
     run.wait(run.trained(2), START_S)
-    pressed = time.monotonic()
-    os.killpg(run.process.pid, signal.SIGINT)
+    ended = time.monotonic()
+    end(run.process.pid, signal.SIGINT if end is os.killpg else signal.SIGTERM)
     run.wait(run.ended, 15)
-    run.leaves_nothing(15 - (time.monotonic() - pressed))
-    print(f"everything was gone {time.monotonic() - pressed:.1f} s after Ctrl-C")
+    run.leaves_nothing(15 - (time.monotonic() - ended))
+    print(f"everything was gone {time.monotonic() - ended:.1f} s after it")
 
 
 def test_a_run_goes_on_under_faults_and_counts_them(start) -> None:
