@@ -29,6 +29,8 @@ from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import FILE_NAME
 from tests.e2e.killed import POINTS, install
 
+pytestmark = pytest.mark.resume
+
 STEPS, SAVE_EVERY = 7, 2
 ROWS, BATCH = 12, 4  # three steps per epoch
 
