@@ -593,24 +593,32 @@ weight_sync._TELL_S = 0.2
 
 class Server:  # stands for the Ray handle of a vLLM server whose receiver never answers
     def __init__(self, outcome):
-        self.collective_rpc = SimpleNamespace(remote=self.call)
+        self.collective_rpc = self.wake_up = self.sleep = SimpleNamespace(remote=self.call)
         self.outcome = outcome
 
     def call(self, *args, **kwargs):
         future = asyncio.get_running_loop().create_future()
         if self.outcome == "fails":
             future.set_exception(ValueError("no such weight"))
+        if self.outcome == "has a time-out":
+            future.set_exception(TimeoutError("its own"))
         if self.outcome == "is gone":
             future.set_result(None)
         return future
 
-async def sync(outcome, peer=False, rank_has_server=True):
+def make(outcome):
     made = adapter.__new__(adapter)
     made.config = SimpleNamespace(
         custom={"weight_sync_timeout_s": 1.0},
         checkpoint_engine=SimpleNamespace(update_weights_bucket_megabytes=1),
+        free_cache_engine=True,
     )
-    made.server_handle, made._has_server, made.use_shm = Server(outcome), rank_has_server, True
+    made.server_handle, made._has_server, made.use_shm = Server(outcome), True, True
+    return made
+
+async def sync(outcome, peer=False, rank_has_server=True):
+    made = make(outcome)
+    made._has_server = rank_has_server
     made.zmq_handle = f"ipc://{sys.argv[1]}/weights.sock"
     # A receiver that takes the first message and answers nothing; without one, nothing can even be sent.
     other = zmq.Context()
@@ -626,8 +634,15 @@ async def sync(outcome, peer=False, rank_has_server=True):
     other.destroy(linger=0)
     return message, time.monotonic() - started
 
+async def call(outcome, method, *args):
+    try:
+        await getattr(make(outcome), method)(*args)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
 CASES = [("fails",), ("fails", True), ("hangs", True), ("is gone", True), ("fails", True, False)]
-print(json.dumps([asyncio.run(sync(*case)) for case in CASES]))
+CALLS = [("hangs", "resume", ["weights"]), ("hangs", "release"), ("is gone", "release"), ("has a time-out", "release")]
+print(json.dumps([[asyncio.run(sync(*case)) for case in CASES], [asyncio.run(call(*case)) for case in CALLS]]))
 """
 
 
@@ -647,10 +662,17 @@ def test_weights_that_nobody_acknowledges_stop_the_run(tmp_path: Path) -> None:
         "an answer was lost",
         "does not talk to the server",
     ]
-    for (message, seconds), reason in zip(json.loads(done.stdout.splitlines()[-1]), reasons, strict=True):
+    syncs, calls = json.loads(done.stdout.splitlines()[-1])
+    for (message, seconds), reason in zip(syncs, reasons, strict=True):
         assert "within skpo.weight_sync_timeout_s=1 s" in message and reason in message
         assert 1.0 <= seconds < 10
     assert not list(tmp_path.iterdir()), "the socket is gone"
+    assert calls == [
+        "WeightSyncError: vLLM did not answer wake_up within skpo.weight_sync_timeout_s=1 s",
+        "WeightSyncError: vLLM did not answer sleep within skpo.weight_sync_timeout_s=1 s",
+        None,
+        "TimeoutError: its own",
+    ]
 
 
 @pytest.mark.parametrize("given", [None, "mine", ["mine", "other"]])

@@ -815,6 +815,37 @@ def test_a_replica_that_died_stops_the_run_and_names_the_way_on(make_trainer, me
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("error", [None, TimeoutError("its own")], ids=["hangs", "fails"])
+def test_a_replica_that_does_not_fall_asleep_is_not_waited_for_without_end(make_trainer, error) -> None:
+    import asyncio
+
+    from verl.checkpoint_engine import CheckpointEngineManager
+
+    from recipe.skpo.rollout import RolloutError
+
+    async def sleep() -> None:
+        await (asyncio.Event().wait() if error is None else asyncio.sleep(0))
+        raise error
+
+    trainer = make_trainer(weight_sync_timeout_s=1)
+    synchronised = []
+    engine = SimpleNamespace(backend="naive", custom_backend_module=None)
+    trainer.checkpoint_manager = CheckpointEngineManager(engine, None, [SimpleNamespace(sleep=sleep)])
+    trainer.checkpoint_manager.update_weights = synchronised.append
+    trainer.on_init_end()
+    assert synchronised == [1], "as verl's"
+    with pytest.raises(RolloutError if error is None else TimeoutError) as raised:
+        trainer.on_sample_end()
+    if error is None:
+        assert str(raised.value) == (
+            "the rollout cannot go on in step 1: a rollout server is alive and has not answered within "
+            "skpo.weight_sync_timeout_s=1 s; the same command resumes from the last checkpoint"
+        )
+    else:
+        assert raised.value is error
+
+
+@pytest.mark.faults
 def test_every_trainer_waits_with_a_bound(make_trainer) -> None:
     from recipe.skpo.replay import BoundedReplayBuffer
 

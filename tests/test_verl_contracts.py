@@ -17,6 +17,7 @@ BASE = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
 SYNC = "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync"
 WORKER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class__"
 BUFFER = "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer"
+REPLICAS = "verl.checkpoint_engine:CheckpointEngineManager"
 LOOPS = "verl.experimental.agent_loop.agent_loop"
 MANAGER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ"
 ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
@@ -93,7 +94,16 @@ SEAMS = [
     (f"{SYNC}.__init__", "(self, config)", "base_trainer.BaseTrainer.__init__ extends it"),
     (f"{SYNC}._build_replay_buffer", "(self)", "base_trainer.BaseTrainer sets trainer_mode before it runs"),
     (f"{SYNC}._init_dataloader", "(self)", "base_trainer.BaseTrainer replaces train_dataloader after it"),
-    (f"{SYNC}.on_init_end", "(self)", "trainer.SkpoTrainer sets the loss function there"),
+    (
+        f"{SYNC}.on_init_end",
+        "(self)",
+        "base_trainer.BaseTrainer bounds the manager's waits there, trainer.SkpoTrainer sets the loss function",
+    ),
+    (
+        f"{REPLICAS}.sleep_replicas",
+        "(self)",
+        "replicas.BoundedCheckpointManager gives it a time-out",
+    ),
     (f"{SYNC}._load_checkpoint", "(self)", "base_trainer.BaseTrainer loads its state after it"),
     (f"{SYNC}._save_checkpoint", "(self)", "base_trainer.BaseTrainer saves its state before it; on_train_end calls it"),
     (
@@ -295,20 +305,28 @@ def test_signature_is_the_pinned_one(place: str, pinned: str, ours: str) -> None
 
 def our_classes() -> dict[str, tuple[type, str]]:
     """Every class of ours that stands below one of verl's, with the latter's place."""
-    from recipe.skpo import base_trainer, baselines, prefix_engine, replay, rollout, trainer
+    from recipe.skpo import base_trainer, baselines, prefix_engine, replay, replicas, rollout, trainer
 
     found = {}
-    for module in (rollout, replay, base_trainer, trainer, baselines, prefix_engine):
+    for module in (rollout, replay, replicas, base_trainer, trainer, baselines, prefix_engine):
         for name, value in vars(module).items():
             if inspect.isclass(value) and value.__module__ == module.__name__:
-                for place in (WORKER, MANAGER, SYNC, BUFFER, ENGINE):
+                for place in (WORKER, MANAGER, SYNC, BUFFER, REPLICAS, ENGINE):
                     if issubclass(value, locate(place)):
                         found[name] = (value, place)
     return found
 
 
 OURS = ["MeteredWorker", "SkpoAgentLoopWorker", "MeteredManager", "SkpoAgentLoopManager"]
-OURS += ["BoundedReplayBuffer", "BaseTrainer", "SkpoTrainer", "BaselineTrainer", "SpoTrainer", "SharedPrefixEngine"]
+OURS += [
+    "BoundedReplayBuffer",
+    "BoundedCheckpointManager",
+    "BaseTrainer",
+    "SkpoTrainer",
+    "BaselineTrainer",
+    "SpoTrainer",
+    "SharedPrefixEngine",
+]
 
 
 def overridden(name: str) -> dict[str, Any]:
@@ -316,7 +334,7 @@ def overridden(name: str) -> dict[str, Any]:
     ours, place = our_classes()[name]
     base = locate(place)
     found = {key: value for key, value in vars(ours).items() if callable(value) and hasattr(base, key)}
-    if name == "BoundedReplayBuffer":
+    if name.startswith("Bounded"):
         del found["__init__"]  # it takes over what verl's has built, and calls none
     return found
 
@@ -686,6 +704,19 @@ WEIGHT_FACTS = [
         f"{VLLM_ROLLOUT}/vllm_rollout.py",
         "async def _execute_method( self, method: str, non_block: bool = False,",
         "weight_sync.BoundedServerAdapter._execute_method overrides it",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        "def _ensure_server_handle(self) -> bool:",
+        "weight_sync.BoundedServerAdapter._ensure_server_handle bounds the handle's waits",
+    ),
+    *(
+        (
+            f"{VLLM_ROLLOUT}/vllm_rollout.py",
+            f"if self.config.free_cache_engine and self._ensure_server_handle(): await self.server_handle.{call}",
+            "weight_sync.BoundedServerAdapter._ensure_server_handle runs before the handle is used",
+        )
+        for call in ("wake_up.remote(tags=tags)", "sleep.remote()")
     ),
     (
         "workers/rollout/base.py",

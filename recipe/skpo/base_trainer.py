@@ -29,6 +29,7 @@ from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remov
 from recipe.skpo.curriculum import PrioritisedBatches
 from recipe.skpo.metrics import MetricsFile, plain_numbers
 from recipe.skpo.replay import BoundedReplayBuffer
+from recipe.skpo.replicas import BoundedCheckpointManager
 from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager, RolloutError
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
@@ -72,6 +73,10 @@ class BaseTrainer(PPOTrainerSync):
             return buffer
         limits = (self.settings.prompt_timeout_s, self.settings.max_dropped_share)
         return BoundedReplayBuffer(buffer, *limits, lambda: self.agent_loop_manager.take_failures())
+
+    def on_init_end(self) -> None:
+        self.checkpoint_manager = BoundedCheckpointManager(self.checkpoint_manager, self.settings.weight_sync_timeout_s)
+        super().on_init_end()
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
@@ -147,10 +152,11 @@ class BaseTrainer(PPOTrainerSync):
     def on_sample_end(self) -> None:
         try:
             super().on_sample_end()
-        except RayActorError as error:
+        except (RayActorError, RolloutError) as error:
+            what = "a rollout server died" if isinstance(error, RayActorError) else "the rollout cannot go on"
             raise RolloutError(
-                f"a rollout server died in step {self.global_steps}: {str(error).splitlines()[0]}; the same command "
-                f"resumes from the last checkpoint"
+                f"{what} in step {self.global_steps}: {str(error).splitlines()[0]}; the same command resumes from the "
+                f"last checkpoint"
             ) from error
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:

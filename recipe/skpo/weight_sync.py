@@ -1,13 +1,16 @@
-"""Weights to vLLM with a bound on the wait for its answer.
+"""Weights to vLLM with a bound on every wait for its answer.
 
 verl's sender waits without a time-out for the acknowledgement of every bucket, and its receiver sends none when it
 fails (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py): the run would stand still for good.  Here every
-socket that is opened during a sync gets a time-out, and what vLLM says about its failure becomes the error.
+socket that is opened during a sync gets a time-out, and what vLLM says about its failure becomes the error.  So does
+every call to the server around it, such as the one that wakes it up: a server may be alive and hang.
 
 Importing ``recipe.skpo.weight_sync_registration`` (``model.external_lib``) puts this class in place of verl's.
 """
 
 import asyncio
+from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any
 
 import zmq
@@ -22,10 +25,62 @@ class WeightSyncError(RuntimeError):
     """Weights did not reach the inference server; the message says why, where that is known."""
 
 
+class BoundedHandle:
+    """A server's Ray handle that waits for no answer longer than ``seconds``, counted from when it is awaited."""
+
+    def __init__(self, handle: Any, seconds: float) -> None:
+        self._handle, self._seconds = handle, seconds
+
+    def __getattr__(self, method: str) -> "_BoundedMethod":
+        return _BoundedMethod(method, getattr(self._handle, method), self._seconds)
+
+
+@dataclass(frozen=True)
+class _BoundedMethod:
+    name: str
+    method: Any
+    seconds: float
+
+    def remote(self, *args: Any, **kwargs: Any) -> "_BoundedAnswer":
+        return _BoundedAnswer(self.name, self.method.remote(*args, **kwargs), self.seconds)
+
+
+@dataclass(frozen=True)
+class _BoundedAnswer:
+    name: str
+    answer: Any
+    seconds: float
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        try:
+            async with asyncio.timeout(self.seconds) as bound:
+                return await self.answer
+        except TimeoutError as error:
+            if not bound.expired():  # the server's own
+                raise
+            raise WeightSyncError(
+                f"vLLM did not answer {self.name} within skpo.weight_sync_timeout_s={self.seconds:g} s"
+            ) from error
+
+
 class BoundedServerAdapter(ServerAdapter):
     """verl's adapter of an actor to its vLLM server; ``rollout.custom.weight_sync_timeout_s`` bounds its waits."""
 
     receiving: Any = None
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds within which the server must have answered."""
+        return float(self.config.custom["weight_sync_timeout_s"])
+
+    def _ensure_server_handle(self) -> bool:
+        reached = super()._ensure_server_handle()
+        if reached and not isinstance(self.server_handle, BoundedHandle):
+            self.server_handle: Any = BoundedHandle(self.server_handle, self.timeout_s)
+        return reached
 
     async def _execute_method(self, method: str, *args: Any, **kwargs: Any) -> Any:
         result = await super()._execute_method(method, *args, **kwargs)
@@ -38,9 +93,9 @@ class BoundedServerAdapter(ServerAdapter):
         """As verl's.
 
         Raises:
-            WeightSyncError: the server did not acknowledge a bucket in time.
+            WeightSyncError: the server did not acknowledge a bucket, or answer a call, in time.
         """
-        seconds = float(self.config.custom["weight_sync_timeout_s"])
+        seconds = self.timeout_s
         context: Any = zmq.Context.instance()
         before = dict(context.sockopts)
         # What a context is told holds for the sockets it makes from then on, verl's among them.

@@ -138,15 +138,32 @@ def test_a_vllm_that_fails_to_receive_weights_stops_the_run(start) -> None:
     run.leaves_nothing()
 
 
+def the_server(run: Run) -> psutil.Process:
+    (server,) = [member for member in tree(run.process.pid) if "vLLMHttpServer" in " ".join(member.cmdline())]
+    return server
+
+
 def test_a_rollout_server_that_dies_stops_the_run(start) -> None:
     run = start("trainer.total_training_steps=1000", "skpo.prompt_timeout_s=20")
     run.wait(run.trained(1), START_S)
-    servers = [member for member in tree(run.process.pid) if "vLLMHttpServer" in " ".join(member.cmdline())]
-    assert len(servers) == 1
-    servers[0].kill()
+    the_server(run).kill()
     killed = time.monotonic()
     run.wait(run.ended, 120)
     assert run.process.returncode != 0
     assert "vLLMHttpServer" in run.text() and "ActorDiedError" in run.text()
     print(f"the run had ended {time.monotonic() - killed:.1f} s after its server died")
+    run.leaves_nothing()
+
+
+def test_a_rollout_server_that_hangs_stops_the_run(start) -> None:
+    """Alive and silent, wherever the step is: prompts, putting it to sleep, or sending it weights."""
+    run = start("trainer.total_training_steps=1000", "skpo.prompt_timeout_s=10", "skpo.weight_sync_timeout_s=10")
+    run.wait(run.trained(1), START_S)
+    the_server(run).suspend()
+    suspended = time.monotonic()
+    run.wait(run.ended, 120)
+    assert run.process.returncode != 0
+    reasons = ("prompts were dropped", "a rollout server is alive and has not answered", "vLLM did not")
+    assert any(reason in run.text() for reason in reasons), run.text()[-4000:]
+    print(f"the run had ended {time.monotonic() - suspended:.1f} s after its server hung")
     run.leaves_nothing()

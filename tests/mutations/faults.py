@@ -17,6 +17,7 @@ WRONG_REWARDS = "test_a_prompt_whose_rewards_are_all_wrong_is_dropped"
 SHARE = "test_more_dropped_prompts_than_the_share_stop_the_run"
 VALIDATION = "test_validation_goes_on_without_a_reward"
 WEIGHTS = "test_weights_that_nobody_acknowledges_stop_the_run"
+ASLEEP = "test_a_replica_that_does_not_fall_asleep_is_not_waited_for_without_end"
 TRAINER, KILLS = "test_trainer.py", "test_kills.py"
 EVERY_KILL = "test_a_run_killed_at_every_point_is_the_run_that_never_was"
 
@@ -309,9 +310,33 @@ MUTATIONS = (
     one(
         "base_trainer",
         "a dead replica is Ray's to explain",
-        "except RayActorError as error:",
-        "except ZeroDivisionError as error:",
+        "except (RayActorError, RolloutError) as error:",
+        "except RolloutError as error:",
         "test_a_replica_that_died_stops_the_run_and_names_the_way_on",
+        file=TRAINER,
+    ),
+    one(
+        "base_trainer",
+        "verl's manager of the replicas is kept",
+        "BoundedCheckpointManager(self.checkpoint_manager, self.settings.weight_sync_timeout_s)",
+        "self.checkpoint_manager",
+        ASLEEP,
+        file=TRAINER,
+    ),
+    one(
+        "replicas",
+        "a hanging replica is waited for",
+        "asyncio.timeout(self.timeout_s)",
+        "asyncio.timeout(None)",
+        ASLEEP,
+        file=TRAINER,
+    ),
+    one(
+        "replicas",
+        "a replica's own time-out is taken for ours",
+        "if not bound.expired():",
+        "if False:",
+        ASLEEP,
         file=TRAINER,
     ),
     one(
@@ -348,6 +373,14 @@ MUTATIONS = (
         "wait_for(self.receiving, None)",
         WEIGHTS,
     ),
+    one(
+        "weight_sync",
+        "calls of the server are waited for",
+        "self.server_handle: Any = BoundedHandle(self.server_handle, self.timeout_s)",
+        "pass",
+        WEIGHTS,
+    ),
+    one("weight_sync", "the server's own time-out is taken for ours", "if not bound.expired():", "if False:", WEIGHTS),
     one(
         "main",
         "verl's adapter is kept",
