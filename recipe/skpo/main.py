@@ -15,12 +15,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import hydra
+import psutil
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -43,6 +44,9 @@ from recipe.skpo.secrets import reject_secret_overrides, reject_secrets
 from recipe.skpo.settings import HALF_LIVES, RECORDS, ConfigError, SkpoSettings, known_keys
 
 logger = logging.getLogger(__name__)
+
+_END_S = 5.0
+"""What processes get to end by themselves after Ray was shut down."""
 
 
 def rows_per_prompt(group_size: int) -> int:
@@ -213,6 +217,26 @@ def clean_shared_memory(active: bool) -> Iterator[None]:
         remove_segments(leftover_segments(before))
 
 
+def shut_down() -> None:
+    """Shut Ray down, and end what its node on this machine had started, directly or not.
+
+    A server that hangs is killed with the node, and its engine, which does not notice, would keep its memory for good.
+    Of a cluster that was there before, nothing is a child of this process.
+    """
+    import ray
+
+    started: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if child.name() == "raylet":
+                started += child.children(recursive=True)
+    ray.shutdown()
+    _, left = psutil.wait_procs(started, timeout=_END_S)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def keep_warnings() -> None:
     """Give our loggers a handler of their own, as verl does with its own: vLLM's import silences root below ERROR."""
     handler = logging.StreamHandler()
@@ -257,7 +281,7 @@ def launch(config: DictConfig) -> None:
         try:
             run_ppo(config, task_runner_class=ray.remote(SkpoTaskRunner))
         finally:
-            ray.shutdown()
+            shut_down()
 
 
 def report(output_dir: Path, minutes: float | None = None) -> None:

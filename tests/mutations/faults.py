@@ -355,6 +355,14 @@ MUTATIONS = (
         "test_a_dropped_prompt_is_counted_and_its_trackers_stay",
         file=TRAINER,
     ),
+    one(
+        "main",
+        "what a node of Ray leaves goes on",
+        "            process.kill()\n",
+        "            pass\n",
+        "test_what_a_node_of_ray_leaves_is_ended_with_it",
+        file="test_main.py",
+    ),
     # weights to vLLM
     one(
         "weight_sync",
