@@ -4,12 +4,12 @@ After every rollout the trainer puts the servers to sleep.  One that died raises
 would be waited for without end.  Weights are the actor's to send: ``weight_sync``.
 """
 
-import asyncio
 from typing import Any
 
 from verl.checkpoint_engine import CheckpointEngineManager
 from verl.utils.ray_utils import auto_await
 
+from recipe.skpo.bounds import answer_within
 from recipe.skpo.rollout import RolloutError
 
 
@@ -32,12 +32,8 @@ class BoundedCheckpointManager(CheckpointEngineManager):
         Raises:
             RolloutError: a server did not answer in time.
         """
-        try:
-            async with asyncio.timeout(self.timeout_s) as bound:
-                await super().sleep_replicas()
-        except TimeoutError as error:
-            if not bound.expired():  # a server's own
-                raise
-            raise RolloutError(
-                f"a rollout server is alive and has not answered within skpo.weight_sync_timeout_s={self.timeout_s:g} s"
-            ) from error
+        error = RolloutError(
+            f"a rollout server is alive and has not answered within skpo.weight_sync_timeout_s={self.timeout_s:g} s"
+        )
+        async with answer_within(self.timeout_s, error):
+            await super().sleep_replicas()

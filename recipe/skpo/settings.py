@@ -126,7 +126,8 @@ class SkpoSettings:
             no prompt ends for that long and a minute stops the run.
         max_dropped_share: largest share of a batch's prompts that may be dropped; more stop the run, and so does a
             batch without any prompt left.
-        weight_sync_timeout_s: seconds within which the inference server must acknowledge a bucket of weights.
+        weight_sync_timeout_s: seconds within which the inference server must acknowledge a bucket of weights, fall
+            asleep or wake up.
         poll_interval_s: seconds between two looks of verl's replay buffer at what has finished.
         trees_per_step: rollout trees (candidates, segment, responses, rewards) stored per step for people to read.
         trees_max_mb: bound of all stored trees in megabytes; over it, steps are removed so that the rest stays even.

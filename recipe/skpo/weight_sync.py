@@ -16,6 +16,8 @@ from typing import Any
 import zmq
 from verl.workers.rollout.vllm_rollout import ServerAdapter
 
+from recipe.skpo.bounds import answer_within
+
 RECEIVE = "update_weights_from_ipc"
 _TELL_S = 10.0
 """Seconds that vLLM gets to tell why it did not answer."""
@@ -55,15 +57,9 @@ class _BoundedAnswer:
         return self._wait().__await__()
 
     async def _wait(self) -> Any:
-        try:
-            async with asyncio.timeout(self.seconds) as bound:
-                return await self.answer
-        except TimeoutError as error:
-            if not bound.expired():  # the server's own
-                raise
-            raise WeightSyncError(
-                f"vLLM did not answer {self.name} within skpo.weight_sync_timeout_s={self.seconds:g} s"
-            ) from error
+        error = WeightSyncError(f"vLLM did not answer {self.name} within skpo.weight_sync_timeout_s={self.seconds:g} s")
+        async with answer_within(self.seconds, error):
+            return await self.answer
 
 
 class BoundedServerAdapter(ServerAdapter):
