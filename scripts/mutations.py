@@ -1,6 +1,6 @@
 """Break the program on purpose, one place at a time, and see that a test turns red each time.
 
-    python scripts/mutations.py                     # all, in several minutes on one core
+    python scripts/mutations.py                     # all, in a quarter of an hour
     python scripts/mutations.py golden loss state   # the method, of these modules alone
     python scripts/mutations.py faults              # the handling of faults
 
