@@ -235,6 +235,8 @@ def shut_down() -> None:
     for process in left:
         with suppress(psutil.NoSuchProcess):
             process.kill()
+    # Shared memory counts as used while they are there.
+    psutil.wait_procs(left, timeout=_END_S)
 
 
 def keep_warnings() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments
 from recipe.skpo.metrics import read_lines
 from tests.e2e import injected, tiny
 from tests.e2e.processes import alive, seconds_until_gone, shared_memory_files, tree
@@ -84,6 +85,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         for process in alive([*tree(run.process.pid), *run.seen.values()]):
             process.kill()
         run.process.wait()
+        remove_segments(leftover_segments(run.before))
 
 
 @pytest.mark.parametrize("end", [os.killpg, os.kill], ids=["ctrl_c", "sigterm"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments, segments
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
@@ -44,7 +45,7 @@ def saved_state(checkpoint: Path) -> SkpoState:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Two steps, SIGKILL right after their checkpoint, the same command again for one step more."""
-    folder = tmp_path_factory.mktemp("tiny")
+    folder, before = tmp_path_factory.mktemp("tiny"), segments()
     arguments = overrides(folder)
     with (folder / "first.log").open("w") as log:
         process = subprocess.Popen(
@@ -75,6 +76,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
         timeout=600,
         env=os.environ,
     )
+    # What the killed launch left; the next one cannot know whose it is.
+    remove_segments(leftover_segments(before))
     return {"folder": folder, "saved": saved, "again": again, "out": folder / "out"}
 
 
