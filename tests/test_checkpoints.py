@@ -74,11 +74,11 @@ def test_a_mark_is_one_number_and_replaced_as_a_whole(tmp_path: Path, monkeypatc
     mark(tmp_path, 12)
     assert (marked_step(tmp_path), (tmp_path / MARKER).read_text()) == (12, "12")
 
-    def full_disk(self: Path, text: str) -> int:
+    def full_disk(descriptor: int) -> None:
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full_disk)
+        patch.setattr("os.fsync", full_disk)
         with pytest.raises(OSError):
             mark(tmp_path, 13)
     assert marked_step(tmp_path) == 12

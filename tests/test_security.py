@@ -298,10 +298,10 @@ def test_variables_of_the_environment_get_into_no_file_and_no_output(
 def write_everything(folder: Path, compose_config) -> None:
     """A file of every kind that a run, a preparation or an analysis writes by itself."""
     from data_prep.schema import Row, write_parquet
-    from recipe.skpo.analysis.output import write_atomic
     from recipe.skpo.checkpoints import mark
     from recipe.skpo.html_report import write_report
     from recipe.skpo.metrics import MetricsFile
+    from recipe.skpo.output.files import write_atomic
     from recipe.skpo.trees import TREE_SCHEMA, TreeStore
 
     out = folder / "out"

@@ -6,7 +6,6 @@ marker names it, the marker is only ever moved to a whole one, and an older chec
 names a newer one (verl's own removal does not look at the marker and does not know our file).
 """
 
-import os
 import re
 import shutil
 import zipfile
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from recipe.skpo.output.files import write_atomic
 from recipe.skpo.settings import ConfigError
 from recipe.skpo.state import FILE_NAME
 
@@ -62,9 +62,7 @@ def mark(folder: Path, step: int | None) -> None:
     if step is None:
         marker.unlink(missing_ok=True)
         return
-    temporary = folder / f".{MARKER}.{os.getpid()}"
-    temporary.write_text(str(step))
-    temporary.replace(marker)
+    write_atomic(marker, str(step))
 
 
 def missing_piece(folder: Path, config: DictConfig) -> str | None:

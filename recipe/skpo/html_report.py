@@ -14,7 +14,6 @@ import base64
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from recipe.skpo.metrics import read_lines
+from recipe.skpo.output.files import write_atomic
 from recipe.skpo.report import held_out
 from recipe.skpo.secrets import is_secret
 from recipe.skpo.trees import read_trees, spread, tree_index
@@ -385,9 +385,7 @@ def write_report(output_dir: Path) -> Path:
     """
     text = page(output_dir)
     target = output_dir / "report.html"
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(target)
+    write_atomic(target, text)
     return target
 
 

@@ -5,7 +5,6 @@ verl's own score and length metrics mix both phases' rows; everything published 
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.output.files import write_atomic
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -134,11 +134,8 @@ def keep_lines(path: Path, resumed_at: int) -> None:
 
     A fresh start, ``resumed_at`` 0, begins an empty file.  The file is replaced as a whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = [line for line in read_lines(path) if line["step"] <= resumed_at] if resumed_at else []
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
-    temporary.replace(path)
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

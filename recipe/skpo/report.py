@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.skpo.metrics import read_lines
+from recipe.skpo.output.files import write_atomic
 from recipe.skpo.trees import read_trees, spread, tree_index
 
 
@@ -74,7 +75,7 @@ def write_sample_trees(output_dir: Path, count: int = 3) -> Path | None:
         return None
     target = output_dir / "sample_trees.txt"
     shown = read_trees([index[place] for place in spread(len(index), count)])
-    target.write_text("\n\n".join(render_tree(tree) for tree in shown) + "\n")
+    write_atomic(target, "\n\n".join(render_tree(tree) for tree in shown) + "\n")
     return target
 
 

@@ -6,7 +6,6 @@ under a temporary name and renamed, so that it is whole or absent.
 """
 
 import json
-import os
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from recipe.skpo.output.files import replacing
 from recipe.skpo.segments import fixed_split_position, sample_split_position
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.tracker import DriftClock, KLAdaptiveTracker, PromptRows
@@ -184,13 +184,9 @@ class SkpoState:
             for part, source in self._parts().items()
             for name, array in source.state_dict().items()
         }
-        temporary = folder / f".{FILE_NAME}.{os.getpid()}"
-        with temporary.open("wb") as file:
-            np.savez(file, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
         target = folder / FILE_NAME
-        temporary.replace(target)
+        with replacing(target) as file:
+            np.savez(file, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
         return target
 
     def load(self, folder: Path) -> None:

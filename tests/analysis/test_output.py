@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from recipe.skpo.analysis.drawing import draw_curves
-from recipe.skpo.analysis.output import AnalysisError, claim, guarded, plain, write_atomic, write_results
+from recipe.skpo.analysis.output import AnalysisError, claim, guarded, plain, write_results
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,6 @@ def test_config_that_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(AnalysisError, match=r"config\.json: cannot be read"):
         claim(tmp_path, Config())
     assert (tmp_path / "config.json").read_text() == "{"
-
-
-def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    write_atomic(path, b"old")
-    with pytest.raises(TypeError):
-        write_atomic(path, "text, no bytes")  # type: ignore[arg-type]
-    assert [item.name for item in tmp_path.iterdir()] == ["file"]
-    assert path.read_bytes() == b"old"
 
 
 def test_results_are_strict_json_and_csv(tmp_path: Path) -> None:

@@ -463,8 +463,8 @@ MUTATIONS = (
     one(
         "state",
         "the tracker file is written in place",
-        'temporary = folder / f".{FILE_NAME}.{os.getpid()}"',
-        "temporary = folder / FILE_NAME",
+        "with replacing(target) as file:",
+        'with target.open("wb") as file:',
         "test_a_failing_write_leaves_the_old_file",
         file="test_state.py",
     ),

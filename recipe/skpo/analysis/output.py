@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,8 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+
+from recipe.skpo.output.files import write_atomic
 
 CONFIG_NAME = "config.json"
 
@@ -26,18 +27,6 @@ def require(holds: bool, message: str) -> None:
     """Raise AnalysisError unless ``holds``."""
     if not holds:
         raise AnalysisError(message)
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content`` through a temporary file beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def plain(value: Any) -> Any:
