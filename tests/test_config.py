@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.main import context_length, rows_per_prompt, single_responses
-from recipe.skpo.preflight import check_config, check_reward
+from recipe.skpo.preflight import check_config
 from recipe.skpo.settings import RECORDS, ConfigError, SkpoSettings, TrackerSettings, known_keys
 
 REPOSITORY = Path(__file__).resolve().parents[1]

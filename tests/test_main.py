@@ -465,7 +465,7 @@ def test_embedded_data_and_model_are_made_once(compose_config, tmp_path: Path, m
 
 
 def test_a_data_set_is_made_once_from_the_files_given(compose_config, tmp_path: Path, monkeypatch) -> None:
-    from recipe.skpo.preflight import check_data
+    from recipe.skpo.checks.data import check_data
 
     for split, numbers in {"train": range(10), "test": range(10, 50)}.items():
         rows = (json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) for n in numbers)

@@ -11,10 +11,10 @@ import pytest
 
 from data_prep.schema import DataError, Row, write_parquet
 from recipe.skpo.checkpoints import DATA_FILE, MARKER, repair_marker
+from recipe.skpo.checks.data import check_data
 from recipe.skpo.model_checks import check_prompt_lengths
 from recipe.skpo.preflight import (
     METHOD_SETTINGS,
-    check_data,
     check_method_settings,
     check_resume,
     is_finished,

@@ -27,16 +27,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from recipe.skpo.checkpoints import repair_marker
+from recipe.skpo.checks.data import check_data
+from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.html_report import write_report
 from recipe.skpo.model_checks import check_model, check_prompt_lengths
 from recipe.skpo.preflight import (
     check_config,
-    check_data,
     check_folders,
     check_loggers,
     check_method_settings,
     check_resume,
-    check_reward,
     is_finished,
 )
 from recipe.skpo.report import summary

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError
-from recipe.skpo.preflight import prompt_files
+from recipe.skpo.checks.data import prompt_files
 from recipe.skpo.settings import ConfigError
 
 

@@ -7,12 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import pyarrow as pa
 from omegaconf import DictConfig, OmegaConf
 
-from data_prep.schema import DataError, check_parquet
 from recipe.skpo.checkpoints import (
     ACTOR_FILES,
     MARKER,
@@ -23,10 +21,6 @@ from recipe.skpo.checkpoints import (
 )
 from recipe.skpo.settings import ConfigError, SkpoSettings
 from recipe.skpo.state import SkpoState, require_state_file, saved_tokens
-from reward_fns import route
-from reward_fns.forms import check_format
-
-OUR_REWARD = "pkg://reward_fns"
 
 METHOD_SETTINGS = {
     "rollout": [
@@ -244,37 +238,6 @@ def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
         )
 
 
-def check_reward(config: DictConfig) -> None:
-    """Refuse a reward that cannot be loaded, and an unknown option of our own.
-
-    The file may import anything, verl included, so the platform must have been applied.
-
-    Raises:
-        ValueError: naming the config path, and what was found there or the known values.
-    """
-    where, reward = "reward.custom_reward_function", config.reward.custom_reward_function
-    if reward.path == OUR_REWARD:
-        check_format((reward.get("reward_kwargs") or {}).get("answer_format", "any"))
-    if not reward.path:
-        raise ConfigError(
-            f"{where}.path: is not set; give a python file, or {OUR_REWARD} for the rewards of this recipe"
-        )
-    from verl.utils.import_utils import load_extern_object
-
-    try:
-        function = load_extern_object(module_path=reward.path, object_name=reward.name)
-    except Exception as error:  # a process border: the file is somebody's own
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(
-            f"{where}: {reward.name} of {reward.path} cannot be loaded ({type(error).__name__}: {reason}); give a "
-            f"python file or pkg://module by {where}.path and the function in it by {where}.name"
-        ) from error
-    if not callable(function):
-        raise ConfigError(
-            f"{where}.name: {reward.name} of {reward.path} is no function; name the one that gives rewards"
-        )
-
-
 LOGGERS = {
     "wandb": "wandb",
     "mlflow": "mlflow",
@@ -318,56 +281,6 @@ def check_folders(config: DictConfig) -> None:
             raise ConfigError(f"{path}: {folder} cannot be made: {there} is a file; give another folder")
         if not os.access(there, os.W_OK | os.X_OK):
             raise ConfigError(f"{path}: {folder} cannot be written: no permission for {there}; give another folder")
-
-
-def check_data(config: DictConfig) -> None:
-    """Check the parquet files, and that our own reward, where it is used, knows their data sources.
-
-    Raises:
-        DataError: naming file, row or column, and the fix.
-    """
-    tables = []
-    roles: tuple[Literal["train", "val"], ...] = ("train", "val")
-    for role in roles:
-        for file in prompt_files(config, role):
-            tables.append((role, file, check_parquet(Path(file), role=role, prompt_key=config.data.prompt_key)))
-    train = [(file, table) for role, file, table in tables if role == "train"]
-    rows = sum(table.num_rows for _, table in train)
-    if rows < config.data.train_batch_size:
-        raise DataError(
-            f"data.train_files: {rows} rows are fewer than data.train_batch_size={config.data.train_batch_size}"
-        )
-    if config.reward.custom_reward_function.path == OUR_REWARD:
-        for _, file, table in tables:
-            for data_source in table["data_source"].unique().to_pylist():
-                try:
-                    route(data_source)
-                except ValueError as error:
-                    raise DataError(f"{file}: {error}") from error
-    _check_unique_overprompt_files(train)
-
-
-def _check_unique_overprompt_files(tables: Iterable[tuple[str, pa.Table]]) -> None:
-    seen: dict[str, str] = {}
-    for file, table in tables:
-        for prompt_id in table["id"].to_pylist():
-            if seen.setdefault(prompt_id, file) != file:
-                raise DataError(
-                    f"{file}: id {prompt_id} is in {seen[prompt_id]} too; ids must be unique over all "
-                    f"of data.train_files"
-                )
-
-
-def prompt_files(config: DictConfig, role: Literal["train", "val"]) -> list[str]:
-    """``data.train_files`` or ``data.val_files`` as a list.
-
-    Raises:
-        ConfigError: none is named.
-    """
-    value = config.data[f"{role}_files"]
-    if not value:
-        raise ConfigError(f"data.{role}_files: is not set; name a parquet file, or choose a data set with data=<name>")
-    return [str(file) for file in ([value] if isinstance(value, str) else value)]
 
 
 def check_resume(config: DictConfig, settings: SkpoSettings) -> None:
