@@ -207,7 +207,7 @@ def visited_state(count: int) -> Any:
 
 def _highest_memory() -> int:
     """Highest resident memory of this process in bytes (``ru_maxrss`` would count the parent's)."""
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
 
@@ -261,7 +261,9 @@ def million(count: int = MILLION) -> dict[str, float]:
 def fresh_million(count: int = MILLION) -> dict[str, float]:
     """``million`` in a process of its own, so that its memory is nobody else's."""
     code = f"import json; from benchmarks.recipe import million; print(json.dumps(million({count})))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace", check=True
+    )
     numbers: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return numbers
 

@@ -30,6 +30,6 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({**facts, **content}, indent=1) + "\n")
+    temporary.write_text(json.dumps({**facts, **content}, indent=1) + "\n", encoding="utf-8")
     temporary.replace(path)
     print(f"\nwritten: {path}")

@@ -37,12 +37,12 @@ def update_seconds(threads: int, policy: str, beside: bool, options: Sequence[st
             pipe = subprocess.PIPE
             command = [sys.executable, "-c", _IDLE_POOL]
             # Leaving it closes its standard input, at which it ends.
-            pool = stack.enter_context(subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, text=True))
+            pool = stack.enter_context(subprocess.Popen(command, env=env, stdin=pipe, stdout=pipe, encoding="utf-8"))
             assert pool.stdout is not None
             pool.stdout.readline()
         command = [sys.executable, "-m", "benchmarks", "update", "--out", str(out), f"--threads={threads}", *options]
         subprocess.run(command, env=env, check=True, capture_output=True)
-        return median(json.loads(out.read_text())["seconds"]["shared prompts"])
+        return median(json.loads(out.read_text(encoding="utf-8"))["seconds"]["shared prompts"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

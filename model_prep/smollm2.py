@@ -49,7 +49,7 @@ def prepare(out: Path) -> Path:
         return out
     gguf = find_gguf()
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.parent / f".{out.name}.lock", "w") as lock:
+    with open(out.parent / f".{out.name}.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _finished(out):  # made by another process while this one waited
             return out

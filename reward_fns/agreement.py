@@ -76,7 +76,7 @@ def read_golds(file: Path) -> list[Gold]:
     if file.suffix == ".parquet":
         table = pq.read_table(file, columns=["data_source", "reward_model"]).to_pylist()
         return [Gold(row["data_source"], row["reward_model"]["ground_truth"], "") for row in table]
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return [Gold("HuggingFaceH4/MATH-500", str(row["answer"]), row.get("solution", "")) for row in rows]
 
 

@@ -35,7 +35,11 @@ def install(version: str, folder: Path) -> None:
     """Put verl of this version into ``folder``; leaves SystemExit with pip's last line if that fails."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run(
-        [*command, "--target", str(folder), f"verl=={version}"], capture_output=True, text=True, check=False
+        [*command, "--target", str(folder), f"verl=={version}"],
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip said nothing"])[-1]
@@ -52,7 +56,8 @@ def run_contracts(folder: Path, report: Path) -> subprocess.CompletedProcess[str
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(REPOSITORY)])},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         check=False,
     )
 

@@ -43,7 +43,7 @@ BROKEN = ("AttributeError", "ImportError", "NameError", "SyntaxError", "TypeErro
 
 def _run_tests(copy: Path, modules: Iterable[str], tests: Iterable[str], log: Path) -> None:
     """In a forked process: pytest on the copy.  Exit code 0 green, 1 red, anything else is no verdict."""
-    with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+    with log.open("w", encoding="utf-8") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         sys.dont_write_bytecode = True
         os.environ["COLUMNS"] = "300"  # or pytest's summary is cut before the error
         sys.path.insert(0, str(copy))
@@ -74,7 +74,7 @@ def run(copy: Path, mutations: Iterable[Mutation], log: Path) -> tuple[int, str]
     process = multiprocessing.get_context("fork").Process(target=_run_tests, args=(copy, modules, tests, log))
     process.start()
     process.join()
-    return int(process.exitcode or 0), log.read_text()
+    return int(process.exitcode or 0), log.read_text(encoding="utf-8")
 
 
 def preload() -> None:
@@ -114,7 +114,7 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     for mutation in mutations:
-        mutation.apply(mutation.path().read_text())
+        mutation.apply(mutation.path().read_text(encoding="utf-8"))
     started = time.monotonic()
     preload()
     survivors = []
@@ -131,10 +131,10 @@ def main() -> int:
         print("| module | mutation | caught by |\n|---|---|---|", flush=True)
         for mutation in mutations:
             path = mutation.path(copy)
-            original = path.read_text()
-            path.write_text(mutation.apply(original))
+            original = path.read_text(encoding="utf-8")
+            path.write_text(mutation.apply(original), encoding="utf-8")
             code, output = run(copy, [mutation], log)
-            path.write_text(original)
+            path.write_text(original, encoding="utf-8")
             caught = re.search(r"^FAILED \S*::(test_\w+)\S*(?: - (\w+))?", output, re.MULTILINE)
             if code == 1 and caught and caught[2] not in BROKEN:
                 print(f"| `{mutation.module}` | {mutation.name} | `{caught[1]}` |", flush=True)

@@ -77,7 +77,7 @@ def watch(process: subprocess.Popen, folder: Path, seconds: float) -> tuple[list
             "programs": {program: round(mib, 1) for program, mib in sorted(memory.items())},
         }
         readings.append(reading)
-        with (folder / "memory.jsonl").open("a") as file:
+        with (folder / "memory.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(reading) + "\n")
         time.sleep(1)
     return readings, list(seen.values())
@@ -122,7 +122,7 @@ def main() -> int:
     environment = {**os.environ, "FAULT_RATE": str(options.rate), "PYTHONPATH": str(ROOT)}
     # Ray would leave out lines that look alike.
     environment["RAY_DEDUP_LOGS"] = "0"
-    with (folder / "run.log").open("w") as log:
+    with (folder / "run.log").open("w", encoding="utf-8") as log:
         command = [sys.executable, "-m", "recipe.skpo.main", *overrides(folder, options.steps, options.prompt_timeout)]
         process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -137,7 +137,7 @@ def main() -> int:
                 process.wait(60)
     lines = [line for line in read_lines(folder / "out/metrics.jsonl") if "skpo/loss" in line]
     slopes = memory_slopes(readings)
-    text = (folder / "run.log").read_text(errors="replace")
+    text = (folder / "run.log").read_text(errors="replace", encoding="utf-8")
     causes: Counter[str] = Counter()
     for noted in re.findall(r"failures in step \d+: (\{.*\})", text):
         causes.update(json.loads(noted))
@@ -174,7 +174,7 @@ def main() -> int:
         "faults_counted": faults,
         "problems": problems,
     }
-    (folder / "soak.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "soak.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
     return 1 if problems else 0
 

@@ -85,7 +85,7 @@ class Project:
     def calls(self) -> list[str]:
         """What Pythons were asked since the last look."""
         path = Path(self.environment["FAKE_CALLS"])
-        lines = path.read_text().splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
         return lines
 

@@ -198,7 +198,7 @@ def changed_template(path: Path, *changes: tuple[str, str]) -> Path:
     for old, new in changes:
         assert old in body
         body = body.replace(old, new)
-    path.write_text(comment + body)
+    path.write_text(comment + body, encoding="utf-8")
     return path
 
 

@@ -118,7 +118,7 @@ def test_table_results_and_config_are_written(command, model: Path, capsys: pyte
 
 def test_long_responses_are_cut_and_counted(command) -> None:
     command("max_response_length=4", "output_dir=out")
-    (line,) = json.loads(Path("out/table.json").read_text())["benchmarks"]
+    (line,) = json.loads(Path("out/table.json").read_text(encoding="utf-8"))["benchmarks"]
     assert (line["cut"], line["avg"], line["well_formed"]) == (1, 0, 0)
 
 
@@ -169,13 +169,13 @@ def test_benchmark_more_and_another_reward_use_the_same_folder(command, data: Pa
     shutil.copy(data, tmp_path / "more.parquet")
     code, (sampler,), _ = command("output_dir=out", f"benchmarks=[{data},{tmp_path}/more.parquet]")
     assert (code, len(sampler.calls)) == (0, 4), "only the new one is drawn"
-    assert "mean of benchmarks" in Path("out/table.md").read_text()
+    assert "mean of benchmarks" in Path("out/table.md").read_text(encoding="utf-8")
     (tmp_path / "mine.py").write_text("def check(solution_str, ground_truth, **_):\n    return 1.0\n")
     code, made, _ = command(
         "output_dir=out", f"reward.path={tmp_path}/mine.py", "reward.name=check", "reward.reward_kwargs={}"
     )
     assert (code, made) == (0, [])
-    (line,) = json.loads(Path("out/table.json").read_text())["benchmarks"]
+    (line,) = json.loads(Path("out/table.json").read_text(encoding="utf-8"))["benchmarks"]
     assert (line["avg"], line["well_formed"]) == (1, None)
 
 
@@ -293,7 +293,7 @@ def test_reward_of_ones_own_gets_what_the_trainer_gives(command, tmp_path: Path)
     assert rows["n_right"].tolist() == [3 * (n == 4) for n in range(10)]
     (tmp_path / "mine.py").write_text("def check(**_):\n    return -1.0\n")
     assert command(*overrides, "output_dir=out")[0] == 0
-    assert json.loads(Path("out/table.json").read_text())["benchmarks"][0]["avg"] == 0
+    assert json.loads(Path("out/table.json").read_text(encoding="utf-8"))["benchmarks"][0]["avg"] == 0
 
 
 def test_files_named_after_a_split_are_called_after_their_folder_too(command, data: Path, tmp_path: Path) -> None:
@@ -325,7 +325,7 @@ def test_platform_is_chosen_before_verl_is_asked(command, monkeypatch: pytest.Mo
 
 
 def test_reward_that_takes_other_arguments_is_refused(command, capsys: pytest.CaptureFixture[str]) -> None:
-    Path("mine.py").write_text("def check(text):\n    return 1.0\n")
+    Path("mine.py").write_text("def check(text):\n    return 1.0\n", encoding="utf-8")
     assert command("reward.path=mine.py", "reward.name=check")[0] == 1
     assert "error: reward: check of mine.py fails on row 0 of sums (TypeError: check() got" in capsys.readouterr().err
 

@@ -106,7 +106,7 @@ def launch(work: Callable[[], None], log: Path) -> int:
             work()
             code = 0
         except BaseException:
-            log.write_text(traceback.format_exc())
+            log.write_text(traceback.format_exc(), encoding="utf-8")
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)

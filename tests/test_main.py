@@ -425,7 +425,7 @@ def test_attention_follows_what_is_installed(
     config = compose_config("platform=gpu", *extra)
     main.apply_platform(config)
     assert config.actor_rollout_ref.model.override_config.get("attn_implementation") == used
-    assert config.ray_kwargs.ray_init.runtime_env.env_vars == {"TENSORBOARD_DIR": "elsewhere"}
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars == {"TENSORBOARD_DIR": "elsewhere", "PYTHONUTF8": "1"}
 
 
 @pytest.mark.parametrize(

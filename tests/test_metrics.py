@@ -171,7 +171,7 @@ def steps(path: Path) -> list[float]:
 def test_each_step_is_one_line_that_is_on_disk_at_once(path: Path) -> None:
     file = MetricsFile(path, resumed_at=0)
     file.log({"skpo/loss": -0.5, "val-core/x/acc/mean@1": 0.25}, step=1)
-    assert path.read_text() == '{"step": 1, "skpo/loss": -0.5, "val-core/x/acc/mean@1": 0.25}\n'
+    assert path.read_text(encoding="utf-8") == '{"step": 1, "skpo/loss": -0.5, "val-core/x/acc/mean@1": 0.25}\n'
     file.log({}, step=2)
     assert read_lines(path)[1] == {"step": 2}
 
@@ -199,20 +199,20 @@ def test_lines_up_to_the_resumed_step_are_kept_and_later_ones_dropped(path: Path
 def test_a_fresh_start_begins_an_empty_file(path: Path) -> None:
     write_steps(path, 5)
     MetricsFile(path, resumed_at=0)
-    assert path.read_text() == ""
+    assert path.read_text(encoding="utf-8") == ""
 
 
 def test_a_last_line_cut_off_by_a_kill_is_left_out(path: Path) -> None:
     write_steps(path, 3)
-    whole, cut_off = path.read_text(), '{"step": 4, "x": 4.0}'
+    whole, cut_off = path.read_text(encoding="utf-8"), '{"step": 4, "x": 4.0}'
     for size in range(1, len(cut_off)):
-        path.write_text(whole + cut_off[:size])
+        path.write_text(whole + cut_off[:size], encoding="utf-8")
         assert steps(path) == [1, 2, 3]
 
 
 def test_a_cut_off_line_does_not_swallow_the_next_one(path: Path) -> None:
     write_steps(path, 3)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write('{"step": 4, "x"')
     MetricsFile(path, resumed_at=3).log({"x": 4}, step=4)
     assert steps(path) == [1, 2, 3, 4]
@@ -222,7 +222,7 @@ def test_a_cut_off_line_does_not_swallow_the_next_one(path: Path) -> None:
 def test_a_file_that_is_not_there_has_no_lines(path: Path) -> None:
     assert read_lines(path) == []
     MetricsFile(path, resumed_at=7)
-    assert path.read_text() == ""
+    assert path.read_text(encoding="utf-8") == ""
 
 
 def test_lines_with_unicode_line_ends_or_a_torn_character_are_read(tmp_path: Path) -> None:

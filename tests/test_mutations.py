@@ -15,7 +15,7 @@ MATRIX = (ROOT / "docs/operations.md").read_text().partition("\n## Faults\n")[2]
 
 
 def functions(file: Path) -> set[str]:
-    return {node.name for node in ast.walk(ast.parse(file.read_text())) if hasattr(node, "name")}
+    return {node.name for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if hasattr(node, "name")}
 
 
 @TABLES

@@ -131,7 +131,7 @@ def make_trainer(compose_config, model_folder, tmp_path: Path, queue: Queue, mon
     def make(method: str = "skpo", ranks: int = 1, **skpo: Any) -> Any:
         from verl.trainer.ppo.v1 import get_trainer_cls
 
-        import recipe.skpo.baselines
+        import recipe.skpo.baselines  # noqa: F401
         import recipe.skpo.trainer  # noqa: F401
         from recipe.skpo.main import single_responses
 

@@ -102,7 +102,7 @@ class BaseTrainer(PPOTrainerSync):
             folder = Path(trainer.resume_from_path) if explicit else self._checkpoint_folder()
             self.state.load(folder)
             if (folder / METRICS_FILE).is_file():
-                self.saved_metrics = json.loads((folder / METRICS_FILE).read_text())
+                self.saved_metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
             own = self.resumed_at if folder.resolve() == self._checkpoint_folder().resolve() else None
         # Later steps are trained again: a marker that still named one of them would make a kill in the middle of
         # saving it anew look like a whole checkpoint.
@@ -115,7 +115,7 @@ class BaseTrainer(PPOTrainerSync):
         # Makes room, but never removes the one that the marker names.
         remove_older(folder.parent, self.global_steps - 1, keep and max(1, keep - 1))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS_FILE).write_text(json.dumps(plain_numbers(self.step_metrics)))
+        (folder / METRICS_FILE).write_text(json.dumps(plain_numbers(self.step_metrics)), encoding="utf-8")
         # Before verl's part, which ends with the marker file that makes the checkpoint count.
         self.state.save(folder)
         super()._save_checkpoint()

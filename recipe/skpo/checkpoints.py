@@ -48,7 +48,7 @@ def marked_step(folder: Path) -> int | None:
     marker = folder / MARKER
     if not marker.is_file():
         return None
-    text = marker.read_text(errors="replace").strip()
+    text = marker.read_text(errors="replace", encoding="utf-8").strip()
     if not text.isdecimal():
         raise ConfigError(
             f"{marker}: holds {text[:40]!r} and no step; write the number of the last whole global_step_<N> into it"

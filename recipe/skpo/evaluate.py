@@ -216,7 +216,7 @@ def _latest(folder: Path) -> Path:
     for root in (folder, folder / "checkpoints"):
         marker = root / "latest_checkpointed_iteration.txt"
         if marker.is_file():
-            step = root / f"global_step_{marker.read_text().strip()}"
+            step = root / f"global_step_{marker.read_text(encoding='utf-8').strip()}"
             _require(step.is_dir(), f"checkpoint: {marker} names {step.name}, which is not there; name another one")
             return step
     return folder
@@ -224,7 +224,7 @@ def _latest(folder: Path) -> Path:
 
 def _fsdp_checkpoint(actor: Path) -> Checkpoint:
     try:
-        world_size = int(json.loads((actor / "fsdp_config.json").read_text())["world_size"])
+        world_size = int(json.loads((actor / "fsdp_config.json").read_text(encoding="utf-8"))["world_size"])
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"checkpoint: {actor / 'fsdp_config.json'} has no world_size; {ACCEPTED}") from None
     described = actor / "huggingface"
@@ -300,7 +300,7 @@ def merged_model(checkpoint: Checkpoint, beside: Path) -> str:
     folders = ["--local_dir", str(checkpoint.shards), "--target_dir", str(partial_target)]
     print(f"merging {checkpoint.shards} into {target}", flush=True)
     try:
-        done = subprocess.run([*merger, *folders], capture_output=True, text=True, check=False)
+        done = subprocess.run([*merger, *folders], capture_output=True, encoding="utf-8", errors="replace", check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ConfigError(f"checkpoint: verl's merger cannot read {checkpoint.shards} ({reason})")

@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from recipe.skpo.metrics import read_lines
+from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.report import held_out
 from recipe.skpo.secrets import is_secret
@@ -351,7 +352,7 @@ def page(output_dir: Path) -> str:
     lines = read_lines(output_dir / "metrics.jsonl")
     if not lines:
         raise ReportError(f"{output_dir / 'metrics.jsonl'}: missing or empty; name the folder of a run (output_dir)")
-    style, script, frame = ((PAGE / name).read_text() for name in ("page.css", "page.js", "page.html"))
+    style, script, frame = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html"))
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; "
         "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -393,6 +394,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m recipe.skpo.html_report", description="Write a run's report.html.")
     parser.add_argument("run_folder", type=Path, help="output_dir of the run")
+    replace_unprintable()
     try:
         target = write_report(parser.parse_args().run_folder)
     except (ReportError, OSError) as error:

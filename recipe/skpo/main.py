@@ -31,6 +31,7 @@ from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.html_report import write_report
 from recipe.skpo.model_checks import check_model, check_prompt_lengths
+from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.preflight import (
     check_config,
     check_folders,
@@ -83,7 +84,7 @@ def detect_platform() -> str:
     """``gpu`` where an NVIDIA driver lists a GPU, else ``cpu``."""
     if shutil.which("nvidia-smi") is None:
         return "cpu"
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", errors="replace", check=False)
     return "gpu" if listed.returncode == 0 and "GPU" in listed.stdout else "cpu"
 
 
@@ -131,7 +132,9 @@ def single_responses(config: DictConfig) -> None:
 def apply_platform(config: DictConfig) -> None:
     """Set the environment that the platform needs, here and for Ray's workers."""
     os.environ.setdefault("TENSORBOARD_DIR", str(Path(config.output_dir).resolve() / "tensorboard"))
-    variables = {"TENSORBOARD_DIR": os.environ["TENSORBOARD_DIR"]}
+    # verl prints and dumps what the model wrote; under a locale without its characters that would end the worker.
+    os.environ["PYTHONUTF8"] = "1"
+    variables = {name: os.environ[name] for name in ("TENSORBOARD_DIR", "PYTHONUTF8")}
     if config.platform.name == "cpu":
         from recipe.skpo import cpu
 
@@ -270,7 +273,7 @@ def launch(config: DictConfig) -> None:
 
         def run(self, config: DictConfig) -> None:
             keep_warnings()
-            import recipe.skpo.baselines
+            import recipe.skpo.baselines  # noqa: F401
             import recipe.skpo.trainer  # noqa: F401
 
             if config.platform.name == "cpu":
@@ -343,6 +346,7 @@ def run(config: DictConfig) -> None:
 
 def main() -> None:
     """Command line."""
+    replace_unprintable()
     os.environ.setdefault("SKPO_PLATFORM", detect_platform())
     try:
         reject_secret_overrides(sys.argv[1:])

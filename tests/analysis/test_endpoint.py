@@ -296,7 +296,7 @@ def test_command_without_yes_sends_nothing_where_nobody_can_be_asked(
     serve: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     endpoint = serve()
-    monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115
+    monkeypatch.setattr("sys.stdin", open(os.devnull, encoding="utf-8"))  # noqa: SIM115
     assert implicit_advantage.main(command(endpoint.url, tmp_path)) == 1
     captured = capsys.readouterr()
     assert "estimate: 7 requests" in captured.out and captured.err.startswith("error: --yes")

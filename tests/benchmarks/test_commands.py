@@ -127,7 +127,7 @@ def test_the_idle_pool_is_there_during_the_update_and_ends_with_it(
         assert [pool.poll() for pool in pools] == ([None] if beside else []), "running"
         assert (rest["env"]["OMP_NUM_THREADS"], rest["env"]["OMP_WAIT_POLICY"]) == ("2", "ACTIVE")
         out = Path(arguments[arguments.index("--out") + 1])
-        out.write_text(json.dumps({"seconds": {"shared prompts": [3.0, 1.0, 2.0]}}))
+        out.write_text(json.dumps({"seconds": {"shared prompts": [3.0, 1.0, 2.0]}}), encoding="utf-8")
 
     monkeypatch.setattr(subprocess, "run", fake)
     assert threads.update_seconds(2, "ACTIVE", beside, []) == 2.0

@@ -24,7 +24,7 @@ def resident_bytes(processes: list[psutil.Process]) -> dict[str, int]:
     total: Counter[str] = Counter()
     for process in processes:
         try:
-            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
             # Ray titles its actors "ray::WorkerDict.update_actor".
             program = process.name().split(".")[0]
         except (OSError, psutil.NoSuchProcess):

@@ -430,7 +430,7 @@ MUTATIONS = (
     one(
         "base_trainer",
         "the line of a step that was saved is lost",
-        "self.saved_metrics = json.loads((folder / METRICS_FILE).read_text())",
+        'self.saved_metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))',
         "pass",
         EVERY_KILL,
         file=KILLS,

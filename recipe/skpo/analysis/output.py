@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
 
 CONFIG_NAME = "config.json"
@@ -72,7 +73,7 @@ def claim(out: Path, config: Any, free: Sequence[str] = ()) -> None:
     path, mine = out / CONFIG_NAME, plain(config)
     if path.is_file():
         try:
-            theirs = json.loads(path.read_text())
+            theirs = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise AnalysisError(f"{path}: cannot be read ({error}); give another --out") from None
         before, now = _flat(theirs), _flat(mine)
@@ -112,6 +113,7 @@ def write_results(
 
 def guarded(run: Callable[[], Sequence[Path]]) -> int:
     """Exit code of a command: prints the files it wrote, or one line on stderr for what a user can put right."""
+    replace_unprintable()
     try:
         for path in run():
             print(path)

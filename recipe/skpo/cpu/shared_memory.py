@@ -92,7 +92,7 @@ def _files_in_use() -> set[str] | None:
 
 
 def _mapped_files(process: Path) -> set[str]:
-    lines = (process / "maps").read_text(errors="surrogateescape").splitlines()
+    lines = (process / "maps").read_text(errors="surrogateescape", encoding="utf-8").splitlines()
     fields = [line.split(maxsplit=5) for line in lines]
     return {field[5] for field in fields if len(field) == 6 and field[5].startswith("/")}
 
