@@ -1,19 +1,81 @@
-r"""Where the final answer stands in a response: in ``\boxed{}``, after ``####``, or on a line "Answer: ...".
+r"""Where the final answer stands in a response: in ``\boxed{}``, after ``####``, or in a statement "the answer is ...".
 
-Every form counts by its last occurrence. A ``\boxed{`` that is never closed is no answer: the response was cut, and an
-earlier box may be a step on the way. All functions are linear in the text and return "" where there is no answer.
+Every form counts by its last occurrence, see docs/data.md for the rules. A ``\boxed{`` that is never closed is no
+answer: the response was cut, and an earlier box may be a step on the way. All functions are linear in the text and
+return "" where there is no answer.
 """
 
 import re
 from typing import Literal, get_args
 
 AnswerFormat = Literal["any", "boxed", "hash", "line"]
-"""`any`: the later one of boxed and hash, else a line. The others are strict: that form or no answer."""
+"""`any`: the later one of boxed and hash, else a statement, else a last line in bold. The others are strict."""
 
 HASH = "####"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*")
-# "Answer: 5", "The final answer is 5"; emphasis around the words is common.
-_LINE = re.compile(r"answer(?:[*_]{0,2}[ \t]?:|[ \t]is[ \t]?:?)[*_]{0,2}[ \t]?([^\n]+)", re.IGNORECASE)
+_UNBRACED = re.compile(r"[^\s$]*")
+_HASH_LINE = re.compile(r"#{4,}([^\n]*)")
+_HEADING = re.compile(r"[^\w\\$(]*(?:[0-9]{1,2}[.):]\s+)?[A-Z][a-z]{2,}")
+_EMPHASIS = re.compile(r"(\*{1,3})([^*]+)\1")
+
+# Between boxes that are one list: "and", "or", a comma, "x =", and what typesets them.
+_JOINED = re.compile(
+    r"(?:[\s$,;&]|\\[()\[\],;: !\\]|\\q?quad|\\(?:text|mbox|textrm|mathrm)\s*\{\s*(?:and|or)\s*\}"
+    r"|\b(?:and|or)\b|[a-zA-Z](?:_\{?[0-9a-zA-Z]{1,3}\}?)?\s*=)*+"
+)
+_SEPARATOR = re.compile(r"[,;&]|quad|\b(?:and|or)\b")
+_LONGEST_JOIN = 60
+_LONGEST_LIST = 20
+
+_NOUN = r"(?:answers?|(?:correct|right|best)[ \t]+(?:option|choice))"
+_CUE = re.compile(
+    # "Answer: 5", "**Answer**: 5", "The final answer to this problem is: 5", "answer = 5", "Ans: 5", "<answer>5"
+    rf"(?<![a-z])(?:{_NOUN}[*_\"']{{0,3}}(?:[ \t]*[:：=]"
+    r"|(?:,[^,.:\n]{1,40},|[ \t]+(?:to|for|of|in|here|choice|option)\b[^.:\n]{0,80}?)?"
+    r"[ \t*_]+(?:(?P<denied>(?:is|are)n['’]t|can(?:not|['’]t) be)|is|are|equals)\b[*_]{0,3}[ \t]*[:：]?)"
+    r"|ans\.?[ \t]*[:：=]|<answer>)"
+    # a heading "Final Answer" alone on its line
+    r"|^[ \t#*_]*(?:(?:the|my)[ \t]+)?(?:(?:final|correct)[ \t]+)?answers?[ \t*_]*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_LONGEST_STATEMENT = 600
+_LONGEST_PREFACE = 100
+# Typesetting before an answer that stands on a line of its own.
+_LEAD = re.compile(r"(?:[\s*_`]|\$\$(?=\s)|\\\[(?=\s)|-{3,}\s)*+")
+_FILLER = re.compile(
+    r"(?:(?:therefore|thus|then|hence|so|simply|just|indeed|clearly|actually|probably|most likely|likely|exactly|about"
+    r"|approximately|roughly|given by|equal to|found to be|going to be)\b[\s,:*_]*+)*+",
+    re.IGNORECASE,
+)
+_ABBREVIATED = r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bNo)"
+_SENTENCE_END = re.compile(
+    rf"\$[^$\n]*\$|\\\((?:[^\\]|\\(?!\)))*\\\)"
+    rf"|({_ABBREVIATED}[.!?][*_)\"'”]*(?=\s+[A-Z(*])|[.,]?\s*I hope it is correct)"
+)
+_CLAUSE = re.compile(
+    r",\s*(?:but\s+)?not\b|,?\s+(?:because|since|which|as (?:shown|required|desired|expected|stated))\b"
+)
+_DENIED = re.compile(r"(?:definitely |certainly |clearly |surely )?(?:not|never|wrong|incorrect)\b\s*", re.IGNORECASE)
+_OWNER = r"(?:\s+(?:the|my|our|your))?"
+_ADJECTIVE = r"(?:\s+(?:final|correct|right|numerical))*\s*\Z"
+# "if the answer is 5", "this answer is short": nothing is stated.
+_IDLE = re.compile(
+    rf"\b(?:(?:if|whether|unless|suppose|assume|assuming)(?:\s+that)?{_OWNER}"
+    rf"|this|that|each|any|every|an|another|such){_ADJECTIVE}",
+    re.IGNORECASE,
+)
+# "not the answer: 5", "I don't think that the answer is 5", "a wrong answer is 5"
+_DOUBT = re.compile(
+    rf"(?:\b(?:not|wrong|incorrect|false|tempting|na[iï]ve)|(?:\bdoubt|\bunlikely|\bnot (?:think|believe|true|say)"
+    rf"|n['’]t (?:think|believe|say))(?:\s+that)?){_OWNER}{_ADJECTIVE}",
+    re.IGNORECASE,
+)
+_JUDGED = re.compile(r"(?:correct|right|valid|reasonable|consistent)\b|\Z")
+_COMMENT = re.compile(
+    r"(?:correct|right|reasonable|clear|obvious|valid|consistent|verified|confirmed|below|above|unique|known|found"
+    r"|obtained|supported|based|in|as follows|wrong|incorrect)\b"
+)
+_PROSE = re.compile(r"[a-z]{2,}(?:[\s,'-]+[a-zA-Z]+){4,}+[^0-9\\$]*")
 
 
 def check_format(name: str) -> None:
@@ -27,34 +89,72 @@ def check_format(name: str) -> None:
 
 def last_boxed(text: str) -> str:
     r"""The content of the last ``\boxed{...}`` or ``\fbox{...}``, braces balanced; ``\boxed 5`` counts too."""
-    return _last_boxed(text)[0]
+    boxes, _ = _last_boxes(text)
+    return boxes[-1] if boxes else ""
 
 
 def answer_text(text: str, answer_format: str = "any") -> str:
-    """The final answer as it was written, stripped."""
+    """The final answer as it was written, stripped; several boxes that are one list are joined by commas."""
+    return ", ".join(answer_parts(text, answer_format))
+
+
+def answer_parts(text: str, answer_format: str = "any") -> list[str]:
+    """The final answer as it was written: one text, several where several boxes are one list, none if there is none."""
+    boxes, box = _last_boxes(text) if answer_format in ("any", "boxed") else ([], -1)
     if answer_format == "boxed":
-        return last_boxed(text)
-    if answer_format == "hash":
-        return _after_hash(text)
-    if answer_format == "any":
-        boxed, start = _last_boxed(text)
+        return boxes
+    if answer_format in ("any", "hash"):
+        hashed, mark = _last_hash(text, box)
+        if answer_format == "hash":
+            return list(filter(None, [hashed]))
         # A box after "####" is read as a box; the other way round the box was a step.
-        found = boxed if start > text.rfind(HASH) else _after_hash(text)
-        if found or start >= 0:
-            return found
-    lines = _LINE.findall(text)
-    return _bare(lines[-1]) if lines else ""
+        if box >= 0 or hashed:
+            return boxes if box > mark else list(filter(None, [hashed]))
+    stated = _last_statement(text)
+    if stated is None and answer_format == "any":
+        stated = _bold_line(text)
+    return list(filter(None, [stated]))
 
 
-def _last_boxed(text: str) -> tuple[str, int]:
-    """The content and where the box starts, -1 if there is none."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    match = _BOX.match(text, start) if start >= 0 else None
-    if match is None:
-        return "", -1
+def _last_boxes(text: str) -> tuple[list[str], int]:
+    """The contents of the last box and of those that are one list with it, and where the last one starts, or -1.
+
+    An incomplete or empty last box is no answer, whatever stands before it.
+    """
+    start = _box_before(text, len(text))
+    if start < 0:
+        return [], -1
+    content, _ = _box_at(text, start)
+    contents = [content] if content else []
+    first = start
+    while 0 < len(contents) < _LONGEST_LIST:
+        earlier = _box_before(text, first)
+        if earlier < 0:
+            break
+        content, end = _box_at(text, earlier)
+        between = text[end:first] if 0 <= end <= first and first - end <= _LONGEST_JOIN else "."
+        if not content or not _JOINED.fullmatch(between) or not _SEPARATOR.search(between) or "\n\n" in between:
+            break
+        contents.insert(0, content)
+        first = earlier
+    return list(dict.fromkeys(contents)), start
+
+
+def _box_before(text: str, end: int) -> int:
+    """Where the last box that starts before `end` starts, or -1."""
+    start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
+    return start if start >= 0 and _BOX.match(text, start) else -1
+
+
+def _box_at(text: str, start: int) -> tuple[str, int]:
+    """The content of the box at `start` and where it ends; -1 for a box that is never closed."""
+    match = _BOX.match(text, start)
+    assert match is not None
     begin = match.end()
     if not text.startswith("{", begin):
-        return re.split(r"[\s$]", text[begin:], maxsplit=1)[0], start
+        bare = _UNBRACED.match(text, begin)
+        assert bare is not None
+        return bare[0], bare.end()
     depth = 0
     position = begin
     while position < len(text):
@@ -66,17 +166,78 @@ def _last_boxed(text: str) -> tuple[str, int]:
         elif character == "}":
             depth -= 1
             if depth == 0:
-                return text[begin + 1 : position].strip(), start
+                content = text[begin + 1 : position].strip()
+                emphasised = _EMPHASIS.fullmatch(content)
+                return emphasised[2].strip() if emphasised else content, position + 1
         position += 1
-    return "", start
+    return "", -1
 
 
-def _after_hash(text: str) -> str:
-    _, mark, rest = text.rpartition(HASH)
-    return _bare(rest.split("\n", 1)[0]) if mark else ""
+def _last_hash(text: str, box: int) -> tuple[str, int]:
+    """What stands after the last "####" that is no heading, and where, or -1.
+
+    A heading starts with a word and has text behind it or a box before it; `box` is where the last one starts.
+    """
+    written = len(text.rstrip())
+    for match in reversed(list(_HASH_LINE.finditer(text))):
+        line = match[1].strip()
+        cue = next((cue for cue in _CUE.finditer(line) if cue.end() < len(line)), None)
+        if cue is None and _HEADING.match(line) and (match.end() < written or 0 <= box < match.start()):
+            continue
+        return (_last_statement(line) or "") if cue else _bare(line), match.start()
+    return "", -1
+
+
+def _last_statement(text: str) -> str | None:
+    """What the last statement of an answer says; "" if it was cut or taken back, None if there is none.
+
+    A remark in five or more words ("The answer is supported by the fact that ...") counts only where nothing else does.
+    """
+    stated: str | None = None
+    remark: str | None = None
+    for cue in _CUE.finditer(text):
+        preface = text[max(0, cue.start() - _LONGEST_PREFACE) : cue.start()]
+        content = _statement(text[cue.end() : cue.end() + _LONGEST_STATEMENT])
+        if content is None or _IDLE.search(preface):
+            continue
+        denied = _DENIED.match(content)
+        if denied or cue["denied"] or _DOUBT.search(preface):
+            rest = content[denied.end() :] if denied else content
+            if stated and (_JUDGED.match(rest) or re.match(re.escape(stated) + r"(?![0-9a-zA-Z.])", rest)):
+                stated = ""
+        elif _COMMENT.match(content) or _PROSE.fullmatch(content):
+            remark = content
+        else:
+            stated = content
+    return remark if stated is None else stated
+
+
+def _statement(rest: str) -> str | None:
+    """The answer in what follows a cue: the rest of its sentence, of the next line if its own is empty.
+
+    None for a question.
+    """
+    lead = _LEAD.match(rest)
+    line = rest[lead.end() if lead else 0 :].split("\n", 1)[0].split("</answer>", 1)[0]
+    end = next((match for match in _SENTENCE_END.finditer(line) if match[1]), None)
+    if (end[1] if end else line.rstrip()[-1:]).startswith("?"):
+        return None
+    line = _CLAUSE.split(line[: end.start()] if end else line, maxsplit=1)[0]
+    filler = _FILLER.match(line)
+    return _bare(line[filler.end() if filler else 0 :])
+
+
+def _bold_line(text: str) -> str | None:
+    """The content of a last line that is nothing but bold, at most three words or with a digit."""
+    line = text.rstrip().rpartition("\n")[2].strip().rstrip(".")
+    match = re.fullmatch(r"\*\*([^*]{1,200})\*\*", line)
+    content = _bare(match[1]) if match else ""
+    if not content or content.endswith((":", "?", "!")):
+        return None
+    return content if len(content.split()) <= 3 or re.search("[0-9]", content) else None
 
 
 def _bare(line: str) -> str:
-    """Without emphasis around it and without the full stop of the sentence."""
-    line = line.strip().strip("*").strip()
-    return line[:-1].rstrip() if line.endswith(".") else line
+    """Without emphasis and quotes around it and without the full stop of the sentence."""
+    line = line.strip(' \t\r*`"“”')
+    return line[:-1].rstrip(' \t*`"“”') if line.endswith(".") else line

@@ -18,7 +18,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from reward_fns import judge
-from reward_fns.forms import answer_text
+from reward_fns.forms import answer_parts
 
 LONGEST = 400
 """Characters; the longest answer of MATH-500 has 53."""
@@ -67,8 +67,10 @@ def check(text: str, ground_truth: str, answer_format: str = "any") -> tuple[str
     """
     if not ground_truth.strip() or len(ground_truth) > LONGEST:
         raise ValueError(f"ground_truth {ground_truth!r:.60} is no answer: it has {len(ground_truth)} characters")
-    pred = answer_text(text, answer_format)
-    return pred, bool(pred) and equal(pred, ground_truth)
+    parts = answer_parts(text, answer_format)
+    pred = ", ".join(parts)
+    # Several boxes are a list, or one value in several ways of writing it.
+    return pred, bool(pred) and (equal(pred, ground_truth) or all(equal(part, ground_truth) for part in parts))
 
 
 def equal(answer: str, truth: str) -> bool:
