@@ -24,11 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import reasoning_gym
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from data_prep.schema import DataError, Row, write_parquet
+from data_prep.untrusted import UntrustedError, error_line, one_line, read_yaml
 
 DATA_SOURCE = "skpo/arithmetic"
 TEMPLATE = Path(__file__).parent / "templates" / "arithmetic.yaml"
@@ -110,11 +108,9 @@ def load_template(path: Path = TEMPLATE) -> Template:
     Raises DataError if it cannot be read, a key is missing or a placeholder is not where it belongs.
     """
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise DataError(
-            f"{path}: cannot be read as a template ({str(error).splitlines()[0]}); see {TEMPLATE.name}"
-        ) from error
+        content = read_yaml(path)
+    except (OSError, UntrustedError) as error:
+        raise DataError(f"{path}: cannot be read as a template ({one_line(error)}); see {TEMPLATE.name}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a mapping; copy data_prep/templates/{TEMPLATE.name} and change that")
 
@@ -301,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare(**vars(parser.parse_args(argv)))
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 1
     return 0
 

@@ -21,6 +21,7 @@ from data_prep.math import boxed_problem, whole
 from data_prep.pipeline import Collected, Problem, RowError, Source, read_split, sample, text_field, write_problems
 from data_prep.reading import SUFFIXES
 from data_prep.schema import DataError
+from data_prep.untrusted import error_line
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -183,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prepare(given.pop("out"), **given)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 1
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data_prep.pipeline import Source, prepare
 from data_prep.schema import DataError
+from data_prep.untrusted import error_line
 
 
 def parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -46,6 +47,6 @@ def main(source: Source, argv: Sequence[str] | None = None) -> int:
             against=given.against,
         )
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 1
     return 0

@@ -21,6 +21,7 @@ from data_prep.leakage import held_out, normalised
 from data_prep.prompts import load_prompt_template
 from data_prep.reading import RawRow, read_rows
 from data_prep.schema import DataError, Row, prompt_id, refuse_duplicates, write_parquet
+from data_prep.untrusted import LONGEST_LINE, one_line
 
 LISTED = 50
 """Faulty rows listed one by one with --skip-bad; the rest is counted."""
@@ -100,7 +101,9 @@ def text_field(fields: Mapping[str, Any], *names: str) -> str:
             except UnicodeEncodeError as error:
                 raise RowError(f"field {name!r} has half a character (a lone surrogate)") from error
             return value.strip()
-    raise RowError(f"field {' or '.join(map(repr, names))} is missing (it has {', '.join(map(str, fields)) or 'none'})")
+    raise RowError(
+        f"field {' or '.join(map(repr, names))} is missing (it has {one_line(', '.join(map(str, fields)) or 'none')})"
+    )
 
 
 def collect(rows: Iterable[RawRow], convert: Convert, *, skip_bad: bool = False) -> Collected:
@@ -166,7 +169,7 @@ def read_split(source: Source, place: str | None, split: str, *, skip_bad: bool 
     rows = read_rows(place or source.hub, source.splits[split], None if place else source.hub_config)
     found = collect(rows, source.convert, skip_bad=skip_bad)
     for fault in found.bad[:LISTED]:
-        print(f"left out: {fault}", file=sys.stderr)
+        print(f"left out: {one_line(fault, LONGEST_LINE)}", file=sys.stderr)
     if len(found.bad) > LISTED:
         print(f"left out: {len(found.bad) - LISTED} more", file=sys.stderr)
     if not found.problems:

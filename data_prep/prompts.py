@@ -9,11 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from data_prep.schema import DataError
+from data_prep.untrusted import UntrustedError, one_line, read_yaml
 
 FOLDER = Path(__file__).parent / "templates"
 QUESTION = "{question}"
@@ -43,9 +40,9 @@ def load_prompt_template(name: str) -> PromptTemplate:
         known = ", ".join(sorted(file.stem for file in FOLDER.glob("*.yaml") if file.stem != "arithmetic"))
         raise DataError(f"--template {name}: no such template; known are {known}, or give the path of a yaml file")
     try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
-        raise DataError(f"{path}: cannot be read as a template ({str(error).splitlines()[0]})") from error
+        content = read_yaml(path)
+    except (OSError, UntrustedError) as error:
+        raise DataError(f"{path}: cannot be read as a template ({one_line(error)})") from error
     if not isinstance(content, dict) or set(content) != {"messages"}:
         raise DataError(f"{path}: needs the one key 'messages'; copy {FOLDER.name}/boxed.yaml and change that")
     messages = content["messages"]

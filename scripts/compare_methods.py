@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from data_prep.untrusted import read_yaml
 from recipe.skpo.metrics import read_lines
 
 METHODS = ["grpo", "skpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "spo"]
@@ -47,7 +48,7 @@ def main() -> None:
         if len(steps_of(folder)) < arguments.steps:
             run(method, folder, arguments.steps, overrides)
         lines = steps_of(folder)
-        config = OmegaConf.load(folder / "config.yaml")
+        config = OmegaConf.create(read_yaml(folder / "config.yaml"))
         prompts = config.data.train_batch_size // (config.skpo.group_size if method == "spo" else 1)
         rows[method] = {
             name: sum(line[f"skpo/tokens/{name}"] for line in lines) / len(lines) / prompts

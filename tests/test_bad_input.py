@@ -423,7 +423,7 @@ def _(run: Run) -> None:
     (run.model / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-@case("model: broken index", MODEL + "{model}/model.safetensors.index.json is no index", "download the model again")
+@case("model: broken index", MODEL + "{model}/model.safetensors.index.json is not an index", "download the model again")
 def _(run: Run) -> None:
     (run.model / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}')
 

@@ -246,12 +246,13 @@ def test_settings_are_dotted_paths() -> None:
 @pytest.mark.parametrize("key", ["WANDB_API_KEY", "apikey", "HF_TOKEN", "password", "client_secret", "AWS_ACCESS_KEY"])
 def test_secrets_stay_out(key: str) -> None:
     assert settings_of({"env": {key: "abc"}}) == [[f"env.{key}", "(hidden)"]]
+    assert settings_of({key: ["abc", {"x": 1}]}) == [[key, '["(hidden)", {"x": "(hidden)"}]']]
 
 
-@pytest.mark.parametrize("key", ["ppo_max_token_len_per_gpu", "tokens", "keyboard", "key", "author"])
-def test_what_is_no_secret_is_shown(key: str) -> None:
+@pytest.mark.parametrize("key", ["ppo_max_token_len_per_gpu", "stop_tokens", "keyboard", "key", "author"])
+def test_what_is_not_a_secret_is_shown(key: str) -> None:
     assert settings_of({key: "abc"}) == [[key, '"abc"']]
-    assert settings_of({"token": None, "secret": 5}) == [["token", "null"], ["secret", "5"]]
+    assert settings_of({"token": None, "tokens": 5}) == [["token", "null"], ["tokens", "5"]]
 
 
 def test_a_run_without_config_says_so(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from recipe.skpo import main
-from recipe.skpo.secrets import is_secret, reject_secret_overrides, reject_secrets
+from recipe.skpo.secrets import hide_secrets, reject_secret_overrides, reject_secrets
 from recipe.skpo.settings import ConfigError, SkpoSettings
 from recipe.skpo.state import FILE_NAME, SkpoState, StateError, saved_tokens
 
@@ -200,6 +200,8 @@ VALUE = "0123456789abcdef0123"
         f"+reward.custom_reward_function.reward_kwargs.judge_api_key={VALUE}",
         f"+reward.custom_reward_function.reward_kwargs={{password:{VALUE}}}",
         "+x.secret=${oc.env:HOME}",
+        f"+trainer.note=see{VALUE}",
+        "+x={a:[{hfToken:b}]}",
         "trainer.project_name=hf_" + "a" * 34,
         "trainer.experiment_name=sk-proj-" + "a" * 34,
         f"data.source=https://me:{VALUE}@host/data",
@@ -210,12 +212,14 @@ def test_a_secret_on_the_command_line_is_refused_before_hydra_writes_it_down(
     monkeypatch, capsys, override: str
 ) -> None:
     monkeypatch.setenv("SKPO_PLATFORM", "cpu")
+    monkeypatch.setenv("SOME_API_KEY", VALUE)
     monkeypatch.setattr(sys, "argv", ["main", "trainer.nnodes=1", override])
     monkeypatch.setattr(main, "run", lambda: pytest.fail("Hydra was called"))
     with pytest.raises(SystemExit) as exit_info:
         main.main()
     message = str(exit_info.value.code)
-    assert message.startswith("error: ") and "looks like a secret" in message and "export it" in message
+    assert message.startswith("error: ") and ("looks like a secret" in message or "holds the value of" in message)
+    assert "export it" in message
     assert VALUE not in message and len(message.splitlines()) == 1
     assert VALUE not in "".join(capsys.readouterr())
 
@@ -244,14 +248,48 @@ def test_nothing_in_the_composed_configs_is_taken_for_a_secret(compose_config, p
     reject_secrets(OmegaConf.to_container(compose_config(f"platform={platform}", f"method={method}", "data=gsm8k")))
 
 
-def test_a_secret_in_a_list_of_a_config_file_is_found() -> None:
-    with pytest.raises(ConfigError, match=r"^a\.b\.api_key: looks like a secret"):
-        reject_secrets({"a": {"b": [{"api_key": "x"}]}})
+S = "S3cretS3cret42"
+SECRET_NAMES = [
+    *("api-key", "hfToken", "authToken", "wandb_key", "private_key", "secret_key", "authorization", "bearer", "pwd"),
+    *("passphrase", "tokens", "api_key_1", "HF_TOKEN", "clientSecret", "X-Api-Key", "openaiApiKey"),
+]
+SECRET_FORMS = [
+    *("github_pat_" + "a" * 30, "glpat-" + "a" * 20, "xoxb-" + "1" * 12, "AIza" + "b" * 35, "ASIA" + "A" * 16),
+    *("eyJhbGciOiJI.eyJzdWIiOiIx.abc", "-----BEGIN RSA PRIVATE KEY-----", "nvapi-" + "x" * 40, "sk_live_" + "a" * 20),
+    *("redis://:pw@host", "https://token@host", "https://host/x?api_key=abc", "Bearer abcdef0123456789abcd"),
+    *("mongodb://me:pw@host", "ghp_" + "a" * 36, f"x{VALUE}y"),
+]
+SECRET_CONFIGS: list[dict[Any, Any]] = [
+    *({name: S} for name in SECRET_NAMES),
+    *({"note": form} for form in SECRET_FORMS),
+    *({"a": [{"note": [form]}]} for form in SECRET_FORMS),
+    *({form: 1} for form in SECRET_FORMS),
+    *({"password": {"value": S}}, {"token": [S]}, {"servers": [{"auth": {"x": [S]}}]}, {"password": 1234567890}),
+]
 
 
-def test_numbers_and_empty_texts_are_no_secrets() -> None:
-    assert not any(is_secret("token", value) for value in (None, "", 5, 0.5, True))
-    assert is_secret("token", "x") and is_secret("anything", "ghp_" + "a" * 36)
+@pytest.mark.parametrize("config", SECRET_CONFIGS, ids=str)
+def test_a_secret_is_refused_in_a_config_and_hidden_in_a_report(config: dict[Any, Any], monkeypatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", VALUE)
+    with pytest.raises(ConfigError, match=r": (looks like a secret|holds the value of .* SOME_API_KEY), and .*export"):
+        reject_secrets(config)
+    shown = str(hide_secrets(config))
+    assert "(hidden)" in shown and not any(secret in shown for secret in (S, VALUE, "1234567890", *SECRET_FORMS))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *({"budget": {"tokens": 300}}, {"prompt_key": "prompt"}, {"reward_fn_key": "data_source"}, {"token": None}),
+        *({"url": "https://host/a@b"}, {"url": "ssh://git@host/x"}, {"key_variable": "OPENAI_API_KEY"}),
+        *({"max_num_batched_tokens": 5}, {"stop_tokens": ["</s>"]}, {"eos_token_id": 3}, {"password": ""}),
+        *({"name": "glass-half-full-experiment-name"}, {"text": "basic trigonometric-identities"}, {"token": 5}),
+    ],
+    ids=str,
+)
+def test_ordinary_settings_are_not_secrets(config: dict[str, Any]) -> None:
+    reject_secrets(config)
+    assert hide_secrets(config) == config
 
 
 def test_variables_of_the_environment_get_into_no_file_and_no_output(

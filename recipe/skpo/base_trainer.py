@@ -27,7 +27,7 @@ from verl.workers.utils.padding import response_from_nested
 
 from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
 from recipe.skpo.curriculum import PrioritisedBatches
-from recipe.skpo.metrics import MetricsFile, plain_numbers
+from recipe.skpo.metrics import MetricsFile, plain_numbers, read_numbers
 from recipe.skpo.replay import BoundedReplayBuffer
 from recipe.skpo.replicas import BoundedCheckpointManager
 from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager, RolloutError
@@ -102,7 +102,7 @@ class BaseTrainer(PPOTrainerSync):
             folder = Path(trainer.resume_from_path) if explicit else self._checkpoint_folder()
             self.state.load(folder)
             if (folder / METRICS_FILE).is_file():
-                self.saved_metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
+                self.saved_metrics = read_numbers(folder / METRICS_FILE)
             own = self.resumed_at if folder.resolve() == self._checkpoint_folder().resolve() else None
         # Later steps are trained again: a marker that still named one of them would make a kill in the middle of
         # saving it anew look like a whole checkpoint.

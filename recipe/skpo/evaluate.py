@@ -35,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.benchmarks import BENCHMARKS
 from data_prep.schema import DataError, check_parquet
+from data_prep.untrusted import UntrustedError, one_line, read_json
 from recipe.skpo.analysis.options import FREE, EngineConfig
 from recipe.skpo.analysis.output import AnalysisError, claim, guarded, plain, write_atomic
 from recipe.skpo.analysis.problems import load_tokenizer
@@ -224,9 +225,13 @@ def _latest(folder: Path) -> Path:
 
 def _fsdp_checkpoint(actor: Path) -> Checkpoint:
     try:
-        world_size = int(json.loads((actor / "fsdp_config.json").read_text(encoding="utf-8"))["world_size"])
-    except (ValueError, KeyError, TypeError):
+        world_size = read_json(actor / "fsdp_config.json")["world_size"]
+    except (UntrustedError, KeyError, TypeError):
         raise ConfigError(f"checkpoint: {actor / 'fsdp_config.json'} has no world_size; {ACCEPTED}") from None
+    _require(
+        type(world_size) is int and world_size >= 1,
+        f"checkpoint: {actor / 'fsdp_config.json'} has world_size={one_line(world_size, 40)}; {ACCEPTED}",
+    )
     described = actor / "huggingface"
     _require((described / "config.json").is_file(), f"checkpoint: {described} has no config.json; {ACCEPTED}")
     _require(
@@ -235,13 +240,16 @@ def _fsdp_checkpoint(actor: Path) -> Checkpoint:
     )
     if any(described.glob("*.safetensors")):  # saved with save_contents=[..., hf_model]
         return _whole_model(described)
-    shards = [actor / f"model_world_size_{world_size}_rank_{rank}.pt" for rank in range(world_size)]
-    for shard in shards:
+    shards = []
+    # One by one, so that no more names are made than there are files.
+    for rank in range(world_size):
+        shard = actor / f"model_world_size_{world_size}_rank_{rank}.pt"
         # torch.save writes a zip archive, whose directory is its end.
         _require(
             shard.is_file() and zipfile.is_zipfile(shard),
             f"checkpoint: {shard} is missing or cut short; name a checkpoint that was saved to its end",
         )
+        shards.append(shard)
     return Checkpoint(_label(actor), str(described), actor, _files_digest(shards))
 
 

@@ -21,15 +21,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
+from data_prep.untrusted import UntrustedError, error_line, read_yaml
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.report import held_out
-from recipe.skpo.secrets import is_secret
+from recipe.skpo.secrets import HIDDEN, hide_secrets
 from recipe.skpo.trees import read_trees, spread, tree_index
 
 T = TypeVar("T")
@@ -119,8 +116,6 @@ HELD_OUT = "held-out "
 WORDS = {"acc": "accuracy", "well_formed": "well-formed answers", "acc_of_well_formed": "accuracy among well-formed"}
 """Names that the held-out numbers get among the metrics: ``held-out <source>: <word>``."""
 
-"""Names of settings whose values stay out of a page that people pass on."""
-
 
 class ReportError(ValueError):
     """A run folder that no page can be made from; the message names the file and the fix in one line."""
@@ -199,7 +194,7 @@ def headline(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     def total(*names: str) -> float | None:
         values = [value for line in steps for name in names if (value := number(line.get(name))) is not None]
-        return number(math.fsum(values)) if values else None
+        return number(sum(values)) if values else None
 
     seconds = total(f"{TIMES}step", f"{TIMES}testing")
     return {
@@ -213,31 +208,34 @@ def headline(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 # ---------------------------------------------------------------- config
 
 
-def settings_of(node: Any, path: str = "") -> list[list[str]]:
-    """Dotted path and value of every setting; values of keys that hold secrets are hidden."""
-    if isinstance(node, Mapping) and node:
-        return [
-            pair for key, value in node.items() for pair in settings_of(value, f"{path}.{key}" if path else str(key))
-        ]
-    hidden = is_secret(path.rpartition(".")[2], node)
-    return [[path, "(hidden)" if hidden else json.dumps(node, ensure_ascii=False, default=str)]]
+def settings_of(config: Mapping[str, Any]) -> list[list[str]]:
+    """Dotted path and value of every setting; secrets are hidden, wherever they are."""
+
+    def pairs(node: Any, path: str) -> list[list[str]]:
+        if isinstance(node, Mapping) and node:
+            return [pair for key, value in node.items() for pair in pairs(value, f"{path}.{key}" if path else str(key))]
+        return [[path, HIDDEN if node == HIDDEN else json.dumps(node, ensure_ascii=False, default=str)]]
+
+    return pairs(hide_secrets(config), "")
 
 
 def read_config(output_dir: Path, notes: list[str]) -> list[list[str]]:
     """Settings of the run's ``config.yaml``.
 
     Raises:
-        ReportError: the file is no YAML mapping.
+        ReportError: the file is not a YAML mapping.
     """
     path = output_dir / "config.yaml"
     if not path.is_file():
         notes.append("Config: the run folder holds no config.yaml.")
         return []
     try:
-        found = settings_of(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ReportError(f"{path}: cannot be read as a config ({reason}); repair or remove it") from None
+        config = read_yaml(path) or {}
+    except (UntrustedError, OSError) as error:
+        raise ReportError(f"{path}: cannot be read as a config ({error}); repair or remove it") from None
+    if not isinstance(config, Mapping):
+        raise ReportError(f"{path}: is not a mapping of settings; repair or remove it")
+    found = settings_of(config)
     if any(len(text) > LONGEST_NAME for pair in found for text in pair):
         notes.append(f"Config: names and values are cut after {LONGEST_NAME} characters.")
     short = [[text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}…" for text in pair] for pair in found]
@@ -398,7 +396,7 @@ def main() -> None:
     try:
         target = write_report(parser.parse_args().run_folder)
     except (ReportError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
     print(f"{target} ({target.stat().st_size / 1e6:.2f} MB)")
 
 

@@ -5,14 +5,21 @@ verl's own score and length metrics mix both phases' rows; everything published 
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data_prep.untrusted import UntrustedError, parse_json, read_json
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
 from recipe.skpo.output.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+LAST_STEP = 2**53
+"""The largest step that every reader of JSON, the report's page among them, holds exactly."""
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -105,6 +112,16 @@ def plain_numbers(data: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
+def read_numbers(path: Path) -> dict[str, float]:
+    """Read the numbers of a JSON object; of a damaged file none, with a warning: a resume needs none of them."""
+    try:
+        read = read_json(path)
+    except (UntrustedError, OSError) as error:
+        logger.warning("%s: %s; the metrics of this step are left out", path, error)
+        return {}
+    return plain_numbers(read) if isinstance(read, Mapping) else {}
+
+
 class MetricsFile:
     """One JSON object per logged step, ``{"step": n, <name>: <number>, ...}``, kept across resumes.
 
@@ -139,8 +156,8 @@ def keep_lines(path: Path, resumed_at: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; what is no such line is skipped."""
-    return [line for line in json_lines(path) if isinstance(line.get("step"), int)]
+    """Lines of a metrics file; what is not such a line is skipped."""
+    return [line for line in json_lines(path) if type(line.get("step")) is int and 0 <= line["step"] <= LAST_STEP]
 
 
 def json_lines(path: Path) -> list[dict[str, Any]]:
@@ -152,8 +169,8 @@ def json_lines(path: Path) -> list[dict[str, Any]]:
     # character apart.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            read = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+            read = parse_json(line)
+        except UntrustedError:
             continue
         if isinstance(read, dict):
             lines.append(read)

@@ -3,7 +3,6 @@
 Nothing of the weights but the headers of their files is read.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from jinja2 import TemplateError
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError
+from data_prep.untrusted import UntrustedError, one_line, read_json
 from recipe.skpo.checks.data import prompt_files
 from recipe.skpo.settings import ConfigError
 
@@ -35,7 +35,7 @@ def check_model(config: DictConfig) -> None:
     try:
         described = AutoConfig.from_pretrained(model.path, trust_remote_code=model.get("trust_remote_code", False))
     except Exception as error:  # a process border: the hub, json and the model's own class answer with their own errors
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(error) or type(error).__name__
         raise ConfigError(
             f"{where}: {model.path} cannot be read as a model ({reason}); give a folder with a whole checkpoint, or a "
             f"name on the hub where that can be reached"
@@ -64,9 +64,14 @@ def _check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise ConfigError(f"{where}: {index} is no index of weight files; download the model again") from None
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise UntrustedError("names something that is not a file beside it")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f" ({error})" if isinstance(error, UntrustedError) else ""
+            raise ConfigError(
+                f"{where}: {index} is not an index of weight files{reason}; download the model again"
+            ) from None
     else:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names and not any(folder.glob("*.bin")):
@@ -76,7 +81,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(folder / name, "numpy"):
                 pass
         except (SafetensorError, OSError) as error:
-            reason = str(error).splitlines()[0]
+            reason = one_line(error)
             raise ConfigError(
                 f"{where}: {folder / name} is missing or cut off ({reason}); copy or download the model again"
             ) from None
@@ -100,7 +105,7 @@ def check_prompt_lengths(config: DictConfig) -> None:
             try:
                 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
             except (TemplateError, TypeError) as error:  # the second: a template that calls what is not there
-                reason = (str(error).splitlines() or [""])[0]
+                reason = one_line(error)
                 raise DataError(
                     f"{file}: row {index}: the model's chat template fails on this prompt ({reason}); change the "
                     f"prompt's roles, or give another template by actor_rollout_ref.model.custom_chat_template"
@@ -127,7 +132,7 @@ def _tokenizer(config: DictConfig):
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
     except Exception as error:  # a process border: five libraries read these files, each with errors of its own
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = one_line(error) or type(error).__name__
         raise ConfigError(f"actor_rollout_ref.model.path: no tokenizer can be loaded from {path} ({reason})") from error
     if model.get("custom_chat_template"):
         tokenizer.chat_template = model.custom_chat_template

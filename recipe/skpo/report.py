@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from data_prep.untrusted import one_line
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.trees import read_trees, spread, tree_index
@@ -21,7 +22,8 @@ def held_out(line: dict[str, float]) -> dict[str, dict[str, float]]:
         section, _, rest = name.partition("/")
         if section in ("val-core", "val-aux") and rest.rpartition("/")[2].startswith("mean@"):
             source, _, variable = rest.rpartition("/")[0].rpartition("/")
-            found.setdefault(source, {})[variable] = value
+            if isinstance(value, int | float):
+                found.setdefault(source, {})[variable] = value
     result = {}
     for source, values in found.items():
         if "acc" in values:
@@ -50,7 +52,7 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
     if validated:
         (first, before), (last, after) = validated[0], validated[-1]
         for source in after:
-            text.append(f"  held-out {source}, greedy           step {first:<6} step {last}")
+            text.append(f"  held-out {one_line(source)}, greedy           step {first:<6} step {last}")
             for label, key in (
                 ("accuracy", "acc"),
                 ("share of well-formed answers", "well_formed"),

@@ -49,7 +49,7 @@ def test_folder_belongs_to_one_config_but_for_what_is_free(tmp_path: Path) -> No
 
 def test_config_that_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(AnalysisError, match=r"config\.json: cannot be read"):
+    with pytest.raises(AnalysisError, match=r"config\.json: is not JSON"):
         claim(tmp_path, Config())
     assert (tmp_path / "config.json").read_text() == "{"
 

@@ -430,7 +430,7 @@ MUTATIONS = (
     one(
         "base_trainer",
         "the line of a step that was saved is lost",
-        'self.saved_metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))',
+        "self.saved_metrics = read_numbers(folder / METRICS_FILE)",
         "pass",
         EVERY_KILL,
         file=KILLS,

@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep.schema import prompt_id
+from data_prep.untrusted import one_line, parse_json
 from recipe.skpo.analysis import endpoint, options
 from recipe.skpo.analysis.endpoint import ChatRequest, EndpointConfig, Estimate, ask_stored
 from recipe.skpo.analysis.options import EngineConfig, add_engine_flags, engine_config
@@ -248,9 +249,9 @@ def _read_rows(path: Path, where: str) -> list[dict[str, Any]]:
             import pyarrow.parquet as pq
 
             return pq.read_table(path).to_pylist()
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, ValueError) as error:  # pyarrow's and json's errors are ValueErrors
-        raise AnalysisError(f"{where}: cannot be read ({str(error).splitlines()[0]})") from None
+        raise AnalysisError(f"{where}: cannot be read ({one_line(error)})") from None
     for number, row in enumerate(rows):
         require(isinstance(row, dict), f"{where}: row {number}: is no object")
     return rows

@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from data_prep.untrusted import UntrustedError, error_line, read_json
 from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
 
@@ -73,9 +74,9 @@ def claim(out: Path, config: Any, free: Sequence[str] = ()) -> None:
     path, mine = out / CONFIG_NAME, plain(config)
     if path.is_file():
         try:
-            theirs = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise AnalysisError(f"{path}: cannot be read ({error}); give another --out") from None
+            theirs = read_json(path)
+        except UntrustedError as error:
+            raise AnalysisError(f"{path}: {error}; give another --out") from None
         before, now = _flat(theirs), _flat(mine)
         for name in sorted(set(before) | set(now)):
             require(
@@ -118,6 +119,6 @@ def guarded(run: Callable[[], Sequence[Path]]) -> int:
         for path in run():
             print(path)
     except (ValueError, RuntimeError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 1
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.schema import DataError, check_parquet
+from data_prep.untrusted import one_line
 from recipe.skpo.analysis.output import AnalysisError, require
 from reward_fns import compute_score
 
@@ -105,7 +106,8 @@ def load_tokenizer(model: str) -> Any:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise AnalysisError(f"{model}: no tokenizer can be loaded ({reason}); name a Hugging Face folder") from None
+        raise AnalysisError(
+            f"{model}: no tokenizer can be loaded ({one_line(error)}); name a Hugging Face folder"
+        ) from None
     require(bool(tokenizer.chat_template), f"{model}: its tokenizer has no chat template; name an instruct model")
     return tokenizer
