@@ -42,7 +42,7 @@ from recipe.skpo.analysis.problems import load_tokenizer
 from recipe.skpo.evaluation import Answered, Score, markdown, score
 from recipe.skpo.prompts import problem_tokens
 from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, SamplingError, detected_platform, draw_stored
-from recipe.skpo.secrets import reject_secret_overrides
+from recipe.skpo.secrets import reject_secret_overrides, reject_secrets
 from recipe.skpo.settings import ConfigError
 
 ACCEPTED = (
@@ -619,6 +619,7 @@ def read_config(overrides: Sequence[str]) -> EvaluationConfig:
         with initialize_config_dir(str(Path(__file__).parent / "config"), version_base=None):
             config = compose("evaluate", overrides=list(overrides))
         OmegaConf.resolve(config)
+        reject_secrets(OmegaConf.to_container(config))
     except (HydraException, OmegaConfBaseException) as error:
         # Hydra spreads its message over lines and causes.
         text = "\n".join(str(cause) for cause in (error, error.__cause__) if cause)

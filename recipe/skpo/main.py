@@ -26,6 +26,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from data_prep.untrusted import error_line, one_line
 from recipe.skpo.checkpoints import repair_marker
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.reward import check_reward
@@ -265,8 +266,7 @@ def launch(config: DictConfig) -> None:
     try:
         validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     except (AssertionError, ValueError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        sys.exit(f"error: verl refuses the config: {reason}")
+        sys.exit(error_line(f"verl refuses the config: {one_line(error) or type(error).__name__}"))
 
     class SkpoTaskRunner(TaskRunnerV1.__ray_actor_class__):  # type: ignore[name-defined,misc]
         """verl's runner; importing our trainers registers them inside the actor's process."""
@@ -326,9 +326,9 @@ def run(config: DictConfig) -> None:
         resolve_paths(config)
         finished = is_finished(config)
     except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
     except OmegaConfBaseException as error:
-        sys.exit(f"error: {error.full_key}: {str(error).splitlines()[0]}")
+        sys.exit(error_line(f"{error.full_key}: {str(error).splitlines()[0]}"))
     output_dir = Path(config.output_dir)
     if finished:
         limit = "budget.tokens" if config.budget.match == "tokens" else "trainer.total_training_steps"
@@ -353,7 +353,7 @@ def main() -> None:
         reject_unknown_keys(sys.argv[1:])
         check_environment()
     except ConfigError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(error_line(error))
     run()
 
 

@@ -79,9 +79,13 @@ def _words(name: str) -> list[str]:
 
 
 def environment_secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Value to name of the secret-looking variables, of ``os.environ`` unless others are given."""
+    """Value to name of the secret-looking variables, of ``os.environ`` unless others are given; paths are left out."""
     given = os.environ if environment is None else environment
-    return {value: name for name, value in given.items() if len(value) >= SHORTEST and is_secret_name(name)}
+    return {
+        value: name
+        for name, value in given.items()
+        if len(value) >= SHORTEST and is_secret_name(name) and not os.path.exists(value)
+    }
 
 
 def hide_secrets(config: Any, instead: Callable[[str, str], Any] = lambda path, why: HIDDEN) -> Any:
@@ -99,7 +103,7 @@ def hide_secrets(config: Any, instead: Callable[[str, str], Any] = lambda path, 
             copied = {}
             for key, value in node.items():
                 why = _why("", key, known)
-                shown = instead(path, why) if why else key
+                shown = instead(f"{path}.{HIDDEN}".lstrip("."), why) if why else key
                 place = f"{path}.{shown}" if path else str(shown)
                 copied[shown] = copy(value, place, str(key), inside)
             return copied

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from data_prep.untrusted import UntrustedError, error_line, read_json
 from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
+from recipe.skpo.secrets import reject_secrets
 
 CONFIG_NAME = "config.json"
 
@@ -70,8 +71,10 @@ def claim(out: Path, config: Any, free: Sequence[str] = ()) -> None:
 
     Raises:
         AnalysisError: the folder holds draws of another config, naming the first value that differs.
+        ConfigError: a secret in the config, which is written down.
     """
     path, mine = out / CONFIG_NAME, plain(config)
+    reject_secrets(mine)
     if path.is_file():
         try:
             theirs = read_json(path)
