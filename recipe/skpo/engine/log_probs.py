@@ -1,0 +1,43 @@
+"""Log-probs and entropies of response tokens without the logits of a whole micro-batch in memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 2048
+"""Tokens whose logits exist at a time: about 20 bytes per token and vocabulary entry."""
+
+
+def log_probs(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float | torch.Tensor = 1.0,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob and entropy of each token, in nats; logits are computed again in the backward, chunk by chunk.
+
+    Args:
+        head: hidden states to logits.
+        hidden: (tokens, hidden size), at the positions that predict ``labels``.
+        labels: int64 (tokens,).
+        temperature: divides the logits; a number or (tokens,).
+
+    Returns:
+        Two float32 tensors (tokens,).
+    """
+    scale = torch.as_tensor(temperature, dtype=torch.float32, device=hidden.device).clamp(min=1e-8)
+    scale = scale.expand(len(labels)).unsqueeze(-1)
+
+    def of_chunk(hidden: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = head(hidden).float() / scale
+        lse = logits.logsumexp(-1)
+        entropy = lse - (logits.softmax(-1) * logits).sum(-1)
+        return logits.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - lse, entropy
+
+    chunks = zip(hidden.split(chunk), labels.split(chunk), scale.split(chunk), strict=True)
+    # There is nothing random in a chunk.
+    parts = [checkpoint(of_chunk, *tensors, use_reentrant=False, preserve_rng_state=False) for tensors in chunks]
+    values, entropies = zip(*parts, strict=True)
+    return torch.cat(values), torch.cat(entropies)
