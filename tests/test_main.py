@@ -420,31 +420,35 @@ def test_attention_follows_what_is_installed(
     compose_config, monkeypatch, installed: bool, given: str | None, used: str | None
 ) -> None:
     monkeypatch.setenv("TENSORBOARD_DIR", "elsewhere")
-    monkeypatch.setattr(main, "find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr(main, "flash_attention_installed", lambda: installed)
     extra = [f"+actor_rollout_ref.model.override_config.attn_implementation={given}"] if given else []
-    config = compose_config("platform=gpu", *extra)
+    config = compose_config("platform=gpu", "packed_attention=none", *extra)
     main.apply_platform(config)
     assert config.actor_rollout_ref.model.override_config.get("attn_implementation") == used
     assert config.ray_kwargs.ray_init.runtime_env.env_vars == {"TENSORBOARD_DIR": "elsewhere", "PYTHONUTF8": "1"}
 
 
+@pytest.mark.parametrize("given", [None, "mine", "[mine, yours]"])
 @pytest.mark.parametrize(
-    ("given", "libraries"),
+    ("overrides", "device", "library"),
     [
-        (None, ["recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
-        ("mine", ["mine", "recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
-        ("[mine, yours]", ["mine", "yours", "recipe.skpo.weight_sync_registration", "recipe.skpo.prefix_engine"]),
+        (["platform=gpu"], "packed", "recipe.skpo.engine.fsdp"),
+        (["platform=cpu"], "shared_prefix", "recipe.skpo.prefix_engine"),
     ],
 )
-def test_shared_prompts_reach_every_worker(compose_config, monkeypatch, given: str | None, libraries) -> None:
+def test_the_engine_reaches_every_worker(compose_config, monkeypatch, given, overrides, device, library) -> None:
     monkeypatch.setenv("TENSORBOARD_DIR", "elsewhere")
-    monkeypatch.setenv("VERL_ENGINE_DEVICE", "cuda")
+    for name in ("VERL_ENGINE_DEVICE", "SKPO_PACKED_ATTENTION", "SKPO_SHARE_PREFIXES"):
+        monkeypatch.setenv(name, "before")
     extra = [f"actor_rollout_ref.model.external_lib={given}"] if given else []
-    config = compose_config("platform=gpu", "share_prefixes=true", *extra)
+    config = compose_config(*overrides, *extra)
     main.apply_platform(config)
-    assert config.actor_rollout_ref.model.external_lib == libraries
-    assert config.ray_kwargs.ray_init.runtime_env.env_vars["VERL_ENGINE_DEVICE"] == "shared_prefix"
-    assert os.environ["VERL_ENGINE_DEVICE"] == "shared_prefix"
+    libraries = list(config.actor_rollout_ref.model.external_lib)
+    assert libraries[-3:] == ["recipe.skpo.weight_sync_registration", "recipe.skpo.engine.backends", library]
+    assert libraries[:-3] == ([] if given is None else given.strip("[]").split(", "))
+    variables = config.ray_kwargs.ray_init.runtime_env.env_vars
+    for name, value in {"VERL_ENGINE_DEVICE": device, "SKPO_SHARE_PREFIXES": "1"}.items():
+        assert variables[name] == os.environ[name] == value
 
 
 def test_embedded_data_and_model_are_made_once(compose_config, tmp_path: Path, monkeypatch) -> None:

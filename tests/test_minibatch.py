@@ -1,5 +1,6 @@
 """Rows in order, and each row's share of the objective (SPEC section 6), against plain loops."""
 
+from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, downstream_loss, upstream_loss
-from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
+from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, prompts_fit_ranks, row_scales, slots
 from tests.reference import FlatRow, Row, random_batch, reference_batch_objective
 
 CLIPS = (0.2, 0.28)
@@ -105,6 +106,40 @@ def test_ranks_get_rows_of_similar_length_with_the_partition_of_verl() -> None:
     for update in verl_updates(order, 36, 2):
         first, second = (sum(lengths[row] for row in rank) for rank in update)
         assert abs(first - second) < 0.02 * (first + second)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_prompts_stay_whole_on_a_rank_if_told_so(ranks: int) -> None:
+    rng = np.random.default_rng(1)
+    prompts = rng.permutation(np.repeat(np.arange(8), 3)).tolist()
+    assert prompts_fit_ranks(prompts, 12, ranks)
+    order = minibatch_order(prompts, rng.integers(1, 9, 24).tolist(), 12, ranks, any_even_partition(1), whole=True)
+    for update in verl_updates(order, 12, ranks):
+        for rank in update:
+            trained = [prompts[row] for row in rank]
+            assert trained == sorted(set(trained) and trained) and len(set(trained)) == 4 // ranks
+            assert set(Counter(trained).values()) == {3}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "ranks", "fit"),
+    [([0, 0, 1, 1], 1, True), ([0, 0, 1, 1], 2, True), ([0, 0, 1, 1], 4, False), ([0, 0, 0, 1], 2, False)],
+)
+def test_prompts_fit_ranks_that_can_take_whole_ones(prompts: list[int], ranks: int, fit: bool) -> None:
+    assert prompts_fit_ranks(prompts, 4, ranks) is fit
+
+
+@pytest.mark.parametrize(
+    ("left", "wanted"), [(8, [4, 4]), (7, [4, 3]), (5, [3, 2]), (2, [1, 1]), (1, [1, 0])]
+)  # of 8 prompts in two updates of 4
+def test_prompts_are_dealt_evenly_over_the_updates(left: int, wanted: list[int]) -> None:
+    names = [f"v{number}" for number in range(left) for _ in range(3)]
+    padding = 24 - len(names)
+    places = slots(names + ["pad"] * padding, [False] * len(names) + [True] * padding, 3, 4)
+    assert sorted(Counter(places).values()) == [3] * 8, "every place has the rows of a prompt"
+    trained = [len({place for place in places[: len(names)] if place // 4 == update}) for update in (0, 1)]
+    assert trained == wanted
+    assert places[: len(names)] == sorted(places[: len(names)])
 
 
 @pytest.mark.parametrize(("rows", "rows_per_minibatch", "ranks"), [(10, 4, 1), (12, 6, 4)])

@@ -655,11 +655,13 @@ def test_spo_padding_moves_no_tracker(make_trainer, queue: Queue) -> None:
     ("reported", "steps", "total"), [({"actor/ppo_kl": 0.25}, 1, 0.25), ({"actor/ppo_kl": -0.5}, 1, 0.0), ({}, 1, 0.0)]
 )
 def test_spos_clock_moves_by_verls_kl(make_trainer, monkeypatch, reported: dict, steps: int, total: float) -> None:
+    from transfer_queue import KVBatchMeta
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
     monkeypatch.setattr(PPOTrainerSync, "_update_actor", lambda self, batch, metrics: metrics.update(reported) or batch)
     trainer = make_trainer("spo")
-    assert trainer._update_actor("batch", {}) == "batch"
+    batch = KVBatchMeta(keys=["v0_1_0"], tags=[{}], partition_id="train", extra_info={})
+    assert trainer._update_actor(batch, {}) is batch
     assert (trainer.state.clock.steps, trainer.state.clock.total_kl) == (steps, total)
 
 

@@ -147,6 +147,11 @@ SEAMS = [
         "base_trainer.BaseTrainer sorts the rows before it, trainer.SkpoTrainer orders them after it",
     ),
     (
+        f"{SYNC}._compute_old_log_prob",
+        "(self, batch, metrics)",
+        "base_trainer.BaseTrainer says how many rows belong together",
+    ),
+    (
         f"{SYNC}._compute_advantage",
         "(self, batch, metrics)",
         "trainer.SkpoTrainer and baselines.SpoTrainer replace it, baselines.BaselineTrainer logs after it",
@@ -214,6 +219,24 @@ SEAMS = [
         f"{ENGINE}.prepare_model_outputs",
         "(self, output, output_args, micro_batch, logits_processor_func)",
         "prefix_engine.SharedPrefixEngine unpacks log-probs and entropies there",
+    ),
+    # engine/fsdp.py
+    (f"{ENGINE}._build_module", "(self)", "PackedEngine chooses the attention of the module that it returns"),
+    (
+        f"{ENGINE}.forward_backward_batch",
+        "(self, data, loss_function, forward_only=False)",
+        "PackedEngine keeps a prompt's rows together before it",
+    ),
+    (
+        f"{ENGINE}.forward_step",
+        "(self, micro_batch, loss_function, forward_only)",
+        "PackedEngine counts the positions that it computed",
+    ),
+    (
+        "verl.utils.seqlen_balancing:rearrange_micro_batches",
+        "(batch, max_token_len, dp_group=None, num_batches_divided_by=None, same_micro_num_in_dp=True, "
+        "min_num_micro_batch=None, use_dynamic_bsz_balance=True, force_group_size=1)",
+        "PackedEngine and base_trainer set force_group_size",
     ),
     (
         "verl.workers.engine.base:EngineRegistry.register",
@@ -306,9 +329,10 @@ def test_signature_is_the_pinned_one(place: str, pinned: str, ours: str) -> None
 def our_classes() -> dict[str, tuple[type, str]]:
     """Every class of ours that stands below one of verl's, with the latter's place."""
     from recipe.skpo import base_trainer, baselines, prefix_engine, replay, replicas, rollout, trainer
+    from recipe.skpo.engine import fsdp
 
     found = {}
-    for module in (rollout, replay, replicas, base_trainer, trainer, baselines, prefix_engine):
+    for module in (rollout, replay, replicas, base_trainer, trainer, baselines, prefix_engine, fsdp):
         for name, value in vars(module).items():
             if inspect.isclass(value) and value.__module__ == module.__name__:
                 for place in (WORKER, MANAGER, SYNC, BUFFER, REPLICAS, ENGINE):
@@ -326,6 +350,7 @@ OURS += [
     "BaselineTrainer",
     "SpoTrainer",
     "SharedPrefixEngine",
+    "PackedEngine",
 ]
 
 

@@ -22,12 +22,14 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
 from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
 from recipe.skpo.curriculum import PrioritisedBatches
 from recipe.skpo.metrics import MetricsFile, plain_numbers, read_numbers
+from recipe.skpo.minibatch import minibatch_order, prompts_fit_ranks, slots
 from recipe.skpo.replay import BoundedReplayBuffer
 from recipe.skpo.replicas import BoundedCheckpointManager
 from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager, RolloutError
@@ -52,6 +54,8 @@ class BaseTrainer(PPOTrainerSync):
         self.output_dir = Path(config.output_dir)
         self.resumed_at = 0
         self.step_metrics: dict[str, Any] = {}
+        # So many consecutive rows belong to one prompt and go into one micro-batch, whose engine shares the prompt.
+        self._rows_together = 1
         self.saved_metrics: dict[str, float] = {}
         # Removed by us: verl's own removal leaves our file behind and forgets what earlier launches wrote.
         self.checkpoints_to_keep: int | None = config.trainer.max_actor_ckpt_to_keep
@@ -194,6 +198,37 @@ class BaseTrainer(PPOTrainerSync):
             logger.warning("failures in step %d: %s", self.global_steps, json.dumps(failures))
         return batch
 
+    def _order_by_prompt(self, batch: KVBatchMeta) -> KVBatchMeta:
+        """Order the rows such that an update sees whole prompts and, where rows are shared, a rank does too."""
+        actor = self.config.actor_rollout_ref
+        places = slots(
+            [key.rsplit("_", 2)[0] for key in batch.keys],
+            [bool(tag.get("is_padding", False)) for tag in batch.tags],
+            actor.rollout.n,
+            actor.actor.ppo_mini_batch_size,
+        )
+        rows, ranks = self._rows_per_minibatch(), self._data_parallel_size()
+        whole = self._shares_prompts and prompts_fit_ranks(places, rows, ranks)
+        lengths = [int(tag["seq_len"]) for tag in batch.tags]
+        batch.reorder(minibatch_order(places, lengths, rows, ranks, _balanced, whole))
+        self._rows_together = actor.rollout.n if whole else 1
+        return batch
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch.extra_info["force_group_size"] = self._rows_together
+        return super()._compute_old_log_prob(batch, metrics)
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch.extra_info["force_group_size"] = self._rows_together
+        return super()._update_actor(batch, metrics)
+
+    @property
+    def _shares_prompts(self) -> bool:
+        return bool(self.config.share_prefixes) and self.config.packed_attention in ("varlen", "flex")
+
+    def _rows_per_minibatch(self) -> int:
+        return self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+
     # ---------------------------------------------------------------- drift of the policy
 
     def _log_ratios(self, batch: KVBatchMeta, rows: Sequence[int], ids: Sequence[str]) -> dict[str, float]:
@@ -290,6 +325,10 @@ class BaseTrainer(PPOTrainerSync):
         """Whether the last step has yet to do what it does every ``trainer.<name>`` steps; not above 0 means never."""
         frequency = self.config.trainer[name]
         return frequency > 0 and self.global_steps % frequency != 0
+
+
+def _balanced(lengths: list[int], ranks: int) -> list[list[int]]:
+    return get_seqlen_balanced_partitions(lengths, k_partitions=ranks, equal_size=True)
 
 
 def _with_response(row: Mapping[str, Any], token_ids: np.ndarray) -> dict[str, Any]:

@@ -6,6 +6,8 @@ times as many prompts, advantage R - V_before normalised over the batch, no warm
 verl's clipped surrogate.  Every response counts as ``downstream`` in the metrics.
 """
 
+from typing import Any
+
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
@@ -21,6 +23,11 @@ from recipe.skpo.metrics import rollout_metrics
 @register_trainer("skpo_baseline")
 class BaselineTrainer(BaseTrainer):
     """verl's own estimators and losses, logged like SKPO."""
+
+    def _balance_batch(self, batch: KVBatchMeta, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        batch = super()._balance_batch(batch, *args, **kwargs)
+        # The responses to one q share it as SKPO's do, or a comparison would flatter SKPO.
+        return self._order_by_prompt(batch) if self._shares_prompts else batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)

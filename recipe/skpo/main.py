@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data_prep.untrusted import error_line, one_line
 from recipe.skpo.checkpoints import repair_marker
 from recipe.skpo.checks.data import check_data
+from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.html_report import write_report
 from recipe.skpo.model_checks import check_model, check_prompt_lengths
@@ -147,17 +147,26 @@ def apply_platform(config: DictConfig) -> None:
     with open_dict(config):
         libraries = config.actor_rollout_ref.model.get("external_lib") or []
         libraries = [libraries] if isinstance(libraries, str) else list(libraries)
-        libraries.append("recipe.skpo.weight_sync_registration")
-        if config.share_prefixes:
+        libraries += ["recipe.skpo.weight_sync_registration", "recipe.skpo.engine.backends"]
+        engine = choose_engine(config, flash_attention=flash_attention_installed())
+        config.packed_attention, config.share_prefixes = engine.kind, engine.share
+        if engine.device is not None:
             # A device of its own in verl's registry of engines is how another engine is chosen.
-            os.environ["VERL_ENGINE_DEVICE"] = variables["VERL_ENGINE_DEVICE"] = "shared_prefix"
-            libraries.append("recipe.skpo.prefix_engine")
+            chosen = {
+                "VERL_ENGINE_DEVICE": engine.device,
+                "SKPO_PACKED_ATTENTION": engine.kind,
+                "SKPO_SHARE_PREFIXES": str(int(engine.share)),
+            }
+            os.environ |= chosen
+            variables |= chosen
+            libraries.append(engine.library)
+        elif engine.reason is not None:
+            print(f"note: the actor's rows are not packed by this recipe: {engine.reason}")
         config.actor_rollout_ref.model.external_lib = libraries
         options = config.actor_rollout_ref.model.override_config
-        if "attn_implementation" not in options and find_spec("flash_attn") is None:
+        if "attn_implementation" not in options and not flash_attention_installed():
             # verl asks for flash attention by default, which is a package of its own to build.
             options.attn_implementation = "sdpa"
-            print("note: flash-attn is not installed, so the actor uses sdpa; packed rows are faster with flash-attn")
         # A Ray that is already running does not inherit this process's environment.
         runtime_env = config.ray_kwargs.ray_init.runtime_env
         runtime_env.env_vars = {**variables, **(runtime_env.get("env_vars") or {})}

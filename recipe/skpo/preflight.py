@@ -19,6 +19,7 @@ from recipe.skpo.checkpoints import (
     newest_whole,
     stored_checkpoints,
 )
+from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
 from recipe.skpo.settings import ConfigError, SkpoSettings
 from recipe.skpo.state import SkpoState, require_state_file, saved_tokens
 
@@ -152,22 +153,7 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
                 "one row per sibling and one for the segment; set skpo.group_size",
             ),
         }
-    if config.share_prefixes:
-        required |= {
-            "actor_rollout_ref.model.use_remove_padding": (False, "share_prefixes=true packs rows in its own way"),
-            "actor_rollout_ref.model.use_fused_kernels": (False, "share_prefixes=true needs the logits"),
-            "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": (
-                1,
-                "share_prefixes=true has no sequence parallel",
-            ),
-        }
-        strategy = config.actor_rollout_ref.actor.strategy
-        attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
-        if strategy not in ("fsdp", "fsdp2") or attention not in ("sdpa", "eager"):
-            raise ConfigError(
-                f"share_prefixes: needs actor.strategy fsdp or fsdp2 (is {strategy}) and "
-                f"+actor_rollout_ref.model.override_config.attn_implementation=sdpa (is {attention}); or set false"
-            )
+    choose_engine(config, flash_attention=flash_attention_installed())
     if config.platform.name == "cpu" and config.actor_rollout_ref.actor.strategy == "fsdp":
         raise ConfigError("actor_rollout_ref.actor.strategy: is fsdp, which refuses modules on a CPU; use fsdp2")
     trainers = {"skpo": "skpo", "spo": "skpo_spo"}

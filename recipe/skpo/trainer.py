@@ -16,13 +16,12 @@ from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 from verl.trainer.ppo.v1.trainer_base import register_trainer
-from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 from recipe.skpo.advantage import skpo_advantage
 from recipe.skpo.base_trainer import BaseTrainer
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
 from recipe.skpo.metrics import rollout_metrics, update_metrics
-from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
+from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, row_scales
 from recipe.skpo.trees import rollout_tree, sample_rows
 
 register_adv_est("skpo")(skpo_advantage)
@@ -65,24 +64,7 @@ class SkpoTrainer(BaseTrainer):
     # ---------------------------------------------------------------- rows in order
 
     def _balance_batch(self, batch: KVBatchMeta, *args: Any, **kwargs: Any) -> KVBatchMeta:
-        batch = super()._balance_batch(batch, *args, **kwargs)
-        # An update must see whole prompts; padding goes last.
-        uids = [key.rsplit("_", 2)[0] for key in batch.keys]
-        padding = [bool(tag.get("is_padding", False)) for tag in batch.tags]
-        rank = {uid: index for index, (_, uid) in enumerate(sorted(set(zip(padding, uids, strict=True))))}
-        batch.reorder(
-            minibatch_order(
-                [rank[uid] for uid in uids],
-                [int(tag["seq_len"]) for tag in batch.tags],
-                self._rows_per_minibatch(),
-                self._data_parallel_size(),
-                lambda lengths, ranks: get_seqlen_balanced_partitions(lengths, k_partitions=ranks, equal_size=True),
-            )
-        )
-        return batch
-
-    def _rows_per_minibatch(self) -> int:
-        return self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+        return self._order_by_prompt(super()._balance_batch(batch, *args, **kwargs))
 
     # ---------------------------------------------------------------- advantages, trackers, update
 

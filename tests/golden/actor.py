@@ -67,6 +67,7 @@ def main(folder: Path, rank: int, ranks: int) -> None:
     torch.set_num_threads(1)
     config = OmegaConf.load(folder / "config.yaml")
     job = torch.load(folder / "rows.pt", weights_only=False)
+    os.environ["VERL_ENGINE_DEVICE"] = job["device"]
     worker = ActorRolloutRefWorker(config.actor_rollout_ref, role="actor")
     worker.init_model()
     clips = {"clip_low": config.skpo.clip_low, "clip_high": config.skpo.clip_high}

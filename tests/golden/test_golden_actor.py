@@ -38,6 +38,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "micro-batches of 2, packed": {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2, "use_remove_padding": True},
 }
 
+PACKED = {
+    "one micro-batch": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 4096},
+    "prompts whole": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 90, "force_group_size": GROUP + 1},
+    "a prompt above the budget": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 30, "force_group_size": GROUP + 1},
+}
+"""Variants of the packed engine, where prompts are shared."""
+
 
 @dataclass
 class Response:
@@ -143,7 +150,7 @@ def naive_objective(visits: list[Visit], everything: list[Visit], score: Score) 
     return total
 
 
-def rows_of(visits: list[Visit], ranks: int) -> list[dict[str, Any]]:
+def rows_of(visits: list[Visit], ranks: int, whole: bool) -> list[dict[str, Any]]:
     """The trainer's side: rows with advantages and scales, padded to whole updates, in verl's order."""
     from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
@@ -163,6 +170,7 @@ def rows_of(visits: list[Visit], ranks: int) -> list[dict[str, Any]]:
         size,
         ranks,
         lambda lengths, parts: get_seqlen_balanced_partitions(lengths, k_partitions=parts, equal_size=True),
+        whole,
     )
     flat = [flat[index] for index in order]
     responses = [response or lost for _, _, response, _, _ in flat]
@@ -210,9 +218,11 @@ def run_ranks(folder: Path, ranks: int) -> None:
         assert process.returncode == 0, log[-6000:]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("ranks", "device", "variants"), [(1, "cuda", VARIANTS), (2, "cuda", VARIANTS), (2, "packed", PACKED)]
+)
 def test_the_gradient_of_verls_actor_is_that_of_the_paper(
-    ranks: int, tmp_path: Path, compose_config: Callable[..., Any]
+    ranks: int, device: str, variants: dict[str, Any], tmp_path: Path, compose_config: Callable[..., Any]
 ) -> None:
     from transformers import LlamaForCausalLM
 
@@ -232,14 +242,17 @@ def test_the_gradient_of_verls_actor_is_that_of_the_paper(
         f"skpo.group_size={GROUP}",
         f"skpo.clip_low={CLIPS[0]}",
         f"skpo.clip_high={CLIPS[1]}",
+        "actor_rollout_ref.model.external_lib=recipe.skpo.engine.fsdp",
+        f"actor_rollout_ref.model.enable_gradient_checkpointing={device == 'packed'}",
     )
     OmegaConf.save(config, tmp_path / "config.yaml")
-    job = {"rows": rows_of(visits, ranks), "rows_per_update": PER_UPDATE * (GROUP + 1), "variants": VARIANTS}
+    rows = rows_of(visits, ranks, whole=device == "packed")
+    job = {"rows": rows, "rows_per_update": PER_UPDATE * (GROUP + 1), "variants": variants, "device": device}
     torch.save(job, tmp_path / "rows.pt")
     run_ranks(tmp_path, ranks)
 
     updates = torch.load(tmp_path / "updates.pt")
-    assert list(updates) == list(VARIANTS)
+    assert list(updates) == list(variants)
     for name, records in updates.items():
         assert len(records) == 2
         moved = max(float((records[0][0][key] - tensor).abs().max()) for key, tensor in records[1][0].items())
@@ -254,5 +267,7 @@ def test_the_gradient_of_verls_actor_is_that_of_the_paper(
             for key, wanted in expected.items():
                 assert wanted is not None
                 worst = max(worst, float((gradients[key] - wanted).norm() / wanted.norm()))
-            print(f"{ranks} ranks, {name}, update {number}: largest relative error of a parameter {worst:.1e}")
+            print(
+                f"{ranks} ranks, {device}, {name}, update {number}: largest relative error of a parameter {worst:.1e}"
+            )
             assert worst < TOLERANCE

@@ -1,0 +1,109 @@
+"""Which engine computes the actor's rows, from ``packed_attention``, ``share_prefixes`` and verl's own options."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from recipe.skpo.settings import ConfigError
+
+KINDS = ("auto", "varlen", "flex", "dense", "none")
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine of the actor.
+
+    Attributes:
+        device: name in verl's registry of engines; None for verl's own engine.
+        library: module that registers it.
+        kind: ``packed_attention`` as resolved.
+        share: whether a prompt that several rows begin with is computed once.
+        reason: why ``auto`` did not choose packed attention, None if it did or was not asked.
+    """
+
+    device: str | None
+    library: str | None
+    kind: str
+    share: bool
+    reason: str | None = None
+
+
+def flash_attention_installed() -> bool:
+    """Whether transformers can use flash-attn 2; a package that only carries its name does not count."""
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    return is_flash_attn_2_available()
+
+
+def choose_engine(config: DictConfig, flash_attention: bool) -> EngineChoice:
+    """The engine that the options lead to.
+
+    Args:
+        flash_attention: whether flash-attn is installed.
+
+    Raises:
+        ConfigError: options that contradict each other, each named.
+    """
+    kind, share = config.packed_attention, config.share_prefixes
+    if kind not in KINDS:
+        raise ConfigError(f"packed_attention: is {kind}, must be one of {', '.join(KINDS)}")
+    if share not in (True, False, "auto"):
+        raise ConfigError(f"share_prefixes: is {share}, must be true, false or auto")
+    obstacle = _obstacle(config, kind)
+    if kind == "auto":
+        if obstacle is None and (share is True or not flash_attention):
+            kind = "varlen"
+        else:
+            kind = "none"
+            obstacle = obstacle or "flash-attn is installed"
+            if share is True:
+                raise ConfigError(f"share_prefixes: is true, but {obstacle}; set it to auto or false")
+            return EngineChoice(None, None, "none", False, obstacle)
+    if kind == "none":
+        if share is True:
+            raise ConfigError("share_prefixes: is true, which packed_attention=none cannot do; set it to auto or false")
+        return EngineChoice(None, None, "none", False)
+    if obstacle is not None:
+        raise ConfigError(f"packed_attention: is {kind}, but {obstacle}; change that, or set packed_attention=none")
+    if kind == "dense":
+        if share is False:
+            raise ConfigError(
+                "packed_attention: is dense, which is for shared prompts; set share_prefixes=true, or none"
+            )
+        return EngineChoice("shared_prefix", "recipe.skpo.prefix_engine", kind, True)
+    return EngineChoice("packed", "recipe.skpo.engine.fsdp", kind, share is not False)
+
+
+def _obstacle(config: DictConfig, kind: str) -> str | None:
+    """Why the engines of this recipe cannot be used, None if they can."""
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        return f"actor_rollout_ref.actor.strategy is {actor.strategy}, and only fsdp and fsdp2 can pack rows"
+    if sequence_parallel_size(config) > 1:
+        return "ulysses_sequence_parallel_size is above 1, which packed attention does not know"
+    if model.get("use_fused_kernels"):
+        return "actor_rollout_ref.model.use_fused_kernels is true, which computes log-probs in its own way"
+    if actor.get("calculate_sum_pi_squared"):
+        return "actor_rollout_ref.actor.calculate_sum_pi_squared is true, which needs all logits"
+    attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
+    if kind == "dense":
+        if attention not in ("sdpa", "eager"):
+            return f"its masks need +actor_rollout_ref.model.override_config.attn_implementation=sdpa (is {attention})"
+        if model.use_remove_padding:
+            return "actor_rollout_ref.model.use_remove_padding is true, but it packs rows in its own way"
+    elif attention not in (None, "sdpa"):
+        return f"actor_rollout_ref.model.override_config.attn_implementation is {attention}"
+    elif not model.use_remove_padding:
+        return "actor_rollout_ref.model.use_remove_padding is false"
+    return None
+
+
+def sequence_parallel_size(config: Any) -> int:
+    """Ulysses ranks per sequence, by the larger of verl's two spellings of the option."""
+    actor = config.actor_rollout_ref.actor
+    sizes = (
+        OmegaConf.select(actor, name)
+        for name in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
+    )
+    return max([1, *(int(size) for size in sizes if size is not None)])
