@@ -1,16 +1,20 @@
 """Answer checking: `compute_score` is the one entry that verl calls (SPEC section 3, R = 2 * 1[correct] - 1).
 
 It is routed by `data_source` to a room per kind of answer: numbers (`hash_answer`), mathematics (`math_answer`),
-multiple choice (`choice_answer`); `forms` finds the answer in the response. Sources that verl checks by running model
-text as code (`codecontests`, `numina_*`, `geometry3k`, ...) are refused: text written by a model is never executed
-here. Time and memory are bounded, see `judge`.
+multiple choice (`choice_answer`); `thoughts` takes the thought off the response, `forms` finds the answer in the rest.
+Sources that verl checks by running model text as code (`codecontests`, `numina_*`, `geometry3k`, ...) are refused: text
+written by a model is never executed here. Time and memory are bounded, see `judge`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from reward_fns import choice_answer, hash_answer, math_answer
 from reward_fns.forms import check_format
+from reward_fns.thoughts import AFTER_THOUGHT, after_thought, read_marks
+
+OUR_REWARD = "pkg://reward_fns"
+"""The value of ``reward.custom_reward_function.path`` that names this package."""
 
 # Answers stand at the end; looking at no more than this keeps a runaway response from costing time.
 TAIL_CHARACTERS = 2000
@@ -57,26 +61,38 @@ def route(data_source: str) -> Check:
     )
 
 
+def check_options(answer_format: str = "any", thought_marks: str | Sequence[str] = "auto", **_: Any) -> None:
+    """Raise ValueError for an option of `compute_score` that is unknown: a fault of the configuration."""
+    check_format(answer_format)
+    read_marks(thought_marks)
+
+
 def compute_score(
     data_source: str,
     solution_str: str,
     ground_truth: str,
     extra_info: dict[str, Any] | None = None,
     answer_format: str = "any",
+    thought_marks: str | Sequence[str] = "auto",
     **kwargs: Any,
 ) -> dict[str, float | str]:
     """Check one response.
 
-    `answer_format` (`forms.AnswerFormat`) is set through ``reward.custom_reward_function.reward_kwargs``: "any" takes
-    the answer from a box, after "####" or from a line "Answer: ..."; "boxed", "hash" and "line" take that form alone.
+    Two options are set through ``reward.custom_reward_function.reward_kwargs``. `answer_format` (`forms.AnswerFormat`):
+    "any" takes the answer from a box, after "####" or from a statement "Answer: ..."; "boxed", "hash" and "line" take
+    that form alone. `thought_marks` (`thoughts.read_marks`): "auto", "none", or the opening and the closing mark.
+    What follows the last thought counts: `extra_info["response_after_thought"]` where it is there, because whoever
+    decoded the response saw its prompt and special tokens, else what the marks in `solution_str` leave.
 
     Returns `score` (+1.0 correct, -1.0 not), `acc` (1.0 or 0.0), `well_formed` (1.0 if an answer in the
-    expected form was found, right or wrong) and `pred` (that answer, "" if none). `extra_info` and `kwargs`
-    are verl's and not used. Raises ValueError for an unknown data source or format, or a ground truth that is no
-    answer, never because of `solution_str`.
+    expected form was found, right or wrong) and `pred` (that answer, "" if none). `kwargs` are verl's
+    and not used. Raises ValueError for an unknown data source or option, or a ground truth that is not an answer, never
+    because of `solution_str`.
     """
-    check_format(answer_format)
-    pred, correct = route(data_source)(solution_str[-TAIL_CHARACTERS:], ground_truth, answer_format)
+    check_options(answer_format, thought_marks)
+    told = (extra_info or {}).get(AFTER_THOUGHT)
+    text = told if isinstance(told, str) else after_thought(solution_str, thought_marks)
+    pred, correct = route(data_source)(text[-TAIL_CHARACTERS:], ground_truth, answer_format)
     return {
         "score": 1.0 if correct else -1.0,
         "acc": 1.0 if correct else 0.0,

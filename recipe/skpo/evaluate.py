@@ -44,6 +44,7 @@ from recipe.skpo.prompts import problem_tokens
 from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, SamplingError, detected_platform, draw_stored
 from recipe.skpo.secrets import reject_secret_overrides, reject_secrets
 from recipe.skpo.settings import ConfigError
+from recipe.skpo.thoughts import ThoughtReader, configured_marks
 
 ACCEPTED = (
     "give a Hugging Face folder or name, a verl FSDP checkpoint (.../global_step_N) or the folder of a run that has one"
@@ -436,15 +437,22 @@ class Reward:
         except (ImportError, OSError, RuntimeError, AttributeError, ValueError) as error:
             raise ConfigError(f"reward: {error}") from None
         self.name = f"{function.name} of {function.path}"
+        self.marks = configured_marks(function.path, function.reward_kwargs)
         self._compute: Callable[..., Any] = partial(loaded, **function.reward_kwargs)
 
-    def __call__(self, problem: Problem, response: str) -> Checked:
-        """Check a response; a result without ``acc`` is right where its score is positive."""
+    def __call__(self, problem: Problem, response: str, extra_info: Mapping[str, Any] | None = None) -> Checked:
+        """Check a response; a result without ``acc`` is right where its score is positive.
+
+        Args:
+            problem: what was asked.
+            response: its text without special tokens, as the trainer's reward sees it.
+            extra_info: passed along instead of the problem's own.
+        """
         result = self._compute(
             data_source=problem.data_source,
             solution_str=response,
             ground_truth=problem.ground_truth,
-            extra_info=dict(problem.extra_info),
+            extra_info=dict(problem.extra_info if extra_info is None else extra_info),
         )
         if not isinstance(result, Mapping):
             return Checked(float(result) > 0, "", None)
@@ -489,10 +497,14 @@ def answered(
 ) -> list[Answered]:
     """Every problem with its checked responses; text is decoded as the trainer's reward sees it."""
     result = []
+    thoughts = ThoughtReader(tokenizer, reward.marks)
     for problem in benchmark.problems:
         completions = drawn[problem.id]
         texts = [str(tokenizer.decode(item.token_ids, skip_special_tokens=True)) for item in completions]
-        checked = [reward(problem, text) for text in texts]
+        checked = [
+            reward(problem, text, thoughts.extra_info(problem.extra_info, problem.prompt_ids, item.token_ids))
+            for text, item in zip(texts, completions, strict=True)
+        ]
         result.append(
             Answered(
                 id=problem.id,

@@ -46,6 +46,7 @@ from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
 from recipe.skpo.prompts import automatic_bos
 from recipe.skpo.segments import Segment, cut_segment, last_boundary, select_segment, skip_prompt
 from recipe.skpo.settings import SkpoSettings
+from recipe.skpo.thoughts import ThoughtReader, configured_marks
 
 logger = logging.getLogger(__name__)
 
@@ -161,6 +162,8 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
         vocabulary = self.model_config.hf_config.get_text_config().vocab_size
         self.llm_client: MeteredClient = MeteredClient(self.llm_client, vocabulary)
         self.failures: Counter[str] = Counter()
+        reward = self.config.reward.custom_reward_function
+        self.thoughts = ThoughtReader(self.tokenizer, configured_marks(reward.path, reward.get("reward_kwargs")))
 
     def take_failures(self) -> dict[str, int]:
         """How often what failed since the last call; keys as ``cause_of`` makes them."""
@@ -211,8 +214,13 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
             RolloutError: a reward that is no finite number or, for a method with trackers, not within [-1, 1].
             TimeoutError: none within ``skpo.prompt_timeout_s``.
         """
+        last = outputs[-1]
+        # verl's reward managers see neither the prompt nor special tokens, and both may hold the marks of a thought.
+        told = await asyncio.get_running_loop().run_in_executor(
+            None, self.thoughts.extra_info, kwargs.get("extra_info"), last.prompt_ids, last.response_ids
+        )
         async with asyncio.timeout(self.settings.prompt_timeout_s):
-            await super()._compute_score(outputs, kwargs=kwargs)
+            await super()._compute_score(outputs, kwargs=dict(kwargs, extra_info=told))
         reward = outputs[-1].reward_score
         if not isinstance(reward, Real) or not math.isfinite(reward):
             raise RolloutError(f"the reward function returned {reward!r}, which is no finite number")

@@ -38,6 +38,8 @@ from recipe.skpo.analysis.output import AnalysisError, claim, guarded, require, 
 from recipe.skpo.analysis.problems import Problem, check_answers, load_tokenizer, read_problems
 from recipe.skpo.prompts import problem_tokens
 from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, draw_stored
+from recipe.skpo.thoughts import ThoughtReader
+from reward_fns.thoughts import read_marks
 
 CONTINUATIONS = "continuations.jsonl"
 # A word: letters and digits, with a backslash in front (\frac) and decimals behind (3.5, 1,200).  Else a run of signs.
@@ -176,8 +178,13 @@ def sample_responses(
             for used in opened:
                 used.close()
         before = len(kept)
-        for problem in problems:
-            right = [item.text for item in drawn[problem.id] if problem.check(item.text).reward > 0]
+        thoughts = ThoughtReader(tokenizer, read_marks())
+        for problem, request in zip(problems, requests, strict=True):
+            right = [
+                item.text
+                for item in drawn[problem.id]
+                if problem.check(item.text, thoughts.extra_info(None, request.prompt_ids, item.token_ids)).reward > 0
+            ]
             kept += [Response(method, problem, text) for text in right[: config.keep]]
         solved = len({response.problem.id for response in kept[before:]})
         print(f"{method}: correct responses to {solved} of {len(problems)} problems")

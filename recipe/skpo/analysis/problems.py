@@ -33,9 +33,9 @@ class Problem:
         """The last message, which asks the question."""
         return self.messages[-1]["content"]
 
-    def check(self, response: str) -> "Checked":
-        """Reward and answer of a response."""
-        result = compute_score(self.data_source, response, self.answer)
+    def check(self, response: str, extra_info: dict[str, Any] | None = None) -> "Checked":
+        """Reward and answer of a response; ``extra_info`` as ``ThoughtReader`` gives it."""
+        result = compute_score(self.data_source, response, self.answer, extra_info)
         return Checked(float(result["score"]), canonical(str(result["pred"])))
 
 

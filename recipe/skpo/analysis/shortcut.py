@@ -32,6 +32,8 @@ from recipe.skpo.analysis.problems import Problem, load_tokenizer, read_problems
 from recipe.skpo.prompts import automatic_bos, problem_tokens
 from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, draw_stored
 from recipe.skpo.segments import Segment, cut_segment, select_segment, skip_prompt
+from recipe.skpo.thoughts import ThoughtReader
+from reward_fns.thoughts import read_marks
 
 MODES = ("unconditional", "continual", "skip", "quote")
 MEASURES = ("distinct", "all_equal", "length", "accuracy", "well_formed")
@@ -162,6 +164,7 @@ class Plan:
     def __init__(self, config: ShortcutConfig, tokenizer: Any) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.bos = automatic_bos(tokenizer)
+        self.thoughts = ThoughtReader(tokenizer, read_marks())
 
     def seed(self, *place: int) -> int:
         """Of the request at this place, from the config's seed; G seeds from there on belong to its completions."""
@@ -230,7 +233,9 @@ class Plan:
     ) -> Group:
         """Check one group; ``before`` are tokens that begin each response."""
         whole = [[*before, *completion.token_ids] for completion in completions]
-        checked = [problem.check(self.decode(ids)) for ids in whole]
+        # Every mode's prompt ends as the problem's does.
+        prompt = problem_tokens(self.tokenizer, problem.messages)
+        checked = [problem.check(self.decode(ids), self.thoughts.extra_info(None, prompt, ids)) for ids in whole]
         return Group(
             problem_id=problem.id,
             mode=mode,

@@ -3,9 +3,7 @@
 from omegaconf import DictConfig
 
 from recipe.skpo.settings import ConfigError
-from reward_fns.forms import check_format
-
-OUR_REWARD = "pkg://reward_fns"
+from reward_fns import OUR_REWARD, check_options
 
 
 def check_reward(config: DictConfig) -> None:
@@ -18,7 +16,7 @@ def check_reward(config: DictConfig) -> None:
     """
     where, reward = "reward.custom_reward_function", config.reward.custom_reward_function
     if reward.path == OUR_REWARD:
-        check_format((reward.get("reward_kwargs") or {}).get("answer_format", "any"))
+        check_options(**(reward.get("reward_kwargs") or {}))
     if not reward.path:
         raise ConfigError(
             f"{where}.path: is not set; give a python file, or {OUR_REWARD} for the rewards of this recipe"

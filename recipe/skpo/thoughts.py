@@ -1,0 +1,70 @@
+"""Where a response's thought ends, decided from its prompt and tokens.
+
+verl decodes a response without special tokens and without its prompt. A mark that is a special token (gpt-oss, Mistral,
+Cohere) is not in that text, and neither is one that the chat template has put at the end of the prompt (DeepSeek-R1,
+Qwen3-Thinking). So the part that counts is found here, and handed to the reward in `extra_info`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from reward_fns import OUR_REWARD
+from reward_fns.thoughts import AFTER_THOUGHT, Marks, read_marks
+
+_PROMPT_END = 24
+"""Tokens at the end of a prompt that may hold an opening mark."""
+
+
+def configured_marks(path: str | None, reward_kwargs: Mapping[str, Any] | None) -> Marks | None:
+    """The marks of a reward function's settings; another function than ours has no such option: the known marks.
+
+    Raises:
+        ValueError: an unknown value of the option.
+    """
+    return read_marks((reward_kwargs or {}).get("thought_marks", "auto") if path == OUR_REWARD else "auto")
+
+
+class ThoughtReader:
+    """Finds what follows the last thought of a response.
+
+    Args:
+        tokenizer: of the model.
+        marks: of a thought; None finds no thought.
+    """
+
+    def __init__(self, tokenizer: Any, marks: Marks | None) -> None:
+        self._tokenizer, self._marks = tokenizer, marks
+        special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self._dropped = marks is not None and any(map(marks.consist_of, special))
+
+    def extra_info(
+        self, extra_info: Mapping[str, Any] | None, prompt_ids: Sequence[int], response_ids: Sequence[int]
+    ) -> dict[str, Any]:
+        """A row's `extra_info` with the part of the response that counts, where its text alone does not tell.
+
+        Args:
+            extra_info: as in the data.
+            prompt_ids: tokens that the response continues; an open thought in the s of [s, q] is closed by q's turn.
+            response_ids: tokens of the response.
+        """
+        told = {key: value for key, value in (extra_info or {}).items() if key != AFTER_THOUGHT}
+        part = self._after_thought(prompt_ids, response_ids)
+        return told if part is None else {**told, AFTER_THOUGHT: part}
+
+    def _after_thought(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str | None:
+        """None where the response's text tells it, or where there is no thought."""
+        if self._marks is None:
+            return None
+        opened = self._marks.opened_by(self._decode(prompt_ids[-_PROMPT_END:]))
+        if opened is None and not self._dropped:
+            return None
+        text = self._decode(response_ids)
+        start = self._marks.answer_start(text, opened)
+        if start is None:
+            return ""
+        return self._special.sub("", text[start:]) if start else None
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
