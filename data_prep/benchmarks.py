@@ -22,6 +22,7 @@ from data_prep.pipeline import Collected, Problem, RowError, Source, read_split,
 from data_prep.reading import SUFFIXES
 from data_prep.schema import DataError
 from data_prep.untrusted import error_line
+from reward_fns.near_answer import with_tolerance
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -38,7 +39,10 @@ def integer_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
 
 
 def olympiad_problem(fields: Mapping[str, Any], data_source: str) -> Problem | None:
-    """Fields `question`, `context`, `final_answer` (a list); None for images, other subjects and languages, proofs."""
+    """Fields `question`, `context`, `final_answer` (a list), `error` (a tolerance of the number, or none).
+
+    None for images, other subjects and languages, proofs.
+    """
     wanted = {"subject": "Math", "language": "English", "modality": "Text-only", "question_type": "Open-ended"}
     if any(fields.get(name) not in (None, value) for name, value in wanted.items()):
         return None
@@ -49,10 +53,16 @@ def olympiad_problem(fields: Mapping[str, Any], data_source: str) -> Problem | N
         raise RowError(f"field 'final_answer' is no list of strings (found {answers!r:.60})")
     context = fields.get("context")
     question = text_field(fields, "question")
+    answer = ", ".join(answer.strip().strip("$").strip() for answer in answers)
+    if fields.get("error"):
+        try:
+            answer = with_tolerance(answer, str(fields["error"]).strip())
+        except ValueError as error:
+            raise RowError(f"field 'error': {error}") from error
     return Problem(
         data_source,
         f"{context.strip()}\n\n{question}" if isinstance(context, str) and context.strip() else question,
-        ", ".join(answer.strip().strip("$").strip() for answer in answers),
+        answer,
     )
 
 

@@ -8,9 +8,8 @@ What exists on the disk is read from there; anything else that looks like ``owne
 """
 
 import csv
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.schema import DataError
+from data_prep.untrusted import UntrustedError, parse_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -86,7 +86,40 @@ def _file_rows(file: Path) -> Iterator[RawRow]:
         raise DataError(f"{file}: cannot be read as {file.suffix[1:]} ({reason})") from error
 
 
+class _Ambiguous(dict[str, Any]):
+    """A JSON object in which the key `twice` stands more than once, at any depth."""
+
+    twice: str = ""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs, an ambiguous one if a key is there twice in it or in an object inside."""
+    made = dict(pairs)
+    twice = _twice([key for key, _ in pairs]) if len(made) < len(pairs) else None
+    inside = (part for value in made.values() for part in (value if isinstance(value, list) else [value]))
+    twice = twice or next((part.twice for part in inside if isinstance(part, _Ambiguous)), None)
+    if twice is None:
+        return made
+    ambiguous = _Ambiguous(made)
+    ambiguous.twice = twice
+    return ambiguous
+
+
+def _twice(names: Sequence[str]) -> str | None:
+    """The first name that is there more than once."""
+    return next((name for index, name in enumerate(names) if name in names[:index]), None)
+
+
+def _check_columns(file: Path, names: Sequence[str]) -> None:
+    """Raise DataError for a column that is there twice: which one holds the question or the answer is not known."""
+    twice = _twice(names)
+    if twice is not None:
+        raise DataError(f"{file}: has the column {twice!r} twice; rename or drop one of them")
+
+
 def _row(where: str, value: object) -> RawRow:
+    if isinstance(value, _Ambiguous):
+        return RawRow(where, {}, f"has the key {value.twice!r} twice")
     if isinstance(value, dict):
         return RawRow(where, value)
     return RawRow(where, {}, f"is no object with named fields (found {type(value).__name__})")
@@ -99,17 +132,19 @@ def _jsonl_rows(file: Path) -> Iterator[RawRow]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield _row(where, json.loads(text))
-            except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-                yield RawRow(where, {}, f"is no JSON ({str(error).splitlines()[0]})")
+                    yield _row(where, parse_json(text, _object))
+            except UnicodeDecodeError as error:
+                yield RawRow(where, {}, f"is not JSON ({error})")
+            except UntrustedError as error:
+                yield RawRow(where, {}, str(error))
 
 
 def _json_rows(file: Path) -> Iterator[RawRow]:
     """A list of objects, or one object (the original MATH has a file per problem)."""
     try:
-        content = json.loads(file.read_bytes())
-    except (json.JSONDecodeError, RecursionError) as error:
-        yield RawRow(str(file), {}, f"is no JSON ({str(error).splitlines()[0]})")
+        content = parse_json(file.read_bytes(), _object)
+    except UntrustedError as error:
+        yield RawRow(str(file), {}, str(error))
         return
     if isinstance(content, list):
         for number, value in enumerate(content):
@@ -121,6 +156,7 @@ def _json_rows(file: Path) -> Iterator[RawRow]:
 def _parquet_rows(file: Path) -> Iterator[RawRow]:
     number = 0
     with pq.ParquetFile(file) as table:
+        _check_columns(file, table.schema_arrow.names)
         for batch in table.iter_batches(batch_size=8192):
             for value in batch.to_pylist():
                 yield _row(f"{file}: row {number}", value)
@@ -128,14 +164,20 @@ def _parquet_rows(file: Path) -> Iterator[RawRow]:
 
 
 def _csv_rows(file: Path) -> Iterator[RawRow]:
-    with file.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines)
-        for value in reader:
-            where = f"{file}: line {reader.line_num}"
-            if None in value or None in value.values():
-                yield RawRow(where, {}, f"has not the {len(reader.fieldnames or [])} fields of the first line")
-            else:
-                yield RawRow(where, value)
+    # A field may be as long as the file: the module's own bound of 131,072 characters cuts long solutions off.
+    bound = csv.field_size_limit(max(csv.field_size_limit(), file.stat().st_size))
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines)
+            _check_columns(file, reader.fieldnames or [])
+            for value in reader:
+                where = f"{file}: line {reader.line_num}"
+                if None in value or None in value.values():
+                    yield RawRow(where, {}, f"has not the {len(reader.fieldnames or [])} fields of the first line")
+                else:
+                    yield RawRow(where, value)
+    finally:
+        csv.field_size_limit(bound)
 
 
 def _hub_rows(name: str, config: str | None, split: str) -> Iterator[RawRow]:

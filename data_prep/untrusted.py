@@ -8,6 +8,7 @@ import json
 import math
 import re
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,12 @@ class UntrustedError(ValueError):
 # ---------------------------------------------------------------- JSON
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Parse JSON text; NaN and infinities that are written as such are kept.
+
+    Args:
+        text: to parse.
+        pairs_hook: makes an object of its keys and values; None makes a dictionary, where the last of equal keys wins.
 
     Raises:
         UntrustedError: it is not JSON, is nested too deeply, or has a number that no float can hold.
@@ -50,8 +55,8 @@ def parse_json(text: str | bytes) -> Any:
         # The hooks are slow, so they are left to texts that may need them; a string may look like a number.
         zeros = raw.translate(_AS_ZEROS)
         if any(digits in zeros for digits in _LONG_NUMBERS):
-            return json.loads(raw, parse_int=_whole, parse_float=_finite)
-        return json.loads(raw)
+            return json.loads(raw, parse_int=_whole, parse_float=_finite, object_pairs_hook=pairs_hook)
+        return json.loads(raw, object_pairs_hook=pairs_hook)
     except UntrustedError:
         raise
     except RecursionError:

@@ -9,7 +9,7 @@ written by a model is never executed here. Time and memory are bounded, see `jud
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from reward_fns import choice_answer, hash_answer, math_answer
+from reward_fns import choice_answer, hash_answer, math_answer, near_answer
 from reward_fns.forms import check_format
 from reward_fns.thoughts import AFTER_THOUGHT, after_thought, read_marks
 
@@ -50,6 +50,8 @@ def route(data_source: str) -> Check:
         return lambda text, truth, _: hash_answer.check(text, truth)
     if data_source in NUMBER_SOURCES:
         return hash_answer.check_any
+    if data_source == "olympiadbench":
+        return near_answer.check
     if data_source in MATH_SOURCES or data_source.startswith("aime"):
         return math_answer.check
     if data_source in CHOICE_SOURCES:

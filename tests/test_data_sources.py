@@ -1,5 +1,6 @@
 """From a source to parquet: what is read, refused, dropped and written; the same input gives the same bytes."""
 
+import csv
 import json
 import os
 import re
@@ -208,14 +209,17 @@ def test_what_cannot_be_held_against_is_named(folder: Path, tmp_path: Path) -> N
 
 
 BAD_ROWS: list[tuple[Any, str]] = [
-    ("{", "is no JSON"),
+    ("{", "is not JSON"),
     ("[1]", "is no object"),
     ('{"question": "a"}', "'answer' is missing"),
     ('{"question": "", "answer": "#### 1"}', "'question' is not a non-empty string"),
     ('{"question": 5, "answer": "#### 1"}', "'question' is not a non-empty string (found 5)"),
     ('{"question": "a", "answer": "it is 1"}', "'answer' does not end in '#### number'"),
     ('{"question": "\\ud800", "answer": "#### 1"}', "lone surrogate"),
-    ("[" * 100_000, "is no JSON"),
+    ("[" * 100_000, "is nested too deeply"),
+    ('{"question": "a", "answer": "#### 1", "answer": "#### 2"}', "has the key 'answer' twice"),
+    ('{"question": "a", "answer": "#### 1", "meta": [{"level": 1, "level": 1}]}', "has the key 'level' twice"),
+    ('{"question": "a", "answer": "#### 1", "n": ' + "9" * 5000 + "}", "has a number of 5000 digits"),
 ]
 
 
@@ -241,7 +245,7 @@ def test_a_line_that_is_no_utf8_is_a_bad_row(tmp_path: Path) -> None:
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(word_problem(1)).encode() + b'\n\n{"question": "\xff"}\n')
     rows = list(read_rows(str(file), "train"))
     assert [row.where for row in rows] == [f"{file}: line 1", f"{file}: line 3"]
-    assert rows[0].fields == word_problem(1) and "is no JSON" in rows[1].fault
+    assert rows[0].fields == word_problem(1) and "is not JSON" in rows[1].fault
 
 
 def test_a_split_without_a_usable_row_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -319,9 +323,26 @@ def test_places_name_the_row(tmp_path: Path) -> None:
     assert second.where.endswith("line 4") and "2 fields" in second.fault
 
 
+def test_a_field_of_a_csv_file_may_be_longer_than_the_modules_bound(tmp_path: Path) -> None:
+    bound, long = csv.field_size_limit(), "so " * 100_000
+    (tmp_path / "x.csv").write_text(f"question,answer\nq,{long}#### 7\n")
+    (row,) = read_rows(str(tmp_path / "x.csv"), "train")
+    assert row.fields["answer"] == f"{long}#### 7"
+    assert csv.field_size_limit() == bound < len(long)
+
+
+def test_a_key_that_is_there_twice_is_a_bad_row_of_a_json_file(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[{"question": "a"}, {"question": "a", "question": "b"}]')
+    first, second = read_rows(str(tmp_path / "x.json"), "train")
+    assert first.fields == {"question": "a"}
+    assert (second.where, second.fault) == (f"{tmp_path}/x.json: row 1", "has the key 'question' twice")
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
+        ("twice.csv", "has the column 'answer' twice; rename or drop one of them"),
+        ("twice.parquet", "has the column 'answer' twice; rename or drop one of them"),
         ("absent.jsonl", "no such file or folder"),
         ("./absent", "no such file or folder"),
         ("a b/c", "no such file or folder"),
@@ -341,6 +362,8 @@ def test_a_source_that_cannot_be_read_is_named(
     jsonl(tmp_path / "twice" / "train.jsonl", [])
     (tmp_path / "twice" / "train.csv").touch()
     (tmp_path / "broken.parquet").write_text("no")
+    (tmp_path / "twice.csv").write_text("question,answer,answer\nq,1,2\n")
+    pq.write_table(pa.table([pa.array(["a"])] * 3, names=["question", "answer", "answer"]), tmp_path / "twice.parquet")
     (tmp_path / "text.txt").write_text("no")
     (tmp_path / "latin.csv").write_bytes(b"a,b\n\xff,1\n")
     with pytest.raises(DataError, match=re.escape(message)) as caught:
@@ -565,6 +588,28 @@ def test_olympiad_keeps_open_english_text_problems_and_joins_several_answers() -
     with pytest.raises(RowError, match="no list of strings"):
         convert({**row, "final_answer": None})
     assert problem is not None and compute_score("olympiadbench", "\\boxed{-1, 2}", problem.answer)["acc"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "tolerance", "right", "wrong"),
+    [
+        ("14.5", "1e-1", ["14.5", "14.6", "14.4", "\\frac{29}{2}", "14.5\\text{ cm}"], ["14.61", "15", "x"]),
+        ("$\\frac{1}{3}$", "0.01", ["0.33", "1/3", "0.3433"], ["0.32", "0.344"]),
+        ("1.5, 2,000", "0.1,1", ["1.5, 2000", "1.6,2001"], ["1.7, 2000", "2001, 1.6", "1.5", "1.5, 2002"]),
+        ("$2\\pi$", "0.1", ["2\\pi", "\\pi \\cdot 2"], ["3\\pi", "6.5"]),
+    ],
+)
+def test_olympiad_numbers_may_be_off_by_their_tolerance(answer, tolerance, right, wrong) -> None:
+    convert = benchmarks.BENCHMARKS["olympiadbench"].convert
+    problem = convert({"question": "q", "final_answer": [answer], "error": tolerance})
+    assert problem is not None
+    for text, verdict in [*((text, 1.0) for text in right), *((text, 0.0) for text in wrong)]:
+        assert compute_score("olympiadbench", f"\\boxed{{{text}}}", problem.answer)["acc"] == verdict, text
+    exact = convert({"question": "q", "final_answer": [answer], "error": None})
+    assert exact is not None and "tolerance" not in exact.answer
+    for change, message in (({"error": "a lot"}, "the tolerance 'a lot' is not"), ({"error": "-1"}, "'-1' is not")):
+        with pytest.raises(RowError, match=message):
+            convert({"question": "q", "final_answer": [answer], **change})
 
 
 def test_mmlu_pro_lists_its_options_and_its_letter_is_the_answer() -> None:

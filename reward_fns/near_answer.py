@@ -1,0 +1,58 @@
+"""Mathematical answers that may be off by a tolerance, as OlympiadBench gives one with some of its numbers.
+
+The ground truth then reads "0.84 (tolerance 0.01)": a number that differs by at most 0.01 is right. "1.5, 20 (tolerance
+0.1,1)" has one per number, in order; one tolerance for several numbers holds for each. Answers that are not plain
+numbers have to be equal: `math_answer` decides.
+"""
+
+import math
+import re
+from fractions import Fraction
+
+from reward_fns import math_answer
+
+_TRUTH = re.compile(r"(?P<answer>.*\S) \(tolerance (?P<tolerance>[^()]{1,60})\)", re.DOTALL)
+_COMMA = re.compile(r",\s+|,(?![0-9]{3}(?![0-9]))")
+
+
+def with_tolerance(answer: str, tolerance: str) -> str:
+    """A ground truth with its tolerance; raises ValueError for one that is not a finite number above 0."""
+    _tolerances(tolerance)
+    return f"{answer} (tolerance {tolerance})"
+
+
+def check(text: str, ground_truth: str, answer_format: str = "any") -> tuple[str, bool]:
+    """As `math_answer.check`; numbers within the tolerance of `ground_truth` are right."""
+    match = _TRUTH.fullmatch(ground_truth)
+    if match is None:
+        return math_answer.check(text, ground_truth, answer_format)
+    tolerances = _tolerances(match["tolerance"])
+    pred, right = math_answer.check(text, match["answer"], answer_format)
+    if right or not pred or len(pred) > math_answer.LONGEST:
+        return pred, right
+    given, wanted = (
+        [math_answer.number(math_answer.normalised(part)) for part in _COMMA.split(answer)]
+        for answer in (pred, match["answer"])
+    )
+    if len(tolerances) == 1:
+        tolerances *= len(wanted)
+    if not len(given) == len(wanted) == len(tolerances):
+        return pred, False
+    return pred, all(
+        one is not None and other is not None and abs(one - other) <= tolerance
+        for one, other, tolerance in zip(given, wanted, tolerances, strict=True)
+    )
+
+
+def _tolerances(text: str) -> list[Fraction]:
+    """One tolerance per number; an empty one between commas is 0."""
+    values = []
+    for part in text.split(","):
+        try:
+            value = float(part) if part.strip() or "," not in text else 0.0
+        except ValueError:
+            value = math.nan
+        if not (0 < value < math.inf or (value == 0 and not part.strip())):
+            raise ValueError(f"the tolerance {text!r:.60} is not a finite number above 0")
+        values.append(Fraction(f"{value:.12g}"))
+    return values
