@@ -31,8 +31,9 @@ _NOUN = r"(?:answers?|(?:correct|right|best)[ \t]+(?:option|choice))"
 _CUE = re.compile(
     # "Answer: 5", "**Answer**: 5", "The final answer to this problem is: 5", "answer = 5", "Ans: 5", "<answer>5"
     rf"(?<![a-z])(?:{_NOUN}[*_\"']{{0,3}}(?:[ \t]*[:：=]"
-    r"|(?:,[^,.:\n]{1,40},|[ \t]+(?:to|for|of|in|here|choice|option)\b[^.:\n]{0,80}?)?"
-    r"[ \t*_]+(?:(?P<denied>(?:is|are)n['’]t|can(?:not|['’]t) be)|is|are|equals)\b[*_]{0,3}[ \t]*[:：]?)"
+    r"|(?:,[^,.:\n]{1,40},|[ \t]+(?:to|for|of|in|here|we|that we|choice|option)\b[^.:\n]{0,80}?)?"
+    r"[ \t*_]+(?:(?P<denied>(?:is|are)n['’]t|can(?:not|['’]t) be)|is|are|equals"
+    r"|(?P<weak>(?:must|should|will|would) be|(?:comes|turns) out to be))\b[*_]{0,3}[ \t]*[:：]?)"
     r"|ans\.?[ \t]*[:：=]|<answer>)"
     # a heading "Final Answer" alone on its line
     r"|^[ \t#*_]*(?:(?:the|my)[ \t]+)?(?:(?:final|correct)[ \t]+)?answers?[ \t*_]*$",
@@ -41,7 +42,7 @@ _CUE = re.compile(
 _LONGEST_STATEMENT = 600
 _LONGEST_PREFACE = 100
 # Typesetting before an answer that stands on a line of its own.
-_LEAD = re.compile(r"(?:[\s*_`]|\$\$(?=\s)|\\\[(?=\s)|-{3,}\s)*+")
+_LEAD = re.compile(r"(?:\n[ \t]*[-•][ \t]|[\s*_`]|\$\$(?=\s)|\\\[(?=\s)|-{3,}\s)*+")
 _FILLER = re.compile(
     r"(?:(?:therefore|thus|then|hence|so|simply|just|indeed|clearly|actually|probably|most likely|likely|exactly|about"
     r"|approximately|roughly|given by|equal to|found to be|going to be)\b[\s,:*_]*+)*+",
@@ -53,7 +54,7 @@ _SENTENCE_END = re.compile(
     rf"|({_ABBREVIATED}[.!?][*_)\"'”]*(?=\s+[A-Z(*])|[.,]?\s*I hope it is correct)"
 )
 _CLAUSE = re.compile(
-    r",\s*(?:but\s+)?not\b|,?\s+(?:because|since|which|as (?:shown|required|desired|expected|stated))\b"
+    r",\s*(?:but\s+)?not\b|,?\s+(?:because|since|which|(?<=,\s)as\b|as (?:shown|required|desired|expected|stated))\b"
 )
 _DENIED = re.compile(r"(?:definitely |certainly |clearly |surely )?(?:not|never|wrong|incorrect)\b\s*", re.IGNORECASE)
 _OWNER = r"(?:\s+(?:the|my|our|your))?"
@@ -75,6 +76,9 @@ _COMMENT = re.compile(
     r"(?:correct|right|reasonable|clear|obvious|valid|consistent|verified|confirmed|below|above|unique|known|found"
     r"|obtained|supported|based|in|as follows|wrong|incorrect)\b"
 )
+# What "the answer must be" has to be followed by: a number, mathematics, or an option.
+_VALUE = re.compile(r"[-+]?[$\\(\[€£]*[-+]?(?:[0-9.\\]|[a-zA-J](?![a-zA-Z ]))")
+_CONDITION = re.compile(r"\b(?:if|unless|otherwise|without|had|instead)\b", re.IGNORECASE)
 _PROSE = re.compile(r"[a-z]{2,}(?:[\s,'-]+[a-zA-Z]+){4,}+[^0-9\\$]*")
 
 
@@ -200,6 +204,8 @@ def _last_statement(text: str) -> str | None:
         content = _statement(text[cue.end() : cue.end() + _LONGEST_STATEMENT])
         if content is None or _IDLE.search(preface):
             continue
+        if cue["weak"] and (_CONDITION.search(preface + content) or not _VALUE.match(content)):
+            continue
         denied = _DENIED.match(content)
         if denied or cue["denied"] or _DOUBT.search(preface):
             rest = content[denied.end() :] if denied else content
@@ -230,8 +236,8 @@ def _statement(rest: str) -> str | None:
 def _bold_line(text: str) -> str | None:
     """The content of a last line that is nothing but bold, at most three words or with a digit."""
     line = text.rstrip().rpartition("\n")[2].strip().rstrip(".")
-    match = re.fullmatch(r"\*\*([^*]{1,200})\*\*", line)
-    content = _bare(match[1]) if match else ""
+    match = re.fullmatch(r"(\*{2,3}|__)([^*]{1,200})\1", line)
+    content = _bare(match[2]) if match else ""
     if not content or content.endswith((":", "?", "!")):
         return None
     return content if len(content.split()) <= 3 or re.search("[0-9]", content) else None

@@ -22,6 +22,8 @@ from reward_fns.forms import answer_parts
 
 LONGEST = 400
 """Characters; the longest answer of MATH-500 has 53."""
+MOST_WAYS = 3
+"""Boxes of one list that may be the same value; a comparison can take a second."""
 DEEPEST = 12
 MOST_DIGITS = 40
 LARGEST_POWER = 9999
@@ -69,8 +71,10 @@ def check(text: str, ground_truth: str, answer_format: str = "any") -> tuple[str
         raise ValueError(f"ground_truth {ground_truth!r:.60} is no answer: it has {len(ground_truth)} characters")
     parts = answer_parts(text, answer_format)
     pred = ", ".join(parts)
-    # Several boxes are a list, or one value in several ways of writing it.
-    return pred, bool(pred) and (equal(pred, ground_truth) or all(equal(part, ground_truth) for part in parts))
+    right = bool(pred) and equal(pred, ground_truth)
+    if not right and 1 < len(parts) <= MOST_WAYS:  # one value in several ways of writing it
+        right = all(equal(part, ground_truth) for part in parts)
+    return pred, right
 
 
 def equal(answer: str, truth: str) -> bool:
