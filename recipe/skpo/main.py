@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,8 @@ from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.html_report import write_report
+from recipe.skpo.isolation.folder import FolderError
+from recipe.skpo.isolation.run import IsolationError, choose_cluster, isolated
 from recipe.skpo.model_checks import check_model, check_prompt_lengths
 from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.preflight import (
@@ -144,6 +146,7 @@ def apply_platform(config: DictConfig) -> None:
         from recipe.skpo.cpu import verl_plugin
 
         verl_plugin.activate()
+    choose_cluster(config.ray_kwargs.ray_init)
     with open_dict(config):
         libraries = config.actor_rollout_ref.model.get("external_lib") or []
         libraries = [libraries] if isinstance(libraries, str) else list(libraries)
@@ -284,14 +287,21 @@ def launch(config: DictConfig) -> None:
             keep_warnings()
             import recipe.skpo.baselines  # noqa: F401
             import recipe.skpo.trainer  # noqa: F401
+            from recipe.skpo.isolation import messages
 
+            messages.create_key()
             if config.platform.name == "cpu":
                 from recipe.skpo import cpu
 
                 cpu.check_active()
             super().run(config)
 
-    with clean_shared_memory(config.platform.name == "cpu"):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(isolated(config))
+        except (FolderError, IsolationError) as error:
+            sys.exit(f"error: {error}")
+        stack.enter_context(clean_shared_memory(config.platform.name == "cpu"))
         try:
             run_ppo(config, task_runner_class=ray.remote(SkpoTaskRunner))
         finally:

@@ -17,6 +17,7 @@ import zmq
 from verl.workers.rollout.vllm_rollout import ServerAdapter
 
 from recipe.skpo.bounds import answer_within
+from recipe.skpo.isolation.folder import socket_address
 
 RECEIVE = "update_weights_from_ipc"
 _TELL_S = 10.0
@@ -66,6 +67,11 @@ class BoundedServerAdapter(ServerAdapter):
     """verl's adapter of an actor to its vLLM server; ``rollout.custom.weight_sync_timeout_s`` bounds its waits."""
 
     receiving: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Where ``isolation.receiver`` looks for it.
+        self.zmq_handle = socket_address(self.zmq_handle)
 
     @property
     def timeout_s(self) -> float:

@@ -2,7 +2,7 @@
 
 Only for behaviour that no configuration and no plugin point reaches. A replacement calls the function it
 replaces and changes one argument; it contains nothing of it. It is marked, so that installing twice does
-nothing, and installed only while VERL_PLATFORM=cpu.
+nothing, and installed only while it is active: by default while VERL_PLATFORM=cpu.
 """
 
 import functools
@@ -31,9 +31,10 @@ class FunctionOverride:
     parameters: tuple[str, ...]
     place: str  # file, line and version, for whoever has to look
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
+    active: Callable[[], bool] = is_selected
 
     def install(self) -> None:
-        if not is_selected():
+        if not self.active():
             return
         module = importlib.import_module(self.module)
         current = getattr(module, self.function, None)
