@@ -84,6 +84,8 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"max_dropped_share": 1}, "skpo.max_dropped_share: must be inside"),
     ({"max_dropped_share": math.nan}, "skpo.max_dropped_share"),
     ({"weight_sync_timeout_s": 0}, "skpo.weight_sync_timeout_s: must be >= 1"),
+    ({"max_logprob_gap": 0}, "skpo.max_logprob_gap: must be > 0, or null"),
+    ({"max_logprob_gap": math.nan}, "skpo.max_logprob_gap"),
     ({"poll_interval_s": 0}, "skpo.poll_interval_s"),
     ({"poll_interval_s": -2}, "skpo.poll_interval_s"),
     ({"trees_per_step": -1}, "skpo.trees_per_step"),

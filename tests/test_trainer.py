@@ -565,7 +565,7 @@ BASELINE_METRICS = {
         "prefix_cache/hit_rate",
         "all_equal_share",
     )
-} | {"skpo/prompts_dropped"}
+} | {"skpo/prompts_dropped", "skpo/rollout_actor_logprob_gap/mean"}
 
 
 def responses_of(count: int, sessions: int = G) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
@@ -796,6 +796,49 @@ def test_an_unknown_prompt_id_is_a_first_visit(make_trainer, queue: Queue) -> No
     trainer._compute_advantage(trainer._balance_batch(stored(queue, groups(4)), {}), {})
     assert trainer.state.values.count("id-v0000000001") == 1.0
     assert trainer.state.values.count("id-v0000000000") > 1.0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("method", ["skpo", "grpo", "spo"])
+def test_other_weights_in_the_servers_stop_the_run(make_trainer, queue: Queue, method: str) -> None:
+    from recipe.skpo.rollout import RolloutError
+
+    for gap, stops in ((0.4, False), (0.6, True), (math.nan, True)):
+        trainer = make_trainer(method)
+        rows = groups(4) if method == "skpo" else responses_of(8 if method == "spo" else 4, 1 if method == "spo" else G)
+        for _, fields, _ in rows:
+            fields["rollout_log_probs"] = fields["old_log_probs"] + gap
+        batch = trainer._balance_batch(stored(queue, rows), {})
+        metrics: dict[str, Any] = {}
+        if stops:
+            with pytest.raises(RolloutError, match=rf"in step 1 .* by {gap:g} .* skpo\.max_logprob_gap=0\.5 allows"):
+                trainer._compute_advantage(batch, metrics)
+        else:
+            trainer._compute_advantage(batch, metrics)
+            assert metrics["skpo/rollout_actor_logprob_gap/mean"] == pytest.approx(gap)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "bound"),
+    [
+        ({}, 0.5),
+        ({"top_p": 0.9}, 0.5 - math.log(0.9)),
+        ({"temperature": 0.6}, 0.5),
+        ({"top_k": 20}, None),
+        ({"logprobs_mode": "raw_logprobs"}, None),
+        ({"calculate_log_probs": False}, None),
+    ],
+)
+def test_the_bound_on_the_gap_knows_what_the_log_probs_are_of(compose_config, rollout, bound, caplog) -> None:
+    from recipe.skpo.logprob_gap import allowed_gap
+
+    config = compose_config("platform=cpu").actor_rollout_ref.rollout
+    config.update(rollout)
+    assert allowed_gap(None, config) is None and not caplog.records
+    assert allowed_gap(0.5, config) == bound
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == (
+        [] if bound else ["skpo.max_logprob_gap is not checked"]
+    )
 
 
 @pytest.mark.faults

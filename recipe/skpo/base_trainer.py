@@ -28,6 +28,8 @@ from verl.workers.utils.padding import response_from_nested
 
 from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
 from recipe.skpo.curriculum import PrioritisedBatches
+from recipe.skpo.logprob_gap import METRIC as GAP_METRIC
+from recipe.skpo.logprob_gap import allowed_gap, mean_gap
 from recipe.skpo.metrics import MetricsFile, plain_numbers, read_numbers
 from recipe.skpo.minibatch import minibatch_order, prompts_fit_ranks, slots
 from recipe.skpo.replay import BoundedReplayBuffer
@@ -51,6 +53,7 @@ class BaseTrainer(PPOTrainerSync):
     def __init__(self, config: Any) -> None:
         self.settings = SkpoSettings.from_config(config.skpo)
         self.state = SkpoState(self.settings, config.data.max_response_length)
+        self.allowed_gap = allowed_gap(self.settings.max_logprob_gap, config.actor_rollout_ref.rollout)
         self.output_dir = Path(config.output_dir)
         self.resumed_at = 0
         self.step_metrics: dict[str, Any] = {}
@@ -228,6 +231,25 @@ class BaseTrainer(PPOTrainerSync):
 
     def _rows_per_minibatch(self) -> int:
         return self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+
+    def _check_logprob_gap(self, data: TensorDict, valid: torch.Tensor, metrics: dict) -> None:
+        """Log how far rollout and actor are apart on this step's responses.
+
+        Args:
+            data: rows with ``rollout_log_probs`` and ``old_log_probs``.
+            valid: rows that count, bool (rows,).
+
+        Raises:
+            RolloutError: so far that the servers cannot have the actor's weights.
+        """
+        gap = mean_gap(data["rollout_log_probs"], data["old_log_probs"], valid)
+        metrics[GAP_METRIC] = gap
+        if self.allowed_gap is not None and not gap <= self.allowed_gap:
+            raise RolloutError(
+                f"in step {self.global_steps} the log-probs of rollout and actor differ by {gap:.3g} per token on "
+                f"average, more than skpo.max_logprob_gap={self.settings.max_logprob_gap:g} allows: the servers "
+                f"hardly have the actor's weights; the same command resumes from the last checkpoint, and null lifts the limit"
+            )
 
     # ---------------------------------------------------------------- drift of the policy
 

@@ -38,7 +38,9 @@ class BaselineTrainer(BaseTrainer):
         return batch
 
     def _rows(self, batch: KVBatchMeta, more: list[str]) -> TensorDict:
-        fields = ["id", "uid", "response_mask", "rm_scores", "extra_fields", *more]
+        fields = ["id", "uid", "response_mask", "rm_scores", "extra_fields", "old_log_probs", *more]
+        if self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            fields.append("rollout_log_probs")
         return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
 
     def _log_rollout(self, batch: KVBatchMeta, data: TensorDict, advantages: torch.Tensor, metrics: dict) -> None:
@@ -63,6 +65,8 @@ class BaselineTrainer(BaseTrainer):
                 records,
             )
         )
+        if "rollout_log_probs" in data:
+            self._check_logprob_gap(data, valid, metrics)
         prompts = {uid for uid, counts in zip(uids, valid.tolist(), strict=True) if counts}
         metrics["skpo/prompts_dropped"] = self.config.data.train_batch_size - len(prompts)
 
@@ -75,7 +79,7 @@ class SpoTrainer(BaselineTrainer):
     """SPO: a per-prompt tracker in place of a group."""
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        data = self._rows(batch, ["responses", "old_log_probs"])
+        data = self._rows(batch, ["responses"])
         valid = self._valid(batch)
         ids = [str(prompt_id) for prompt_id in data.get("id").tolist()]
         rewards = torch.stack([scores.sum() for scores in data["rm_scores"].unbind()])

@@ -128,6 +128,8 @@ class SkpoSettings:
             batch without any prompt left.
         weight_sync_timeout_s: seconds within which the inference server must acknowledge a bucket of weights, fall
             asleep or wake up.
+        max_logprob_gap: mean difference in nats per token between the log-probs of rollout and actor above which the
+            run stops, since the servers cannot have the actor's weights then; None for no limit.
         poll_interval_s: seconds between two looks of verl's replay buffer at what has finished.
         trees_per_step: rollout trees (candidates, segment, responses, rewards) stored per step for people to read.
         trees_max_mb: bound of all stored trees in megabytes; over it, steps are removed so that the rest stays even.
@@ -156,6 +158,7 @@ class SkpoSettings:
     prompt_timeout_s: float = 1800.0
     max_dropped_share: float = 0.5
     weight_sync_timeout_s: float = 300.0
+    max_logprob_gap: float | None = 0.5
     poll_interval_s: float = 2.0
     trees_per_step: int = 1
     trees_max_mb: float = 64.0
@@ -195,6 +198,10 @@ class SkpoSettings:
         _require(
             self.weight_sync_timeout_s >= 1,
             f"skpo.weight_sync_timeout_s: must be >= 1, got {self.weight_sync_timeout_s}",
+        )
+        _require(
+            self.max_logprob_gap is None or self.max_logprob_gap > 0,
+            f"skpo.max_logprob_gap: must be > 0, or null for no limit, got {self.max_logprob_gap}",
         )
         _require(self.poll_interval_s > 0, f"skpo.poll_interval_s: must be > 0, got {self.poll_interval_s}")
         _require(self.trees_per_step >= 0, f"skpo.trees_per_step: must be >= 0, got {self.trees_per_step}")

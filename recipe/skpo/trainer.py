@@ -19,6 +19,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 
 from recipe.skpo.advantage import skpo_advantage
 from recipe.skpo.base_trainer import BaseTrainer
+from recipe.skpo.logprob_gap import flat
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
 from recipe.skpo.metrics import rollout_metrics, update_metrics
 from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, row_scales
@@ -27,29 +28,10 @@ from recipe.skpo.trees import rollout_tree, sample_rows
 register_adv_est("skpo")(skpo_advantage)
 
 
-def _flat(column: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """All rows of a batch's column one after another, (tokens,), and the tokens of each, int64 (rows,).
-
-    Row by row, a batch of 128 prompts x 9 rows costs as many small operations, and unbinding it twenty times that.
-    """
-    if column.is_nested and column.layout == torch.jagged and column.lengths() is None:
-        return column.values(), column.offsets().diff()
-    rows = column.unbind()
-    return torch.cat(rows), torch.tensor([len(row) for row in rows])
-
-
 def _row_sums(values: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     """Sum of each row of a flat column, (rows,), in its dtype; no row is empty."""
     starts = (sizes.cumsum(0) - sizes).numpy()
     return torch.from_numpy(np.add.reduceat(values.numpy(), starts))
-
-
-def _mean_gap(first: torch.Tensor, second: torch.Tensor, valid: torch.Tensor) -> float:
-    """Mean of abs(first - second) over the tokens of the valid rows, 0 without any; others may differ in length."""
-    rows = valid.nonzero().flatten().tolist()
-    columns = [values.split(sizes.tolist()) for values, sizes in map(_flat, (first, second))]
-    gaps = [float(torch.dist(columns[0][row], columns[1][row], p=1)) for row in rows]
-    return sum(gaps) / max(1, sum(len(columns[0][row]) for row in rows))
 
 
 @register_trainer("skpo")
@@ -72,9 +54,9 @@ class SkpoTrainer(BaseTrainer):
         log_probs = ["rollout_log_probs", "old_log_probs"]
         fields = ["id", "skpo_phase", "responses", "response_mask", "rm_scores", "extra_fields", *log_probs]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=fields)
-        mask, sizes = _flat(data["response_mask"])
+        mask, sizes = flat(data["response_mask"])
         lengths = _row_sums(mask, sizes)
-        rewards = _row_sums(*_flat(data["rm_scores"]))
+        rewards = _row_sums(*flat(data["rm_scores"]))
         phase = data["skpo_phase"].reshape(-1)
         padding = torch.tensor([bool(tag.get("is_padding", False)) for tag in batch.tags])
         uids = [key.rsplit("_", 2)[0] for key in batch.keys]
@@ -110,7 +92,7 @@ class SkpoTrainer(BaseTrainer):
         records = [extra.get("skpo") for extra in data.get("extra_fields").tolist()]
         metrics.update(rollout_metrics(phase, prompts, valid, rewards, advantages, lengths, records))
         metrics.update(self._tracker_metrics([ids[row] for row in segments], baselines[segments], drifts))
-        metrics["skpo/rollout_actor_logprob_gap/mean"] = _mean_gap(data[log_probs[0]], data[log_probs[1]], valid)
+        self._check_logprob_gap(data, valid, metrics)
         metrics["skpo/prompts_dropped"] = self.config.data.train_batch_size - len(segments)
         shown = sample_rows(segments, self.settings.trees_per_step, self.settings.seed, self.global_steps)
         if shown:

@@ -221,7 +221,7 @@ MUTATIONS = (
         (f"        {ESTIMATE}\n", ""),
         (STORE_SEGMENTS, f"{READ_BASELINES}        {ESTIMATE}\n{STORE_SEGMENTS}"),
     ),
-    one("trainer", "reward is a mean over tokens", '_flat(data["rm_scores"]))', '_flat(data["rm_scores"])) / sizes'),
+    one("trainer", "reward is a mean over tokens", 'flat(data["rm_scores"]))', 'flat(data["rm_scores"])) / sizes'),
     one("trainer", "log-probs for rewards", 'data["rm_scores"]', "data[log_probs[0]]"),
     one(
         "trainer",
