@@ -248,7 +248,8 @@ class BaseTrainer(PPOTrainerSync):
             raise RolloutError(
                 f"in step {self.global_steps} the log-probs of rollout and actor differ by {gap:.3g} per token on "
                 f"average, more than skpo.max_logprob_gap={self.settings.max_logprob_gap:g} allows: the servers "
-                f"hardly have the actor's weights; the same command resumes from the last checkpoint, and null lifts the limit"
+                f"hardly have the actor's weights; the same command resumes from the last checkpoint, and null lifts "
+                f"the limit"
             )
 
     # ---------------------------------------------------------------- drift of the policy

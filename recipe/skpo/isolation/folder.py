@@ -1,8 +1,7 @@
 """One folder per run for its sockets, Ray's session and temporary files, open to its owner alone (0700).
 
-Its name is random, so two runs never share a socket.  Every process of a run holds a shared lock on ``lock`` inside, and
-the kernel releases a lock when its process ends, however it ends.  A folder whose lock is free belongs to nobody.
-This module imports the standard library only: it is read in every process before anything else.
+Its name is random, so two runs never share a socket.  Every process of a run holds a shared lock on the file ``lock``
+inside, which the kernel releases when the process ends, however it ends.  A folder whose lock is free belongs to nobody.
 """
 
 import fcntl

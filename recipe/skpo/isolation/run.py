@@ -71,9 +71,7 @@ def isolated(config: DictConfig) -> Iterator[Path]:
         folders.remove(folder)
 
 
-def _variables(
-    config: DictConfig, folder: Path, own: bool, temporary: str
-) -> tuple[dict[str, str], dict[str, str]]:
+def _variables(config: DictConfig, folder: Path, own: bool, temporary: str) -> tuple[dict[str, str], dict[str, str]]:
     """Variables for the run's workers, and all for this process, from which a Ray of its own inherits."""
     shared = {folders.VARIABLE: str(folder), "VLLM_RPC_BASE_PATH": str(folder)}
     if config.actor_rollout_ref.rollout.prometheus.enable:
