@@ -1,7 +1,7 @@
 """One folder per run for its sockets, Ray's session and temporary files, open to its owner alone (0700).
 
 Its name is random, so two runs never share a socket.  Every process of a run holds a shared lock on the file ``lock``
-inside, which the kernel releases when the process ends, however it ends.  A folder whose lock is free belongs to nobody.
+inside, which the kernel releases when the process ends, however it ends.  A folder whose lock is free is abandoned.
 """
 
 import fcntl

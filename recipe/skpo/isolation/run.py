@@ -83,6 +83,10 @@ def _variables(config: DictConfig, folder: Path, own: bool, temporary: str) -> t
             here["RAY_TMPDIR"] = str(folder)
         if folder.parent == Path(temporary):
             here["TMPDIR"] = str(folder)
+        compiled = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
+        if compiled.parent == Path(temporary) and compiled.name.startswith("torchinductor_"):
+            # Set by torch when it was imported: a name that anybody could have filled with code before.
+            here["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "torchinductor")
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
             # Ray would make one token for all clusters of the user, readable to others by the usual umask.
             token = folder / "ray_token"
