@@ -90,6 +90,20 @@ SEAMS = [
         "async (keys, partition_id, fields=None, tags=None, data_parser=None)",
         "verl stores our rows by it; tests/test_rollout.py stands in for it",
     ),
+    # isolation/messages.py: replaced, or called
+    ("transfer_queue.utils.serial_utils:encode", "(obj)", "isolation.messages puts a signature behind the frames"),
+    ("transfer_queue.utils.serial_utils:decode", "(frames)", "isolation.messages checks the signature before it"),
+    ("transfer_queue.utils.zmq_utils:get_node_ip_address", "()", "isolation.messages answers 127.0.0.1 on one node"),
+    (
+        "ray.experimental.internal_kv:_internal_kv_put",
+        "(key, value, overwrite=True, *, namespace=None)",
+        "isolation.messages.create_key stores the run's key",
+    ),
+    (
+        "ray.experimental.internal_kv:_internal_kv_get",
+        "(key, *, namespace=None)",
+        "isolation.messages.stored_key reads the run's key",
+    ),
     # base_trainer.py, trainer.py, baselines.py: overridden
     (f"{SYNC}.__init__", "(self, config)", "base_trainer.BaseTrainer.__init__ extends it"),
     (f"{SYNC}._build_replay_buffer", "(self)", "base_trainer.BaseTrainer sets trainer_mode before it runs"),
@@ -421,6 +435,19 @@ def test_record_has_the_fields_we_use(place: str, needed: str, ours: str) -> Non
     assert not missing, changed(f"{place} has lost {sorted(missing)}", ours)
 
 
+def test_transfer_queue_unpickles_nothing_that_came_by_another_way() -> None:
+    """Besides ``decode``, which the run's key guards, it loads files that it wrote itself."""
+    import transfer_queue
+
+    package = Path(transfer_queue.__file__).parent
+    texts = {str(path.relative_to(package)): path.read_text() for path in package.rglob("*.py")}
+    assert {name for name, text in texts.items() if "pickle.loads(" in text} == {
+        "utils/serial_utils.py",
+        "storage/simple_storage.py",
+    }
+    assert not [name for name, text in texts.items() if "recv_pyobj" in text]
+
+
 def test_batch_meta_can_be_reordered_and_counted() -> None:
     from transfer_queue import KVBatchMeta
 
@@ -695,6 +722,25 @@ FACTS += [
     ),
 ]
 
+# isolation/: what keeps runs apart
+FACTS += [
+    (
+        "transfer_queue.utils.zmq_utils:ZMQMessage.serialize",
+        "return encode(msg_dict)",
+        "isolation.messages signs every message there",
+    ),
+    (
+        "transfer_queue.utils.zmq_utils:ZMQMessage.deserialize",
+        "try: result = decode(frames) except Exception as e: raise ZMQMessageDecodeError",
+        "isolation.messages checks every message there, and TransferQueue's servers survive a refusal",
+    ),
+    (
+        "ray._private.runtime_env.setup_hook:load_and_execute_setup_hook_module",
+        "setup_func = load_class(worker_process_setup_hook_key) setup_func()",
+        "isolation.worker.set_up runs in every process that Ray starts for the run",
+    ),
+]
+
 # Read from the files, because importing them imports vLLM.
 VLLM_ROLLOUT = "workers/rollout/vllm_rollout"
 WEIGHT_FACTS = [
@@ -742,6 +788,31 @@ WEIGHT_FACTS = [
             "weight_sync.BoundedServerAdapter._ensure_server_handle runs before the handle is used",
         )
         for call in ("wake_up.remote(tags=tags)", "sleep.remote()")
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        'self.zmq_handle = f"ipc:///tmp/rl-colocate-zmq-{job_id}-replica-{self.replica_rank}-rank-{local_rank}.sock"',
+        "weight_sync.BoundedServerAdapter moves that socket into the run's folder",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        "sender = BucketedWeightSender( zmq_handle=self.zmq_handle,",
+        "weight_sync.BoundedServerAdapter moves that socket into the run's folder",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/utils.py",
+        "receiver = BucketedWeightReceiver( zmq_handle=self._get_zmq_handle(),",
+        "isolation.receiver.PrivateReceiver overrides it",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/utils.py",
+        'return f"ipc:///tmp/rl-colocate-zmq-{job_id}-replica-{replica_rank}-rank-{trainer_rank}.sock"',
+        "isolation.receiver.PrivateReceiver moves that socket into the run's folder",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_async_server.py",
+        '"worker_extension_cls": self._get_worker_extension_cls(),',
+        "engine_kwargs.vllm, which comes after it, names isolation.receiver.PrivateReceiver",
     ),
     (
         "workers/rollout/base.py",

@@ -1,11 +1,11 @@
-"""A vLLM worker that fails when it receives weights; the config names it in place of verl's worker extension."""
+"""A vLLM worker that fails when it receives weights; the config names it instead of the recipe's worker extension."""
 
 from typing import Any
 
-from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+from recipe.skpo.isolation.receiver import PrivateReceiver
 
 
-class FailingExtension(vLLMColocateWorkerExtension):
+class FailingExtension(PrivateReceiver):
     """Takes the first weights, which are there before training, and fails on the second ones."""
 
     received = 0
