@@ -300,7 +300,7 @@ def launch(config: DictConfig) -> None:
         try:
             stack.enter_context(isolated(config))
         except (FolderError, IsolationError) as error:
-            sys.exit(f"error: {error}")
+            sys.exit(error_line(error))
         stack.enter_context(clean_shared_memory(config.platform.name == "cpu"))
         try:
             run_ppo(config, task_runner_class=ray.remote(SkpoTaskRunner))

@@ -21,7 +21,9 @@ async def ask(scope: dict[str, Any]) -> Any:
     return "served" if "served" in sent[0] else sent[0].get("status", sent[0].get("code"))
 
 
-@pytest.mark.parametrize("path", ["/v1/models", "/v1/load_lora_adapter", "/invocations", "/metrics", "/openapi.json", "/"])
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/load_lora_adapter", "/invocations", "/metrics", "/openapi.json", "/"]
+)
 async def test_no_path_is_answered_without_the_key(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "right")
     for value in (None, b"", b"Bearer ", b"Bearer wrong", b"right", b"bearer right", b"Bearer right2", b"\xff"):

@@ -46,7 +46,7 @@ def test_a_run_has_a_ray_a_token_and_a_folder_of_its_own(make_config, monkeypatc
             assert modes(folder) == {"lock": 0o600, "ray_token": 0o600}
             for name in (folders.VARIABLE, "RAY_TMPDIR", "TMPDIR", "VLLM_RPC_BASE_PATH"):
                 assert os.environ[name] == str(folder)
-            assert len(Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_text()) == 64
+            assert len(Path(os.environ["RAY_AUTH_TOKEN_PATH"]).read_bytes()) == 64
     finally:
         os.umask(umask)
     assert not folder.exists() and dict(os.environ) == before

@@ -50,7 +50,8 @@ def sync(name, address):
     sender = Sender(address, bucket_size_mb=1, use_shm=True)
     receiver = transfer.BucketedWeightReceiver(address, torch.device("cpu"), use_shm=True)
     keep = lambda bucket, is_last: received.update({key: tensor.clone() for key, tensor in bucket})
-    sending = threading.Thread(target=run, args=(lambda: asyncio.run(sender.async_send_weights(iter(weights.items()))),))
+    send = lambda: asyncio.run(sender.async_send_weights(iter(weights.items())))
+    sending = threading.Thread(target=run, args=(send,))
     sending.start()
     meet(name)  # both senders have their sockets now
     run(lambda: receiver.receive_weights(keep))

@@ -90,7 +90,7 @@ def _variables(config: DictConfig, folder: Path, own: bool, temporary: str) -> t
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
             # Ray would make one token for all clusters of the user, readable to others by the usual umask.
             token = folder / "ray_token"
-            with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
                 file.write(secrets.token_hex(32))
             here["RAY_AUTH_TOKEN_PATH"] = str(token)
     return shared, here
