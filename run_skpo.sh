@@ -4,9 +4,10 @@
 #     bash run_skpo.sh
 #     bash run_skpo.sh platform=gpu actor_rollout_ref.model.path=... skpo.group_size=8
 #
-# The training starts in the project root, wherever it is called from: give files with absolute paths.
+# Relative file names are looked up in the folder that it is called from; a run's default folder is in the project root.
 set -euo pipefail
 unset CDPATH
+export SKPO_CALLER="$PWD"
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")"
 
 # The platform decides what is installed, so it is needed before Hydra can read it.

@@ -130,3 +130,13 @@ def test_the_newest_whole_one_has_our_state_too(config, root: Path) -> None:
     (root / "global_step_10" / FILE_NAME).unlink()
     assert newest_whole(root, config) == 4
     assert newest_whole(root / "nothing", config) is None
+
+
+@pytest.mark.parametrize("link", ["", "actor", DATA_FILE])
+def test_what_a_link_leads_to_is_not_removed(root: Path, tmp_path_factory: pytest.TempPathFactory, link: str) -> None:
+    folder, elsewhere = root / "global_step_2", tmp_path_factory.mktemp("elsewhere")
+    (folder / link).rename(elsewhere / "theirs")
+    (folder / link).symlink_to(elsewhere / "theirs")
+    before = sorted(elsewhere.rglob("*"))
+    remove_checkpoint(folder)
+    assert sorted(elsewhere.rglob("*")) == before and not folder.is_symlink() and not folder.exists()

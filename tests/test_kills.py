@@ -22,6 +22,8 @@ import torch
 
 from data_prep.schema import Row, write_parquet
 from recipe.skpo.checkpoints import MARKER, METRICS_FILE, mark, marked_step, repair_marker, stored_checkpoints
+from recipe.skpo.checks.identity import fingerprint
+from recipe.skpo.checks.resume import FILE_NAME as FINGERPRINT
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.preflight import check_resume, is_finished
 from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD
@@ -68,9 +70,10 @@ def make_trainer(config: Any) -> Any:
 def train(config: Any) -> None:
     """What ``main`` and verl's loop do, from what is in the run's folder to its last step."""
     repair_marker(config)
-    check_resume(config, SkpoSettings.from_config(config.skpo))
+    check_resume(config, SkpoSettings.from_config(config.skpo), lambda: fingerprint(config))
     if is_finished(config):
         return
+    fingerprint(config).write(Path(config.output_dir))
     trainer = make_trainer(config)
     while trainer.global_steps < STEPS:
         trainer.global_steps += 1
@@ -128,10 +131,11 @@ def make_config(compose_config, model_folder: Path, tmp_path: Path, monkeypatch)
     import recipe.skpo.trainer  # noqa: F401  once, before the first fork
 
     files = {}
-    for role in ("train", "val"):
+    for role, size in {"train": ROWS, "val": ROWS, "other": ROWS, "small": BATCH}.items():
         files[role] = tmp_path / f"{role}.parquet"
         rows = [
-            Row("t", [{"role": "user", "content": f"{role} {n}"}], "1", "none", role, n, f"{n}") for n in range(ROWS)
+            Row("t", [{"role": "user", "content": f"{role} {n}"}], "1", "none", role, n, f"{role} {n}")
+            for n in range(size)
         ]
         write_parquet(rows, files[role])
     monkeypatch.setattr(trainer_base.PPOTrainer, "step", made_up_step)
@@ -210,7 +214,7 @@ def test_a_run_killed_at_every_point_is_the_run_that_never_was(
     assert sorted(path.name for path in checkpoints.iterdir()) == ["global_step_6", "global_step_7", MARKER]
     for step in (6, 7):
         names = sorted(path.name for path in (checkpoints / f"global_step_{step}").iterdir())
-        assert names == ["actor", "data.pt", FILE_NAME, METRICS_FILE]
+        assert names == ["actor", "data.pt", FINGERPRINT, FILE_NAME, METRICS_FILE]
 
 
 @pytest.mark.parametrize("curriculum", [True, False], ids=["curriculum", "shuffled"])
@@ -255,6 +259,27 @@ def test_going_back_to_an_older_checkpoint_makes_it_the_one_that_counts(make_con
     assert marked_step(folder) == 4
     assert launch(lambda: train(config), tmp_path / "log") == 0
     assert result(config) == expected
+
+
+@pytest.mark.parametrize("curriculum", [True, False], ids=["curriculum", "shuffled"])
+@pytest.mark.parametrize("other", ["other", "small"])
+def test_other_training_data_are_read_from_their_beginning(
+    make_config, tmp_path: Path, other: str, curriculum: bool
+) -> None:
+    """The checkpoint is two batches into the epoch; the other file is as large, or has one batch."""
+    config, fresh = make_config("changed", curriculum), make_config("fresh", curriculum)
+    assert launch(lambda: killed(config, "after_marker", 2), tmp_path / "log") == -signal.SIGKILL
+    for changed in (config, fresh):
+        changed.data.train_files = str(tmp_path / f"{other}.parquet")
+        assert launch(lambda changed=changed: train(changed), tmp_path / "log") == 0, (tmp_path / "log").read_text()
+
+    def prompts(run: Any, steps: range) -> list[list[float]]:
+        found = {line["step"]: [line[f"prompt/{n}"] for n in range(BATCH)] for line in result(run)["metrics"]}
+        return [found[step] for step in steps]
+
+    assert len(result(config)["metrics"]) == STEPS
+    if not curriculum:
+        assert prompts(config, range(3, 6)) == prompts(fresh, range(1, 4))
 
 
 def test_starting_anew_forgets_the_old_mark(make_config, tmp_path: Path) -> None:

@@ -504,18 +504,3 @@ def test_nothing_is_made_for_ones_own_files_and_model(config, monkeypatch) -> No
     config.actor_rollout_ref.model.path = "org/model"
     main.prepare_data(config)
     main.prepare_model(config)
-
-
-def test_paths_become_absolute_and_hub_names_stay(config, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.parquet").touch()
-    config.output_dir, config.trainer.default_local_dir = "out", "out/checkpoints"
-    config.data.train_files = ["a.parquet", "hdfs://cluster/b.parquet"]
-    config.data.val_files = "a.parquet"
-    config.actor_rollout_ref.model.path = "Qwen/Qwen2.5-Math-7B"
-    main.resolve_paths(config)
-    assert config.output_dir == str(tmp_path / "out")
-    assert config.trainer.default_local_dir == str(tmp_path / "out/checkpoints")
-    assert config.data.train_files == [str(tmp_path / "a.parquet"), "hdfs://cluster/b.parquet"]
-    assert config.data.val_files == str(tmp_path / "a.parquet")
-    assert config.actor_rollout_ref.model.path == "Qwen/Qwen2.5-Math-7B"

@@ -12,6 +12,7 @@ import pytest
 from data_prep.schema import DataError, Row, write_parquet
 from recipe.skpo.checkpoints import DATA_FILE, MARKER, repair_marker
 from recipe.skpo.checks.data import check_data
+from recipe.skpo.checks.identity import fingerprint
 from recipe.skpo.model_checks import check_prompt_lengths
 from recipe.skpo.preflight import (
     METHOD_SETTINGS,
@@ -54,6 +55,11 @@ def config(compose_config, train: Path, val: Path, model_folder: Path):
     return config
 
 
+def resume(config):
+    """``check_resume`` with the default settings."""
+    return check_resume(config, SkpoSettings(), lambda: fingerprint(config))
+
+
 def one_line(error: pytest.ExceptionInfo) -> str:
     message = str(error.value)
     assert message and len(message.splitlines()) == 1
@@ -77,7 +83,7 @@ def test_a_data_source_without_a_reward_is_refused_unless_the_reward_is_ones_own
 def test_good_files_pass(config) -> None:
     check_data(config)
     check_prompt_lengths(config)
-    check_resume(config, SkpoSettings())
+    resume(config)
 
 
 @pytest.mark.parametrize("role", ["train", "val"])
@@ -227,7 +233,7 @@ def test_a_run_resumes_where_verl_will(config, checkpoints: Path) -> None:
 
     assert config.trainer.resume_mode == "auto"
     assert resume_folder(config) == Path(find_latest_ckpt_path(str(checkpoints))) == checkpoints / "global_step_10"
-    check_resume(config, SkpoSettings())
+    resume(config)
 
 
 def test_a_checkpoint_of_another_format_is_refused_before_anything_starts(config, checkpoints: Path) -> None:
@@ -237,7 +243,7 @@ def test_a_checkpoint_of_another_format_is_refused_before_anything_starts(config
     arrays["meta"] = np.array(str(arrays["meta"]).replace('"format": 3', '"format": 2'))
     np.savez(path, **arrays)
     with pytest.raises(StateError) as error:
-        check_resume(config, SkpoSettings())
+        resume(config)
     assert one_line(error).startswith(f"{path}: has format 2, this version of verl-skpo reads 3; resume with")
 
 
@@ -246,14 +252,14 @@ def test_without_a_marker_verl_starts_anew(config, checkpoints: Path) -> None:
 
     (checkpoints / MARKER).unlink()
     assert resume_folder(config) is None and find_latest_ckpt_path(str(checkpoints)) is None
-    check_resume(config, SkpoSettings())
+    resume(config)
 
 
 def test_a_marker_without_its_folder_is_refused(config, checkpoints: Path) -> None:
     """verl would start anew, over the metrics of what was trained."""
     (checkpoints / "global_step_10").rename(checkpoints / "elsewhere")
     with pytest.raises(ConfigError) as error:
-        check_resume(config, SkpoSettings())
+        resume(config)
     message = one_line(error)
     assert message.startswith(
         f"{checkpoints / MARKER}: names global_step_10, which is not there (there is global_step_5)"
@@ -264,24 +270,24 @@ def test_a_marker_without_its_folder_is_refused(config, checkpoints: Path) -> No
 def test_a_checkpoint_without_our_state_is_refused(config, checkpoints: Path) -> None:
     (checkpoints / "global_step_10" / FILE_NAME).unlink()
     with pytest.raises(StateError) as error:
-        check_resume(config, SkpoSettings())
+        resume(config)
     message = one_line(error)
     assert message.startswith(f"{checkpoints}/global_step_10: holds no {FILE_NAME}")
     assert "trainer.resume_mode=disable" in message
 
     config.trainer.resume_mode = "disable"
     assert resume_folder(config) is None
-    check_resume(config, SkpoSettings())
+    resume(config)
 
 
 def test_an_older_checkpoint_can_be_named(config, checkpoints: Path) -> None:
     (checkpoints / "global_step_10" / FILE_NAME).unlink()
     config.trainer.resume_mode = "resume_path"
     config.trainer.resume_from_path = str(checkpoints / "global_step_5")
-    check_resume(config, SkpoSettings())
+    resume(config)
     (checkpoints / "global_step_5" / FILE_NAME).unlink()
     with pytest.raises(StateError) as error:
-        check_resume(config, SkpoSettings())
+        resume(config)
     assert one_line(error).startswith(f"{checkpoints}/global_step_5: holds no")
 
 
@@ -289,7 +295,7 @@ def test_resume_path_without_a_path_is_refused(config, checkpoints: Path) -> Non
     config.trainer.resume_mode = "resume_path"
     config.trainer.resume_from_path = None
     with pytest.raises((ConfigError, StateError)) as error:
-        check_resume(config, SkpoSettings())
+        resume(config)
     assert "trainer.resume_from_path" in one_line(error)
 
 
@@ -297,7 +303,7 @@ def test_an_unknown_resume_mode_is_refused(config, checkpoints: Path) -> None:
     """verl only logs it and then fails on a name that was never set."""
     config.trainer.resume_mode = "always"
     with pytest.raises((ConfigError, StateError)) as error:
-        check_resume(config, SkpoSettings())
+        resume(config)
     assert "trainer.resume_mode" in one_line(error)
 
 
@@ -306,7 +312,7 @@ def test_a_damaged_marker_is_refused_by_name(config, checkpoints: Path, content:
     (checkpoints / MARKER).write_text(content)
     assert repair_marker(config) is None
     with pytest.raises(ConfigError) as error:
-        check_resume(config, SkpoSettings())
+        resume(config)
     assert one_line(error).startswith(f"{checkpoints / MARKER}: holds {content!r} and no step")
 
 
@@ -328,7 +334,7 @@ def test_an_empty_marker_without_a_whole_checkpoint_is_refused(config, checkpoin
     (checkpoints / MARKER).write_text("")
     assert repair_marker(config) is None
     with pytest.raises(ConfigError, match="holds '' and no step"):
-        check_resume(config, SkpoSettings())
+        resume(config)
 
 
 @pytest.mark.parametrize("mode", ["disable", "resume_path"])

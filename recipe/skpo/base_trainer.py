@@ -27,11 +27,13 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
 from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
+from recipe.skpo.checks.resume import Fingerprint, differences, restarts_epoch
 from recipe.skpo.curriculum import PrioritisedBatches
 from recipe.skpo.logprob_gap import METRIC as GAP_METRIC
 from recipe.skpo.logprob_gap import allowed_gap, mean_gap
 from recipe.skpo.metrics import MetricsFile, plain_numbers, read_numbers
 from recipe.skpo.minibatch import minibatch_order, prompts_fit_ranks, slots
+from recipe.skpo.output.files import write_atomic
 from recipe.skpo.replay import BoundedReplayBuffer
 from recipe.skpo.replicas import BoundedCheckpointManager
 from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager, RolloutError
@@ -55,6 +57,8 @@ class BaseTrainer(PPOTrainerSync):
         self.state = SkpoState(self.settings, config.data.max_response_length)
         self.allowed_gap = allowed_gap(self.settings.max_logprob_gap, config.actor_rollout_ref.rollout)
         self.output_dir = Path(config.output_dir)
+        # Written by the command; it goes into every checkpoint.
+        self.fingerprint = Fingerprint.read(self.output_dir)
         self.resumed_at = 0
         self.step_metrics: dict[str, Any] = {}
         # So many consecutive rows belong to one prompt and go into one micro-batch, whose engine shares the prompt.
@@ -108,12 +112,21 @@ class BaseTrainer(PPOTrainerSync):
             explicit = trainer.resume_mode == "resume_path"
             folder = Path(trainer.resume_from_path) if explicit else self._checkpoint_folder()
             self.state.load(folder)
+            self._forget_position_in_other_data(Fingerprint.read(folder))
             if (folder / METRICS_FILE).is_file():
                 self.saved_metrics = read_numbers(folder / METRICS_FILE)
             own = self.resumed_at if folder.resolve() == self._checkpoint_folder().resolve() else None
         # Later steps are trained again: a marker that still named one of them would make a kill in the middle of
         # saving it anew look like a whole checkpoint.
         mark(self._checkpoint_folder().parent, own)
+
+    def _forget_position_in_other_data(self, saved: Fingerprint | None) -> None:
+        """Start the epoch again where the rows, their order or their number per batch are not those of the checkpoint.
+
+        verl would skip as many rows of the new data, and end in an empty StopIteration where there are not so many.
+        """
+        if saved and self.fingerprint and restarts_epoch(differences(saved, self.fingerprint)):
+            self.train_dataloader.next_iter_state = None
 
     def _save_checkpoint(self) -> None:
         folder, keep = self._checkpoint_folder(), self.checkpoints_to_keep
@@ -122,7 +135,9 @@ class BaseTrainer(PPOTrainerSync):
         # Makes room, but never removes the one that the marker names.
         remove_older(folder.parent, self.global_steps - 1, keep and max(1, keep - 1))
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / METRICS_FILE).write_text(json.dumps(plain_numbers(self.step_metrics)), encoding="utf-8")
+        write_atomic(folder / METRICS_FILE, json.dumps(plain_numbers(self.step_metrics)))
+        if self.fingerprint:
+            self.fingerprint.write(folder)
         # Before verl's part, which ends with the marker file that makes the checkpoint count.
         self.state.save(folder)
         super()._save_checkpoint()

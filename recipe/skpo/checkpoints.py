@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
+from recipe.skpo.checks.resume import FILE_NAME as FINGERPRINT
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.settings import ConfigError
 from recipe.skpo.state import FILE_NAME
@@ -141,9 +142,14 @@ def remove_older(folder: Path, newest: int, keep: int | None) -> None:
 
 def remove_checkpoint(folder: Path) -> None:
     """Remove what verl and we wrote into a checkpoint folder, and the folder if nothing else is in it."""
+    # What a link leads to belongs to somebody else.
+    for link in (folder, folder / "actor"):
+        if link.is_symlink():
+            link.unlink()
     # First what makes it whole: a kill in between leaves something that is recognised as a left-over.
     (folder / DATA_FILE).unlink(missing_ok=True)
-    for path in [folder / FILE_NAME, folder / METRICS_FILE, *folder.glob(f".{FILE_NAME}.*")]:
+    own = (FILE_NAME, METRICS_FILE, FINGERPRINT)
+    for path in [*(folder / name for name in own), *(left for name in own for left in folder.glob(f".{name}.*"))]:
         path.unlink(missing_ok=True)
     shutil.rmtree(folder / "actor", ignore_errors=True)
     try:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,17 @@ from data_prep.untrusted import error_line, one_line
 from recipe.skpo.checkpoints import repair_marker
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
+from recipe.skpo.checks.identity import fingerprint
+from recipe.skpo.checks.paths import own_folder, readable, resolve_environment, resolve_paths, run_name, scratch_folder
+from recipe.skpo.checks.resume import lines
 from recipe.skpo.checks.reward import check_reward
+from recipe.skpo.checks.run_folder import run_folders
 from recipe.skpo.html_report import write_report
 from recipe.skpo.isolation.folder import FolderError
 from recipe.skpo.isolation.run import IsolationError, choose_cluster, isolated
 from recipe.skpo.model_checks import check_model, check_prompt_lengths
 from recipe.skpo.output.console import replace_unprintable
+from recipe.skpo.output.files import write_atomic
 from recipe.skpo.preflight import (
     check_config,
     check_folders,
@@ -81,6 +87,8 @@ def digest(choices: Any) -> str:
 
 
 OmegaConf.register_new_resolver("skpo_digest", digest, replace=True)
+OmegaConf.register_new_resolver("skpo_run_name", run_name, replace=True)
+OmegaConf.register_new_resolver("skpo_scratch", scratch_folder, use_cache=True, replace=True)
 
 
 def detect_platform() -> str:
@@ -201,23 +209,6 @@ def prepare_model(config: DictConfig) -> None:
         smollm2.prepare(Path(path))
 
 
-def resolve_paths(config: DictConfig) -> None:
-    """Make local paths absolute: Ray's workers run in folders of their own."""
-
-    def absolute(path: Any) -> Any:
-        return str(Path(path).resolve()) if Path(path).exists() else path
-
-    with open_dict(config):
-        config.output_dir = str(Path(config.output_dir).resolve())
-        config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
-        config.actor_rollout_ref.model.path = absolute(config.actor_rollout_ref.model.path)
-        if config.trainer.resume_from_path:
-            config.trainer.resume_from_path = absolute(config.trainer.resume_from_path)
-        for name in ("train_files", "val_files"):
-            files = config.data[name]
-            config.data[name] = absolute(files) if isinstance(files, str) else [absolute(file) for file in files]
-
-
 @contextmanager
 def clean_shared_memory(active: bool) -> Iterator[None]:
     """Remove the shared-memory segments that this run leaves behind, however it ends."""
@@ -320,11 +311,31 @@ def report(output_dir: Path, minutes: float | None = None) -> None:
 @hydra.main(version_base=None, config_path="config", config_name="skpo_trainer")
 def run(config: DictConfig) -> None:
     """Check, prepare, train, report."""
+    with ExitStack() as held:
+        held.enter_context(_own_environment())
+        _run(config, held)
+
+
+@contextmanager
+def _own_environment() -> Iterator[None]:
+    """Keep variables that a job of a sweep sets from the next one."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _run(config: DictConfig, held: ExitStack) -> None:
     started = time.monotonic()
     try:
+        overrides = HydraConfig.get().overrides.task
         # Before everything is resolved: other values are computed from these.
         settings = SkpoSettings.from_config(config.skpo)
-        check_method_settings(config, HydraConfig.get().overrides.task)
+        check_method_settings(config, overrides)
+        own_folder(config, overrides)
+        resolve_paths(config, overrides)
         OmegaConf.resolve(config)
         reject_secrets(OmegaConf.to_container(config))
         single_responses(config)
@@ -338,17 +349,21 @@ def run(config: DictConfig) -> None:
         prepare_model(config)
         check_model(config)
         check_prompt_lengths(config)
+        output_dir = Path(config.output_dir)
+        # Until the command ends.
+        held.enter_context(run_folders(output_dir, Path(config.trainer.default_local_dir)))
         repaired = repair_marker(config)
         if repaired is not None:
             print(f"note: the last save was killed while it was marked as done; going on from step {repaired}")
-        check_resume(config, settings)
-        resolve_paths(config)
+        identity = cache(lambda: fingerprint(config))
+        resumed = check_resume(config, settings, identity)
         finished = is_finished(config)
+        for line in lines(*resumed, finished) if resumed else ():
+            print(line)
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(error_line(error))
     except OmegaConfBaseException as error:
         sys.exit(error_line(f"{error.full_key}: {str(error).splitlines()[0]}"))
-    output_dir = Path(config.output_dir)
     if finished:
         limit = "budget.tokens" if config.budget.match == "tokens" else "trainer.total_training_steps"
         print(
@@ -357,8 +372,8 @@ def run(config: DictConfig) -> None:
         )
         report(output_dir)
         return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(config, output_dir / "config.yaml")
+    identity().write(output_dir)
+    write_atomic(output_dir / "config.yaml", OmegaConf.to_yaml(config))
     launch(config)
     report(output_dir, minutes=(time.monotonic() - started) / 60)
 
@@ -367,6 +382,8 @@ def main() -> None:
     """Command line."""
     replace_unprintable()
     os.environ.setdefault("SKPO_PLATFORM", detect_platform())
+    sys.argv[1:] = readable(sys.argv[1:])
+    resolve_environment()
     try:
         reject_secret_overrides(sys.argv[1:])
         reject_unknown_keys(sys.argv[1:])

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +20,7 @@ from recipe.skpo.checkpoints import (
     stored_checkpoints,
 )
 from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
+from recipe.skpo.checks.resume import Difference, Fingerprint, differences, refuse
 from recipe.skpo.settings import ConfigError, SkpoSettings
 from recipe.skpo.state import SkpoState, require_state_file, saved_tokens
 
@@ -269,8 +270,19 @@ def check_folders(config: DictConfig) -> None:
             raise ConfigError(f"{path}: {folder} cannot be written: no permission for {there}; give another folder")
 
 
-def check_resume(config: DictConfig, settings: SkpoSettings) -> None:
-    """Refuse to resume from a checkpoint that is not whole, or whose SKPO state is damaged or of another run.
+def check_resume(
+    config: DictConfig, settings: SkpoSettings, identity: Callable[[], Fingerprint]
+) -> tuple[Path, list[Difference] | None] | None:
+    """Refuse to resume from a checkpoint that is not whole, is of another run, or whose SKPO state is damaged.
+
+    Args:
+        config: resolved.
+        settings: its ``skpo`` node.
+        identity: gathers the command's fingerprint.
+
+    Returns:
+        The checkpoint and how the command differs from the run that saved it, None for one without a fingerprint; None
+        for a fresh start.
 
     Raises:
         ConfigError: naming the folder, the piece that is missing and a checkpoint that is whole.
@@ -278,7 +290,7 @@ def check_resume(config: DictConfig, settings: SkpoSettings) -> None:
     """
     folder = resume_folder(config)
     if folder is None:
-        return
+        return None
     require_state_file(folder)
     missing = missing_piece(folder, config)
     if missing is not None:
@@ -290,7 +302,11 @@ def check_resume(config: DictConfig, settings: SkpoSettings) -> None:
             else "start anew with trainer.resume_mode=disable and another output_dir"
         )
         raise ConfigError(f"{folder}: cannot be resumed from: {missing}; {fix}")
+    saved = Fingerprint.read(folder)
+    found = differences(saved, identity()) if saved else None
+    refuse(folder, found or ())
     SkpoState(settings, config.data.max_response_length).load(folder)
+    return folder, found
 
 
 def is_finished(config: DictConfig) -> bool:

@@ -454,8 +454,8 @@ MUTATIONS = (
     one(
         "checkpoints",
         "the tracker file of a removed checkpoint stays",
-        "[folder / FILE_NAME, folder / METRICS_FILE, *folder",
-        "[folder / METRICS_FILE, *folder",
+        "own = (FILE_NAME, METRICS_FILE, FINGERPRINT)",
+        "own = (METRICS_FILE, FINGERPRINT)",
         "test_the_last_whole_ones_are_kept",
         "test_files_of_others_stay_in_a_removed_checkpoint",
         file="test_checkpoints.py",
