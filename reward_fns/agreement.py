@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import math_verify
 import pyarrow.parquet as pq
+import sympy
 
 from data_prep.untrusted import parse_json
 from reward_fns import NUMBER_SOURCES, compute_score, judge
@@ -69,6 +71,29 @@ def rewritten(answer: str) -> Iterator[tuple[str, str]]:
         yield "bare text", text[1]
     if "\\circ" in answer:
         yield "no degree sign", re.sub(r"\^\{?\\circ\}?", "", answer)
+    for other in sorted(rearranged(answer)):
+        yield "algebra", other
+
+
+def rearranged(answer: str) -> set[str]:
+    """A gold with a variable as sympy writes it: expanded, factored, over one denominator, in partial fractions.
+
+    Read by math-verify, so that what it misreads is not ours; it forgets the case of letters.
+    """
+    if re.search(r"[A-Z]|\\(?:text|mbox|in)|[a-z]{4}", re.sub(r"\\[a-z]*frac|\\sqrt|\\left|\\right", "", answer)):
+        return set()
+    found = math_verify.parse(f"${answer}$", parsing_timeout=None)
+    value = found[0] if found else None
+    sides = value.args if isinstance(value, sympy.Eq) else (value,)
+    if not all(isinstance(side, sympy.Expr) for side in sides) or not any(side.free_symbols for side in sides):
+        return set()
+    texts = set()
+    for rewrite in (sympy.expand, sympy.factor, sympy.together, sympy.apart):
+        try:
+            texts.add("=".join(sympy.latex(rewrite(side.doit())) for side in sides))
+        except (NotImplementedError, sympy.PolynomialError):
+            continue  # partial fractions of more than one variable
+    return texts
 
 
 def read_golds(file: Path) -> list[Gold]:

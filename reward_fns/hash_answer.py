@@ -2,16 +2,18 @@
 
 `check` is the strict form. Well-formed is a plain decimal number on the line of the last "####": an optional sign,
 ASCII digits with optional thousands commas, an optional fraction; words or a full stop may follow ("#### 7 pens."),
-arithmetic may not ("#### 7 - 2").
+arithmetic ("#### 7 - 2") and words that change the number ("#### 7 million") may not.
 
-`check_any` takes the answer from wherever `forms` finds it and reads it as a person would: currency, units, LaTeX
-spaces, thousands separators and what stands before a last "=" are passed over ("x = \\$1{,}234.50"). A second number
-("7 or 8") is no answer. Numbers are compared as exact decimals, so 5, 5.0 and +5 are the same.
+`check_any` takes the answer from wherever `forms` finds it and reads it as a person would: currency, units ("18 cm^2",
+"$18/hour"), LaTeX spaces, thousands separators and what stands before a last "=" are passed over ("x = \\$1{,}234.50").
+"18 million" is 18000000. A second number ("7 or 8") is not an answer, nor is one that words change ("5 squared").
+Numbers are compared as exact decimals, so 5, 5.0 and +5 are the same.
 """
 
 import re
 from decimal import Decimal
 
+from reward_fns import units
 from reward_fns.forms import HASH, answer_text
 
 # Bounded in length, and possessive (`++`, `?+`): without that a rejected "1,234 + 5" would be retried as "1".
@@ -25,29 +27,39 @@ _LATEX = re.compile(r"\\[,!;: ]|\\(?:text|textbf|mathrm|mathbf|mbox)(?![a-zA-Z])
 _GROUPED = re.compile(r"\{,\}")
 _LOOSE = re.compile(
     r"(?P<sign>[+-]?)\s*(?P<digits>[0-9]{1,3}(?:,[0-9]{3}){1,10}+|[0-9]{1,40}+)?(?P<fraction>\.[0-9]{1,12}+)?"
-    r"(?:\.(?![0-9]))?(?P<rest>[^0-9]*+)"
+    r"(?:\.(?![0-9]))?(?P<rest>(?:\^[23](?![0-9])|[^0-9]|(?<=[a-zA-Z])[23](?![0-9a-zA-Z]))*+)"
 )
+_CURRENCY = re.compile(
+    r"(?P<sign>[-+]?)\s*(?:(?:US|A|C)\$|(?:Rs|Tk)\.?|(?:USD|EUR|GBP|INR|CAD|AUD|JPY|CNY)(?![a-zA-Z]))\s*"
+)
+# "18/hour" is 18, "18/2" is not read.
+_OPERATION = re.compile(r"\s*(?:[-+*^,:<>×÷·]|/(?!\s*[a-zA-Z]{2}))")
 
 
 def extract(text: str) -> str:
     """The number after the last "####", without commas; "" if there is none."""
     _, mark, rest = text.rpartition(HASH)
     match = _ANSWER.match(rest) if mark else None
-    return match.group(1).replace(",", "") if match else ""
+    if match is None or units.scale_of(rest[match.end() : match.end() + LONGEST].split("\n", 1)[0], sentence=True) != 1:
+        return ""
+    return match[1].replace(",", "")
 
 
 def read_number(answer: str) -> str:
     """The one number in an answer, without separators and unit; "" if there is none or more than one."""
     if len(answer) > LONGEST:
         return ""
-    answer = _GROUPED.sub(",", answer.replace("\\$", "").replace("−", "-"))
-    answer = _LATEX.sub("", answer.rpartition("=")[2]).strip()
+    answer = _GROUPED.sub(",", answer.replace("\\$", "$").replace("−", "-"))
+    answer = answer.replace("²", "^2").replace("³", "^3").rpartition("=")[2]
+    answer = _LATEX.sub("", _CURRENCY.sub(r"\g<sign>", answer, count=1)).strip()
     match = _LOOSE.fullmatch(answer)
-    if match is None or not (match["digits"] or match["fraction"]):
+    if match is None or not (match["digits"] or match["fraction"]) or _OPERATION.match(match["rest"]):
         return ""
-    if re.match(r"\s*[-+*/^,:<>×÷·]", match["rest"]):
+    factor = units.scale_of(match["rest"], sentence=True)
+    if factor is None:
         return ""
-    return f"{match['sign'].replace('+', '')}{(match['digits'] or '0').replace(',', '')}{match['fraction'] or ''}"
+    number = f"{match['sign'].replace('+', '')}{(match['digits'] or '0').replace(',', '')}{match['fraction'] or ''}"
+    return number if factor == 1 else f"{(Decimal(number) * factor).normalize():f}"
 
 
 def check(text: str, ground_truth: str) -> tuple[str, bool]:

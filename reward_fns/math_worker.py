@@ -1,16 +1,14 @@
-r"""The process that compares mathematical answers with math-verify; run as a script by `reward_fns.judge`.
+r"""The process that compares mathematical answers (`math_compare`); run as a script by `reward_fns.judge`.
 
-sympy can compute for ever and take all memory on a dozen characters, and neither a thread nor an exception can stop
-it. So the comparison is done by a process that the kernel stops: this one imports math-verify once and forks; the fork
+sympy can compute forever and take all memory on a dozen characters, and neither a thread nor an exception can stop
+it. So the comparison is done by a process that the kernel stops: this one imports sympy once and forks; the fork
 answers requests under a timer (`setitimer`, whose SIGALRM is not caught) and a memory limit (RLIMIT_AS). When it dies,
 this process says so and forks again, which takes milliseconds. Both end when the other side of the socket is closed.
 
-No text is ever run as code here. sympy turns a string into a number with `eval` (`Number("12")` -> `sympify` ->
-`parse_expr`), and math-verify hands it every number of a response. So `parse_expr` is replaced by `read_number`, which
-knows plain decimals only, and an audit hook makes Python refuse to compile any text, whoever asks.
+No text is ever run as code here: `read_number` replaces sympy's `parse_expr`, which would `eval` every number of a
+response, and an audit hook makes Python refuse to compile any text. What the hook refuses is reported in the reply.
 
-Usage: math_worker.py <socket> <seconds> <bytes>. A request is JSON [number, answer, truth], a reply [number, verdict]
-with null for "died over it".
+Usage: math_worker.py <socket> <seconds> <bytes> <import path...>.
 """
 
 import ctypes
@@ -28,9 +26,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+PR_SET_NO_NEW_PRIVS = 38
 CURRENT = struct.Struct("q")
-"""The number of the request that a fork is at, in memory that it shares with its parent; 0 for none."""
-FORKED_ANEW = 3
+"""Number of the request that a fork is at, in memory that it shares with its parent; 0 for none."""
+NEXT_FORK = 3
 """Exit code of a fork that wants a successor: after trouble, or after `REQUESTS_PER_FORK`."""
 REQUESTS_PER_FORK = 2000
 PLAIN_NUMBER = re.compile(r"[+-]?(?=\.?[0-9])[0-9]{0,400}(?:\.[0-9]{0,400})?(?:[eE][+-]?[0-9]{1,3})?")
@@ -44,40 +43,58 @@ FORBIDDEN = (
     "os.rename",
     "os.rmdir",
     "os.mkdir",
+    "os.symlink",
+    "os.link",
+    "os.chmod",
+    "os.chown",
+    "os.truncate",
+    "os.kill",
+    "os.putenv",
+    "os.setxattr",
+    "os.utime",
+    "signal.pthread_kill",
     "subprocess.Popen",
     "socket.",
     "shutil.",
-    "ctypes.dlopen",
+    "ctypes.",
 )
+"""Prefixes of audit events."""
+
 WARM_UP = (
-    ("\\frac{1}{2}", "0.5"),
-    ("\\frac{\\sqrt{3}}{2}", "\\frac{3}{2\\sqrt{3}}"),
-    ("x^2 + 2x + 1", "(x+1)^2"),
-    ("\\{1, 2\\}", "\\{2, 1\\}"),
-    ("(1, 2)", "(1, 3)"),
-    ("[1, 2) \\cup (3, \\infty)", "[1, 2] \\cup (3, \\infty)"),
-    ("x \\le 3", "x \\ge 3"),
-    ("y = 2x + 1", "2x - y + 1 = 0"),
-    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 3 \\end{pmatrix}"),
-    ("3 + 4i", "5 e^{i}"),
-    ("50\\%", "\\pi"),
+    ("x^{2}+2x+1", "(x+1)^{2}", True),
+    ("\\frac{x+y}{xyz}", "\\frac{1}{yz}+\\frac{1}{xz}", True),
+    ("\\frac{\\sqrt{3}}{2}", "\\frac{3}{2\\sqrt{3}}", True),
+    ("\\tan^{2}(y)+1", "\\sec^{2}(y)", True),
+    ("\\binom{n}{2}+n!-\\lfloor n \\rfloor", "\\frac{n(n-1)}{2}+n!-\\lfloor n \\rfloor", True),
+    ("\\{1,2\\}", "\\{2,1\\}", True),
+    ("(1,2)", "(1,3)", False),
+    ("[1,2)\\cup(3,\\infty)", "(3,\\infty)\\cup[1,2)", True),
+    ("\\mathbb{R}\\setminus\\{1,\\sqrt{2}\\}", "(-\\infty,1)\\cup(1,\\sqrt{2})\\cup(\\sqrt{2},\\infty)", True),
+    ("x\\le 3", "x\\ge 3", False),
+    ("2x<\\pi", "(-\\infty,\\frac{\\pi}{2})", True),
+    ("y=2x+1", "2x-y+1=0", True),
+    ("f(2)=9", "f(2)=8", False),
+    ("\\begin{pmatrix}1\\\\x\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", False),
+    ("2\\begin{pmatrix}1\\\\x\\end{pmatrix}", "\\begin{bmatrix}2\\\\2x\\end{bmatrix}", True),
+    ("\\frac{5}{1+2i}", "1-2 i", True),
+    ("3:1", "6:2", True),
 )
-"""Brings in what sympy imports on first use; a module that builds classes from text could not be imported later."""
+"""(answer, truth, verdict): they import what sympy imports on first use, which `forbid_code` would refuse later."""
+
+refused: list[str] = []
+"""What the audit hook refused since the last reply."""
 
 
-def read_number(text: str, *_: Any, transformations: tuple[Any, ...] = (), **__: Any) -> Any:
+def read_number(text: str, *_: Any, **__: Any) -> Any:
     """sympy's `parse_expr` for plain decimals, which is all that may be asked of it here; raises SyntaxError for more.
 
-    Returns Integer or Float, or Rational where sympy asks for exact numbers.
+    Returns an exact Integer or Rational, so that 0.1 is a tenth.
     """
     import sympy
-    from sympy.parsing.sympy_parser import rationalize
 
     if not PLAIN_NUMBER.fullmatch(text):
         raise SyntaxError("not a plain number")
-    if rationalize in transformations:
-        return sympy.Rational(text)
-    return sympy.Integer(int(text)) if text.lstrip("+-").isdigit() else sympy.Float(text)
+    return sympy.Rational(text)
 
 
 def forbid_code() -> None:
@@ -89,39 +106,45 @@ def forbid_code() -> None:
             name = os.fsdecode(filename) if isinstance(filename, str | bytes) else ""
             # A module's source has a file; text that arrived from elsewhere is compiled as "<string>" or the like.
             if not os.path.isabs(name):
+                refused.append(f"compile of {name or 'text'}")
                 raise PermissionError("no text is compiled here")
         elif event == "open":
             mode, flags = arguments[1], arguments[2]
             writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
             if (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & writes):
+                refused.append(f"writing to {str(arguments[0])[:80]}")
                 raise PermissionError("no file is written here")
         elif event.startswith(FORBIDDEN):
+            refused.append(event)
             raise PermissionError(f"{event} is not for this process")
 
     sys.addaudithook(refuse)
 
 
 def comparison() -> Callable[[str, str], bool]:
-    """math-verify's comparison of two LaTeX answers, without its own timers (they need the main thread's signals)."""
+    """The comparison of two tidy answers, with `read_number` instead of sympy's own reader of numbers."""
     logging.disable()
-    from math_verify import LatexExtractionConfig, parse, verify
-    from math_verify.parser import NormalizationConfig
     from sympy.parsing import sympy_parser
 
     sympy_parser.parse_expr = read_number
-    # math-verify's units are taken off any end, "3t" becomes "3" and "1 + g" becomes "1 +": `math_answer` does it.
-    normalization = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=True)
-    config = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=normalization)]
-
-    def equal(answer: str, truth: str) -> bool:
-        gold, given = (parse(f"\\boxed{{{text}}}", config, parsing_timeout=None) for text in (truth, answer))
-        return bool(verify(gold, given, timeout_seconds=None))
+    from reward_fns.math_compare import equal
 
     return equal
 
 
+def warm_up(equal: Callable[[str, str], bool]) -> str:
+    """Make the comparisons of `WARM_UP`; the sentence to stop with if a verdict is not the known one, else ""."""
+    for answer, truth, verdict in WARM_UP:
+        if equal(answer, truth) != verdict:
+            return (
+                f"the judge finds {answer!r} and {truth!r} {'different' if verdict else 'equal'}: its sympy or "
+                "latex2sympy2_extended is not the one it was written for; install the pinned versions"
+            )
+    return ""
+
+
 def serve(connection: Connection, current: mmap.mmap, equal: Callable[[str, str], bool], seconds: float) -> int:
-    """Answer requests; returns an exit code: 0 when the other side has gone, else FORKED_ANEW."""
+    """Answer requests; returns an exit code: 0 when the other side has gone, else NEXT_FORK."""
     for _ in range(REQUESTS_PER_FORK):
         try:
             number, answer, truth = json.loads(connection.recv_bytes())
@@ -129,20 +152,22 @@ def serve(connection: Connection, current: mmap.mmap, equal: Callable[[str, str]
             return 0
         current[:] = CURRENT.pack(number)
         signal.setitimer(signal.ITIMER_REAL, seconds)
+        trouble = ""
         try:
             verdict = equal(answer, truth)
-            trouble = False
-        except (Exception, RecursionError, MemoryError):  # whatever sympy meets in a model's text is a wrong answer
-            verdict, trouble = False, True
+        except Exception as error:  # whatever sympy meets in a model's text; the other side counts and logs it
+            verdict, trouble = False, f"failed with {type(error).__name__}"
         signal.setitimer(signal.ITIMER_REAL, 0)
+        refusals = ", ".join(dict.fromkeys(refused))[:400]
+        refused.clear()
         try:
-            connection.send_bytes(json.dumps([number, verdict]).encode())
+            connection.send_bytes(json.dumps([number, verdict, trouble, refusals]).encode())
         except OSError:
             return 0
         current[:] = CURRENT.pack(0)
         if trouble:
             break
-    return FORKED_ANEW
+    return NEXT_FORK
 
 
 def main(socket: int, seconds: float, memory: int) -> int:
@@ -153,14 +178,20 @@ def main(socket: int, seconds: float, memory: int) -> int:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     prctl = ctypes.CDLL(None).prctl
-    equal = comparison()
-    for answer, truth in WARM_UP:
-        equal(answer, truth)
+    prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    connection = Connection(socket)
+    try:
+        equal = comparison()
+        fault = warm_up(equal)
+    except Exception as error:
+        fault = f"the judge of mathematical answers cannot start: {type(error).__name__}: {error}"
+    if fault:
+        connection.send_bytes(fault.encode())
+        return 1
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(nothing, stream)
 
-    connection = Connection(socket)
     current = mmap.mmap(-1, CURRENT.size)
     connection.send_bytes(b"ready")
     while True:
@@ -176,10 +207,11 @@ def main(socket: int, seconds: float, memory: int) -> int:
         (number,) = CURRENT.unpack(current[:])
         if number:
             try:
-                connection.send_bytes(json.dumps([number, None]).encode())
+                connection.send_bytes(json.dumps([number, None, "", ""]).encode())
             except OSError:
                 return 0
 
 
 if __name__ == "__main__":
+    sys.path[:] = dict.fromkeys(sys.argv[4:] + sys.path)
     sys.exit(main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])))

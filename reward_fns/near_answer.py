@@ -10,6 +10,7 @@ import re
 from fractions import Fraction
 
 from reward_fns import math_answer
+from reward_fns.math_text import tidy
 
 _TRUTH = re.compile(r"(?P<answer>.*\S) \(tolerance (?P<tolerance>[^()]{1,60})\)", re.DOTALL)
 _COMMA = re.compile(r",\s+|,(?![0-9]{3}(?![0-9]))")
@@ -31,8 +32,7 @@ def check(text: str, ground_truth: str, answer_format: str = "any") -> tuple[str
     if right or not pred or len(pred) > math_answer.LONGEST:
         return pred, right
     given, wanted = (
-        [math_answer.number(math_answer.normalised(part)) for part in _COMMA.split(answer)]
-        for answer in (pred, match["answer"])
+        [math_answer.number(tidy(part)) for part in _COMMA.split(answer)] for answer in (pred, match["answer"])
     )
     if len(tolerances) == 1:
         tolerances *= len(wanted)

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from reward_fns import compute_score
-from reward_fns.forms import answer_parts, answer_text
+from reward_fns.forms import answer_parts, answer_text, last_boxed
 
 GSM8K, MATH, CHOICE = "openai/gsm8k", "HuggingFaceH4/MATH-500", "TIGER-Lab/MMLU-Pro"
 
@@ -209,3 +209,44 @@ def test_finding_the_answer_is_linear_in_the_text(piece: str) -> None:
 
     seconds(1000)
     assert seconds(160_000) < max(0.25, 40 * seconds(16_000))
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so \\boxed{5}", "5"),
+        ("\\boxed{1} and then \\boxed{2}.", "2"),
+        ("\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{[0, 1\\}}", "[0, 1\\}"),
+        ("\\boxed{a \\\\}", "a \\\\"),
+        ("\\fbox{7}", "7"),
+        ("\\boxed {7}", "7"),
+        ("$\\boxed 7$", "7"),
+        ("\\boxed{\\boxed{5}}", "5"),
+        ("\\boxed{5} and \\boxed{6", ""),
+        ("\\boxedx{5}", ""),
+        ("\\boxed{}", ""),
+        ("nothing", ""),
+    ],
+)
+def test_the_last_complete_box_is_the_answer(text: str, answer: str) -> None:
+    assert last_boxed(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("\\boxed{1}\n#### 2", {"any": "2", "boxed": "1", "hash": "2", "line": ""}),
+        ("#### 2\n\\boxed{1}", {"any": "1", "boxed": "1", "hash": "2", "line": ""}),
+        ("Answer: 3\nso \\boxed{1}", {"any": "1", "boxed": "1", "hash": "", "line": "3"}),
+        ("**Answer:** 3.", {"any": "3", "boxed": "", "hash": "", "line": "3"}),
+        ("Answer: 3\nANSWER : 4", {"any": "4", "boxed": "", "hash": "", "line": "4"}),
+        ("The final answer is $x^2$.", {"any": "$x^2$", "boxed": "", "hash": "", "line": "$x^2$"}),
+        ("Answer: 3, no \\boxed{", {"any": "", "boxed": "", "hash": "", "line": "3, no \\boxed{"}),
+        ("#### 2 \nthat is it", {"any": "2", "boxed": "", "hash": "2", "line": ""}),
+        ("it is 5", {"any": "", "boxed": "", "hash": "", "line": ""}),
+    ],
+)
+def test_every_form_counts_by_its_last_occurrence(text: str, wanted: dict[str, str]) -> None:
+    assert {form: answer_text(text, form) for form in wanted} == wanted

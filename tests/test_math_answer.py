@@ -1,165 +1,320 @@
-"""Mathematical answers: what is equal, what is not, and that nothing a model writes is run, hangs or kills."""
+"""Mathematical answers: what is equal and what is not, by kind, and that nothing a model writes is run."""
 
-import asyncio
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from reward_fns import compute_score, judge, math_answer
-from reward_fns.forms import answer_text, last_boxed
-from reward_fns.math_answer import equal, normalised, number, refusal
+from reward_fns.forms import last_boxed
+from reward_fns.math_answer import equal, number, refusal
+from reward_fns.math_text import plain, tidy
 from reward_fns.perturbations import PERTURBATIONS, perturbed
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = REPOSITORY.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the data sets are not beside the repository")
 
+Pairs = list[tuple[str, str]]
 
-def math500() -> list[dict[str, str]]:
-    return [json.loads(line) for line in (DATA / "math500" / "test.jsonl").read_text().splitlines()]
-
-
-# ---------------------------------------------------------------- where the answer is
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("so \\boxed{5}", "5"),
-        ("\\boxed{1} and then \\boxed{2}.", "2"),
-        ("\\boxed{\\frac{1}{\\sqrt{2}}}", "\\frac{1}{\\sqrt{2}}"),
-        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
-        ("\\boxed{[0, 1\\}}", "[0, 1\\}"),
-        ("\\boxed{a \\\\}", "a \\\\"),
-        ("\\fbox{7}", "7"),
-        ("\\boxed {7}", "7"),
-        ("$\\boxed 7$", "7"),
-        ("\\boxed{\\boxed{5}}", "5"),
-        ("\\boxed{5} and \\boxed{6", ""),
-        ("\\boxedx{5}", ""),
-        ("\\boxed{}", ""),
-        ("nothing", ""),
+EQUAL: dict[str, Pairs] = {
+    "typesetting": [
+        (r"\dfrac{1}{2}", r"\frac12"),
+        (r"\left( 3, \frac{\pi}{2} \right)", r"(3, \pi/2)"),
+        (r"\frac \pi4+2-\sqrt2", r"2+\frac{\pi}{4}-\sqrt{2}"),
+        (r"\textcolor{red}{42}", "42"),
+        (r"{\color{blue} x+1}", "1+x"),
+        ("**42**", "42"),
+        (r"\boxed{7}", "7"),
+        (r"\mathbf{7}", "7"),
+        (r"\underline{7}", "7"),
+        ("$5$.", "5"),
+        ("2π", r"2\pi"),
+        ("x**2", "x^2"),
+        ("sqrt(2)", r"\sqrt2"),
+        ("x^10", "x^{10}"),
+        (r"x^2_1", "x_1^2"),
+        (r"\\frac{1}{2}", "0.5"),
+        ("52_{8}", "52_8"),
+        (r"x\leq 3", r"x\le3"),
     ],
-)
-def test_the_last_complete_box_is_the_answer(text: str, answer: str) -> None:
-    assert last_boxed(text) == answer
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("\\boxed{1}\n#### 2", {"any": "2", "boxed": "1", "hash": "2", "line": ""}),
-        ("#### 2\n\\boxed{1}", {"any": "1", "boxed": "1", "hash": "2", "line": ""}),
-        ("Answer: 3\nso \\boxed{1}", {"any": "1", "boxed": "1", "hash": "", "line": "3"}),
-        ("**Answer:** 3.", {"any": "3", "boxed": "", "hash": "", "line": "3"}),
-        ("Answer: 3\nANSWER : 4", {"any": "4", "boxed": "", "hash": "", "line": "4"}),
-        ("The final answer is $x^2$.", {"any": "$x^2$", "boxed": "", "hash": "", "line": "$x^2$"}),
-        ("Answer: 3, no \\boxed{", {"any": "", "boxed": "", "hash": "", "line": "3, no \\boxed{"}),
-        ("#### 2 \nthat is it", {"any": "2", "boxed": "", "hash": "2", "line": ""}),
-        ("it is 5", {"any": "", "boxed": "", "hash": "", "line": ""}),
+    "numbers": [
+        ("1/2", r"\frac{1}{2}"),
+        (r"-\frac{3}{4}", r"\frac{-3}{4}"),
+        ("1,234,567", "1234567"),
+        (r"11,\!111", "11111"),
+        ("2{,}000", "2000"),
+        (r"1.6 \times 10^{3}", "1600"),
+        ("2.5e-3", "0.0025"),
+        (r"3\frac{1}{2}", r"\frac{7}{2}"),
+        ("2 3/4", "2.75"),
+        (r"-2\frac34", r"-\frac{11}{4}"),
+        (r"0.1\overline{6}", r"\frac16"),
+        (r"\sqrt[3]{-8}", "-2"),
+        ("3(4)", "12"),
+        (r"\log_2 8", "3"),
+        (r"\sin 30^\circ", r"\frac12"),
+        (r"\frac{1}{\sqrt2+1}", r"\sqrt2-1"),
+        ("1.414214", r"\sqrt2"),
     ],
-)
-def test_every_form_counts_by_its_last_occurrence(text: str, wanted: dict[str, str]) -> None:
-    assert {form: answer_text(text, form) for form in wanted} == wanted
+    "units": [
+        (r"24\text{ cm}^2", "24"),
+        (r"24\,\text{cm}^2", "24"),
+        (r"24\;\text{cm}^2", "24"),
+        (r"24\,\mathrm{m/s}", "24"),
+        ("24 cm^2", "24"),
+        ("24 km/h", "24"),
+        (r"24\mathrm{~cm^2}", "24"),
+        (r"2\pi\text{ cm}^2", r"2\pi"),
+        (r"3\sqrt{2} \text{ m}", r"3\sqrt2"),
+        (r"12\text{ inches}", r"12\text{ in}"),
+        (r"12\text{ m/s}", r"12\,\mathrm{m}/\mathrm{s}"),
+        (r"12\text{ square feet}", r"12\text{ ft}^2"),
+        ("5 dollars", r"\$5"),
+        (r"36^{\circ}", r"36\text{ degrees}"),
+        (r"50\%", "50"),
+        (r"5\text{ million}", "5,000,000"),
+        (r"5\text{ cm}, 6\text{ cm}", "5, 6"),
+    ],
+    "algebra": [
+        ("(x+1)^2", "x^2+2x+1"),
+        ("ab+ac", "a(b+c)"),
+        ("4x^2-12x+9", "(2x-3)^2"),
+        (r"\frac{x+y}{xy}", r"\frac1x+\frac1y"),
+        (r"\frac{x^3-1}{x-1}", "x^2+x+1"),
+        (r"\tan^2(y)+1", r"\sec^2(y)"),
+        (r"2^{n+1}", r"2\cdot2^n"),
+        (r"\frac{1}{yz}+\frac{1}{xz}", r"\frac{x+y}{xyz}"),
+        (r"\frac13 E_1+\frac23 E_2", r"\frac{E_1+2E_2}{3}"),
+        (r"\ln(ab)", r"\ln a+\ln b"),
+        (r"\log_2 x", r"\frac{\ln x}{\ln 2}"),
+        (r"\binom{n}{2}", r"\frac{n(n-1)}{2}"),
+        ("n!", "n(n-1)!"),
+        ("x^{1/3}", r"\sqrt[3]{x}"),
+        ("x^{2021}+1", "1+x^{2021}"),
+        ("0.5x", r"\frac{x}{2}"),
+        ("ab+cd", "dc+ba"),
+        (r"\gamma+1", r"1+\gamma"),
+        (r"\arctan x", r"\tan^{-1}x"),
+        ("|x-1|", "|1-x|"),
+    ],
+    "complex": [
+        ("2+3i", "2+3 i"),
+        ("2+3i", "3 i + 2"),
+        ("2+3i", r"2+3\mathrm{i}"),
+        ("2+3i", r"2+3\cdot i"),
+        (r"\frac{1+3i}{2}", r"\frac12+\frac{3}{2}i"),
+        (r"\frac{5}{1+2i}", "1-2i"),
+        (r"\sqrt{-4}", "2i"),
+        (r"e^{i\pi/2}", "i"),
+    ],
+    "equations": [
+        ("x = 5", "5"),
+        ("5=x", "5"),
+        ("x+y=7", "7"),
+        ("S=1+2+3=6", "6"),
+        ("f(2)=9", "9"),
+        (r"\text{Area}=5", "5"),
+        ("y=2x+1", "2x+1"),
+        ("y = 2x + 1", "2x-y+1=0"),
+        ("2x+4y-3=0", r"y=-\frac12x+\frac34"),
+        ("9x^2+4y^2=36", r"\frac{x^2}{4}+\frac{y^2}{9}=1"),
+        ("E=mc^2", "mc^2=E"),
+        ("1+1=2", "2=1+1"),
+        (r"\approx 16.75", "16.75"),
+        (r"x\approx 16.75", "x=16.75"),
+        (r"\sqrt{2}\approx 1.414", r"\sqrt2"),
+    ],
+    "inequalities and sets": [
+        ("x<3", r"(-\infty,3)"),
+        (r"-7<a\le 10", "(-7,10]"),
+        (r"x\ge2", r"[2,\infty)"),
+        ("x \\ge 3", "3 \\le x"),
+        ("4>m>3", "3<m<4"),
+        ("0<2x<6", "0<x<3"),
+        (r"x\ne 3", r"(-\infty,3)\cup(3,\infty)"),
+        (r"x<1\text{ or }x>2", r"(-\infty,1)\cup(2,\infty)"),
+        (r"\mathbb{R}\setminus\{1\}", r"(-\infty,1)\cup(1,\infty)"),
+        (r"[1,2]\cup[3,4]", r"[3,4]\cup[1,2]"),
+        (r"\{x\mid x\leq 3\}", r"\{x : x\le 3\}"),
+        (r"\{x\in\mathbb{R}\mid x>0\}", r"(0,\infty)"),
+        (r"x\in(1,2)", "(1,2)"),
+        (r"\{2,1\}", r"\{1,2\}"),
+        (r"\{1,1,2\}", r"\{1,2\}"),
+        (r"\{\}", r"\varnothing"),
+    ],
+    "lists and tuples": [
+        ("2,1", "1, 2"),
+        (r"2 \text{ and } 3", "3,2"),
+        ("x=1, x=2", "1,2"),
+        ("x=1 or 2", "2,1"),
+        (r"\{3,5\}", "5, 3"),
+        ("(3,5),(1,2)", "(1,2),(3,5)"),
+        ("(1,2)", "1,2"),
+        ("(x,y)=(1,2)", "(1,2)"),
+        ("x=1,y=2", "(1,2)"),
+        ("a=1,b=2", "b=2,a=1"),
+        ("(1,2,3)", "[1,2,3]"),
+        (r"\pm\sqrt{2}", r"\sqrt2,-\sqrt2"),
+        (r"x=1\pm2", "3,-1"),
+        (r"1\pm\sqrt{19}", r"1-\sqrt{19},1+\sqrt{19}"),
+        (r"2k\pi, k\in\mathbb{Z}", r"2\pi k,k\in \mathbb{Z}"),
+    ],
+    "matrices": [
+        (r"\begin{pmatrix}1/2\\2\end{pmatrix}", r"\begin{bmatrix}0.5\\2\end{bmatrix}"),
+        (r"\begin{pmatrix}2\\4\end{pmatrix}", r"2\begin{pmatrix}1\\2\end{pmatrix}"),
+        (r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", "-2"),
+    ],
+    "ratios": [(r"3\text{ to }1", "3:1"), ("3:2", "6:4"), ("1:2:3", "2:4:6"), ("3:2", "1.5"), ("12:30", "12:30")],
+    "words": [(r"\text{Evelyn}", "evelyn"), ("(C)", r"\text{C}"), (r"\text{no solution}", "No solution")],
+}
+
+DIFFERENT: dict[str, Pairs] = {
+    "numbers": [
+        ("6", "5"),
+        ("-5", "5"),
+        ("0.333333", r"\frac{1}{3}"),
+        ("3.1416", r"\pi"),
+        ("1, 234", "1234"),
+        ("1 2", "12"),
+        ("1 2", "3"),
+        ("2(3)", "5"),
+        (r"2\frac{3}{2}", "3"),
+        ("2^3^2", "64"),
+        ("10^{30}+1", "10^{30}"),
+        ("1/0", "2/0"),
+        ("nan", "5"),
+        ("?", "5"),
+    ],
+    "a base": [("-221_3", "-221_4"), ("52_7", "52_8"), ("52_8", "52"), ("52_8", "42"), ("1A_{16}", "1A_{17}")],
+    "units": [
+        (r"15\text{ cm}^2", r"15\text{ cm}^3"),
+        (r"5\text{ cm}", r"5\text{ m}"),
+        (r"5\text{ cents}", r"5\text{ dollars}"),
+        (r"3:30\text{ PM}", r"3:30\text{ AM}"),
+        (r"5\text{ million}", "5"),
+        ("5 squared", "5"),
+        (r"5\text{ or more}", "5"),
+        (r"5\text{ and a half}", "5"),
+        (r"5\text{ thirds}", "5"),
+        (r"50\%", "0.5"),
+        ("3t", "3"),
+        ("3 xy", "3"),
+        ("3 pi", "3"),
+        (r"\text{not }5", "5"),
+        ("minus 5", "5"),
+        ("24 m n", "24"),
+    ],
+    "algebra": [
+        ("2(x-1)", "2x+2"),
+        (r"\sqrt{x^2}", "x"),
+        (r"\ln x", r"\log x"),
+        (r"\sin^{-1}x", r"\frac{1}{\sin x}"),
+        ("X", "x"),
+        (r"\gamma", r"\Gamma"),
+        ("e_1", "e"),
+        ("x_1", "x_2"),
+        (r"\vec{v}", "v"),
+        ("f(x)=x", "g(x)=x^2"),
+        (r"\frac{dy}{dx}", r"\frac{y}{x}"),
+        ("A^T", "A"),
+        (r"\sum_{n=1}^{10} n", "55"),
+        (r"\int_0^1 2x dx", "1"),
+    ],
+    "complex": [("2+3i", "2-3i"), ("2+3i", "3+2i"), ("2+3i", "2+3j"), ("|3+4i|", "3+4i"), ("I=5", "I=6")],
+    "equations": [
+        ("f(2)=9", "f(2)=8"),
+        ("f(2)=9", "f(3)=9"),
+        ("p(0)=1", "p(0)=2"),
+        ("1+1=2", "1+1=3"),
+        (r"\log_2 8=3", r"\log_2 8=4"),
+        (r"\sqrt4=2", r"\sqrt9=3"),
+        ("T=-10+110e^{-t}", "T=-11+110e^{-t}"),
+        ("f'(2)=3", "f(2)=3"),
+        ("x=1", "y=1"),
+        ("x=2", r"x\ne2"),
+        ("a=b=c", "a=b=d"),
+        ("x^2=4", "x^2=5"),
+        ("4=5", "5"),
+        ("2x=4", "4"),
+        ("x+1=3", "3"),
+        (r"\sqrt2\approx1.5", "1.5"),
+    ],
+    "read in part": [
+        (r"\neq\frac{7}{2}", r"\frac72"),
+        (r"\not=5", "5"),
+        (r"\frac{1}{2} \to \frac{7}{2}", r"\frac72"),
+        (r"d=5, M=(-1, \frac{7}{2})", r"\frac72"),
+        (r"\frac23", r"\frac13 E_1+\frac23 E_2"),
+        ("12:00", "1:00"),
+        ("7:30", "15:60"),
+        (r"\pm 2021", "2021"),
+        (r"1,2,\ldots,n", r"1,3,5,\ldots,2n-1"),
+        (r"1,2,\ldots,10", r"1,2,\ldots,11"),
+        ("5!", "5"),
+        (r"5\to6", "5"),
+        ("5 or 6", "5"),
+        (r"\ge5", "5"),
+        (r"a\mid b", "ab"),
+        (r"a\equiv 1\pmod 5", r"a\equiv 1\pmod 7"),
+        (r"\mathbb{R}^2", r"\mathbb{R}"),
+        (r"\phantom{5}3", "3"),
+        (r"\overline{AB}", "AB"),
+        ("$1$2$", "12"),
+        ("", "5"),
+    ],
+    "inequalities and sets": [
+        (r"x \ge 3", r"x \le 3"),
+        ("x<3", r"(-\infty,3]"),
+        ("x>2", "y>2"),
+        ("-x>3", "x>3"),
+        ("x<1, x>3", "1<x<3"),
+        ("[1,2]", "[1,2)"),
+        (r"(1,2)\cup(3,4)", r"(1,2)\cap(3,4)"),
+        (r"\{x\mid x>0\}", r"\{x\mid x<0\}"),
+        (r"\emptyset", r"\{0\}"),
+        (r"\infty", r"-\infty"),
+    ],
+    "lists and tuples": [
+        ("1,2", "1,1,2"),
+        ("(2, 1)", "(1, 2)"),
+        ("(1,2)", r"\{1,2\}"),
+        ("[1,2]", "1,2"),
+        (r"\{1,2,3\}", r"\{1,2\}"),
+        ("(1,2),(3,4)", "(1,4),(3,2)"),
+        ("x=1,y=2", "x=2,y=1"),
+        ("y=1,x=2", "(1,2)"),
+        ("a=1,b=2", "2,1"),
+    ],
+    "matrices": [
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1&2\end{pmatrix}"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", "(1,2)"),
+    ],
+    "ratios": [("3:2", "2:3"), ("1:2:3", "3:2:1"), (r"3\text{ to }4", "3")],
+    "words": [
+        (r"\text{Evelyn}", r"\text{Carla}"),
+        (r"\text{evil}", r"\text{live}"),
+        ("north", "thorn"),
+        (r"\text{increasing}", r"\text{decreasing}"),
+    ],
+}
 
 
-# ---------------------------------------------------------------- what is equal
-
-EQUAL = [
-    ("\\dfrac{1}{2}", "\\frac12"),
-    ("1/2", "\\frac{1}{2}"),
-    ("0.5", "\\frac{1}{2}"),
-    ("-\\frac{3}{4}", "\\frac{-3}{4}"),
-    ("1,234,567", "1234567"),
-    ("11,\\!111", "11111"),
-    ("2{,}000", "2000"),
-    ("50\\%", "50"),
-    ("90^\\circ", "90"),
-    ("\\$32", "32"),
-    ("$5$", "5"),
-    ("5.", "5"),
-    ("1.6 \\times 10^{3}", "1600"),
-    ("2.5e-3", "0.0025"),
-    ("x = 5", "5"),
-    ("5 \\text{ cm}", "5"),
-    ("5\\text{ cm}^2", "5"),
-    ("5 dollars", "5"),
-    ("3\\sqrt{2} \\text{ m}", "3\\sqrt2"),
-    ("1 + g", "g + 1"),
-    ("2 \\text{ and } 3", "2,3"),
-    ("\\text{Evelyn}", "evelyn"),
-    ("(C)", "\\text{C}"),
-    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"),
-    ("\\{2, 1\\}", "\\{1,2\\}"),
-    ("2,1", "1, 2"),
-    ("[1,2)", "[1, 2)"),
-    ("(-\\infty, 3]", "(-∞,3]"),
-    ("x \\ge 3", "3 \\le x"),
-    ("2(x+1)", "2x+2"),
-    ("\\frac{2}{\\sqrt{2}}", "\\sqrt{2}"),
-    ("\\frac{\\sqrt{3}}{2}", "\\frac{3}{2\\sqrt3}"),
-    ("3\\frac{1}{2}", "\\frac{7}{2}"),
-    ("y = 2x + 1", "y=1+2x"),
-    ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
-    ("52_{8}", "52_8"),
-    ("2\\pi", "2π"),
-    ("1\\pm\\sqrt{19}", "1 \\pm \\sqrt{19}"),
-]
-DIFFERENT = [
-    ("6", "5"),
-    ("-5", "5"),
-    ("\\frac{2}{1}", "\\frac{1}{2}"),
-    ("0.333333", "\\frac{1}{3}"),
-    ("1, 234", "1234"),
-    ("12", "1 2"),
-    ("0.5\\%", "50"),
-    ("1600", "1.6 \\times 10^{2}"),
-    ("\\text{Evelyn}", "\\text{Carla}"),
-    ("3", "3t"),
-    ("3", "3 pi"),
-    ("2 + m", "2 + g"),
-    ("5 cm", "6 cm"),
-    ("(3, \\frac{\\pi}{3})", "(3, \\frac{\\pi}{2})"),
-    ("(2, 1)", "(1, 2)"),
-    ("\\{1\\}", "\\{1,2\\}"),
-    ("\\{1,2,3\\}", "\\{1,2\\}"),
-    ("[1,2]", "[1,2)"),
-    ("(-\\infty, 3)", "(-\\infty, 3]"),
-    ("x \\ge 3", "x \\le 3"),
-    ("2(x-1)", "2x+2"),
-    ("\\sqrt{3}", "\\sqrt{2}"),
-    ("52_7", "52_8"),
-    ("2", "2\\pi"),
-    ("5 or 6", "5"),
-    ("", "5"),
-    ("?", "5"),
-    ("1/0", "5"),
-    ("\\frac{1}{0}", "\\infty"),
-    ("\\sum_{n=1}^{10} n", "55"),
-    ("\\int_0^1 2x dx", "1"),
-    ("nan", "5"),
-]
+@pytest.mark.parametrize("kind", EQUAL)
+def test_the_same_answer_written_differently_is_right(kind: str) -> None:
+    pairs = [pair for one, other in EQUAL[kind] for pair in ((one, other), (other, one))]
+    assert [pair for pair in pairs if not equal(*pair)] == []
 
 
-@pytest.mark.parametrize(("answer", "truth"), EQUAL)
-def test_the_same_answer_written_otherwise_is_right(answer: str, truth: str) -> None:
-    assert equal(answer, truth)
-    assert equal(truth, truth)
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_another_answer_is_wrong(kind: str) -> None:
+    pairs = [pair for one, other in DIFFERENT[kind] for pair in ((one, other), (other, one))]
+    assert [pair for pair in pairs if equal(*pair)] == []
 
 
-@pytest.mark.parametrize(("answer", "truth"), DIFFERENT)
-def test_another_answer_is_wrong(answer: str, truth: str) -> None:
-    assert not equal(answer, truth)
+def test_the_guard_refuses_nothing_that_these_comparisons_need() -> None:
+    assert equal("x+(1+y)", "y+x+1")
+    assert (judge.counts().refused, judge.counts().failed) == (0, 0)
 
 
 def test_plain_numbers_are_decided_without_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,260 +340,27 @@ def test_numbers_are_exact() -> None:
         ("{x", "braces"),
         ("x} + {y", "braces"),
         ("x" + "9" * 41, "digits"),
-        ("10^{99999}", "power"),
-        ("x^{201}", "power"),
+        ("x^{99999}", "power"),
         ("9^{9^{9}}", "power of a power"),
         ("9^9^9", "power of a power"),
         ("9999!", "factorial"),
         ("(9!)!", "factorial"),
         ("\\binom{10000}{5000}", "binomial"),
-        ("\\lim_{x \\to 0} x", "not evaluated"),
     ],
 )
 def test_what_could_run_away_is_refused_by_its_text(answer: str, reason: str) -> None:
-    assert reason in refusal(answer, "5")
+    assert reason in refusal(answer)
 
 
-@pytest.mark.parametrize(
-    "answer", ["(" * 12 + "x" + ")" * 12, "2^{1000}x", "x^{200}", "x^2+y^2", "\\{\\}", "5!", "|x|"]
-)
+@pytest.mark.parametrize("answer", ["(" * 12 + "x" + ")" * 12, "2^{1000}x", "x^{2021}", "\\{\\}", "5!", "|x|"])
 def test_usual_answers_are_not_refused(answer: str) -> None:
-    assert refusal(answer, "5") == ""
-    assert refusal("\\int x dx", "\\int y dy") == ""
+    assert refusal(answer) == ""
 
 
-def test_normalised_text_keeps_what_matters() -> None:
-    assert normalised("\\left( 3 ,\\; \\dfrac12 \\right)") == "(3,\\frac{1}{2})"
-    assert normalised("\\leftarrow x") == "\\leftarrow x"
-    assert normalised("two words") == "two words" and normalised("x  y") == "x y"
-
-
-# ---------------------------------------------------------------- the worker
-
-
-def test_threads_and_executors_share_one_worker_and_get_their_own_verdicts() -> None:
-    pairs = [(f"x+{n}", f"{n if n % 3 else n + 1}+x") for n in range(40)]
-    with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(lambda pair: judge.equal(*pair), pairs)) == [n % 3 != 0 for n in range(40)]
-    worker = judge.worker_pid()
-
-    async def ask() -> list[bool]:
-        loop = asyncio.get_running_loop()
-        texts = [f"\\boxed{{{n}+y}}" for n in range(20)]
-        results = await asyncio.gather(
-            *(loop.run_in_executor(None, compute_score, "math", text, "y + 7") for text in texts)
-        )
-        return [result["acc"] == 1.0 for result in results]
-
-    assert asyncio.run(ask()) == [n == 7 for n in range(20)]
-    assert judge.worker_pid() == worker
-
-
-def test_a_comparison_that_does_not_end_is_stopped_and_the_next_one_works() -> None:
-    assert judge.equal("a + 1", "1 + a")
-    worker = judge.worker_pid()
-    started = time.monotonic()
-    assert not judge.equal("(a+b+c+d+e+f)^{150}", "7")
-    assert judge.SECONDS <= time.monotonic() - started < judge.SECONDS + 2
-    assert judge.equal("a + 2", "2 + a")
-    assert judge.worker_pid() == worker, "the fork is replaced, not the worker"
-
-
-def test_a_stopped_comparison_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    assert not judge.equal("(a+b+c+d+e+f)^{151}", "7")
-    assert "was stopped: it counts as wrong" in caplog.text
-
-
-def test_a_worker_that_was_killed_is_replaced() -> None:
-    assert judge.equal("b + 1", "1 + b")
-    worker = judge.worker_pid()
-    assert worker is not None
-    os.killpg(worker, signal.SIGKILL)
-    assert judge.equal("b + 2", "2 + b")
-    assert judge.worker_pid() != worker
-
-
-def test_a_fork_that_was_killed_costs_nothing() -> None:
-    assert judge.equal("c + 1", "1 + c")
-    worker = judge.worker_pid()
-    (fork,) = psutil.Process(worker).children()
-    fork.kill()
-    assert judge.equal("c + 2", "2 + c")
-    assert judge.worker_pid() == worker
-
-
-def test_the_worker_has_a_memory_limit() -> None:
-    assert judge.equal("d + 1", "1 + d")
-    (fork,) = psutil.Process(judge.worker_pid()).children()
-    for process in (psutil.Process(judge.worker_pid()), fork):
-        assert process.rlimit(psutil.RLIMIT_AS) == (judge.MEMORY, judge.MEMORY)
-
-
-def test_a_fork_of_this_process_gets_a_worker_of_its_own() -> None:
-    assert judge.equal("f + 1", "1 + f")
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            mine = judge.worker_pid() is None and judge.equal("f + 2", "2 + f")
-            os.write(writer, b"yes" if mine else b"no")
-            judge.close()
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as answer:
-        assert answer.read() == b"yes"
-    os.waitpid(child, 0)
-    assert judge.equal("f + 3", "3 + f")
-
-
-def run_python(code: str, **options) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        **options,
-    )
-
-
-def test_no_worker_outlives_its_process_even_when_that_is_killed() -> None:
-    parent = run_python(
-        """
-        import time
-        from reward_fns import judge
-        assert judge.equal("x + 1", "1 + x")
-        print(judge.worker_pid(), flush=True)
-        time.sleep(60)
-        """
-    )
-    assert parent.stdout is not None
-    worker = psutil.Process(int(parent.stdout.readline()))
-    forks = worker.children()
-    assert forks
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    gone, alive = psutil.wait_procs([worker, *forks], timeout=10)
-    assert not alive and len(gone) == 2
-
-
-def test_signals_that_the_process_blocks_or_ignores_do_not_disarm_the_timer() -> None:
-    child = run_python(
-        """
-        import signal, time
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
-        from reward_fns import judge
-        assert judge.equal("x + 1", "1 + x")
-        started = time.monotonic()
-        assert not judge.equal("(a+b+c+d+e+f)^{150}", "7")
-        print(time.monotonic() - started)
-        """
-    )
-    out, _ = child.communicate(timeout=60)
-    assert float(out) < judge.SECONDS + judge.GRACE / 2
-
-
-def test_a_worker_that_cannot_start_is_a_fault_of_the_installation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = tmp_path / "math_worker.py"
-    broken.write_text("raise SystemExit(1)")
-    monkeypatch.setattr(judge, "WORKER", broken)
-    with pytest.raises(RuntimeError, match="does not start"):
-        judge.Judge().equal("x", "y")
-
-
-def test_a_worker_that_says_nothing_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mute = tmp_path / "math_worker.py"
-    mute.write_text(
-        "import sys, time\nfrom multiprocessing.connection import Connection\n"
-        "Connection(int(sys.argv[1])).send_bytes(b'ready')\ntime.sleep(60)\n"
-    )
-    monkeypatch.setattr(judge, "WORKER", mute)
-    monkeypatch.setattr(judge, "SECONDS", 0.2)
-    monkeypatch.setattr(judge, "GRACE", 0.2)
-    asked = judge.Judge()
-    assert asked.equal("x", "y") is None
-    assert asked.pid is None
-
-
-def test_a_late_reply_is_not_taken_for_the_next_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    late = tmp_path / "math_worker.py"
-    late.write_text(
-        "import json, sys\nfrom multiprocessing.connection import Connection\n"
-        "there = Connection(int(sys.argv[1]))\nthere.send_bytes(b'ready')\n"
-        "number = json.loads(there.recv_bytes())[0]\n"
-        "there.send_bytes(json.dumps([number - 1, True]).encode())\n"
-        "there.send_bytes(json.dumps([number, False]).encode())\nthere.recv_bytes()\n"
-    )
-    monkeypatch.setattr(judge, "WORKER", late)
-    asked = judge.Judge()
-    assert asked.equal("x", "y") is False
-    asked.close()
-
-
-# ---------------------------------------------------------------- no code
-
-
-def test_the_workers_process_refuses_to_compile_text_and_to_touch_anything() -> None:
-    child = run_python(
-        """
-        import os, socket, subprocess, sympy
-        from reward_fns import math_worker
-        compare = math_worker.comparison()
-        try:
-            sympy.sympify("__import__('os').getpid()")
-        except (SyntaxError, sympy.SympifyError):
-            print("sympify")
-        math_worker.forbid_code()
-        for name, act in {
-            "eval": lambda: eval("1 + 1"),
-            "exec": lambda: exec("x = 1"),
-            "compile": lambda: compile("1", "<string>", "eval"),
-            "system": lambda: os.system("true"),
-            "popen": lambda: subprocess.Popen(["true"]),
-            "fork": lambda: os.fork(),
-            "write": lambda: open("written", "w"),
-            "create": lambda: os.open("written", os.O_CREAT | os.O_WRONLY),
-            "socket": lambda: socket.socket().connect(("127.0.0.1", 9)),
-        }.items():
-            try:
-                act()
-            except PermissionError:
-                print(name)
-        print(compare("x + 0.5", "\\\\frac{1}{2} + x"))
-        """
-    )
-    out, _ = child.communicate(timeout=60)
-    names = ["sympify", "eval", "exec", "compile", "system", "popen", "fork", "write", "create", "socket", "True"]
-    assert out.split() == names
-
-
-def test_math_verify_would_eval_numbers_and_ours_does_not() -> None:
-    """The reason for `read_number`: without it the audit hook has something to refuse."""
-    code = """
-        import sys
-        from reward_fns import math_worker
-        compare = math_worker.comparison()
-        {restore}
-        for answer, truth in math_worker.WARM_UP:
-            compare(answer, truth)
-        seen = []
-        sys.addaudithook(lambda event, args: seen.append(args) if event == "compile" else None)
-        compare("x + 17", "19 + x")
-        print(len(seen))
-        """
-    restore = (
-        "import importlib, sympy.parsing.sympy_parser as parser; original = parser.parse_expr; importlib.reload(parser)"
-    )
-    counts = []
-    for text in (restore, "pass"):
-        out, _ = run_python(textwrap.dedent(code).replace("{restore}", text)).communicate(timeout=60)
-        counts.append(int(out))
-    assert counts[0] > 0 and counts[1] == 0
+def test_tidy_text_keeps_what_matters() -> None:
+    assert tidy("\\left( 3 ,\\; \\dfrac12 \\right)") == "(3,\\frac{1}{2})"
+    assert tidy("\\leftarrow x") == "\\leftarrow x"
+    assert plain(tidy("two words")) == "two words" and plain(tidy("x  y")) == "x y"
 
 
 CODE = [
@@ -453,17 +375,27 @@ CODE = [
 ]
 
 
-@pytest.mark.parametrize("code", CODE)
-@pytest.mark.parametrize("form", ["\\boxed{{{}}}", "Answer: {}", "#### {}"])
-def test_no_answer_is_run(code: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_answer_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = form.format(code.format(file=tmp_path / "hacked"))
-    for truth in ("x+1", "7"):
-        assert compute_score("math", text, truth)["score"] == -1.0
+    for code in CODE:
+        for form in ("\\boxed{{{}}}", "Answer: {}", "#### {}"):
+            text = form.format(code.format(file=tmp_path / "hacked"))
+            for truth in ("x+1", "7"):
+                assert compute_score("math", text, truth)["score"] == -1.0, text
     assert not list(tmp_path.iterdir())
 
 
+def test_an_empty_or_endless_ground_truth_is_a_fault_of_the_data() -> None:
+    for truth in ("", "  ", "x" * (math_answer.LONGEST + 1)):
+        with pytest.raises(ValueError, match="ground_truth"):
+            compute_score("math", "\\boxed{5}", truth)
+
+
 # ---------------------------------------------------------------- real answers
+
+
+def math500() -> list[dict[str, str]]:
+    return [json.loads(line) for line in (DATA / "math500" / "test.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @needs_data
@@ -477,7 +409,8 @@ def test_every_gold_solution_of_math500_is_right() -> None:
 @needs_data
 def test_every_gold_of_the_benchmarks_is_right_when_it_is_boxed() -> None:
     for name, count in {"aime24": 30, "amc23": 40, "minerva_math": 272}.items():
-        rows = [json.loads(line) for line in (DATA / "bench" / f"{name}.jsonl").read_text().splitlines()]
+        lines = (DATA / "bench" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
         golds = [str(row["answer"]) if "answer" in row else last_boxed(row["solution"]) for row in rows]
         assert len(golds) == count
         for gold in golds:
@@ -493,7 +426,7 @@ def accepted(count: int) -> list[tuple[str, str, str]]:
 
 @needs_data
 def test_perturbed_answers_are_wrong() -> None:
-    assert len(accepted(60)) <= 1
+    assert accepted(60) == []
 
 
 @needs_data
@@ -501,19 +434,4 @@ def test_perturbed_answers_are_wrong() -> None:
 def test_two_thousand_perturbed_answers_are_wrong() -> None:
     found = accepted(2000)
     print(f"\n{len(found)} of 2000 perturbed answers were taken for right: {found}")
-    assert len(found) <= 20
-
-
-def test_an_empty_or_endless_ground_truth_is_a_fault_of_the_data() -> None:
-    for truth in ("", "  ", "x" * (math_answer.LONGEST + 1)):
-        with pytest.raises(ValueError, match="ground_truth"):
-            compute_score("math", "\\boxed{5}", truth)
-
-
-def test_the_lock_is_not_held_while_nothing_is_asked() -> None:
-    """A thread that dies in a comparison must not stop the others."""
-    assert judge.equal("g + 1", "1 + g")
-    thread = threading.Thread(target=judge.equal, args=("g + 2", "2 + g"))
-    thread.start()
-    thread.join(timeout=20)
-    assert not thread.is_alive() and judge.equal("g + 3", "3 + g")
+    assert len(found) <= 4

@@ -173,6 +173,13 @@ GSM8K_RIGHT = [
     "#### 7\n\\boxed{1234.5}",
     "Answer: 1,234.5",
     "The answer is $1234.5.",
+    "#### 1234.5 cm^2",
+    "\\boxed{1234.5\\text{ cm}^2}",
+    "#### $1,234.5/hour",
+    "#### Rs. 1234.5",
+    "#### USD 1,234.5",
+    "#### 1.2345 thousand",
+    "#### 1234.5 eggs and that is all",
 ]
 
 
@@ -181,6 +188,13 @@ def test_gsm8k_answers_are_read_as_a_person_would(text: str) -> None:
     assert score(text, "1234.5", "openai/gsm8k") == 1.0
     assert score(text, "1234.6", "openai/gsm8k") == -1.0
     assert score(text, "-1234.5", "openai/gsm8k") == -1.0
+
+
+@pytest.mark.parametrize("text", ["#### 18 million", "\\boxed{18\\text{ million}}", "Answer: $18 million dollars"])
+def test_words_for_powers_of_ten_belong_to_the_number(text: str) -> None:
+    for source in ("openai/gsm8k", "math"):
+        assert (score(text, "18000000", source), score(text, "18", source)) == (1.0, -1.0)
+    assert compute_score("skpo/arithmetic", "#### 18 million", "18")["well_formed"] == 0.0
 
 
 def test_signs_and_fractions_of_gsm8k() -> None:
@@ -206,6 +220,12 @@ GSM8K_UNFORMED = [
     "#### 12 34",
     "#### ١٢٣٤",
     "#### " + "1" * 300,
+    "#### 1234 squared",
+    "#### 1234 or more",
+    "#### 1234 and a half",
+    "#### 1234 thirds",
+    "#### 1234k",
+    "#### 1234:30",
 ]
 
 

@@ -1,0 +1,461 @@
+"""Whether two tidy answers are equal, by their structure (`math_reading`) and, at its leaves, by value (`math_values`).
+
+Lists are equal in any order, tuples in theirs, sets without repetition. Two equations are equal if the differences of
+their sides have a constant quotient, two inequalities if that constant is positive. What has no value is equal only to
+the same text, so a text that can be read only in part never makes two answers equal.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import mpmath
+import sympy
+from sympy import Expr, Rational, Set, Symbol
+
+from reward_fns.math_reading import Builder, Chain, Group, Leaf, Node, Operation, Ratio, read
+from reward_fns.math_values import (
+    POINT_TOLERANCE,
+    Unread,
+    at_points,
+    close,
+    constant,
+    functions_or_products,
+    is_real,
+    reading,
+    same_text,
+    same_value,
+    to_mpmath,
+    variables,
+    without_calls,
+)
+
+_WORDY_NAME = re.compile(
+    r"(?:\\(?:text|mathrm|overline|operatorname)\s*\{[^{}]*\}|\\(?:angle|triangle|measuredangle)|[a-zA-Z\s'()|])+"
+)
+
+
+def equal(answer: str, truth: str) -> bool:
+    """Whether two tidy answers are equal."""
+    return same(read(answer), read(truth))
+
+
+def same(given: Node, truth: Node) -> bool:
+    """Whether two structures are equal; an assignment counts by its value where the truth has no name."""
+    if given == truth:
+        return True
+    if isinstance(given, Chain) and isinstance(truth, Chain):
+        return same_chain(given, truth)
+    if isinstance(given, Chain) and _assigns(given):
+        return any(same(value, truth) for value in candidates(given))
+    if isinstance(truth, Chain) and _assigns(truth) and _names_something(truth):
+        return any(same(given, value) for value in candidates(truth))
+    if isinstance(given, Leaf) and isinstance(truth, Leaf):
+        return same_text(given.text, truth.text)
+    if isinstance(given, Ratio) or isinstance(truth, Ratio):
+        return same_ratio(given, truth)
+    if (
+        isinstance(given, Builder)
+        and isinstance(truth, Builder)
+        and same(given.element, truth.element)
+        and same(given.condition, truth.condition)
+    ):
+        return True
+    if isinstance(given, Group) and isinstance(truth, Group) and same_group(given, truth):
+        return True
+    for one, other in ((given, truth), (truth, given)):
+        if isinstance(one, Group) and one.kind == "set" and len(one.items) == 1 and isinstance(other, Leaf):
+            return same(one.items[0], other)
+    if isinstance(given, Operation) and isinstance(truth, Operation) and _same_operation(given, truth):
+        return True
+    return _same_set(given, truth)
+
+
+def _assigns(chain: Chain) -> bool:
+    return set(chain.operators) <= {"=", "~"} or chain.operators == ("in",)
+
+
+def _names_something(chain: Chain) -> bool:
+    """Whether a chain gives a value to a name, or an approximation to a value."""
+    reversed_ = len(chain.members) == 2 and _is_name(chain.members[1])
+    return _is_name(chain.members[0]) or reversed_ or "~" in chain.operators
+
+
+def _is_name(node: Node) -> bool:
+    """A variable, a function of something, a product of variables, or words: what a value can be given to."""
+    if isinstance(node, Group):
+        return node.kind == "()" and all(_is_name(item) for item in node.items)
+    if not isinstance(node, Leaf):
+        return False
+    value = reading(node.text).value
+    if value is None:
+        return bool(_WORDY_NAME.fullmatch(node.text))
+    if not isinstance(value, Expr):
+        return False
+    flat = without_calls(value)
+    return bool(flat.free_symbols) and not any(
+        atom.is_number and atom != -1 for atom in flat.atoms() if isinstance(atom, Expr)
+    )
+
+
+def candidates(chain: Chain) -> list[Node]:
+    """The values that an assignment gives: its last member, which all other constants in it must agree with.
+
+    After an approximation sign the exact value in front counts as well.
+    """
+    if chain.operators == ("in",):
+        return [chain.members[1]] if _is_name(chain.members[0]) else []
+    last = chain.members[-1]
+    if len(chain.members) == 2 and _is_constant(chain.members[0]) and _is_name(last):
+        return [chain.members[0]]
+    if _is_unsolved(chain.members[0]):
+        return []
+    constants = [member for member in chain.members[:-1] if _is_constant(member)]
+    if chain.operators[-1] == "~" and constants:
+        if not all(_roughly(member, last) for member in constants):
+            return []
+        return [constants[-1], last]
+    return [last] if all(same(member, last) for member in constants) else []
+
+
+def _is_unsolved(node: Node) -> bool:
+    """An expression like 2x or x + 1: an equation with it is not an answer yet, while "x + y = 7" may be."""
+    value = reading(node.text).value if isinstance(node, Leaf) else None
+    if not isinstance(value, Expr) or len(variables(value)) != 1 or _is_name(node):
+        return False
+    return not isinstance(value.base if isinstance(value, sympy.Pow) else value, sympy.Function)
+
+
+def _is_constant(node: Node) -> bool:
+    if not isinstance(node, Leaf):
+        return False
+    value = reading(node.text).value
+    return isinstance(value, Expr) and not variables(value)
+
+
+def _roughly(exact: Node, decimal: Node) -> bool:
+    """Whether a constant rounds to a decimal."""
+    if not isinstance(exact, Leaf) or not isinstance(decimal, Leaf):
+        return False
+    left, right = reading(exact.text), reading(decimal.text)
+    if right.places < 0 or not isinstance(left.value, Expr):
+        return same(exact, decimal)
+    number = constant(left.value)
+    number = to_mpmath(number) if isinstance(number, Rational) else number
+    if number is None:
+        return False
+    unit = mpmath.mpf(10) ** -right.places
+    distance = abs(number) - abs(right.value.p) / mpmath.mpf(right.value.q)
+    # Rounded, or cut off.
+    return abs(number - to_mpmath(right.value)) < unit and bool(-unit / 2 <= distance * (1 - POINT_TOLERANCE))
+
+
+_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<="}
+_SYMMETRIC = {"=", "~", "==", "!=", "cong", "sim", "iff", "perp", "parallel"}
+
+
+def same_chain(given: Chain, truth: Chain) -> bool:
+    """Relations: member by member in either direction, or as equations and inequalities."""
+    given, truth = _shortened(_forward(given)), _shortened(_forward(truth))
+    if given.operators == truth.operators and _pairwise(given.members, truth.members):
+        return True
+    symmetric = set(given.operators) <= _SYMMETRIC and given.operators[::-1] == truth.operators
+    if symmetric and _pairwise(given.members[::-1], truth.members):
+        return True
+    if len(given.operators) != len(truth.operators):
+        return False
+    if given.operators == truth.operators and given.operators in (("=",), ("!=",)):
+        return quotient((given.members[0], given.members[1]), (truth.members[0], truth.members[1])) is not None
+    left, right = _inequalities(given), _inequalities(truth)
+    return bool(left) and bool(right) and _matched(left, right, _same_inequality)
+
+
+def _forward(chain: Chain) -> Chain:
+    """Ascending, an approximate value being given like an exact one."""
+    chain = Chain(chain.members, tuple("=" if operator == "~" else operator for operator in chain.operators))
+    if set(chain.operators) <= {">", ">="}:
+        return Chain(chain.members[::-1], tuple(_FLIPPED[operator] for operator in chain.operators[::-1]))
+    return chain
+
+
+def _shortened(chain: Chain) -> Chain:
+    """x = 1 + 1 = 2 is x = 2."""
+    named = len(chain.members) > 2 and set(chain.operators) == {"="} and _is_name(chain.members[0])
+    if named and all(same(member, chain.members[-1]) for member in chain.members[1:-1]):
+        return Chain((chain.members[0], chain.members[-1]), ("=",))
+    return chain
+
+
+def _pairwise(given: Sequence[Node], truth: Sequence[Node]) -> bool:
+    return len(given) == len(truth) and all(same(one, other) for one, other in zip(given, truth, strict=True))
+
+
+Inequality = tuple[Node, str, Node]
+
+
+def _inequalities(chain: Chain) -> list[Inequality]:
+    if not set(chain.operators) <= set(_FLIPPED):
+        return []
+    return [(left, sign, right) for (left, right), sign in zip(pairwise(chain.members), chain.operators, strict=True)]
+
+
+def _same_inequality(given: Inequality, truth: Inequality) -> bool:
+    constant_ = quotient((given[0], given[2]), (truth[0], truth[2]))
+    if constant_ is None or not is_real(constant_):
+        return False
+    return given[1] == (truth[1] if constant_.real > 0 else _FLIPPED[truth[1]])
+
+
+def _matched(given: Sequence[Any], truth: Sequence[Any], equal_: Callable[[Any, Any], bool]) -> bool:
+    """Whether the two hold the same things, in any order, each as often."""
+    if len(given) != len(truth):
+        return False
+    left = list(truth)
+    for one in given:
+        place = next((number for number, other in enumerate(left) if equal_(one, other)), None)
+        if place is None:
+            return False
+        del left[place]
+    return True
+
+
+def same_group(given: Group, truth: Group) -> bool:
+    """Lists in any order, sets without repetition, tuples and intervals in order and with their brackets."""
+    items, others = given.items, truth.items
+    if any(_is_ellipsis(item) for item in (*items, *others)):
+        return given.kind == truth.kind and _pairwise(items, others)
+    kinds = given.kind, truth.kind
+    if kinds == ("set", "set"):
+        return _matched(_distinct(items), _distinct(others), same)
+    if set(kinds) <= {"list", "set"}:
+        if given.kind == truth.kind == "list" and not _names_in_order(items, others):
+            return False
+        return _matched(items, others, same)
+    if "set" in kinds:
+        return False
+    if "list" in kinds:
+        tuple_, list_ = (given, truth) if given.kind != "list" else (truth, given)
+        return (tuple_.kind == "()" or len(items) > 2) and _names_sorted(list_.items) and _pairwise(items, others)
+    alike = given.kind == truth.kind or (len(items) > 2 and set(kinds) <= {"()", "[]"})
+    return alike and _pairwise(items, others)
+
+
+def _is_ellipsis(node: Node) -> bool:
+    return isinstance(node, Leaf) and "\\ldots" in node.text
+
+
+def _names(items: Sequence[Node]) -> list[str]:
+    return [
+        item.members[0].text
+        for item in items
+        if isinstance(item, Chain) and item.operators[0] == "=" and isinstance(item.members[0], Leaf)
+    ]
+
+
+def _names_sorted(items: Sequence[Node]) -> bool:
+    names = _names(items)
+    return len(set(names)) <= 1 or names == sorted(names)
+
+
+def _names_in_order(items: Sequence[Node], others: Sequence[Node]) -> bool:
+    """Different names for the elements of a plain list must be in its order: "y = 2, x = 1" is not "1, 2" reversed."""
+    names = _names(items) or _names(others)
+    if (_names(items) and _names(others)) or len(set(names)) <= 1 or len(names) != len(items):
+        return True
+    return names == sorted(names) and _pairwise(items, others)
+
+
+def _distinct(items: Sequence[Node]) -> list[Node]:
+    found: list[Node] = []
+    for item in items:
+        if not any(same(item, other) for other in found):
+            found.append(item)
+    return found
+
+
+def same_ratio(given: Node, truth: Node) -> bool:
+    """a:b equals c:d if a/b = c/d, and the number a/b; times of day are equal digit by digit."""
+    if isinstance(given, Ratio) and isinstance(truth, Ratio):
+        if len(given.parts) != len(truth.parts):
+            return False
+        if _is_time(given) and _is_time(truth):
+            return _pairwise(given.parts, truth.parts)
+        left, right = _values(given), _values(truth)
+        if left is None or right is None:
+            return _pairwise(given.parts, truth.parts)
+        return all(same_value(left[n] * right[n + 1], left[n + 1] * right[n]) for n in range(len(left) - 1))
+    ratio, other = (given, truth) if isinstance(given, Ratio) else (truth, given)
+    assert isinstance(ratio, Ratio)
+    parts = _values(ratio)
+    if parts is None or len(parts) != 2 or _is_time(ratio) or not isinstance(other, Leaf):
+        return False
+    value = reading(other.text).value
+    return isinstance(value, Expr) and same_value(parts[0] / parts[1], value)
+
+
+def _is_time(ratio: Ratio) -> bool:
+    hours, *others = [part.text if isinstance(part, Leaf) else "" for part in ratio.parts]
+    minutes = [re.match("[0-9]{2}(?![0-9.])", other) for other in others]
+    return bool(re.fullmatch("[0-9]{1,2}", hours)) and all(minutes) and int(hours) <= 24
+
+
+def _values(ratio: Ratio) -> list[Any] | None:
+    found = [reading(part.text).value if isinstance(part, Leaf) else None for part in ratio.parts]
+    values = [value for value in found if isinstance(value, Expr) and not value.is_zero]
+    return values if len(values) == len(found) else None
+
+
+def quotient(left: tuple[Node, Node], right: tuple[Node, Node]) -> Any:
+    """The constant that the difference of the left two sides is of the right two's; None if it is not constant."""
+    sides = []
+    for one, other in (left, right):
+        if not (isinstance(one, Leaf) and isinstance(other, Leaf)):
+            return None
+        values = reading(one.text).value, reading(other.text).value
+        if not all(isinstance(value, Expr) for value in values):
+            return None
+        sides.append(values)
+    both = sides[0][0] - sides[0][1], sides[1][0] - sides[1][1]
+    if not all(isinstance(each, Expr) and not each.has(sympy.oo, sympy.zoo, sympy.nan) for each in both):
+        return None
+    both = functions_or_products(*both)
+    if not all(variables(each) for each in both):
+        return None
+    ratios = [
+        one / other
+        for one, other in zip(at_points(both[0]), at_points(both[1]), strict=True)
+        if one is not None and other is not None and abs(other) > POINT_TOLERANCE and abs(one) > POINT_TOLERANCE
+    ]
+    if len(ratios) < 4 or not all(close(ratio, ratios[0]) for ratio in ratios):
+        return None
+    return ratios[0]
+
+
+# ---------------------------------------------------------------- sets
+
+
+def _same_operation(given: Operation, truth: Operation) -> bool:
+    if given.operator != truth.operator:
+        return False
+    if given.operator == "setminus":
+        return _pairwise(given.parts, truth.parts)
+    return _matched(given.parts, truth.parts, same)
+
+
+def _same_set(given: Node, truth: Node) -> bool:
+    """Whether both are the same set of numbers, written as intervals, unions or conditions on one variable."""
+    try:
+        left, right = as_set(given), as_set(truth)
+    except (Unread, TypeError, ValueError, NotImplementedError, AttributeError, sympy.PolynomialError):
+        return False
+    if left == right:
+        return True
+    return bool(sympy.SymmetricDifference(left, right).doit() is sympy.S.EmptySet)
+
+
+def as_set(node: Node) -> Set:
+    """A set of numbers; raises `Unread` for what is not one."""
+    if isinstance(node, Leaf):
+        value = reading(node.text).value
+        if isinstance(value, Set):
+            return value
+    if isinstance(node, Operation):
+        parts = [as_set(part) for part in node.parts]
+        if node.operator == "setminus":
+            result = parts[0]
+            for part in parts[1:]:
+                result = result - part
+            return result
+        return sympy.Union(*parts) if node.operator == "cup" else sympy.Intersection(*parts)
+    if isinstance(node, Group) and node.kind == "set":
+        return sympy.FiniteSet(*(_exact(item) for item in node.items))
+    if isinstance(node, Group) and node.kind == "list" and node.joined == "or":
+        return sympy.Union(*(as_set(item) for item in node.items))
+    if isinstance(node, Group) and len(node.items) == 2 and node.kind != "list":
+        start, end = (_exact(item) for item in node.items)
+        if start.is_number and end.is_number and bool(start < end):
+            return sympy.Interval(start, end, node.kind[0] == "(", node.kind[1] == ")")
+    if isinstance(node, Builder):
+        return _conditioned(node)
+    if isinstance(node, Chain):
+        return _solved(node)
+    raise Unread("not a set")
+
+
+def _exact(node: Node) -> Any:
+    value = reading(node.text).value if isinstance(node, Leaf) else None
+    if not isinstance(value, Expr) or variables(value):
+        raise Unread("not a number")
+    return value.doit()
+
+
+def _conditioned(node: Builder) -> Set:
+    element, within = node.element, sympy.S.Reals
+    if isinstance(element, Chain) and element.operators == ("in",):
+        within = as_set(element.members[1])
+        element = element.members[0]
+    condition = node.condition
+    conditions = condition.items if isinstance(condition, Group) and condition.joined != "or" else (condition,)
+    symbol = reading(element.text).value if isinstance(element, Leaf) else None
+    if not isinstance(symbol, Symbol):
+        raise Unread("not a condition on one variable")
+    found = [as_set(each) for each in conditions]
+    for each in conditions:
+        for chain in each.items if isinstance(each, Group) else (each,):
+            if not isinstance(chain, Chain) or _unknown(chain) != symbol:
+                raise Unread("a condition on something else")
+    return sympy.Intersection(within, *found)
+
+
+def _unknown(chain: Chain) -> Symbol:
+    found = {
+        name
+        for member in chain.members
+        if isinstance(member, Leaf) and isinstance(reading(member.text).value, Expr)
+        for name in variables(reading(member.text).value)
+    }
+    if len(found) != 1:
+        raise Unread("not one variable")
+    return found.pop()
+
+
+def _solved(chain: Chain) -> Set:
+    """The numbers that fulfil linear relations in one variable, or that an element is taken from."""
+    if chain.operators == ("in",) and _is_name(chain.members[0]):
+        return as_set(chain.members[1])
+    symbol = _unknown(chain)
+    result: Set = sympy.S.Reals
+    for (left, right), operator in zip(pairwise(chain.members), chain.operators, strict=True):
+        found = [reading(side.text).value if isinstance(side, Leaf) else None for side in (left, right)]
+        sides = [side for side in found if isinstance(side, Expr)]
+        if len(sides) != 2:
+            raise Unread("a side without a value")
+        if any(side.has(sympy.oo) for side in sides):
+            if operator != "<" or sides[0] == sympy.oo or sides[1] == -sympy.oo:
+                raise Unread("infinity as a value")
+            continue
+        slope, rest = _linear((sides[0] - sides[1]).doit(), symbol)
+        bound = -rest / slope
+        flipped = bool(slope < 0)
+        sign = _FLIPPED.get(operator, operator) if flipped else operator
+        ranges = {
+            "<": lambda bound=bound: sympy.Interval.open(-sympy.oo, bound),
+            "<=": lambda bound=bound: sympy.Interval(-sympy.oo, bound),
+            ">": lambda bound=bound: sympy.Interval.open(bound, sympy.oo),
+            ">=": lambda bound=bound: sympy.Interval(bound, sympy.oo),
+            "!=": lambda bound=bound: sympy.S.Reals - sympy.FiniteSet(bound),
+        }
+        if sign not in ranges:
+            raise Unread("not an inequality")
+        result = sympy.Intersection(result, ranges[sign]())
+    return result
+
+
+def _linear(expression: Expr, symbol: Symbol) -> tuple[Any, Any]:
+    expanded = sympy.expand(expression)
+    slope = expanded.coeff(symbol, 1)
+    rest = expanded.coeff(symbol, 0)
+    if slope.is_zero or not slope.is_number or expanded - slope * symbol - rest != 0:
+        raise Unread("not linear")
+    return slope, rest
