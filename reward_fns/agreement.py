@@ -84,8 +84,9 @@ def rearranged(answer: str) -> set[str]:
         return set()
     found = math_verify.parse(f"${answer}$", parsing_timeout=None)
     value = found[0] if found else None
-    sides = value.args if isinstance(value, sympy.Eq) else (value,)
-    if not all(isinstance(side, sympy.Expr) for side in sides) or not any(side.free_symbols for side in sides):
+    written = value.args if isinstance(value, sympy.Eq) else (value,)
+    sides = [side for side in written if isinstance(side, sympy.Expr)]
+    if len(sides) < len(written) or not any(side.free_symbols for side in sides):
         return set()
     texts = set()
     for rewrite in (sympy.expand, sympy.factor, sympy.together, sympy.apart):

