@@ -106,6 +106,30 @@ def test_a_folder_that_others_could_enter_is_not_used(base: str, monkeypatch: py
         folders.enter()
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as another user")
+def test_another_user_cannot_take_the_name_of_a_socket_first(base: str) -> None:
+    """In a folder open to all, as /tmp, he binds it; the receiver connects to him and unpickles what he sends."""
+    made = folders.make(False)
+    shared = made.parent / f"{made.name}-shared.sock"
+
+    def binds(path: Path) -> bool:
+        child = os.fork()
+        if child == 0:
+            try:
+                os.setgid(65534)
+                os.setuid(65534)
+                listener_at(path)
+            except PermissionError:
+                os._exit(13)
+            os._exit(0)
+        return os.waitpid(child, 0)[1] == 0
+
+    try:
+        assert binds(shared) and not binds(made / "weights.sock")
+    finally:
+        shared.unlink()
+
+
 @pytest.mark.parametrize("how", ["alone", "fork"])
 def test_a_killed_runs_folder_is_removed_once_no_process_of_it_lives(base: str, how: str) -> None:
     """A process that the killed one had forked, such as an engine without its server, still uses the folder."""

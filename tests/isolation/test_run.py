@@ -67,6 +67,7 @@ def test_every_process_learns_of_it_by_the_config(make_config) -> None:
     config = make_config("actor_rollout_ref.rollout.prometheus.enable=true")
     with isolated(config):
         assert config.ray_kwargs.ray_init.runtime_env.env_vars["SKPO_OPEN_PATHS"] == "/metrics"
+        assert os.environ["RAY_TMPDIR"] == tempfile.gettempdir(), "where verl looks for Prometheus's file"
 
 
 def test_what_the_user_has_set_stays(make_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

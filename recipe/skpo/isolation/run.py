@@ -80,7 +80,7 @@ def _variables(config: DictConfig, folder: Path, own: bool, temporary: str) -> t
     if own:
         here[OWN_CLUSTER] = "1"
         if "RAY_TMPDIR" not in os.environ:
-            here["RAY_TMPDIR"] = str(folder)
+            here["RAY_TMPDIR"] = temporary if _reads_session_in_tmp(config) else str(folder)
         if folder.parent == Path(temporary):
             here["TMPDIR"] = str(folder)
         compiled = Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""))
@@ -94,6 +94,11 @@ def _variables(config: DictConfig, folder: Path, own: bool, temporary: str) -> t
                 file.write(secrets.token_hex(32))
             here["RAY_AUTH_TOKEN_PATH"] = str(token)
     return shared, here
+
+
+def _reads_session_in_tmp(config: DictConfig) -> bool:
+    """Whether verl looks for Ray's session in /tmp/ray, a constant of its own, for Prometheus or nsys."""
+    return bool(config.actor_rollout_ref.rollout.prometheus.enable) or config.global_profiler.tool == "nsys"
 
 
 def _check(config: DictConfig) -> None:
