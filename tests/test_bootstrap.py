@@ -37,6 +37,7 @@ case "$*" in
     "-m pip --version") [[ ! -e .venv/no-pip ]]; exit ;;
 esac
 environment="platform=${SKPO_PLATFORM:-} offline=${HF_HUB_OFFLINE:-} constraint=${PIP_CONSTRAINT:-}"
+environment+=" caller=${SKPO_CALLER:-}"
 echo "$name $* | words=$# cwd=$PWD $environment" >> "$FAKE_CALLS"
 case "$*" in
     "-m venv "*)
@@ -399,6 +400,7 @@ def test_training_starts_in_the_project_with_the_detected_platform(project, tmp_
     call = training_call(project)
     assert call.startswith("venv -m recipe.skpo.main platform=cpu skpo.group_size=8 trainer.note=two words | ")
     assert f"words=5 cwd={project.root} platform=cpu" in call  # the blank did not split an argument
+    assert f"caller={tmp_path}" in call  # which relative file names are looked up in
 
 
 @pytest.mark.parametrize("override", ["platform=gpu", "+platform=gpu", "++platform=gpu"])

@@ -4,6 +4,7 @@ Bad values below ``skpo`` are in test_settings.py.
 """
 
 import io
+import re
 from contextlib import redirect_stdout
 from functools import reduce
 from pathlib import Path
@@ -240,7 +241,7 @@ def test_the_answer_format_reaches_the_reward(compose_config) -> None:
 
 def test_every_run_has_a_folder_of_its_own(run_config) -> None:
     config = run_config("llama")
-    assert config.output_dir == "outputs/llama3_2_3b_instruct-files-skpo"
+    assert re.fullmatch(r"outputs/llama3_2_3b_instruct-train-[0-9a-f]{6}-skpo", config.output_dir)
     assert config.trainer.default_local_dir == f"{config.output_dir}/checkpoints"
 
 

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.schema import DataError
 from data_prep.untrusted import UntrustedError, one_line, read_json
 from recipe.skpo.checks.data import prompt_files
+from recipe.skpo.checks.paths import caller
 from recipe.skpo.settings import ConfigError
 
 
@@ -36,6 +37,7 @@ def check_model(config: DictConfig) -> None:
         described = AutoConfig.from_pretrained(model.path, trust_remote_code=model.get("trust_remote_code", False))
     except Exception as error:  # a process border: the hub, json and the model's own class answer with their own errors
         reason = one_line(error) or type(error).__name__
+        reason += "" if folder.is_dir() else f"; there is no folder {caller() / folder}"
         raise ConfigError(
             f"{where}: {model.path} cannot be read as a model ({reason}); give a folder with a whole checkpoint, or a "
             f"name on the hub where that can be reached"

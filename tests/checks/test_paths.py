@@ -142,6 +142,7 @@ def raw_config(**values):
         (MODEL, "org/model", "org/model"),
         (MODEL, "mine", "{caller}/mine"),
         (MODEL, "./typo", "{caller}/typo"),
+        (MODEL, "my/own/typo", "{caller}/my/own/typo"),
     ],
 )
 def test_what_a_name_is_relative_to(folders: tuple[Path, Path], key: str, value, resolved) -> None:
@@ -179,11 +180,6 @@ def test_folders_in_variables_are_the_callers(folders: tuple[Path, Path], monkey
     monkeypatch.setenv("TENSORBOARD_DIR", "/tb")
     resolve_environment()
     assert (os.environ["SKPO_CACHE"], os.environ["TENSORBOARD_DIR"]) == (str(folders[0] / "cache"), "/tb")
-
-
-def test_the_script_passes_the_folder_it_is_called_from() -> None:
-    text = (REPOSITORY / "run_skpo.sh").read_text()
-    assert text.index('export SKPO_CALLER="$PWD"') < text.index("\ncd -- ")
 
 
 # ---------------------------------------------------------------- names

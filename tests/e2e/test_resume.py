@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from recipe.skpo.checkpoints import MARKER, METRICS_FILE, marked_step, stored_checkpoints
+from recipe.skpo.checks.resume import FILE_NAME as FINGERPRINT
 from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments, segments
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.state import FILE_NAME
@@ -181,6 +182,7 @@ def test_a_run_killed_at_every_point_is_the_run_that_never_was(tmp_path: Path, n
         assert sorted(path.name for path in (folder / f"out/checkpoints/global_step_{STEPS}").iterdir()) == [
             "actor",
             "data.pt",
+            FINGERPRINT,
             FILE_NAME,
             METRICS_FILE,
         ]

@@ -86,6 +86,9 @@ def test_resumes_after_a_kill_and_ends_well(run: dict) -> None:
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert "global_step_2" in again.stdout + again.stderr
     assert "out: 3 steps" in again.stdout
+    # What the second command changes is not what a run is.
+    assert "fingerprint.json" in {path.name for path in (run["out"] / "checkpoints/global_step_3").iterdir()}
+    assert "in this command; " not in again.stdout
 
 
 def test_metrics_are_kept_over_the_kill(run: dict) -> None:

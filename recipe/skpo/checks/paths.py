@@ -148,7 +148,9 @@ def _absolute(value: Any, base: Path, must_exist: bool) -> Any:
     if not isinstance(value, str) or "://" in value:
         return value
     path = Path(os.path.normpath(base / Path(value).expanduser()))
-    return str(path) if path.exists() or not must_exist or value.startswith((".", "/", "~")) else value
+    # A name on the hub has one slash at most.
+    is_file = path.exists() or not must_exist or value.startswith((".", "/", "~")) or value.count("/") > 1
+    return str(path) if is_file else value
 
 
 def _text_of_file(value: str) -> str | None:
