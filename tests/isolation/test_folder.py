@@ -5,8 +5,10 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,35 @@ def test_only_its_owner_can_enter_whatever_the_umask(base: str) -> None:
         assert folder.stat().st_mode & 0o777 == 0o700 and (folder / "lock").stat().st_mode & 0o777 == 0o600
     folders.remove(made[0])
     assert not made[0].exists() and made[1].exists()
+
+
+def test_it_is_removed_while_the_last_processes_still_write(base: str) -> None:
+    made, end = folders.make(False, [base]), time.monotonic() + 0.5
+
+    def write() -> None:
+        while time.monotonic() < end and made.exists():
+            with suppress(OSError):
+                (made / "ray/logs").mkdir(parents=True, exist_ok=True)
+                (made / f"ray/logs/{time.monotonic_ns()}").touch()
+                (made / UUID).touch()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    folders.remove(made)
+    writer.join()
+    assert not made.exists()
+
+
+def test_what_cannot_be_removed_in_time_is_left_to_the_next_start(base: str, monkeypatch) -> None:
+    made = folders.make(False, [base])
+    (made / "ray").mkdir()
+    with monkeypatch.context() as busy:
+        busy.setattr(folders, "_END_S", 0.0)
+        busy.setattr(folders, "_remove_all_but_lock", lambda folder: True)
+        folders.remove(made)
+    assert made.exists() and folders.sweep([base]) == []
+    age(made)
+    assert folders.sweep([base]) == [made] and not made.exists()
 
 
 @pytest.mark.parametrize("holds_ray", [True, False])

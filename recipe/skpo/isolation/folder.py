@@ -12,6 +12,7 @@ import socket
 import stat
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 VARIABLE = "SKPO_RUN_FOLDER"
@@ -28,6 +29,9 @@ _SOCKETS = {
 
 _NAME = re.compile(r"skpo-[a-z0-9_]{8}")
 _STRAY_SOCKET = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_LOCK = "lock"
+_END_S = 10.0
+"""Seconds in which the last processes of a run end."""
 _YOUNG_S = 60.0
 """Nothing younger is removed: its owner may be about to lock or to listen."""
 
@@ -85,10 +89,31 @@ def enter() -> Path:
 
 
 def remove(folder: Path) -> None:
-    """Remove a run's folder with all that is in it, and release this process's lock."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Remove a run's folder with all that is in it, and release this process's lock.
+
+    Processes that are about to end may still write there, so it is tried for a few seconds.  The lock goes last: what
+    cannot be removed now is found by ``sweep``.
+    """
+    deadline = time.monotonic() + _END_S
+    while _remove_all_but_lock(folder) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    with suppress(OSError):
+        if os.listdir(folder) == [_LOCK]:
+            shutil.rmtree(folder)
     if folder in _locks:
         os.close(_locks.pop(folder))
+
+
+def _remove_all_but_lock(folder: Path) -> bool:
+    """Whether something is left, or came in the meantime."""
+    for entry in _entries(str(folder)):
+        path = Path(entry)
+        if path.name != _LOCK:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    return len(_entries(str(folder))) > 1
 
 
 def socket_address(address: str) -> str:
@@ -125,7 +150,7 @@ def _entries(base: str) -> list[str]:
 
 def _lock(folder: Path) -> None:
     """Hold a shared lock until this process ends; processes that it forks hold it too."""
-    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     _locks[folder] = descriptor
 
@@ -133,7 +158,7 @@ def _lock(folder: Path) -> None:
 def _is_abandoned(folder: Path) -> bool:
     """Whether no process holds the folder's lock; a folder without one was not made here."""
     try:
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return False
     try:
