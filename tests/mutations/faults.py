@@ -315,6 +315,14 @@ MUTATIONS = (
     ),
     one(
         "base_trainer",
+        "other weights than the actor's are trained on",
+        "if self.allowed_gap is not None and not gap <= self.allowed_gap:",
+        "if False:",
+        "test_other_weights_in_the_servers_stop_the_run",
+        file=TRAINER,
+    ),
+    one(
+        "base_trainer",
         "verl's manager of the replicas is kept",
         "BoundedCheckpointManager(self.checkpoint_manager, self.settings.weight_sync_timeout_s)",
         "self.checkpoint_manager",
