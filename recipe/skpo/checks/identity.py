@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
@@ -61,7 +62,14 @@ def _settings(config: DictConfig, plain: dict[str, Any]) -> dict[str, Any]:
 
 def _data_files(given: Any) -> tuple[Content, ...]:
     files = [given] if isinstance(given, str) else list(given)
-    return tuple(Content(str(file), _file_digest(Path(file)), pq.read_metadata(file).num_rows) for file in files)
+    return tuple(Content(str(file), _file_digest(Path(file)), _rows(file)) for file in files)
+
+
+def _rows(file: str) -> int | None:
+    try:
+        return pq.read_metadata(file).num_rows
+    except (OSError, pa.ArrowException):
+        return None
 
 
 def _file_digest(path: Path) -> str | None:
