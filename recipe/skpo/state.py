@@ -8,13 +8,15 @@ under a temporary name and renamed, so that it is whole or absent.
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep.untrusted import one_line, parse_json
 from recipe.skpo.output.files import replacing
 from recipe.skpo.segments import fixed_split_position, sample_split_position
 from recipe.skpo.settings import SkpoSettings
@@ -25,7 +27,13 @@ _FORMAT = 3
 _SEED_BOUND = 2**31 - 1
 
 
-DAMAGE = (OSError, ValueError, KeyError, TypeError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+_LONGEST_RESPONSE = 10**7
+"""Tokens: no tracked mean length is above."""
+
+DAMAGE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, zipfile.BadZipFile),
+    *(zlib.error, OverflowError, RecursionError, MemoryError),
+)
 """What reading a truncated or altered ``.npz`` raises."""
 
 
@@ -91,8 +99,10 @@ class StoredSegments:
         """Replace the content by what ``state_dict`` returned.
 
         Raises:
-            ValueError: arrays that do not fit together.
+            ValueError: arrays that do not fit together, or numbers out of range.
         """
+        if (state["token_ids"] < 0).any() or not np.isfinite(state["logprobs"]).all():
+            raise ValueError("stored segments have a token or log-prob out of range")
         ends = np.cumsum(state["lengths"])
         total = int(ends[-1]) if len(ends) else 0
         if not (len(state["keys"]) == len(ends) and total == len(state["token_ids"]) == len(state["logprobs"])):
@@ -119,9 +129,9 @@ class SkpoState:
         }
         self.prompts = PromptRows()
         # 0.5 in [0, 1] is reward 0: the baseline of a first visit (SPEC section 4).
-        self.values = KLAdaptiveTracker(0.5, **constants, rows=self.prompts)
+        self.values = KLAdaptiveTracker(0.5, **constants, rows=self.prompts, highest=1.0)
         first_length = min(settings.initial_length, response_budget)
-        self.lengths = KLAdaptiveTracker(first_length, **constants, rows=self.prompts)
+        self.lengths = KLAdaptiveTracker(first_length, **constants, rows=self.prompts, highest=_LONGEST_RESPONSE)
         drift = settings.tracker.drift
         # The log-ratio is measured by the actor; the clock then only counts steps.
         self.clock = DriftClock(drift if drift in DriftClock.UNITS else "kl_steps", self.prompts)
@@ -179,34 +189,34 @@ class SkpoState:
             "tokens_generated": self.tokens_generated,
             "rng": self.rng.bit_generator.state,
         }
-        arrays = {
-            f"{part}.{name}": array
-            for part, source in self._parts().items()
-            for name, array in source.state_dict().items()
-        }
         target = folder / FILE_NAME
         with replacing(target) as file:
-            np.savez(file, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
+            np.savez(file, meta=np.array(json.dumps(meta)), **self._arrays())  # type: ignore[arg-type]
         return target
 
     def load(self, folder: Path) -> None:
         """Replace everything by the state saved in ``folder``.
 
         Raises:
-            StateError: no file, a damaged one, or one of a run with another group size or drift unit.
+            StateError: no file, a damaged one, one with other content than ``save`` writes, or one of a run with
+                another group size or drift unit.
         """
-        path = require_state_file(folder)
+        path, known = require_state_file(folder), self._arrays()
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with _opened(path) as archive:
                 meta = _meta(path, archive)
-                arrays = {name: archive[name] for name in archive.files if name != "meta"}
+                for name in set(archive.files) ^ {"meta", *known}:
+                    raise ValueError(f"it {'has' if name in archive.files else 'lacks'} {one_line(name, 60)}")
+                arrays = {name: archive[name] for name in known}
             self._check_meta(path, meta)
+            for name, array in arrays.items():
+                if not _alike(array, known[name]):
+                    raise ValueError(f"{name} is an array of another kind")
             for part, target in self._parts().items():
                 prefix = f"{part}."
                 target.load_state_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
             self.rng.bit_generator.state = meta["rng"]
-            self.visits = int(meta["visits"])
-            self.tokens_generated = int(meta["tokens_generated"])
+            self.visits, self.tokens_generated = _count(meta, "visits"), _count(meta, "tokens_generated")
         except DAMAGE as error:
             raise _damaged(path, error) from error
 
@@ -217,6 +227,14 @@ class SkpoState:
                     f"{path}: was saved with {name}={meta[name]}, this run has {mine}; use the same value, or start "
                     f"a new run with trainer.resume_mode=disable and another output_dir"
                 )
+
+    def _arrays(self) -> dict[str, np.ndarray]:
+        """What the file holds beside ``meta``: part and name to array."""
+        return {
+            f"{part}.{name}": array
+            for part, source in self._parts().items()
+            for name, array in source.state_dict().items()
+        }
 
     def _parts(self) -> dict[str, PromptRows | KLAdaptiveTracker | DriftClock | StoredSegments]:
         """In the order in which they are loaded: the tables after the rows that they share."""
@@ -237,14 +255,46 @@ def saved_tokens(folder: Path) -> int:
     """
     path = require_state_file(folder)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            return int(_meta(path, archive)["tokens_generated"])
+        with _opened(path) as archive:
+            return _count(_meta(path, archive), "tokens_generated")
     except DAMAGE as error:
         raise _damaged(path, error) from error
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open the archive, unless reading a member could take more memory than the file has bytes.
+
+    ``np.savez`` compresses nothing, and a member that is stored as it is cannot be larger than the file.
+
+    Raises:
+        ValueError: a member is compressed or is there twice.
+    """
+    with zipfile.ZipFile(path) as members:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
+            raise ValueError("a member is compressed")
+        if len(set(members.namelist())) < len(members.namelist()):
+            raise ValueError("a member is there twice")
+    with np.load(path, allow_pickle=False) as archive:
+        yield archive
+
+
+def _alike(array: np.ndarray, known: np.ndarray) -> bool:
+    """Whether an array has the kind of its counterpart; texts may be of any length but 0, which would take no room."""
+    if known.dtype.kind == "U":
+        return array.dtype.kind == "U" and array.dtype.itemsize > 0 and array.ndim == known.ndim
+    return array.dtype == known.dtype and array.ndim == known.ndim
+
+
+def _count(meta: Mapping[str, Any], name: str) -> int:
+    value = meta[name]
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError(f"{name} is {one_line(value, 40)}")
+    return value
+
+
 def _meta(path: Path, archive: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    meta: dict[str, Any] = json.loads(str(archive["meta"]))
+    meta: dict[str, Any] = parse_json(str(archive["meta"]))
     if meta["format"] != _FORMAT:
         raise StateError(
             f"{path}: has format {meta['format']}, this version of verl-skpo reads {_FORMAT}; resume with the "

@@ -73,7 +73,7 @@ class PromptRows:
             raise ValueError(f"prompt rows lack {sorted(missing)}")
         text = np.asarray(state["text"], dtype=np.uint8).tobytes().decode("utf-8", "surrogatepass")
         ends = np.cumsum(state["lengths"], dtype=np.int64).tolist()
-        if (ends[-1] if ends else 0) != len(text):
+        if (ends[-1] if ends else 0) != len(text) or (np.asarray(state["lengths"]) < 0).any():
             raise ValueError("prompt rows have arrays that do not fit together")
         self.replace([text[start:end] for start, end in zip([0, *ends], ends, strict=False)])
 
@@ -93,6 +93,7 @@ class KLAdaptiveTracker:
         rho_min, rho_max: bounds of the retention, 0 <= rho_min <= rho_max <= 1.
         half_life: drift after which an old observation counts half, > 0, in the drift's unit.
         rows: numbering that is shared with other tables and saved by whoever shares it; None means one of its own.
+        highest: largest value that a saved state may hold; the smallest is 0.  None takes any finite value.
 
     Raises:
         ValueError: constants outside these bounds.
@@ -105,6 +106,7 @@ class KLAdaptiveTracker:
         rho_max: float = 0.96,
         half_life: float = 8.0,
         rows: PromptRows | None = None,
+        highest: float | None = None,
     ) -> None:
         if not 0 <= rho_min <= rho_max <= 1:
             raise ValueError(f"tracker needs 0 <= rho_min <= rho_max <= 1, got {rho_min} and {rho_max}")
@@ -112,6 +114,7 @@ class KLAdaptiveTracker:
             raise ValueError(f"tracker.half_life must be > 0, got {half_life}")
         self.initial_value, self.rho_min, self.rho_max = float(initial_value), rho_min, rho_max
         self.half_life = half_life
+        self._highest = highest
         self._shared = rows is not None
         self._rows = PromptRows() if rows is None else rows
         # Arrays instead of an object per key: a million prompts stay in tens of megabytes.
@@ -185,6 +188,9 @@ class KLAdaptiveTracker:
             raise ValueError("tracker state has arrays of different lengths or a key twice")
         if not (np.isfinite(values).all() and np.isfinite(counts).all() and (counts >= 0).all()):
             raise ValueError("tracker state has a value or count that is not a number in range")
+        # A running mean of numbers up to the bound is above it by rounding at most.
+        if self._highest is not None and not ((values >= -1e-9) & (values <= self._highest * (1 + 1e-9))).all():
+            raise ValueError(f"tracker state has a value outside 0 to {self._highest:g}")
         if not self._shared:
             self._rows.replace(keys)
         self._values, self._counts = values, counts
@@ -264,7 +270,7 @@ class DriftClock:
         """Replace the content by what ``state_dict`` returned; a shared numbering has to be loaded first.
 
         Raises:
-            ValueError: missing arrays, lengths that differ, or a key twice.
+            ValueError: missing arrays, lengths that differ, a key twice, or numbers out of range.
         """
         missing = {"visit_steps", "visit_kl", "steps", "total_kl"} | (set() if self._shared else {"keys"})
         missing -= set(state)
@@ -275,7 +281,14 @@ class DriftClock:
         kl = np.array(state["visit_kl"], dtype=np.float64)
         if not len(keys) == steps.size == kl.size:
             raise ValueError("drift state has arrays of different lengths")
+        now, total = int(state["steps"]), float(state["total_kl"])
+        if (
+            now < 0
+            or not (np.isfinite(kl).all() and 0 <= total < np.inf)
+            or not ((steps >= _NEVER) & (steps <= now)).all()
+        ):
+            raise ValueError("drift state has a step or KL that is not a number in range")
         if not self._shared:
             self._rows.replace(keys)
-        self.steps, self.total_kl = int(state["steps"]), float(state["total_kl"])
+        self.steps, self.total_kl = now, total
         self._visit_steps, self._visit_kl = steps, kl
