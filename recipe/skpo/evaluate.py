@@ -39,6 +39,7 @@ from data_prep.untrusted import UntrustedError, one_line, read_json
 from recipe.skpo.analysis.options import FREE, EngineConfig
 from recipe.skpo.analysis.output import AnalysisError, claim, guarded, plain, write_atomic
 from recipe.skpo.analysis.problems import load_tokenizer
+from recipe.skpo.checks.pickles import check_pickles
 from recipe.skpo.evaluation import Answered, Score, markdown, score
 from recipe.skpo.prompts import problem_tokens
 from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, SamplingError, detected_platform, draw_stored
@@ -88,6 +89,7 @@ class EvaluationConfig:
         seed: of responses and bootstrap.
         resamples: of the bootstrap.
         reward: checks the responses.
+        trusted_globals: what a checkpoint's pickles may name beyond what verl saves.
         engine: how vLLM serves the model.
 
     Raises:
@@ -106,6 +108,7 @@ class EvaluationConfig:
     seed: int
     resamples: int
     reward: RewardFunction
+    trusted_globals: list[str]
     engine: EngineConfig
 
     def __post_init__(self) -> None:
@@ -189,15 +192,16 @@ class Checkpoint:
     identity: str
 
 
-def find_checkpoint(given: str) -> Checkpoint:
+def find_checkpoint(given: str, trusted: Sequence[str] = ()) -> Checkpoint:
     """The model at a path or of a name.
 
     Args:
         given: a Hugging Face folder or name; a verl FSDP checkpoint, ``global_step_N`` or its ``actor``; a run's
             folder or its ``checkpoints``, for the latest one.
+        trusted: what an FSDP checkpoint may name beyond what verl saves.
 
     Raises:
-        ConfigError: it is none of these, or not whole; naming the place.
+        ConfigError: it is none of these, not whole, or would run more than verl saves; naming the place.
     """
     folder = Path(given).expanduser()
     if not folder.exists():
@@ -208,7 +212,7 @@ def find_checkpoint(given: str) -> Checkpoint:
     if (folder / "actor").is_dir():
         folder = folder / "actor"
     if (folder / "fsdp_config.json").is_file():
-        return _fsdp_checkpoint(folder)
+        return _fsdp_checkpoint(folder, trusted)
     _require((folder / "config.json").is_file(), f"checkpoint: {folder} holds no model; {ACCEPTED}")
     return _whole_model(folder)
 
@@ -224,7 +228,7 @@ def _latest(folder: Path) -> Path:
     return folder
 
 
-def _fsdp_checkpoint(actor: Path) -> Checkpoint:
+def _fsdp_checkpoint(actor: Path, trusted: Sequence[str]) -> Checkpoint:
     try:
         world_size = read_json(actor / "fsdp_config.json")["world_size"]
     except (UntrustedError, KeyError, TypeError):
@@ -251,6 +255,7 @@ def _fsdp_checkpoint(actor: Path) -> Checkpoint:
             f"checkpoint: {shard} is missing or cut short; name a checkpoint that was saved to its end",
         )
         shards.append(shard)
+    check_pickles(shards, trusted)
     return Checkpoint(_label(actor), str(described), actor, _files_digest(shards))
 
 
@@ -550,7 +555,7 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
     """
     files = benchmark_files(config)
     counts = {name: config.responses(name) for name in files}
-    checkpoint = find_checkpoint(config.checkpoint)
+    checkpoint = find_checkpoint(config.checkpoint, config.trusted_globals)
     tokenizer = load_tokenizer(checkpoint.model)
     benchmarks = [read_benchmark(name, path, tokenizer, config.max_prompt_length) for name, path in files.items()]
     reward = Reward(config.reward)

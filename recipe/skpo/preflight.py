@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.skpo.checkpoints import (
     ACTOR_FILES,
+    DATA_FILE,
     MARKER,
     marked_step,
     missing_piece,
@@ -20,6 +21,7 @@ from recipe.skpo.checkpoints import (
     stored_checkpoints,
 )
 from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
+from recipe.skpo.checks.pickles import check_pickles
 from recipe.skpo.checks.resume import Difference, Fingerprint, differences, refuse
 from recipe.skpo.settings import ConfigError, SkpoSettings
 from recipe.skpo.state import SkpoState, require_state_file, saved_tokens
@@ -285,7 +287,8 @@ def check_resume(
         for a fresh start.
 
     Raises:
-        ConfigError: naming the folder, the piece that is missing and a checkpoint that is whole.
+        ConfigError: naming the folder, the piece that is missing and a checkpoint that is whole; or a file that would
+            run more than verl saves.
         StateError: naming the file.
     """
     folder = resume_folder(config)
@@ -306,6 +309,8 @@ def check_resume(
     found = differences(saved, identity()) if saved else None
     refuse(folder, found or ())
     SkpoState(settings, config.data.max_response_length).load(folder)
+    # In verl's order of loading; other engines have files of other kinds.
+    check_pickles([*sorted((folder / "actor").glob("*.pt")), folder / DATA_FILE], config.get("trusted_globals") or ())
     return folder, found
 
 
