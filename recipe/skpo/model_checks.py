@@ -3,18 +3,25 @@
 Nothing of the weights but the headers of their files is read.
 """
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from jinja2 import TemplateError
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError
 from data_prep.untrusted import UntrustedError, one_line, read_json
+from recipe.skpo.checks.child import Place, Stopped, in_child
 from recipe.skpo.checks.data import prompt_files
 from recipe.skpo.checks.paths import caller
 from recipe.skpo.settings import ConfigError
+
+LOAD_SECONDS, PROMPT_SECONDS = 300.0, 20.0
+"""What a tokenizer may take to load, from the hub too, and a prompt to be rendered and tokenised."""
+
+LONGEST_PROMPT = 10_000_000
+"""Characters of a rendered prompt: more than any context holds."""
 
 
 def check_model(config: DictConfig) -> None:
@@ -97,20 +104,42 @@ def check_prompt_lengths(config: DictConfig) -> None:
         DataError: naming file and row of the first prompt that is too long or that the template refuses; or too few
             prompts are left.
     """
+    train = prompt_files(config, "train")
+    files = [*train, *prompt_files(config, "val")]
+    try:
+        left = in_child(lambda place: _count_prompts(config, files, train, place), (ConfigError, DataError))
+    except Stopped as error:
+        raise DataError(
+            f"{error.at}: the model's chat template or tokenizer {error}; take a model whose origin you trust, or give "
+            f"another template by actor_rollout_ref.model.custom_chat_template"
+        ) from None
+    limit = config.data.max_prompt_length
+    if config.data.filter_overlong_prompts and left < config.data.train_batch_size:
+        raise DataError(
+            f"data.train_files: {left} prompts of at most data.max_prompt_length={limit} tokens are fewer than "
+            f"data.train_batch_size={config.data.train_batch_size}; raise the first or lower the second"
+        )
+
+
+def _count_prompts(config: DictConfig, files: Sequence[str], train: Sequence[str], place: Place) -> int:
+    """Training prompts within the limit, after every prompt was checked."""
+    place.move("actor_rollout_ref.model.path", LOAD_SECONDS)
     tokenizer, limit = _tokenizer(config), config.data.max_prompt_length
     options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
     left, filtered = 0, config.data.filter_overlong_prompts
-    train = prompt_files(config, "train")
-    for file in [*train, *prompt_files(config, "val")]:
-        prompts = pq.read_table(file, columns=[config.data.prompt_key])[config.data.prompt_key].to_pylist()
-        for index, messages in enumerate(prompts):
+    for file in files:
+        for index, messages in enumerate(_prompts(file, config.data.prompt_key)):
+            place.move(f"{file}: row {index}", PROMPT_SECONDS)
             try:
                 text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-            except (TemplateError, TypeError) as error:  # the second: a template that calls what is not there
-                reason = one_line(error)
+                if len(text) > LONGEST_PROMPT:
+                    raise ValueError(f"it makes {len(text)} characters of it")
+            except MemoryError:
+                raise
+            except Exception as error:  # a process border: a template is a program
                 raise DataError(
-                    f"{file}: row {index}: the model's chat template fails on this prompt ({reason}); change the "
-                    f"prompt's roles, or give another template by actor_rollout_ref.model.custom_chat_template"
+                    f"{file}: row {index}: the model's chat template fails on this prompt ({one_line(error)}); change "
+                    f"the prompt's roles, or give another template by actor_rollout_ref.model.custom_chat_template"
                 ) from error
             length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
             if length > limit and not filtered:
@@ -119,11 +148,13 @@ def check_prompt_lengths(config: DictConfig) -> None:
                     f"it, or set data.filter_overlong_prompts=true to leave such prompts out"
                 )
             left += file in train and length <= limit
-    if filtered and left < config.data.train_batch_size:
-        raise DataError(
-            f"data.train_files: {left} prompts of at most data.max_prompt_length={limit} tokens are fewer than "
-            f"data.train_batch_size={config.data.train_batch_size}; raise the first or lower the second"
-        )
+    return left
+
+
+def _prompts(file: str, column: str) -> Iterator[list[dict[str, str]]]:
+    with pq.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+            yield from batch.column(column).to_pylist()
 
 
 def _tokenizer(config: DictConfig):
