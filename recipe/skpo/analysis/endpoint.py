@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from data_prep.untrusted import one_line
 from recipe.skpo.analysis.output import AnalysisError, require
 from recipe.skpo.sampling import Completion, append_completions, read_completions
 
@@ -209,6 +210,15 @@ def read_key(config: EndpointConfig) -> str:
     require(
         bool(key), f"--key-variable: the environment variable {config.key_variable} is not set; export the key in it"
     )
+    # It goes into a header, which holds nothing else; the HTTP client would answer with a traceback.
+    require(
+        key.isascii() and key.isprintable() and " " not in key,
+        f"--key-variable: the environment variable {config.key_variable} holds characters that no key has; export it "
+        f"again, without quotes, blanks and line ends",
+    )
+    parts = urlsplit(config.base_url)
+    if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
+        print(f"note: {config.base_url} is not https, so the key and the prompts can be read on the way")
     return key
 
 
@@ -311,7 +321,7 @@ def ask_stored(
             first = failures.exceptions[0]
             if not isinstance(first, openai.OpenAIError | AnalysisError):
                 raise
-            reason = " ".join(f"{type(first).__name__}: {first}".replace(key, "***").split())[:300]
+            reason = one_line(f"{type(first).__name__}: {first}".replace(key, "***"))
             done = sum(len(read_completions(store).get(request.key, ())) == samples for request in requests)
             raise AnalysisError(
                 f"{config.base_url}: {reason}; {done} of {len(requests)} states are in {store}, run the same command "

@@ -19,6 +19,9 @@ from typing import Any
 _MEMORY = 2 * 2**30
 """Bytes that the child may take beyond what it begins with."""
 
+LOAD_SECONDS, PROMPT_SECONDS = 300.0, 20.0
+"""What a tokenizer may take to load, from the hub too, and a prompt to be rendered and tokenised."""
+
 _PAGE = struct.Struct("d")
 
 

@@ -1,6 +1,6 @@
 "use strict";
-// Draws the report from the JSON block of the page.  Texts of models and data files reach the page only as text nodes,
-// attributes never hold them, and what cannot be seen or would turn the reading direction is shown as an escape.
+// Draws the report from the JSON block of the page.  Texts of models and data files reach the page as text nodes, or on
+// one line in an aria-label; what cannot be seen or would turn the reading direction is shown as an escape.
 
 const SVG = "http://www.w3.org/2000/svg";
 const TREES_PER_PAGE = 8;
@@ -249,7 +249,7 @@ function chart(title, lines) {
   const svg = draw("svg", { role: "application", tabindex: "0", "aria-roledescription": "chart" });
   const said = drawn.map((line) => `${oneLine(line.label, 80)}: ${compact(line.ys[0])} at step ${line.xs[0]}, ` +
     `${compact(line.ys[line.ys.length - 1])} at step ${line.xs[line.xs.length - 1]}`);
-  svg.setAttribute("aria-label", `${title}. ${said.join("; ")}. Arrow keys read single steps.`);
+  svg.setAttribute("aria-label", `${oneLine(title, 200)}. ${said.join("; ")}. Arrow keys read single steps.`);
   const at = make("p", "at");
   at.setAttribute("role", "status");
   const readouts = drawn.map(() => make("b", ""));
