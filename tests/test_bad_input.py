@@ -365,9 +365,7 @@ def _(run: Run) -> None:
     described(run, model_type="not_a_model")
 
 
-@case(
-    "model: foreign architecture", MODEL + "{model} is a t5, which is not a causal language model", "give one that is"
-)
+@case("model: foreign architecture", MODEL + "{model} is a t5, which is not a causal ", "give one that is")
 def _(run: Run) -> None:
     (run.model / "config.json").write_text('{"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}')
 

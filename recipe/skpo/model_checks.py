@@ -53,7 +53,8 @@ def check_model(config: DictConfig) -> None:
         str(getattr(described, "auto_map", None) or "")
     ):
         raise ConfigError(
-            f"{where}: {model.path} is a {one_line(described.model_type, 60)}, which is not a causal language model; give one that is"
+            f"{where}: {model.path} is a {one_line(described.model_type, 60)}, which is not a causal language model; "
+            f"give one that is"
         )
     context = config.actor_rollout_ref.rollout.max_model_len
     if context is not None and longest is not None and context > longest:
