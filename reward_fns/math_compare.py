@@ -46,7 +46,7 @@ def same(given: Node, truth: Node) -> bool:
     if given == truth:
         return True
     if isinstance(given, Chain) and isinstance(truth, Chain):
-        return same_chain(given, truth)
+        return same_chain(given, truth) or (_unknown(given) == _unknown(truth) is not None and _same_set(given, truth))
     if isinstance(given, Chain) and _assigns(given):
         return any(same(value, truth) for value in candidates(given))
     if isinstance(truth, Chain) and _assigns(truth) and _names_something(truth):
@@ -86,6 +86,8 @@ def _is_name(node: Node) -> bool:
     """A variable, a function of something, a product of variables, or words: what a value can be given to."""
     if isinstance(node, Group):
         return node.kind == "()" and all(_is_name(item) for item in node.items)
+    if isinstance(node, Ratio):
+        return all(_is_name(part) for part in node.parts)
     if not isinstance(node, Leaf):
         return False
     value = reading(node.text).value
@@ -260,9 +262,13 @@ def _names_sorted(items: Sequence[Node]) -> bool:
 
 def _names_in_order(items: Sequence[Node], others: Sequence[Node]) -> bool:
     """Different names for the elements of a plain list must be in its order: "y = 2, x = 1" is not "1, 2" reversed."""
-    names = _names(items) or _names(others)
-    if (_names(items) and _names(others)) or len(set(names)) <= 1 or len(names) != len(items):
+    if _names(items) and _names(others):
         return True
+    names = _names(items) or _names(others)
+    if len(set(names)) <= 1 or len(names) != len(items):
+        return True
+    if _names(others):
+        return _pairwise(items, others)
     return names == sorted(names) and _pairwise(items, others)
 
 
@@ -408,16 +414,11 @@ def _conditioned(node: Builder) -> Set:
     return sympy.Intersection(within, *found)
 
 
-def _unknown(chain: Chain) -> Symbol:
-    found = {
-        name
-        for member in chain.members
-        if isinstance(member, Leaf) and isinstance(reading(member.text).value, Expr)
-        for name in variables(reading(member.text).value)
-    }
-    if len(found) != 1:
-        raise Unread("not one variable")
-    return found.pop()
+def _unknown(chain: Chain) -> Symbol | None:
+    """The one variable in a chain of expressions, None if there are more or none."""
+    values = [reading(member.text).value for member in chain.members if isinstance(member, Leaf)]
+    found = {name for value in values if isinstance(value, Expr) for name in variables(value)}
+    return found.pop() if len(found) == 1 else None
 
 
 def _solved(chain: Chain) -> Set:
@@ -425,10 +426,12 @@ def _solved(chain: Chain) -> Set:
     if chain.operators == ("in",) and _is_name(chain.members[0]):
         return as_set(chain.members[1])
     symbol = _unknown(chain)
+    if symbol is None:
+        raise Unread("not one variable")
     result: Set = sympy.S.Reals
     for (left, right), operator in zip(pairwise(chain.members), chain.operators, strict=True):
         found = [reading(side.text).value if isinstance(side, Leaf) else None for side in (left, right)]
-        sides = [side for side in found if isinstance(side, Expr)]
+        sides = [without_calls(side) for side in found if isinstance(side, Expr)]
         if len(sides) != 2:
             raise Unread("a side without a value")
         if any(side.has(sympy.oo) for side in sides):

@@ -149,6 +149,7 @@ def _split(
 
 
 _LIST = re.compile(r"[,;]|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|and|or")
+_SEMICOLON = frozenset({";"})
 _RELATION = frozenset(RELATIONS)
 _RATIO = re.compile(r":|\\colon|\\text\s*\{\s*to\s*\}|to")
 _BUILDER = re.compile(r"\\mid|\||:|\\colon")
@@ -157,6 +158,10 @@ _BUILDER = re.compile(r"\\mid|\||:|\\colon")
 def _read_list(text: str, depth: int, thousands: bool = True) -> Node:
     if depth > DEEPEST:
         return Leaf(text)
+    rows, _ = _split(text, _SEMICOLON)
+    if len(rows) > 1 and all(len(_split(row, _LIST)[0]) > 1 for row in rows):
+        # "x = 1, y = 2; x = 3, y = 4"
+        return Group("list", tuple(_read_list(row, depth + 1, thousands) for row in rows))
     parts, separators = _split(text, _LIST, thousands)
     kept = [part for part in parts if part]
     items = [node for part in kept for node in _read_element(part, depth)]

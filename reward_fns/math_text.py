@@ -94,6 +94,8 @@ _BARE = re.compile(
 )
 _SCRIPTS = re.compile(r"\^\s*(\{[^{}]*\})\s*_\s*(\{[^{}]*\})")
 _LEADING = re.compile(r"(?:=|\\approx|\\therefore)\s*")
+# "1 000" is one number.
+_SPACED = re.compile(r"(?<![0-9.,a-zA-Z])([1-9][0-9]{0,2})((?: [0-9]{3})+)(?![0-9])")
 _MIXED = re.compile(r"(?<![0-9.,/^_{])([0-9]{1,12}) ([0-9]{1,12})/([0-9]{1,12})(?![0-9/.])")
 _NOT = re.compile(r"\\not\s*=")
 _TRAILING = re.compile(r"[.,;:]$")
@@ -121,6 +123,7 @@ def tidy(answer: str) -> str:
     emphasis = _EMPHASIS.fullmatch(answer)
     if emphasis:
         answer = emphasis[2].strip()
+    answer = _SPACED.sub(lambda match: match[0].replace(" ", ""), answer)
     answer = _MIXED.sub(r"\1\\frac{\2}{\3}", answer.replace("**", "^"))
     answer = (
         _NOT.sub(r"\\ne ", answer)

@@ -66,7 +66,7 @@ _NAMES = {
     "euro": "euros EUR",
     "degree": "degrees deg",
     "rad": "radian radians",
-    "percent": "percentage",
+    "percent": "percentage pct",
     "N": "newton newtons",
     "J": "joule joules",
     "W": "watt watts",
