@@ -46,7 +46,7 @@ def same(given: Node, truth: Node) -> bool:
     if given == truth:
         return True
     if isinstance(given, Chain) and isinstance(truth, Chain):
-        return same_chain(given, truth) or (_unknown(given) == _unknown(truth) is not None and _same_set(given, truth))
+        return same_chain(given, truth) or (_subject(given) == _subject(truth) is not None and _same_set(given, truth))
     if isinstance(given, Chain) and _assigns(given):
         return any(same(value, truth) for value in candidates(given))
     if isinstance(truth, Chain) and _assigns(truth) and _names_something(truth):
@@ -70,6 +70,12 @@ def same(given: Node, truth: Node) -> bool:
     if isinstance(given, Operation) and isinstance(truth, Operation) and _same_operation(given, truth):
         return True
     return _same_set(given, truth)
+
+
+def _subject(chain: Chain) -> Symbol | None:
+    """What a relation is about: the variable that it is solved for, or that is in a set."""
+    place = 0 if chain.operators == ("in",) else _unknown(chain)
+    return None if place is None else _variable(chain.members[place])
 
 
 def _assigns(chain: Chain) -> bool:
@@ -165,7 +171,8 @@ def same_chain(given: Chain, truth: Chain) -> bool:
     symmetric = set(given.operators) <= _SYMMETRIC and given.operators[::-1] == truth.operators
     if symmetric and _pairwise(given.members[::-1], truth.members):
         return True
-    if len(given.operators) != len(truth.operators):
+    # "2x < 6" and "2x = 6" are questions, "x < 3" and "x = 3" their answers.
+    if len(given.operators) != len(truth.operators) or (_unknown(given) is None) != (_unknown(truth) is None):
         return False
     if given.operators == truth.operators and given.operators in (("=",), ("!=",)):
         return quotient((given.members[0], given.members[1]), (truth.members[0], truth.members[1])) is not None
@@ -353,7 +360,7 @@ def _same_set(given: Node, truth: Node) -> bool:
     """Whether both are the same set of numbers, written as intervals, unions or conditions on one variable."""
     try:
         left, right = as_set(given), as_set(truth)
-    except (Unread, TypeError, ValueError, NotImplementedError, AttributeError, sympy.PolynomialError):
+    except (Unread, TypeError, ValueError, NotImplementedError, AttributeError):
         return False
     if left == right:
         return True
@@ -403,62 +410,52 @@ def _conditioned(node: Builder) -> Set:
         element = element.members[0]
     condition = node.condition
     conditions = condition.items if isinstance(condition, Group) and condition.joined != "or" else (condition,)
-    symbol = reading(element.text).value if isinstance(element, Leaf) else None
-    if not isinstance(symbol, Symbol):
+    symbol = _variable(element)
+    if symbol is None:
         raise Unread("not a condition on one variable")
     found = [as_set(each) for each in conditions]
     for each in conditions:
         for chain in each.items if isinstance(each, Group) else (each,):
-            if not isinstance(chain, Chain) or _unknown(chain) != symbol:
+            if not isinstance(chain, Chain) or _subject(chain) != symbol:
                 raise Unread("a condition on something else")
     return sympy.Intersection(within, *found)
 
 
-def _unknown(chain: Chain) -> Symbol | None:
-    """The one variable in a chain of expressions, None if there are more or none."""
-    values = [reading(member.text).value for member in chain.members if isinstance(member, Leaf)]
-    found = {name for value in values if isinstance(value, Expr) for name in variables(value)}
-    return found.pop() if len(found) == 1 else None
+def _unknown(chain: Chain) -> int | None:
+    """Where the variable stands in a relation that is solved for it, all other members being constants, else None."""
+    places = [number for number, member in enumerate(chain.members) if not _is_constant(member)]
+    if len(places) != 1 or _variable(chain.members[places[0]]) is None:
+        return None
+    return places[0]
+
+
+def _variable(node: Node) -> Symbol | None:
+    """x, or f(x) as a whole."""
+    value = reading(node.text).value if isinstance(node, Leaf) else None
+    value = without_calls(value) if isinstance(value, Expr) else None
+    return value if isinstance(value, Symbol) else None
 
 
 def _solved(chain: Chain) -> Set:
-    """The numbers that fulfil linear relations in one variable, or that an element is taken from."""
+    """The numbers of a variable that constants bound, or that is taken from a set."""
     if chain.operators == ("in",) and _is_name(chain.members[0]):
         return as_set(chain.members[1])
-    symbol = _unknown(chain)
-    if symbol is None:
-        raise Unread("not one variable")
+    place = _unknown(chain)
+    if place is None:
+        raise Unread("not solved for one variable")
     result: Set = sympy.S.Reals
-    for (left, right), operator in zip(pairwise(chain.members), chain.operators, strict=True):
-        found = [reading(side.text).value if isinstance(side, Leaf) else None for side in (left, right)]
-        sides = [without_calls(side) for side in found if isinstance(side, Expr)]
-        if len(sides) != 2:
-            raise Unread("a side without a value")
-        if any(side.has(sympy.oo) for side in sides):
-            if operator != "<" or sides[0] == sympy.oo or sides[1] == -sympy.oo:
-                raise Unread("infinity as a value")
-            continue
-        slope, rest = _linear((sides[0] - sides[1]).doit(), symbol)
-        bound = -rest / slope
-        flipped = bool(slope < 0)
-        sign = _FLIPPED.get(operator, operator) if flipped else operator
-        ranges = {
-            "<": lambda bound=bound: sympy.Interval.open(-sympy.oo, bound),
-            "<=": lambda bound=bound: sympy.Interval(-sympy.oo, bound),
-            ">": lambda bound=bound: sympy.Interval.open(bound, sympy.oo),
-            ">=": lambda bound=bound: sympy.Interval(bound, sympy.oo),
-            "!=": lambda bound=bound: sympy.S.Reals - sympy.FiniteSet(bound),
-        }
-        if sign not in ranges:
+    for number, operator in enumerate(chain.operators):
+        if place not in (number, number + 1):
+            raise Unread("a relation of constants")
+        bound = _exact(chain.members[number + 1 if place == number else number])
+        sign = operator if place == number else _FLIPPED.get(operator, operator)
+        if sign not in ("<", "<=", ">", ">=", "!="):
             raise Unread("not an inequality")
-        result = sympy.Intersection(result, ranges[sign]())
+        if sign == "!=":
+            range_ = sympy.S.Reals - sympy.FiniteSet(bound)
+        elif sign[0] == "<":
+            range_ = sympy.Interval(-sympy.oo, bound, right_open=sign == "<")
+        else:
+            range_ = sympy.Interval(bound, sympy.oo, left_open=sign == ">")
+        result = sympy.Intersection(result, range_)
     return result
-
-
-def _linear(expression: Expr, symbol: Symbol) -> tuple[Any, Any]:
-    expanded = sympy.expand(expression)
-    slope = expanded.coeff(symbol, 1)
-    rest = expanded.coeff(symbol, 0)
-    if slope.is_zero or not slope.is_number or expanded - slope * symbol - rest != 0:
-        raise Unread("not linear")
-    return slope, rest

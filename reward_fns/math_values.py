@@ -1,7 +1,7 @@
 r"""Values of expressions: LaTeX read by the grammar of math-verify, whole or not at all, and compared by value.
 
 Two expressions are equal if they have equal values: exact ones for rational numbers, 60 digits for other constants, and
-for variables at eight points, positive and negative, where both are real. A text that was not read has no value.
+for variables at twelve points, positive and negative, where both are real. A text that was not read has no value.
 
 Used by `math_worker` alone: sympy may run forever on what a model writes.
 """
@@ -32,8 +32,9 @@ POINT_TOLERANCE = mpmath.mpf(10) ** -15
 POINTS = (
     *((0, 1, True), (0, 1, True), (1, 3, True), (1, 3, True)),
     *((0, 1, False), (1, 3, False), (0, 3, False), (3, 5, False)),
+    *((10, 100, True), (10, 100, False), (1000, 10000, True), (1000, 10000, False)),
 )
-"""Range of the variables, and whether all of them are positive."""
+"""Range of the variables, and whether all of them are positive; far ones for what changes far from 0, as |x-50|."""
 FEWEST_POINTS = 2
 ROUNDED_DIGITS = 6
 """A decimal with so many significant digits counts for the irrational number that it is the rounding of."""
@@ -167,6 +168,8 @@ def reading(text: str) -> Reading:
         return Reading(Rational(digits.rstrip(".")) * factor, unit, plain(text), places, significant)
     try:
         value = _parsed(body if _TRIGONOMETRIC.search(body) else stripped)
+    except MemoryError:
+        raise
     except Exception:  # the grammar raises whatever it meets; what it cannot read is compared as text
         return Reading(None, "", plain(text))
     if factor != 1:

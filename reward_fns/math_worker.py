@@ -71,7 +71,7 @@ WARM_UP = (
     ("[1,2)\\cup(3,\\infty)", "(3,\\infty)\\cup[1,2)", True),
     ("\\mathbb{R}\\setminus\\{1,\\sqrt{2}\\}", "(-\\infty,1)\\cup(1,\\sqrt{2})\\cup(\\sqrt{2},\\infty)", True),
     ("x\\le 3", "x\\ge 3", False),
-    ("2x<\\pi", "(-\\infty,\\frac{\\pi}{2})", True),
+    ("x<\\frac{\\pi}{2}", "(-\\infty,\\frac{\\pi}{2})", True),
     ("y=2x+1", "2x-y+1=0", True),
     ("f(2)=9", "f(2)=8", False),
     ("\\begin{pmatrix}1\\\\x\\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", False),
