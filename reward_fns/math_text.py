@@ -94,6 +94,10 @@ _BARE = re.compile(
 )
 _SCRIPTS = re.compile(r"\^\s*(\{[^{}]*\})\s*_\s*(\{[^{}]*\})")
 _LEADING = re.compile(r"(?:=|\\approx|\\therefore)\s*")
+_SYSTEM = re.compile(
+    r"(?:\\left\s*\\\{)?\s*\\begin\{(?:cases|aligned)\}(.*?)\\end\{(?:cases|aligned)\}(?:\s*\\right\s*\.)?", re.DOTALL
+)
+_TEXT_WITH_NUMBER = re.compile(r"\\text\s*\{([^{}\\]*[0-9][^{}\\]*)\}")
 # "1 000" is one number.
 _SPACED = re.compile(r"(?<![0-9.,a-zA-Z])([1-9][0-9]{0,2})((?: [0-9]{3})+)(?![0-9])")
 _MIXED = re.compile(r"(?<![0-9.,/^_{])([0-9]{1,12}) ([0-9]{1,12})/([0-9]{1,12})(?![0-9/.])")
@@ -115,11 +119,14 @@ def tidy(answer: str) -> str:
     answer = answer.translate(_TRANSLATION)
     answer = _OPERATOR.sub(lambda match: "\\" + _FUNCTIONS.get(match[1], match[1]), answer)
     answer = _UPRIGHT.sub(r"\1", _COLOUR.sub("", answer)).strip()
-    answer = _THOUSANDS.sub(",", answer)
+    answer = _SYSTEM.sub(_listed, _THOUSANDS.sub(",", answer))
     if "\\begin" not in answer:
         answer = _DOUBLED.sub(r"\\", answer)
     answer = _COMMAND.sub(_synonym, answer)
     answer = _LATEX_SPACE.sub(" ", _DOLLAR.sub(" ", _DROPPED.sub("", answer))).strip()
+    worded = _TEXT_WITH_NUMBER.fullmatch(answer)
+    if worded:
+        answer = worded[1].strip()
     emphasis = _EMPHASIS.fullmatch(answer)
     if emphasis:
         answer = emphasis[2].strip()
@@ -161,6 +168,12 @@ def plain(answer: str) -> str:
 def without_sign(text: str) -> str:
     """Without a percent or degree sign at its end."""
     return _SIGN.sub("", text).rstrip()
+
+
+def _listed(match: re.Match[str]) -> str:
+    """Equations below each other as a list; a function that is defined by cases stays as it is."""
+    rows = re.sub(r"&\s*(?==)|(?<==)\s*&", "", match[1]).split("\\\\")
+    return match[0] if "&" in "".join(rows) else ", ".join(row.strip() for row in rows if row.strip())
 
 
 def _synonym(match: re.Match[str]) -> str:

@@ -91,10 +91,13 @@ _PLAIN = "|".join(
 )
 _POWER = r"(?:\s*\^\s*(?:\{-?[1-9]\}|[1-9])|[²³])?"
 _WORDED = r"\\(?:text|mathrm)\s*\{(?:[^{}\\]|\{[^{}\\]*\})*\}"
-_ATOM = rf"(?:{_WORDED}|(?<![a-zA-Z\\])(?:{_PLAIN})(?![a-zA-Z])){_POWER}"
+_TEMPERATURE = r"(?:(?<=\\circ)|(?<=\\circ )|(?<=\\circ\}))[CF](?![a-zA-Z])"
+# "m" alone may be a variable, "3 m/s" is a speed.
+_RATE = r"(?:(?<=[0-9}] )|(?<=[}]))[mgJNWlL](?=\s*/\s*(?:s|h|kg|mol|K|m|min|L|l)(?![a-zA-Z]))"
+_ATOM = rf"(?:{_WORDED}|(?<![a-zA-Z\\])(?:{_PLAIN})(?![a-zA-Z])|{_TEMPERATURE}|{_RATE}){_POWER}"
 _NOUN = r"(?<=[0-9})] )(?:[a-zA-Z]{4,}(?: [a-zA-Z]+){0,4}|[a-zA-Z]{2,}(?: [a-zA-Z]{2,}){1,4})"
 _JOIN = r"\s*(?:/|\\cdot|\\times)?\s*"
-_SUFFIX = re.compile(rf"\s*(?:{_ATOM}(?:{_JOIN}{_ATOM}|\s*/\s*[a-zA-Z]+){{0,3}}|{_NOUN})\s*\.?$")
+_SUFFIX = re.compile(rf"\s*(?:{_ATOM}(?:{_JOIN}{_ATOM}|\s*/\s*[a-zA-Z]+{_POWER}){{0,3}}|{_NOUN})\s*\.?$")
 _UNWRAPPED = re.compile(r"\\(?:text|mathrm)\s*\{((?:[^{}\\]|\{[^{}\\]*\})*)\}")
 _WORD = re.compile(r"[a-zA-Z][a-zA-Z.'’-]*")
 _OPERATOR_END = re.compile(r"(?:[-+=<>^_/(\[{,;:|&*]|\\[a-zA-Z]*)$")
