@@ -30,7 +30,10 @@ from data_prep.untrusted import error_line, one_line
 from recipe.skpo.checkpoints import repair_marker
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
+from recipe.skpo.checks.gpus import gpus_to_use, visible_gpus
 from recipe.skpo.checks.identity import fingerprint
+from recipe.skpo.checks.memory import check_memory
+from recipe.skpo.checks.options import check_options
 from recipe.skpo.checks.paths import own_folder, readable, resolve_environment, resolve_paths, run_name, scratch_folder
 from recipe.skpo.checks.resume import lines
 from recipe.skpo.checks.reward import check_reward
@@ -70,6 +73,12 @@ def context_length(prompt: int, response: int, split_high: float) -> int:
 
 
 OmegaConf.register_new_resolver("skpo_rows", rows_per_prompt, replace=True)
+# Without a GPU here, on the head node of a cluster for example, verl's own number.
+OmegaConf.register_new_resolver(
+    "skpo_gpus",
+    lambda prompts, rows, server: gpus_to_use(int(prompts), int(rows), int(server), visible_gpus() or 8),
+    replace=True,
+)
 OmegaConf.register_new_resolver("skpo_context", context_length, replace=True)
 # The last fifth of the response budget, over which DAPO punishes long responses.
 OmegaConf.register_new_resolver("skpo_fifth", lambda response: max(1, int(response) // 5), replace=True)
@@ -340,6 +349,7 @@ def _run(config: DictConfig, held: ExitStack) -> None:
         reject_secrets(OmegaConf.to_container(config))
         single_responses(config)
         check_config(config, settings)
+        check_options(config, HydraConfig.get().overrides.task)
         check_folders(config)
         check_loggers(config)
         apply_platform(config)
@@ -349,6 +359,8 @@ def _run(config: DictConfig, held: ExitStack) -> None:
         prepare_model(config)
         check_model(config)
         check_prompt_lengths(config)
+        if config.platform.name == "gpu":
+            check_memory(config)
         output_dir = Path(config.output_dir)
         # Until the command ends.
         held.enter_context(run_folders(output_dir, Path(config.trainer.default_local_dir)))

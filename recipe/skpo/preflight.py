@@ -21,6 +21,7 @@ from recipe.skpo.checkpoints import (
     stored_checkpoints,
 )
 from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
+from recipe.skpo.checks.gpus import check_ranks, check_token_budgets
 from recipe.skpo.checks.pickles import check_pickles
 from recipe.skpo.checks.resume import Difference, Fingerprint, differences, refuse
 from recipe.skpo.settings import ConfigError, SkpoSettings
@@ -188,9 +189,16 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
                 "skpo.curriculum.enable: must be false where prompts are fetched in other numbers than a batch "
                 "(data.gen_batch_size, trainer.v1.sampler.sync_refill_failed_groups)"
             )
+    if config.actor_rollout_ref.rollout.full_determinism and not settings.seed_requests:
+        raise ConfigError(
+            "skpo.seed_requests: is false with full_determinism=true, so vLLM would give all requests of a server the "
+            "same seed and all siblings would be the same response; set it to true"
+        )
     _check_saving(config)
     if config.method.name == "skpo":
         _check_context(config, settings)
+    check_ranks(config)
+    check_token_budgets(config)
 
 
 def _check_saving(config: DictConfig) -> None:

@@ -10,7 +10,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from recipe.skpo.engine import attention
 from recipe.skpo.engine.log_probs import log_probs
-from recipe.skpo.engine.packing import BLOCK, PackedSequence
+from recipe.skpo.engine.packing import PackedSequence
+from recipe.skpo.engine.sizes import BLOCK
 
 SIZES = {
     "vocab_size": 61,

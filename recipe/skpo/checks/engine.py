@@ -50,6 +50,16 @@ def choose_engine(config: DictConfig, flash_attention: bool) -> EngineChoice:
         raise ConfigError(f"packed_attention: is {kind}, must be one of {', '.join(KINDS)}")
     if share not in (True, False, "auto"):
         raise ConfigError(f"share_prefixes: is {share}, must be true, false or auto")
+    parallel = sequence_parallel_size(config)
+    wanted = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
+    fsdp = config.actor_rollout_ref.actor.strategy in ("fsdp", "fsdp2")
+    if fsdp and parallel > 1 and (not flash_attention if wanted is None else "flash" not in wanted):
+        # verl gathers the shards of a sequence in flash attention only: any other would attend within its own shard.
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ulysses_sequence_parallel_size: is {parallel}, but sequence parallelism needs "
+            f"flash attention (flash-attn is {'installed' if flash_attention else 'not installed'}, "
+            f"attn_implementation is {wanted}); set it to 1, or install flash-attn"
+        )
     obstacle = _obstacle(config, kind)
     if kind == "auto":
         if obstacle is None and (share is True or not flash_attention):

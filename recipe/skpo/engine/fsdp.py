@@ -25,7 +25,8 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 
 from recipe.skpo.engine import attention
 from recipe.skpo.engine.log_probs import log_probs
-from recipe.skpo.engine.packing import BLOCK, PackedSequence
+from recipe.skpo.engine.packing import PackedSequence
+from recipe.skpo.engine.sizes import BLOCK
 
 logger = logging.getLogger(__name__)
 

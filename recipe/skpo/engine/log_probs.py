@@ -5,8 +5,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2048
-"""Tokens whose logits exist at a time: about 20 bytes per token and vocabulary entry."""
+from recipe.skpo.engine.sizes import LOGIT_CHUNK
 
 
 def log_probs(
@@ -14,7 +13,7 @@ def log_probs(
     hidden: torch.Tensor,
     labels: torch.Tensor,
     temperature: float | torch.Tensor = 1.0,
-    chunk: int = CHUNK,
+    chunk: int = LOGIT_CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob and entropy of each token, in nats; logits are computed again in the backward, chunk by chunk.
 

@@ -12,8 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-BLOCK = 128
-"""Tokens of a FlexAttention block; sequences for it are padded to a multiple."""
+from recipe.skpo.engine.sizes import BLOCK
 
 
 @dataclass(frozen=True)

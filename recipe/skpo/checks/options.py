@@ -1,0 +1,201 @@
+"""Options of verl that this recipe, or verl's V1 trainer, would accept and then not read.
+
+Each is refused or warned about in one line when it is not what verl has by default.  What a method here does honour is
+not in the tables; neither is what ``preflight`` requires of every run.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from recipe.skpo.settings import ConfigError
+
+ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
+CORRECTION = "algorithm.rollout_correction"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """An option that nothing reads.
+
+    Attributes:
+        path: in the config.
+        default: verl's, with which there is nothing to say.
+        reason: why it has no effect, and what to set instead.
+        refused: stop the run; otherwise say so and go on.
+    """
+
+    path: str
+    default: Any
+    reason: str
+    refused: bool = True
+
+
+_LOSS = "the objective of method=skpo does not read it"
+_CLIP = f"{_LOSS}; set skpo.clip_low and skpo.clip_high"
+_ADVANTAGE = "the advantages of method=skpo do not read it; leave it out, or choose another method"
+_CORRECTION = "the objectives have no importance weights; leave it out"
+_TRAINING = "training with method=skpo samples single turns by itself and would ignore it"
+_V1 = "verl's V1 trainer does not read it; leave it out"
+
+UNREAD_BY_SKPO = [
+    Unread(f"{ACTOR}.clip_ratio", 0.2, _CLIP),
+    Unread(f"{ACTOR}.clip_ratio_low", 0.2, _CLIP),
+    Unread(f"{ACTOR}.clip_ratio_high", 0.2, _CLIP),
+    Unread(f"{ACTOR}.clip_ratio_c", 3.0, f"{_LOSS}; there is no dual clip"),
+    Unread(f"{ACTOR}.loss_agg_mode", "token-mean", f"{_LOSS}; set skpo.downstream_aggregation"),
+    Unread(f"{ACTOR}.loss_scale_factor", None, _LOSS),
+    Unread(f"{ACTOR}.policy_loss.loss_mode", "vanilla", f"{_LOSS}; choose another loss with method=<name>"),
+    Unread(f"{ACTOR}.policy_loss.clip_cov_ratio", 0.0002, _LOSS),
+    Unread(f"{ACTOR}.policy_loss.clip_cov_lb", 1.0, _LOSS),
+    Unread(f"{ACTOR}.policy_loss.clip_cov_ub", 5.0, _LOSS),
+    Unread(f"{ACTOR}.policy_loss.kl_cov_ratio", 0.0002, _LOSS),
+    Unread(f"{ACTOR}.policy_loss.ppo_kl_coef", 0.1, _LOSS),
+    Unread(f"{ACTOR}.policy_loss.dro_beta", None, _LOSS),
+    Unread(f"{ACTOR}.tau_pos", 1.0, f"{_LOSS}; it is SAPO's"),
+    Unread(f"{ACTOR}.tau_neg", 1.05, f"{_LOSS}; it is SAPO's"),
+    Unread(f"{ACTOR}.calculate_entropy", False, "the update would compute entropies and throw them away"),
+    Unread("algorithm.norm_adv_by_std_in_grpo", True, _ADVANTAGE),
+    Unread("algorithm.gamma", 1.0, _ADVANTAGE),
+    Unread("algorithm.lam", 1.0, _ADVANTAGE),
+    Unread(f"{ROLLOUT}.multi_turn.enable", False, _TRAINING),
+    Unread(f"{ROLLOUT}.multi_turn.tool_config_path", None, _TRAINING),
+    Unread(f"{ROLLOUT}.multi_turn.function_tool_path", None, _TRAINING),
+    Unread(f"{ROLLOUT}.multi_turn.max_user_turns", None, _TRAINING),
+    Unread(f"{ROLLOUT}.multi_turn.max_assistant_turns", None, _TRAINING),
+    Unread(f"{ROLLOUT}.agent.default_agent_loop", "single_turn_agent", _TRAINING),
+    Unread(f"{ROLLOUT}.agent.agent_loop_config_path", None, _TRAINING),
+    Unread("data.tool_config_path", None, _TRAINING),
+    Unread("data.function_tool_path", None, _TRAINING),
+    Unread(f"{ROLLOUT}.ignore_eos", False, "a candidate that ends before t_q could not be told from one that was cut"),
+    Unread(f"{ROLLOUT}.enable_rollout_routing_replay", False, "the rows of method=skpo do not carry routed experts"),
+    Unread(f"{ACTOR}.router_replay.mode", "disabled", "the rows of method=skpo do not carry routed experts"),
+    Unread(
+        f"{ROLLOUT}.trace.backend",
+        None,
+        "training requests of method=skpo are not traced, validation is",
+        refused=False,
+    ),
+]
+"""With method=skpo."""
+
+UNREAD = [
+    Unread("critic.enable", False, "no method here has a critic"),
+    Unread("distillation.enabled", False, "no method here has a teacher"),
+    Unread(f"{ACTOR}.calculate_sum_pi_squared", False, "it would be computed and thrown away"),
+    Unread(f"{ACTOR}.use_prefix_grouper", False, "verl's V1 trainer does not read it; set share_prefixes=true"),
+    Unread(f"{ACTOR}.freeze_vision_tower", False, "there are no images"),
+    Unread(f"{ACTOR}.kl_loss_type", "low_var_kl", "no method here has a KL penalty"),
+    Unread(f"{ACTOR}.kl_loss_coef", 0.001, "no method here has a KL penalty"),
+    Unread("algorithm.kl_penalty", "kl", "no method here has a KL penalty"),
+    Unread("algorithm.kl_ctrl.type", "fixed", "no method here has a KL penalty"),
+    Unread("algorithm.kl_ctrl.kl_coef", 0.001, "no method here has a KL penalty"),
+    Unread("algorithm.use_pf_ppo", False, _V1),
+    Unread(f"{CORRECTION}.rollout_is_threshold", 2.0, _CORRECTION),
+    Unread(f"{CORRECTION}.rollout_rs_threshold", None, _CORRECTION),
+    Unread(f"{CORRECTION}.rollout_is_batch_normalize", False, _CORRECTION),
+    Unread(f"{CORRECTION}.loss_type", "ppo_clip", _CORRECTION),
+    Unread("actor_rollout_ref.hybrid_engine", True, "actor and rollout share their devices here"),
+    Unread(f"{ROLLOUT}.disaggregation.enabled", False, "the synchronous trainer has no separate prefill servers"),
+    Unread(f"{ROLLOUT}.checkpoint_engine.backend", "naive", "weights go to servers on the same devices"),
+    Unread(f"{ROLLOUT}.over_sample_rate", 0, _V1),
+    Unread(f"{ROLLOUT}.multi_stage_wake_up", False, _V1),
+    Unread(f"{ROLLOUT}.do_sample", True, f"{_V1}; for greedy decoding set rollout.temperature=0"),
+    Unread(f"{MODEL}.tiled_mlp.enabled", False, "verl's FSDP engine does not read it; leave it out"),
+    Unread("skip.rollout_tq.enable", False, "stored rollouts of another run know no visits of this one"),
+    Unread("skip.rollout.enable", False, "stored rollouts of another run know no visits of this one"),
+    Unread("trainer.balance_batch", True, f"rows are always balanced over the ranks: {_V1}", refused=False),
+    Unread("trainer.esi_redundant_time", 0, _V1, refused=False),
+    Unread("data.return_raw_chat", True, _V1, refused=False),
+    Unread("data.return_raw_input_ids", False, _V1, refused=False),
+    Unread("data.return_full_prompt", False, _V1, refused=False),
+]
+"""With any method."""
+
+
+def check_options(config: DictConfig, overrides: Iterable[str] = ()) -> None:
+    """Refuse options that nothing would read, and say which others have no effect.
+
+    Args:
+        config: the resolved config.
+        overrides: as on the command line; whole groups that nothing reads are refused by them.
+
+    Raises:
+        ConfigError: naming the option, its value, and what to do.
+    """
+    for option in [*UNREAD, *(UNREAD_BY_SKPO if config.method.name == "skpo" else [])]:
+        value = OmegaConf.select(config, option.path)
+        if value is None or value == option.default:
+            continue
+        if option.refused:
+            raise ConfigError(f"{option.path}: is {value}, but {option.reason}")
+        print(f"note: {option.path}={value} has no effect: {option.reason}")
+    for override in overrides:
+        key = override.lstrip("+~").partition("=")[0]
+        for group, lacking, switch in (("critic", "critic", "enable"), ("distillation", "teacher", "enabled")):
+            if key.startswith(f"{group}.") and key != f"{group}.{switch}":
+                raise ConfigError(f"{key}: is set, but no method here has a {lacking}; leave it out")
+        if key.startswith(f"trainer.v1.{config.trainer.v1.trainer_mode}."):
+            raise ConfigError(f"{key}: is set, but it belongs to verl's asynchronous trainers; leave it out")
+    for sentence in [*_combinations(config)]:
+        raise ConfigError(sentence)
+    for sentence in _remarks(config):
+        print(f"note: {sentence}")
+
+
+def _combinations(config: DictConfig) -> Iterator[str]:
+    """Sentences on options that contradict each other."""
+    rollout, bypass = config.actor_rollout_ref.rollout, config.algorithm.rollout_correction.bypass_mode
+    tracks = "tracker" in config.method.uses
+    if bypass and tracks and config.skpo.tracker.drift == "logratio":
+        yield (
+            f"{CORRECTION}.bypass_mode: is true, which leaves no log-probs of the actor for "
+            f"skpo.tracker.drift=logratio to compare; set one of them back"
+        )
+    if bypass and _nucleus(rollout):
+        yield (
+            f"{CORRECTION}.bypass_mode: is true with {ROLLOUT}.{_nucleus(rollout)}, so every ratio would begin at the "
+            f"mass of the kept tokens, not at 1; set one of them back"
+        )
+    if bypass and rollout.logprobs_mode == "raw_logprobs" and rollout.temperature != 1:
+        yield (
+            f"{CORRECTION}.bypass_mode: is true with {ROLLOUT}.logprobs_mode=raw_logprobs and a temperature of "
+            f"{rollout.temperature}, so every ratio would compare two temperatures; set processed_logprobs"
+        )
+    optim = config.actor_rollout_ref.actor.optim
+    if config.budget.match == "tokens":
+        for name, value, flat in (
+            ("lr_scheduler_type", optim.get("lr_scheduler_type"), "constant"),
+            ("lr_warmup_steps_ratio", optim.get("lr_warmup_steps_ratio"), 0.0),
+        ):
+            if value not in (None, flat):
+                yield (
+                    f"{ACTOR}.optim.{name}: is {value}, but with budget=tokens the number of steps is not known "
+                    f"beforehand; set {flat}, and give optim.lr_warmup_steps in steps"
+                )
+
+
+def _remarks(config: DictConfig) -> Iterator[str]:
+    """Sentences on options that are honoured in one place and not in another."""
+    rollout = config.actor_rollout_ref.rollout
+    if _nucleus(rollout):
+        yield (
+            f"{ROLLOUT}.{_nucleus(rollout)} is obeyed by vLLM alone: the objective, d(s) and the drift take the "
+            f"samples as drawn from the whole distribution"
+        )
+    if rollout.logprobs_mode == "raw_logprobs" and rollout.temperature != 1:
+        yield f"{ROLLOUT}.logprobs_mode=raw_logprobs: d(s) is measured at temperature 1, not {rollout.temperature}"
+    if config.skpo.curriculum.enable and "curriculum" in config.method.uses:
+        if not config.data.shuffle:
+            yield "data.shuffle=false has no effect: skpo.curriculum draws the prompts; set its enable to false"
+        if config.data.seed not in (1, None):
+            yield f"data.seed={config.data.seed} has no effect: skpo.curriculum draws the prompts by skpo.seed"
+
+
+def _nucleus(rollout: DictConfig) -> str:
+    """``top_p=...`` or ``top_k=...`` where sampling leaves tokens out, else an empty text."""
+    if rollout.top_p not in (None, 1):
+        return f"top_p={rollout.top_p}"
+    return f"top_k={rollout.top_k}" if rollout.top_k not in (None, -1, 0) else ""
