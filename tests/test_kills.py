@@ -282,6 +282,21 @@ def test_other_training_data_are_read_from_their_beginning(
         assert prompts(config, range(3, 6)) == prompts(fresh, range(1, 4))
 
 
+@pytest.mark.parametrize("rate", [1e-5, 2e-5])
+def test_a_changed_learning_rate_reaches_every_worker(make_config, tmp_path: Path, monkeypatch, rate: float) -> None:
+    from recipe.skpo import base_trainer
+
+    calls = tmp_path / "calls"
+    remote = SimpleNamespace(remote=lambda function: calls.write_text(function.__name__))
+    monkeypatch.setattr(base_trainer.ray, "get", list)
+    monkeypatch.setattr(Actor, "workers", [SimpleNamespace(__ray_call__=remote)], raising=False)
+    config = make_config("rate", True)
+    assert launch(lambda: killed(config, "after_marker", 2), tmp_path / "log") == -signal.SIGKILL
+    config.actor_rollout_ref.actor.optim.lr = rate
+    assert launch(lambda: train(config), tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert calls.exists() is (rate != 1e-5)
+
+
 def test_starting_anew_forgets_the_old_mark(make_config, tmp_path: Path) -> None:
     config = make_config("anew", True)
     assert launch(lambda: train(config), tmp_path / "log") == 0

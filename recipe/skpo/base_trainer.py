@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
@@ -29,6 +30,7 @@ from verl.workers.utils.padding import response_from_nested
 from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
 from recipe.skpo.checks.resume import Fingerprint, differences, restarts_epoch
 from recipe.skpo.curriculum import PrioritisedBatches
+from recipe.skpo.engine.optimizer import use_own_settings_in_worker
 from recipe.skpo.logprob_gap import METRIC as GAP_METRIC
 from recipe.skpo.logprob_gap import allowed_gap, mean_gap
 from recipe.skpo.metrics import MetricsFile, plain_numbers, read_numbers
@@ -112,7 +114,7 @@ class BaseTrainer(PPOTrainerSync):
             explicit = trainer.resume_mode == "resume_path"
             folder = Path(trainer.resume_from_path) if explicit else self._checkpoint_folder()
             self.state.load(folder)
-            self._forget_position_in_other_data(Fingerprint.read(folder))
+            self._follow_the_command(Fingerprint.read(folder))
             if (folder / METRICS_FILE).is_file():
                 self.saved_metrics = read_numbers(folder / METRICS_FILE)
             own = self.resumed_at if folder.resolve() == self._checkpoint_folder().resolve() else None
@@ -120,13 +122,16 @@ class BaseTrainer(PPOTrainerSync):
         # saving it anew look like a whole checkpoint.
         mark(self._checkpoint_folder().parent, own)
 
-    def _forget_position_in_other_data(self, saved: Fingerprint | None) -> None:
-        """Start the epoch again where the rows, their order or their number per batch are not those of the checkpoint.
-
-        verl would skip as many rows of the new data, and end in an empty StopIteration where there are not so many.
-        """
-        if saved and self.fingerprint and restarts_epoch(differences(saved, self.fingerprint)):
+    def _follow_the_command(self, saved: Fingerprint | None) -> None:
+        """Take back what verl has loaded in place of the command's own settings."""
+        changed = differences(saved, self.fingerprint) if saved and self.fingerprint else []
+        # verl would skip as many rows of other data, and end in an empty StopIteration where there are not so many.
+        if restarts_epoch(changed):
             self.train_dataloader.next_iter_state = None
+        if any(difference.of_optimizer for difference in changed):
+            workers = self.actor_rollout_wg.workers
+            rates = ray.get([worker.__ray_call__.remote(use_own_settings_in_worker) for worker in workers])
+            logger.info("learning rate of the next update: %s", rates[0])
 
     def _save_checkpoint(self) -> None:
         folder, keep = self._checkpoint_folder(), self.checkpoints_to_keep

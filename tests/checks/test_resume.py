@@ -200,7 +200,11 @@ MATRIX: dict[str, tuple[tuple[str, ...], Rule, str]] = {
         Rule.SAID,
         "note: skpo.skip: concat in global_step_4, continual in this command; it applies from the next step",
     ),
-    "learning rate": ((f"{LR}=5e-5",), Rule.SAID, f"note: {LR}: 1e-05 in global_step_4, 5e-05 in this command; "),
+    "learning rate": (
+        (f"{LR}=5e-5",),
+        Rule.SAID,
+        f"note: {LR}: 1e-05 in global_step_4, 5e-05 in this command; it applies from the next step",
+    ),
     "nothing but what may change": (("trainer.save_freq=1", "trainer.logger=console"), Rule.SAID, ""),
 }
 """Case to the overrides of the second command, what becomes of it and what is read."""
@@ -325,6 +329,16 @@ def test_every_difference_has_a_rule(one: Fingerprint, change, rules: list[Rule]
         with pytest.raises(ConfigError) as error:
             refuse(Path("global_step_4"), found)
         assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("strategy", ["fsdp2", "megatron"])
+def test_a_changed_learning_rate_is_honoured_where_it_can_be(one: Fingerprint, strategy: str) -> None:
+    before = with_setting("actor_rollout_ref.actor.strategy", strategy)(with_setting(LR, 1e-5)(one))
+    (found,) = differences(before, with_setting(LR, 2e-5)(before))
+    assert (
+        found.of_optimizer is (strategy == "fsdp2")
+        and found.effect.startswith("without effect") is not found.of_optimizer
+    )
 
 
 def test_the_curriculum_needs_no_position(one: Fingerprint) -> None:

@@ -66,6 +66,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
             *LAUNCH,
             *arguments,
             "trainer.total_training_steps=3",
+            "actor_rollout_ref.actor.optim.lr=2e-3",
             # For the evaluation: every response of the validations, and the last weights as they are.
             f"trainer.validation_data_dir={folder / 'validations'}",
             "actor_rollout_ref.actor.checkpoint.save_contents=[model,optimizer,extra,hf_model]",
@@ -86,9 +87,16 @@ def test_resumes_after_a_kill_and_ends_well(run: dict) -> None:
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
     assert "global_step_2" in again.stdout + again.stderr
     assert "out: 3 steps" in again.stdout
-    # What the second command changes is not what a run is.
-    assert "fingerprint.json" in {path.name for path in (run["out"] / "checkpoints/global_step_3").iterdir()}
-    assert "in this command; " not in again.stdout
+
+
+def test_a_changed_learning_rate_is_said_and_honoured(run: dict) -> None:
+    said = [line for line in run["again"].stdout.splitlines() if "in this command; " in line]
+    assert said == [
+        "note: actor_rollout_ref.actor.optim.lr: 0.001 in global_step_2, 0.002 in this command; it applies from the "
+        "next step"
+    ]
+    lines = {line["step"]: line for line in read_lines(run["out"] / "metrics.jsonl") if "skpo/loss" in line}
+    assert [lines[step]["actor/lr"] for step in (2, 3)] == [0.001, 0.002]
 
 
 def test_metrics_are_kept_over_the_kill(run: dict) -> None:

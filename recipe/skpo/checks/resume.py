@@ -158,7 +158,7 @@ class SettingRule:
 _ACTOR = r"actor_rollout_ref\.actor"
 _CURRICULUM = "skpo.curriculum.enable"
 _EPOCH = "the epoch starts again"
-_NO_EFFECT = "without effect: the checkpoint's goes on"
+_OPTIMIZER = rf"{_ACTOR}\.optim\.(lr|weight_decay|betas.*|override_optimizer_config.*)"
 
 RULES = (
     SettingRule(r"skpo\.group_size", Rule.REFUSED, "the trackers count in groups of that size"),
@@ -166,7 +166,6 @@ RULES = (
     SettingRule(r"model_engine", Rule.REFUSED, "another engine does not read these files"),
     SettingRule(rf"{_ACTOR}\.strategy", Rule.REFUSED, "another strategy does not read these files"),
     SettingRule(rf"{_ACTOR}\.optim\.(optimizer|optimizer_impl)", Rule.REFUSED, "the optimizer's state is another"),
-    SettingRule(rf"{_ACTOR}\.optim\.(lr|weight_decay|betas.*|override_optimizer_config.*)", Rule.SAID, _NO_EFFECT),
     SettingRule(r"skpo\.seed", Rule.SAID, "without effect: the generator's state comes from the checkpoint"),
     SettingRule(r"skpo\.initial_length", Rule.SAID, "counts for prompts not visited yet"),
     SettingRule(re.escape(_CURRICULUM), Rule.SAID, _EPOCH),
@@ -230,6 +229,7 @@ class Difference:
         rule: refused or said.
         effect: what the change does; of a refused one, how to keep the checkpoint's value.
         restarts_epoch: the position in the training data does not count any more.
+        of_optimizer: the optimizer's checkpoint holds the former value.
     """
 
     what: str
@@ -238,6 +238,7 @@ class Difference:
     rule: Rule
     effect: str
     restarts_epoch: bool = False
+    of_optimizer: bool = False
 
 
 def differences(saved: Fingerprint, now: Fingerprint) -> list[Difference]:
@@ -331,10 +332,14 @@ def _setting_differences(saved: Fingerprint, now: Fingerprint, curriculum: bool)
             effect = "it applies from the next step"
         if rule and rule.rule is Rule.REFUSED:
             effect = f"{effect}, so give {path}={shown(before)}"
+        optimizer = re.fullmatch(_OPTIMIZER, path) is not None
+        if optimizer and now.settings.get("actor_rollout_ref.actor.strategy") not in ("fsdp", "fsdp2"):
+            effect, optimizer = "without effect: this engine's optimizer goes on with the checkpoint's", False
         # Filtering by length decides which rows there are.
         if path in _FILTER and not curriculum and _filters(saved, now):
             effect, restarts = _EPOCH, True
-        found.append(Difference(path, shown(before), shown(after), rule.rule if rule else Rule.SAID, effect, restarts))
+        kind = rule.rule if rule else Rule.SAID
+        found.append(Difference(path, shown(before), shown(after), kind, effect, restarts, optimizer))
     return found
 
 
