@@ -141,7 +141,7 @@ def _last_boxes(text: str) -> tuple[list[str], int]:
             break
         contents.insert(0, content)
         first = earlier
-    return list(dict.fromkeys(contents)), start
+    return contents if len(set(contents)) > 1 else contents[:1], start
 
 
 def _box_before(text: str, end: int) -> int:

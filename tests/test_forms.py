@@ -116,6 +116,7 @@ OUTPUTS = [
     (MATH, "\\boxed{2}. \\boxed{3}", "3"),
     (MATH, "\\boxed{2},\n\nand \\boxed{3}", "3"),
     (MATH, "\\boxed{3} or \\boxed{3}", "3"),
+    (MATH, "\\boxed{1}, \\boxed{1} and \\boxed{2}", "1,1,2"),
     (MATH, "\\boxed{2} and \\boxed{3", ""),
     (MATH, "The answer is 7.\nso \\boxed{3}. The answer is nice.", "3"),
     # headings with four hashes
