@@ -206,6 +206,18 @@ def test_the_tokenizer_of_the_run_counts(config, tmp_path: Path, bos_model_folde
         check_prompt_lengths(config)
 
 
+def test_a_template_that_opens_a_thought_is_told(config, capsys: pytest.CaptureFixture[str]) -> None:
+    model = config.actor_rollout_ref.model
+    check_prompt_lengths(config)
+    assert "thought" not in capsys.readouterr().out
+    model.custom_chat_template = "{{ messages[0]['content'] }}<think>\n"
+    check_prompt_lengths(config)
+    assert capsys.readouterr().out.startswith("note: prompts end inside a thought (the chat template opens it), so a ")
+    config.reward.custom_reward_function.reward_kwargs = {"thought_marks": "none"}
+    check_prompt_lengths(config)
+    assert "thought" not in capsys.readouterr().out
+
+
 def test_a_model_path_without_a_tokenizer(config, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config.actor_rollout_ref.model.path = str(tmp_path / "nothing")

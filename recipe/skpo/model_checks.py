@@ -16,9 +16,13 @@ from recipe.skpo.checks.child import LOAD_SECONDS, PROMPT_SECONDS, Place, Stoppe
 from recipe.skpo.checks.data import prompt_files
 from recipe.skpo.checks.paths import caller
 from recipe.skpo.settings import ConfigError
+from recipe.skpo.thoughts import configured_marks
+from reward_fns import OUR_REWARD
 
 LONGEST_PROMPT = 10_000_000
 """Characters of a rendered prompt: more than any context holds."""
+LONGEST_MARK = 200
+"""Characters at a prompt's end that may hold the mark of a thought."""
 
 
 def check_model(config: DictConfig) -> None:
@@ -107,12 +111,18 @@ def check_prompt_lengths(config: DictConfig) -> None:
     train = prompt_files(config, "train")
     files = [*train, *prompt_files(config, "val")]
     try:
-        left = in_child(lambda place: _count_prompts(config, files, train, place), (ConfigError, DataError))
+        left, thinks = in_child(lambda place: _count_prompts(config, files, train, place), (ConfigError, DataError))
     except Stopped as error:
         raise DataError(
             f"{error.at}: the model's chat template or tokenizer {error}; take a model whose origin you trust, or give "
             f"another template by actor_rollout_ref.model.custom_chat_template"
         ) from None
+    if thinks and config.reward.custom_reward_function.path == OUR_REWARD:
+        print(
+            "note: prompts end inside a thought (the chat template opens it), so a response counts from its closing "
+            "mark on, and one without it has no answer; data.max_response_length="
+            f"{config.data.max_response_length} has to hold thought and answer"
+        )
     limit = config.data.max_prompt_length
     if config.data.filter_overlong_prompts and left < config.data.train_batch_size:
         raise DataError(
@@ -121,12 +131,14 @@ def check_prompt_lengths(config: DictConfig) -> None:
         )
 
 
-def _count_prompts(config: DictConfig, files: Sequence[str], train: Sequence[str], place: Place) -> int:
-    """Training prompts within the limit, after every prompt was checked."""
+def _count_prompts(config: DictConfig, files: Sequence[str], train: Sequence[str], place: Place) -> tuple[int, bool]:
+    """Training prompts within the limit, after every prompt was checked, and whether any prompt opens a thought."""
     place.move("actor_rollout_ref.model.path", LOAD_SECONDS)
     tokenizer, limit = _tokenizer(config), config.data.max_prompt_length
     options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
-    left, filtered = 0, config.data.filter_overlong_prompts
+    left, filtered, thinks = 0, config.data.filter_overlong_prompts, False
+    reward = config.reward.custom_reward_function
+    marks = configured_marks(reward.path, reward.get("reward_kwargs"))
     for file in files:
         for index, messages in enumerate(_prompts(file, config.data.prompt_key)):
             place.move(f"{file}: row {index}", PROMPT_SECONDS)
@@ -148,7 +160,8 @@ def _count_prompts(config: DictConfig, files: Sequence[str], train: Sequence[str
                     f"it, or set data.filter_overlong_prompts=true to leave such prompts out"
                 )
             left += file in train and length <= limit
-    return left
+            thinks = thinks or (marks is not None and marks.opened_by(text[-LONGEST_MARK:]) is not None)
+    return left, thinks
 
 
 def _prompts(file: str, column: str) -> Iterator[list[dict[str, str]]]:
