@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from recipe.skpo.isolation import folder as folders
+from recipe.skpo.isolation import messages, worker
+
 ATTACK = """
 import json, os, pickle, sys, time
 import torch, zmq
@@ -109,3 +112,68 @@ def test_nobody_runs_code_through_the_three_ports(tmp_path: Path, how: str) -> N
     refused = [line for line in log.splitlines() if "not signed with this run's key, so it was not decoded" in line]
     empty = [line for line in log.splitlines() if "leading frame is empty" in line]
     assert len(refused) + len(empty) == result["sent"] == 30, "one line each"
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> dict[str, bytes]:
+    """Stands for the store of Ray's GCS."""
+    import ray
+    from ray.experimental import internal_kv
+
+    kept: dict[str, bytes] = {}
+
+    def put(key: str, value: bytes, overwrite: bool = True, *, namespace: str) -> None:
+        assert not overwrite and key not in kept
+        kept[key] = value
+
+    def no_queue(name: str, namespace: str) -> None:
+        raise ValueError("no such actor")
+
+    monkeypatch.setattr(internal_kv, "_internal_kv_put", put)
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", lambda key, *, namespace: kept.get(key))
+    monkeypatch.setattr(ray, "get_actor", no_queue)
+    monkeypatch.setattr(messages, "_WAIT_S", 0.0)
+    return kept
+
+
+def test_every_run_has_a_key_of_its_own(store: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("skpo-one", "skpo-two"):
+        monkeypatch.setenv(folders.VARIABLE, name)
+        with pytest.raises(RuntimeError, match=r"this run has no key for TransferQueue"):
+            messages.stored_key()
+        messages.create_key()
+        assert messages.stored_key() == store[name]
+    assert len(store["skpo-one"]) == 32 and store["skpo-one"] != store["skpo-two"]
+
+
+def test_a_second_run_in_one_cluster_is_refused(store: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setattr(ray, "get_actor", lambda name, namespace: "TransferQueueController of the first")
+    with pytest.raises(RuntimeError) as error:
+        messages.create_key()
+    assert str(error.value) == (
+        "another verl run is using this Ray cluster, and the two would share one TransferQueue: wait until it has "
+        "ended, or give this run a cluster of its own (ray_kwargs.ray_init.address=local)"
+    )
+    assert not store
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_process_of_a_run_is_set_up_before_it_does_anything(tmp_path: Path, monkeypatch, own: bool) -> None:
+    done = []
+    monkeypatch.setattr(messages, "install", lambda: done.append("signs"))
+    monkeypatch.setattr(messages, "bind_to_loopback", lambda: done.append("listens to this machine alone"))
+    monkeypatch.setenv(folders.VARIABLE, str(tmp_path / "skpo-abcdefgh"))
+    monkeypatch.setenv(worker.OWN_CLUSTER, "1" if own else "")
+    monkeypatch.setenv("VLLM_API_KEY", "mine")
+    worker.set_up()
+    assert os.environ["VLLM_API_KEY"] == "mine" and (tmp_path / "skpo-abcdefgh/lock").exists()
+    assert done == ["signs", "listens to this machine alone"][: 1 + own]
+    keys = set()
+    for _ in range(2):
+        monkeypatch.delenv("VLLM_API_KEY")
+        worker.set_up()
+        keys.add(os.environ["VLLM_API_KEY"])
+    assert len(keys) == 2 and min(map(len, keys)) > 40
+    folders.remove(tmp_path / "skpo-abcdefgh")

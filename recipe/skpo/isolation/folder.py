@@ -105,7 +105,7 @@ def remove(folder: Path) -> None:
 
 
 def _remove_all_but_lock(folder: Path) -> bool:
-    """Whether something is left, or came in the meantime."""
+    """Remove everything else; return whether something is left, or came in the meantime."""
     for entry in _entries(str(folder)):
         path = Path(entry)
         if path.name != _LOCK:
@@ -156,7 +156,7 @@ def _lock(folder: Path) -> None:
 
 
 def _is_abandoned(folder: Path) -> bool:
-    """Whether no process holds the folder's lock; a folder without one was not made here."""
+    """Return whether no process holds the folder's lock; a folder without one was not made here."""
     try:
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:

@@ -72,7 +72,7 @@ def isolated(config: DictConfig) -> Iterator[Path]:
 
 
 def _variables(config: DictConfig, folder: Path, own: bool, temporary: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Variables for the run's workers, and all for this process, from which a Ray of its own inherits."""
+    """Return variables for the run's workers, and all for this process, from which a Ray of its own inherits."""
     shared = {folders.VARIABLE: str(folder), "VLLM_RPC_BASE_PATH": str(folder)}
     if config.actor_rollout_ref.rollout.prometheus.enable:
         shared[OPEN_PATHS] = "/metrics"
@@ -97,7 +97,7 @@ def _variables(config: DictConfig, folder: Path, own: bool, temporary: str) -> t
 
 
 def _reads_session_in_tmp(config: DictConfig) -> bool:
-    """Whether verl looks for Ray's session in /tmp/ray, a constant of its own, for Prometheus or nsys."""
+    """Return whether verl looks for Ray's session in /tmp/ray, a constant of its own, for Prometheus or nsys."""
     return bool(config.actor_rollout_ref.rollout.prometheus.enable) or config.global_profiler.tool == "nsys"
 
 
