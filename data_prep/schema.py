@@ -7,13 +7,21 @@ the row's position nor on the wording of the system message. A source module bui
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+MOST_ROWS = 10_000_000
+MOST_VALUES = 500_000_000
+"""Rows, and values of all columns with those inside lists."""
+LONGEST_TEXT = 1_000_000
+MOST_TEXT, MOST_TEXT_IN_ALL = 2 * 2**30, 32 * 2**30
+"""Bytes of one text, and of all texts in the columns that Python reads and in all columns."""
 
 REWRITE = "write it with `python -m data_prep.<source> --out DIR`"
 
@@ -96,10 +104,11 @@ def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str 
     """Read the columns training needs (id, data_source, prompt, reward_model) and check every row; no units.
 
     `role` says which Hydra key the file came from (`data.train_files` or `data.val_files`), for the message.
-    Rows in messages are counted from 0. About 0.2 s for 17,000 rows.
+    Rows in messages are counted from 0. About 0.3 s for 17,000 rows.
 
-    Raises DataError: file missing, unreadable, not parquet or empty; column missing; a prompt that is not a
-    non-empty list of {role, content}; a reward_model without ground_truth; an id missing or there twice.
+    Raises DataError: file missing, unreadable, not parquet, empty or too large for memory; column missing; a prompt
+    that is not a non-empty list of {role, content}; a reward_model without ground_truth; an id or data source that is
+    missing or cannot be printed; an id there twice.
     """
     where = f"data.{role}_files: {path}"
     path = Path(path)
@@ -113,7 +122,9 @@ def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str 
         present = pq.read_schema(path).names
         missing = [column for column in needed if column not in present]
         if missing:
-            raise DataError(f"{where}: missing column(s) {', '.join(missing)} (it has {', '.join(present)}); {REWRITE}")
+            has = _short(", ".join(present), 300)[1:-1]
+            raise DataError(f"{where}: missing column(s) {', '.join(missing)} (it has {has}); {REWRITE}")
+        _refuse_excess(path, {*needed, "extra_info"}, where)
         table = pq.read_table(path, columns=needed)
     except PermissionError as error:
         raise DataError(f"{where}: no permission to read it; `chmod +r` it") from error
@@ -125,10 +136,11 @@ def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str 
 
     for column in ("id", "data_source"):
         for number, value in enumerate(table.column(column).to_pylist()):
-            if not isinstance(value, str) or not value:
+            # A terminal obeys what cannot be printed, and these two names are printed all over.
+            if not isinstance(value, str) or not value or not value.isprintable():
+                what = "a non-empty string" if not isinstance(value, str) or not value else "text that can be printed"
                 raise DataError(
-                    f"{where}: row {number}: column {column!r} is not a non-empty string "
-                    f"(found {_short(value)}); {REWRITE}"
+                    f"{where}: row {number}: column {column!r} is not {what} (found {_short(value)}); {REWRITE}"
                 )
     for number, prompt in enumerate(table.column(prompt_key).to_pylist()):
         if not _is_chat(prompt):
@@ -144,6 +156,75 @@ def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str 
             )
     refuse_duplicates(table.column("id").to_pylist(), where, "drop one of the two rows")
     return table
+
+
+def _refuse_excess(path: Path, needed: set[str], where: str) -> None:
+    """Refuse a file whose content would not fit into memory: compressed, 80 GB of text may take 100 KB.
+
+    Texts stay what they are in the file, indices into a dictionary, and only their lengths are looked at.
+
+    Raises DataError naming the column, and the row of a text that is too long.
+    """
+    metadata = pq.read_metadata(path)
+    leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+    values, stored = sum(chunk.num_values for chunk in chunks), sum(chunk.total_uncompressed_size for chunk in chunks)
+    for count, limit, what in (
+        (metadata.num_rows, MOST_ROWS, "rows"),
+        (values, MOST_VALUES, "values"),
+        (stored, MOST_TEXT_IN_ALL, "bytes before compression"),
+    ):
+        if count > limit:
+            raise DataError(f"{where}: has {count} {what}, at most {limit} are read; split it, or drop columns")
+    for leaf in leaves:
+        if leaf.physical_type == "FIXED_LEN_BYTE_ARRAY" and leaf.length > LONGEST_TEXT:
+            raise DataError(f"{where}: column {_short(leaf.path)} has values of {leaf.length} bytes; drop the column")
+    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+    if not texts:
+        return
+    total = needed_total = first = 0
+    with pq.ParquetFile(path, read_dictionary=texts) as file:
+        for batch in file.iter_batches(batch_size=65_536, columns=texts):
+            for name, column in zip(batch.schema.names, batch.columns, strict=True):
+                longest, size = _text_sizes(column)
+                total += size
+                if name in needed:
+                    needed_total += size
+                    if longest > LONGEST_TEXT:
+                        row = next(row for row in range(len(column)) if _text_sizes(column.slice(row, 1))[0] == longest)
+                        raise DataError(
+                            f"{where}: row {first + row}: column {name!r} has a text of {longest} bytes, at most "
+                            f"{LONGEST_TEXT} are read; shorten it, or leave the row out"
+                        )
+                if needed_total > MOST_TEXT or total > MOST_TEXT_IN_ALL:
+                    limit = MOST_TEXT if needed_total > MOST_TEXT else MOST_TEXT_IN_ALL
+                    raise DataError(
+                        f"{where}: its texts have more than {limit} bytes by row {first + batch.num_rows}, column "
+                        f"{_short(name)}; split it, or drop columns"
+                    )
+            first += batch.num_rows
+
+
+def _text_sizes(array: pa.Array) -> tuple[int, int]:
+    """Length of the longest text of an array and of all together, in bytes, with those inside lists and structs."""
+    longest = total = 0
+    for leaf in _text_leaves(array):
+        lengths = pc.binary_length(leaf.dictionary)
+        own = lengths.take(leaf.indices)
+        longest, total = max(longest, pc.max(own).as_py() or 0), total + (pc.sum(own).as_py() or 0)
+    return longest, total
+
+
+def _text_leaves(array: pa.Array) -> Iterator[pa.DictionaryArray]:
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        yield array
+    elif pa.types.is_nested(kind):
+        # Of lists the elements in use, of structs the fields; a map is a list of structs.
+        parts = [array.keys, array.items] if pa.types.is_map(kind) else array.flatten()
+        for part in parts if isinstance(parts, list) else [parts]:
+            yield from _text_leaves(part)
 
 
 def _is_chat(prompt: object) -> bool:
@@ -169,7 +250,7 @@ def refuse_duplicates(ids: list[str], where: str, fix: str) -> None:
         first_row[identifier] = number
 
 
-def _short(value: object) -> str:
-    """The value for a one-line message, at most 60 characters."""
+def _short(value: object, longest: int = 60) -> str:
+    """The value for a one-line message, at most `longest` characters; what cannot be printed is escaped."""
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= longest else f"{text[: longest - 4]}...{text[-1]}"
