@@ -7,6 +7,7 @@ written by a model is never executed here. Time and memory are bounded, see `jud
 """
 
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from reward_fns import choice_answer, hash_answer, math_answer, near_answer
@@ -69,10 +70,25 @@ def check_options(answer_format: str = "any", thought_marks: str | Sequence[str]
     read_marks(thought_marks)
 
 
+def truth_text(ground_truth: object) -> str:
+    """Return a ground truth as text: a number as it is written, 5.0 as "5" since pandas makes floats of integers.
+
+    Raises ValueError for everything else, which is a fault of the data.
+    """
+    if isinstance(ground_truth, str):
+        return ground_truth
+    if isinstance(ground_truth, bool) or not isinstance(ground_truth, (int, float, Decimal)):
+        raise ValueError(
+            f"ground_truth {ground_truth!r:.60} is a {type(ground_truth).__name__}; write a text or a number"
+        )
+    whole = isinstance(ground_truth, float) and ground_truth.is_integer()
+    return str(int(ground_truth) if whole else ground_truth)
+
+
 def compute_score(
     data_source: str,
     solution_str: str,
-    ground_truth: str,
+    ground_truth: str | int | float | Decimal,
     extra_info: dict[str, Any] | None = None,
     answer_format: str = "any",
     thought_marks: str | Sequence[str] = "auto",
@@ -92,9 +108,10 @@ def compute_score(
     because of `solution_str`.
     """
     check_options(answer_format, thought_marks)
+    truth = truth_text(ground_truth)
     told = (extra_info or {}).get(AFTER_THOUGHT)
     text = told if isinstance(told, str) else after_thought(solution_str, thought_marks)
-    pred, correct = route(data_source)(text[-TAIL_CHARACTERS:], ground_truth, answer_format)
+    pred, correct = route(data_source)(text[-TAIL_CHARACTERS:], truth, answer_format)
     return {
         "score": 1.0 if correct else -1.0,
         "acc": 1.0 if correct else 0.0,

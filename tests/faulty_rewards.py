@@ -1,9 +1,14 @@
 """Reward functions that are wrong, each in its own way; named by ``reward.custom_reward_function.name``."""
 
 import asyncio
+import datetime
+import itertools
 import math
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -44,8 +49,35 @@ def too_large(*args: Any, **kwargs: Any) -> float:
     return 2.0
 
 
-def boolean(*args: Any, **kwargs: Any) -> bool:
-    return True
+def too_small_for_long_ones(data_source: str, solution_str: str, ground_truth: str, **kwargs: Any) -> float:
+    return 1.0 - len(solution_str) / 4
+
+
+CALLS = itertools.count()
+
+
+def rich_record(*args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Everything that people put beside a score, and a key that is now a number, now a text."""
+    return {
+        "score": np.float32(1.0),
+        "acc": np.bool_(True),
+        "pred": np.str_("5"),
+        "word": "five",
+        "tokens": np.int64(7),
+        "margin": torch.tensor(0.5),
+        "share": Decimal("0.25"),
+        "ratio": Fraction(1, 2),
+        "nothing": None,
+        "sometimes": "high" if next(CALLS) % 2 else 1.0,
+        # without a mean
+        "detail": {"a": 1},
+        "steps": [1, 2],
+        "seen": {1},
+        "day": datetime.date(2026, 1, 1),
+        "vector": np.zeros(3),
+        "flag": b"x",
+        "reward": 1.0,
+    }
 
 
 def for_five_only(data_source: str, solution_str: str, ground_truth: str, **kwargs: Any) -> float:

@@ -323,13 +323,13 @@ async def test_a_prompt_without_an_id_is_dropped_and_named(two_phases, caplog) -
 BAD_REWARDS = {
     "raises": "ZeroDivisionError",
     "hangs": "TimeoutError",
-    "not_a_number": "returned nan, which is no finite number",
-    "infinite": "returned -inf, which is no finite number",
-    "text": "returned '1.0', which is no finite number",
-    "nothing": "returned None, which is no finite number",
-    "tensor": "which is no finite number",
+    "not_a_number": "returned nan, which is not a finite number",
+    "infinite": "returned -inf, which is not a finite number",
+    "text": "returned '1.0', which is not a finite number",
+    "nothing": "returned None, which is not a finite number",
+    "tensor": "which is not a finite number",
     "no_score": "KeyError",
-    "too_large": "returned 2.0, which is not within [-1, 1]",
+    "too_large": "returned 2 for prompt id-v7, and method=skpo needs rewards within [-1, 1]",
 }
 
 
@@ -358,19 +358,65 @@ async def test_one_wrong_reward_costs_one_sibling(two_phases) -> None:
     assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == 1.0
 
 
-async def test_a_truth_value_is_a_reward(two_phases) -> None:
-    setup = two_phases(None, None, *custom("boolean"))
+async def test_what_the_reward_returned_is_stored_as_numbers_and_texts_that_validation_can_average(
+    two_phases, caplog
+) -> None:
+    """Each of what would end verl's validation, and what only has another type."""
+    from verl.trainer.ppo.metric_utils import process_validation_metrics
+
+    setup = two_phases(None, None, *custom("rich_record"), "actor_rollout_ref.rollout.val_kwargs.n=2")
     await setup.roll_out(make_prompt("v7"))
+    await setup.roll_out(make_prompt("val"), validate=True)
     assert [float(row["rm_scores"].sum()) for row in setup.store.siblings("v7")] == [1.0] * G
+    rows = [setup.store.row(uid, session) for uid in ("v7", "val") for session in (0, 1)][1:]
+    kept = {"score": 1.0, "acc": True, "pred": "5", "tokens": 7, "margin": 0.5, "share": 0.25, "ratio": 0.5}
+    kept |= {"nothing": None, "word": "five"}
+    for record in (row["extra_fields"]["reward_extra_info"] for row in rows):
+        changing = record.pop("sometimes", None)
+        assert record == kept and {type(value) for value in record.values()} <= {bool, int, float, str, type(None)}
+        assert changing is None or isinstance(changing, float)
+    for key in ("detail", "steps", "seen", "day", "vector", "reward"):
+        assert f"the reward function returned '{key}' (" in caplog.text
+        assert caplog.text.count(f"returned '{key}'") == 1, "said once"
+    assert "returned 'sometimes' (a text here and a number there)" in caplog.text
+    records = [row["extra_fields"]["reward_extra_info"] for row in rows[1:]]
+    infos = {key: [record.get(key) for record in records] for key in {key for record in records for key in record}}
+    metrics = process_validation_metrics(["s", "s"], ["val", "val"], infos)
+    assert metrics["s"]["acc"]["mean@2"] == 1.0 and metrics["s"]["margin"]["mean@2"] == 0.5
+
+
+# ---------------------------------------------------------------- verl's DAPO manager
+
+
+async def test_dapos_reward_manager_punishes_long_responses(make_worker) -> None:
+    """It returns a tensor for those, and an answer that is right and too long must not be lost, nor count as wrong."""
+    shaped = ["data.max_response_length=32", "reward.reward_kwargs.overlong_buffer_cfg.log=true"]
+    setup = make_worker(None, "method=dapo", *shaped, worker_class=metered())
+    short, long = setup.tokens("#### 5"), setup.tokens("#### 5" + " " * 20)
+    assert len(short) <= 26 < len(long) <= 32
+    setup.llm.script = lambda request: long if request.number % 2 else short
+    await setup.roll_out(make_prompt("v7"))
+    await setup.roll_out(make_prompt("val"), validate=True)
+    assert setup.store.status("v7") == setup.store.status("val") == ["running", "finished"]
+    assert setup.worker.take_failures() == {}
+    for row in setup.store.rows.values():
+        record = row["extra_fields"]["reward_extra_info"]
+        over = max(0, len(row["responses"]) - 26) / 6
+        assert float(row["rm_scores"].sum()) == pytest.approx(1 - over)
+        assert record["overlong_reward"] == pytest.approx(-over) and record["acc"] == 1.0
 
 
 # ---------------------------------------------------------------- the baselines, validation
 
 
-def baseline(make_worker, script=None, *overrides: str) -> Setup:
+def metered() -> type:
     from recipe.skpo.rollout import MeteredWorker
 
-    return make_worker(script, "method=grpo", *overrides, worker_class=MeteredWorker)
+    return MeteredWorker
+
+
+def baseline(make_worker, script=None, *overrides: str) -> Setup:
+    return make_worker(script, "method=grpo", *overrides, worker_class=metered())
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
@@ -390,11 +436,30 @@ async def test_a_baseline_stores_no_row_with_a_wrong_reward(make_worker, name: s
     assert setup.store.status("v7") == ["running", "failure"] and not setup.store.rows
 
 
-async def test_only_methods_with_trackers_bound_the_reward(make_worker) -> None:
-    """DAPO's punishment of long responses leaves [-1, 1]."""
+async def test_only_training_with_trackers_bounds_the_reward(make_worker) -> None:
+    """DAPO's punishment of long responses leaves [-1, 1], and no tracker sees what validation earns."""
     setup = baseline(make_worker, None, *custom("too_large"))
     await setup.roll_out(make_prompt("v7"))
     assert setup.store.status("v7") == ["running", "finished"]
+    setup = make_worker(None, *custom("too_large"))
+    await setup.roll_out(make_prompt("val"), validate=True)
+    assert setup.store.status("val") == ["running", "finished"] and setup.worker.take_failures() == {}
+
+
+@pytest.mark.parametrize("name", ["too_large", "too_small_for_long_ones"])
+async def test_a_reward_out_of_bounds_is_a_reason_to_stop(two_phases, make_config, name: str) -> None:
+    """One sibling is enough: without it, responses would be selected by what earned them such a reward."""
+    from recipe.skpo.replay import BoundedReplayBuffer
+    from recipe.skpo.rollout import stop_reason
+
+    setup = two_phases(None, lambda number: setup.tokens("#### 5" + "  " * number), *custom(name))
+    await setup.roll_out(make_prompt("v7"))
+    failures = setup.worker.take_failures()
+    reason = stop_reason(failures)
+    assert reason is not None and reason.endswith("(method=grpo)") and len(reason) < 250
+    buffer = SimpleNamespace(causes=lambda: failures)
+    assert BoundedReplayBuffer._why(buffer) == reason, "said instead of three causes"
+    assert stop_reason(["sibling: ValueError: stop: 3"]) is None
 
 
 async def test_a_baseline_does_not_wait_for_ever(make_worker) -> None:

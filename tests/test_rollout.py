@@ -24,6 +24,7 @@ from tests.rollout_setup import (  # the fixtures are used by name
     Setup,
     Store,
     ablated,
+    make_batch,
     make_config,
     make_prompt,
     make_worker,
@@ -784,6 +785,37 @@ def test_the_baselines_manager_starts_the_baselines_worker(make_config, fake_llm
     manager_class = load_class_from_fqn(name, "AgentLoopManager")
     manager = manager_class(config=config, llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[])
     assert manager.agent_loop_workers_class.__ray_actor_class__ is MeteredWorker
+
+
+@pytest.mark.parametrize("own_code", [False, True])
+@pytest.mark.parametrize("validate", [False, True])
+async def test_columns_that_nobody_reads_stay_in_the_trainer(
+    make_worker, monkeypatch, validate: bool, own_code: bool
+) -> None:
+    """Sent, each of them would break the response or replace a part of it."""
+    import ray
+
+    from recipe.skpo.rollout import MeteredManager
+
+    setup = make_worker(lambda request: setup.tokens("#### 5"))
+    columns = {"output": "#### 6", "responses": [[1, 2]], "rm_scores": 9.0, "trace": True, "session_id": 3, "day": None}
+    batch = make_batch([make_prompt(f"v{n}", **columns, prompt=[]) for n in range(2)], validate)
+    config = setup.worker.config
+    config.actor_rollout_ref.rollout.agent.agent_loop_config_path = "loops.yaml" if own_code else None
+    manager = MeteredManager(
+        config=config, llm_client=setup.llm, teacher_client=None, reward_loop_worker_handles=[setup.reward]
+    )
+    sent: list[Any] = []
+    manager.agent_loop_workers = [SimpleNamespace(generate_sequences=SimpleNamespace(remote=sent.append))]
+    monkeypatch.setattr(ray, "get", lambda values: None)
+    manager.generate_sequences(batch)
+    (chunk,) = sent
+    assert (columns.keys() <= set(chunk.keys())) is own_code
+    if not own_code:
+        assert set(chunk.keys()) == set(batch.keys()) - columns.keys() - {"prompt"}
+        await setup.worker.generate_sequences(chunk)
+        await asyncio.wait_for(asyncio.gather(*setup.worker.background_tasks), 20)
+        assert setup.store.status("v0") == setup.store.status("v1") == ["running", "finished"]
 
 
 def test_the_manager_adds_up_the_tokens_of_its_workers(make_config, fake_llm, monkeypatch) -> None:

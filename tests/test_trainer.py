@@ -779,6 +779,16 @@ def test_failed_requests_of_the_step_are_a_metric(make_trainer, queue: Queue, me
 
 
 @pytest.mark.faults
+def test_a_reason_to_stop_ends_the_run_before_the_step_is_trained(make_trainer, queue: Queue) -> None:
+    from recipe.skpo.rollout import RolloutError
+
+    trainer = make_trainer()
+    trainer.agent_loop_manager.failures = {"sibling: B": 3, "stop: the reward is 2; scale it": 1}
+    with pytest.raises(RolloutError, match=r"^step \d+: the reward is 2; scale it; the same command resumes from"):
+        trainer._balance_batch(stored(queue, groups(4)), {})
+
+
+@pytest.mark.faults
 def test_a_dropped_prompt_is_counted_and_its_trackers_stay(make_trainer, queue: Queue) -> None:
     trainer = make_trainer()
     metrics: dict[str, float] = {}

@@ -38,7 +38,15 @@ from recipe.skpo.minibatch import minibatch_order, prompts_fit_ranks, slots
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.replay import BoundedReplayBuffer
 from recipe.skpo.replicas import BoundedCheckpointManager
-from recipe.skpo.rollout import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD, MeteredManager, RolloutError
+from recipe.skpo.rollout import (
+    LENGTH_FIELD,
+    SEED_FIELD,
+    SPLIT_FIELD,
+    STEP_FIELD,
+    MeteredManager,
+    RolloutError,
+    stop_reason,
+)
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import SkpoState
 from recipe.skpo.trees import FOLDER, TreeStore
@@ -215,6 +223,9 @@ class BaseTrainer(PPOTrainerSync):
         metrics.update({f"skpo/tokens/{name}": count for name, count in counts.items()})
         metrics["skpo/tokens/generated_so_far"] = self.state.tokens_generated
         failures = self.agent_loop_manager.take_failures()
+        stop = stop_reason(failures)
+        if stop is not None:
+            raise RolloutError(f"step {self.global_steps}: {stop}; the same command resumes from the last checkpoint")
         requests = [count for cause, count in failures.items() if not cause.startswith("prompt:")]
         metrics["skpo/requests_failed"] = sum(requests)
         if failures:

@@ -21,7 +21,6 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ from recipe.skpo.checks.child import PROMPT_SECONDS, Place, Stopped, in_child
 from recipe.skpo.checks.pickles import check_pickles
 from recipe.skpo.evaluation import Answered, Score, markdown, score
 from recipe.skpo.prompts import problem_tokens
+from recipe.skpo.rewards import RewardCall, RewardError
 from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, SamplingError, detected_platform, draw_stored
 from recipe.skpo.secrets import reject_secret_overrides, reject_secrets
 from recipe.skpo.settings import ConfigError
@@ -448,22 +448,20 @@ class Checked:
 
 
 class Reward:
-    """The reward function, loaded and called as verl does.
+    """The reward function, called as the trainer does.
 
     Raises:
-        ConfigError: no such module, file or function.
+        ConfigError: no such module, file or function, or it does not take the arguments.
     """
 
     def __init__(self, function: RewardFunction) -> None:
-        from verl.utils.import_utils import load_extern_object
-
         try:
-            loaded: Any = load_extern_object(module_path=function.path, object_name=function.name)
-        except (ImportError, OSError, RuntimeError, AttributeError, ValueError) as error:
+            self._call = RewardCall(function.path, function.name, function.reward_kwargs)
+            self._call.check_signature()
+        except RewardError as error:
             raise ConfigError(f"reward: {error}") from None
-        self.name = f"{function.name} of {function.path}"
+        self.name = self._call.label
         self.marks = configured_marks(function.path, function.reward_kwargs)
-        self._compute: Callable[..., Any] = partial(loaded, **function.reward_kwargs)
 
     def __call__(self, problem: Problem, response: str, extra_info: Mapping[str, Any] | None = None) -> Checked:
         """Check a response; a result without ``acc`` is right where its score is positive.
@@ -473,21 +471,19 @@ class Reward:
             response: its text without special tokens, as the trainer's reward sees it.
             extra_info: passed along instead of the problem's own.
         """
-        result = self._compute(
-            data_source=problem.data_source,
-            solution_str=response,
-            ground_truth=problem.ground_truth,
-            extra_info=dict(problem.extra_info if extra_info is None else extra_info),
-        )
-        if not isinstance(result, Mapping):
-            return Checked(float(result) > 0, "", None)
-        accuracy = float(result["acc"]) if "acc" in result else float(result["score"] > 0)
+        info = problem.extra_info if extra_info is None else extra_info
+        try:
+            verdict = self._call(problem.data_source, response, problem.ground_truth, info)
+        except RewardError as error:
+            raise ConfigError(f"reward: {self.name}: {error}, for problem {problem.id}") from None
+        record = verdict.record
+        accuracy = record["acc"] if record.get("acc") is not None else float(verdict.score > 0)
         _require(
             accuracy in (0, 1),
             f"reward: its acc is {accuracy}; right responses are counted, so give 0 or 1",
         )
-        formed = result.get("well_formed")
-        return Checked(bool(accuracy), str(result.get("pred", "")), None if formed is None else bool(formed))
+        pred, formed = record.get("pred"), record.get("well_formed")
+        return Checked(bool(accuracy), "" if pred is None else str(pred), None if formed is None else bool(formed))
 
 
 def check_truths(benchmark: Benchmark, reward: Reward) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
+from recipe.skpo.rollout import stop_reason
+
 _GRACE_S = 60.0
 """What storing rows and telling verl of a prompt's end may take beyond the prompt's own time limit."""
 
@@ -89,6 +91,9 @@ class BoundedReplayBuffer(ReplayBuffer):
             causes = sorted(self.causes().items(), key=lambda item: -item[1])
         except Exception as error:  # process border: a worker that cannot be asked must not hide what is being reported
             return f"a rollout worker does not answer ({type(error).__name__}: {str(error).splitlines()[:1]})"
+        stop = stop_reason(cause for cause, _ in causes)
+        if stop is not None:
+            return stop
         if not causes:
             return "the rollout workers report no failure; see their log"
         return "causes: " + "; ".join(f"{count} x {cause}" for cause, count in causes[:_SHOWN])

@@ -25,25 +25,27 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from numbers import Real
 from typing import Any
 
 import ray
 import torch
 import transfer_queue as tq
 from ray.exceptions import RayTaskError
+from tensordict import TensorDict
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl.workers.rollout.replica import TokenOutput
 
+from recipe.skpo.columns import sends_all, sent
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
 from recipe.skpo.prompts import automatic_bos
+from recipe.skpo.rewards import finite_number, shown, split_record
 from recipe.skpo.segments import Segment, cut_segment, last_boundary, select_segment, skip_prompt
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.thoughts import ThoughtReader, configured_marks
@@ -63,6 +65,14 @@ _ANSWER_S = 120.0
 
 class RolloutError(RuntimeError):
     """A prompt that cannot be rolled out; the message names it and why."""
+
+
+class RolloutStop(RolloutError):
+    """A fault that no later prompt would be without: the run stops with this message after the batch."""
+
+
+_STOP = "stop: "
+"""How the cause of a ``RolloutStop`` begins where failures are counted."""
 
 
 @dataclass(frozen=True)
@@ -97,8 +107,15 @@ def cause_of(kind: str, error: BaseException) -> str:
     """
     while isinstance(error, RayTaskError) and error.cause is not None:
         error = error.cause
+    if isinstance(error, RolloutStop):
+        return f"{_STOP}{error}"
     lines = str(error).splitlines() or [""]
     return f"{kind}: {type(error).__name__}: {lines[0]}"[:300]
+
+
+def stop_reason(failures: Iterable[str]) -> str | None:
+    """Find the message of a ``RolloutStop`` among causes as ``cause_of`` makes them."""
+    return next((cause.removeprefix(_STOP) for cause in failures if cause.startswith(_STOP)), None)
 
 
 def flaw(output: TokenOutput, vocabulary: int) -> str | None:
@@ -164,6 +181,8 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
         self.failures: Counter[str] = Counter()
         reward = self.config.reward.custom_reward_function
         self.thoughts = ThoughtReader(self.tokenizer, configured_marks(reward.path, reward.get("reward_kwargs")))
+        self._record_types: dict[str, type] = {}
+        self._left_out: set[str] = set()
 
     def take_failures(self) -> dict[str, int]:
         """How often what failed since the last call; keys as ``cause_of`` makes them."""
@@ -208,10 +227,11 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
             raise
 
     async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict) -> None:
-        """Reward of the last output; override of verl's, which waits for ever and takes whatever comes.
+        """Compute the reward of the last output; overrides verl's, which has no time-out and takes whatever comes.
 
         Raises:
-            RolloutError: a reward that is no finite number or, for a method with trackers, not within [-1, 1].
+            RolloutError: a reward that is not a finite number.
+            RolloutStop: in training of a method with trackers, one that is not within [-1, 1].
             TimeoutError: none within ``skpo.prompt_timeout_s``.
         """
         last = outputs[-1]
@@ -221,16 +241,43 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
         )
         async with asyncio.timeout(self.settings.prompt_timeout_s):
             await super()._compute_score(outputs, kwargs=dict(kwargs, extra_info=told))
-        reward = outputs[-1].reward_score
-        if not isinstance(reward, Real) or not math.isfinite(reward):
-            raise RolloutError(f"the reward function returned {reward!r}, which is no finite number")
-        if "tracker" in self.config.method.uses and not -1 <= reward <= 1:
-            raise RolloutError(f"the reward function returned {reward}, which is not within [-1, 1]")
-        outputs[-1].reward_score = float(reward)
+        reward = finite_number(last.reward_score)
+        if reward is None:
+            raise RolloutError(f"the reward function returned {shown(last.reward_score)}, which is not a finite number")
+        # Left out, such a response would be selected by what earned its reward, its length for example.
+        trains = SEED_FIELD in kwargs
+        if trains and "tracker" in self.config.method.uses and not -1 <= reward <= 1:
+            raise RolloutStop(
+                f"the reward function returned {reward:g} for prompt {kwargs.get('id')}, and "
+                f"method={self.config.method.name} needs rewards within [-1, 1]; scale the reward, or choose a method "
+                f"without a tracker (method=grpo)"
+            )
+        last.reward_score = reward
+        self._reduce_record(last)
         bound = _TIME_LIMIT.get()
         if bound is not None:
             # The row is stored next, and a time-out must not leave half of it.
             bound.reschedule(None)
+
+    def _reduce_record(self, output: AgentLoopOutput) -> None:
+        """Keep what can be averaged or shown of what the reward returned beside its score; verl averages all of it.
+
+        A key is either numbers or texts: verl goes by its first value.
+        """
+        kept, left_out = split_record(output.extra_fields.get("reward_extra_info") or {})
+        for key, value in list(kept.items()):
+            kind = str if isinstance(value, str) else float
+            if value is not None and self._record_types.setdefault(key, kind) is not kind:
+                left_out[key] = "a text here and a number there"
+                del kept[key]
+        for key in left_out.keys() - self._left_out:
+            self._left_out.add(key)
+            logger.warning(
+                "the reward function returned %r (%s) beside its score: it has no mean, and is left out of the metrics",
+                key,
+                left_out[key],
+            )
+        output.extra_fields["reward_extra_info"] = kept
 
 
 class SkpoAgentLoopWorker(MeteredWorker):
@@ -516,6 +563,12 @@ class MeteredManager(AgentLoopManagerTQ):
         super().__init__(*args, **kwargs)
         # verl's constructor sets its own worker class; workers are started later, by ``create``.
         self.agent_loop_workers_class = ray.remote(self.worker_class)
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        """Send prompts to the workers; overrides verl's, which sends columns of the user's that nobody reads too."""
+        if not sends_all(self.config):
+            prompts = prompts.select(*sent(prompts.keys()))
+        super().generate_sequences(prompts)
 
     def take_tokens(self) -> dict[str, int]:
         """Tokens of all workers' requests since the last call: ``generated``, ``prefilled``, ``cached``."""

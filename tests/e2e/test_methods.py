@@ -66,6 +66,8 @@ def test_method(method: str, tmp_path: Path) -> None:
     for line in steps:
         assert line["actor/grad_norm"] > 0
         assert line["skpo/tokens/generated"] > 0
+        # DAPO's punishment of long responses is a reward like any other, and no response may be lost to it.
+        assert line["skpo/requests_failed"] == line["skpo/prompts_dropped"] == 0
         # Only DAPO generates what it does not train on.
         assert (line["skpo/tokens/generated"] > line["skpo/downstream/tokens_generated"]) <= (method == "dapo")
         assert "skpo/downstream/reward/mean" in line

@@ -15,6 +15,9 @@ CANDIDATE, SIBLING = "test_a_failing_candidate_is_left_out", "test_a_failing_sib
 FAILURE = "test_a_prompt_that_cannot_be_rolled_out_is_a_failure_without_rows"
 WRONG_REWARDS = "test_a_prompt_whose_rewards_are_all_wrong_is_dropped"
 SHARE = "test_more_dropped_prompts_than_the_share_stop_the_run"
+WRONG_BASELINE = "test_a_baseline_stores_no_row_with_a_wrong_reward"
+BOUNDS = "test_only_training_with_trackers_bounds_the_reward"
+DAPO = "test_dapos_reward_manager_punishes_long_responses"
 VALIDATION = "test_validation_goes_on_without_a_reward"
 WEIGHTS = "test_weights_that_nobody_acknowledges_stop_the_run"
 ASLEEP = "test_a_replica_that_does_not_fall_asleep_is_not_waited_for_without_end"
@@ -146,33 +149,57 @@ MUTATIONS = (
         "test_the_manager_adds_up_the_failures_of_its_workers_and_does_not_wait_for_ever",
     ),
     # rewards
+    one("rollout", "rewards may be anything", "if reward is None:", "if False:", WRONG_BASELINE),
     one(
-        "rollout",
-        "rewards may be anything",
-        "if not isinstance(reward, Real) or not math.isfinite(reward):",
-        "if False:",
-        "test_a_baseline_stores_no_row_with_a_wrong_reward",
-    ),
-    one(
-        "rollout",
+        "rewards",
         "rewards may be NaN",
-        "not isinstance(reward, Real) or not math.isfinite(reward)",
-        "not isinstance(reward, Real)",
-        "test_a_baseline_stores_no_row_with_a_wrong_reward",
+        "if number is not None and math.isfinite(number) else None",
+        "if number is not None else None",
+        WRONG_BASELINE,
     ),
+    one("rewards", "a tensor is not a number", "if value.numel() != 1 or value.is_complex():", "if True:", DAPO),
     one(
         "rollout",
         "rewards may leave what trackers know",
-        '"tracker" in self.config.method.uses and not -1 <= reward <= 1',
+        'trains and "tracker" in self.config.method.uses and not -1 <= reward <= 1',
         "False",
         WRONG_REWARDS,
     ),
     one(
         "rollout",
         "rewards are bounded for methods without trackers",
+        'trains and "tracker" in self.config.method.uses and not',
+        "trains and not",
+        BOUNDS,
+    ),
+    one(
+        "rollout",
+        "rewards of validation are bounded",
+        'trains and "tracker" in self.config.method.uses and not',
         '"tracker" in self.config.method.uses and not',
-        "not",
-        "test_only_methods_with_trackers_bound_the_reward",
+        BOUNDS,
+    ),
+    one(
+        "rollout",
+        "a reward out of bounds is one failure of many",
+        "if isinstance(error, RolloutStop):",
+        "if False:",
+        "test_a_reward_out_of_bounds_is_a_reason_to_stop",
+    ),
+    one(
+        "base_trainer",
+        "a step is trained although there is a reason to stop",
+        "if stop is not None:",
+        "if False:",
+        "test_a_reason_to_stop_ends_the_run_before_the_step_is_trained",
+        file=TRAINER,
+    ),
+    one(
+        "rollout",
+        "records are stored as they come",
+        "self._reduce_record(last)",
+        "pass",
+        "test_what_the_reward_returned_is_stored_as_numbers_and_texts_that_validation_can_average",
     ),
     one(
         "rollout",
