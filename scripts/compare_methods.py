@@ -1,9 +1,10 @@
 """Run every method for a few steps on the same prompts and tabulate what it generates, relative to GRPO.
 
-    python scripts/compare_methods.py [--steps 3] [--out outputs/compare] [Hydra overrides for every run]
+    python scripts/compare_methods.py [--steps 3] [--methods grpo dapo] [--out outputs/compare] [Hydra overrides]
 
-A run that is there already is not repeated.  Prints a markdown table; tokens are per step and prompt of the common
-batch (SPO has G times as many prompts with one response each: its tokens are divided by the common number too).
+The overrides are for every run, and a run that is there already is not repeated.  Prints a markdown table; tokens are
+per step and prompt of the common batch (SPO has G times as many prompts with one response each: its tokens are divided
+by the common number too).
 """
 
 import argparse
@@ -39,11 +40,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python scripts/compare_methods.py", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3, help="default %(default)s")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all; with grpo")
     parser.add_argument("--out", type=Path, default=Path("outputs/compare"), help="default %(default)s")
     arguments, overrides = parser.parse_known_args()
 
     rows = {}
-    for method in METHODS:
+    for method in dict.fromkeys(["grpo", *arguments.methods]):
         folder = arguments.out / method
         if len(steps_of(folder)) < arguments.steps:
             run(method, folder, arguments.steps, overrides)

@@ -205,26 +205,115 @@ def reward(name: str, text: str | None, reason: str, function: str = "compute_sc
         run.set(f"{REWARD}.path", str(file))
         run.set(f"{REWARD}.name", function)
 
-    case(f"reward: {name}", f"{REWARD}: {function} of {{folder}}/mine.py cannot be loaded ({reason}", "pkg://module")(
-        spoil
-    )
+    begins = f"{REWARD}: {function} of {{folder}}/mine.py {'' if reason.startswith('cannot') else 'cannot be loaded ('}"
+    case(f"reward: {name}", begins + reason, "pkg://module")(spoil)
 
 
 reward("no file", None, "FileNotFoundError")
 reward("no such function", "def other(): pass\n", "AttributeError")
-reward("broken python", "def compute_score(:\n", "")
-reward("raises when it is imported", "1 / 0\n", "")
+reward("broken python", "x = 1\ndef compute_score(:\n", "SyntaxError: invalid syntax, line 2)")
+reward("raises when it is imported", "1 / 0\n", "ZeroDivisionError: division by zero)")
+reward("imports what is not there", "import nowhere\n", "ModuleNotFoundError: No module named 'nowhere')")
+
+# What verl calls it with, by keyword.
+CANNOT_BE_CALLED = "cannot be called by the keywords data_source, solution_str, ground_truth, extra_info"
+for name, signature, said in (
+    ("no extra_info", "data_source, solution_str, ground_truth", "got an unexpected keyword argument 'extra_info'"),
+    ("positional only", "data_source, solution_str, ground_truth, extra_info, /", "'data_source' parameter is posi"),
+    ("other names", "source, response, truth, **kwargs", "missing a required argument: 'source'"),
+    ("one argument more", "data_source, solution_str, ground_truth, extra_info, tokenizer", "missing a required arg"),
+    ("a method's self", "self, data_source, solution_str, ground_truth, extra_info=None", "missing a required arg"),
+    ("trl's", "prompts, completions, **kwargs", "missing a required argument: 'prompts'"),
+    ("only positions", "*args", "got an unexpected keyword argument 'data_source'"),
+):
+    reward(f"signature: {name}", f"def compute_score({signature}): return 1.0\n", f"{CANNOT_BE_CALLED} ({said}")
 
 
-@case(
-    "reward: no function",
-    f"{REWARD}.name: VALUE of {{folder}}/mine.py is no function",
-    "name the one that gives rewards",
-)
+@case("reward: not a function", f"{REWARD}: VALUE of {{folder}}/mine.py is a int, not a function", "a function in it")
 def _(run: Run) -> None:
     (run.folder / "mine.py").write_text("VALUE = 3\n")
     run.set(f"{REWARD}.path", f"{run.folder}/mine.py")
     run.set(f"{REWARD}.name", "VALUE")
+
+
+def own_reward(run: Run, body: str, start: str = "def") -> None:
+    """Give the run a reward function in verl's documented signature."""
+    signature = "compute_score(data_source, solution_str, ground_truth, extra_info=None)"
+    text = f"import asyncio, decimal, math, time\n{start} {signature}:\n    {body}\n"
+    (run.folder / "mine.py").write_text(text)
+    run.set(f"{REWARD}.path", f"{run.folder}/mine.py")
+
+
+MINE = f"{REWARD}: compute_score of {{folder}}/mine.py"
+NOT_A_REWARD = "return a number, or a dict with the number as 'score'"
+ON = "{train} (row 0) and an empty response"
+for name, body, said in (
+    ("None", "pass", "it returned None, which is not a finite number"),
+    ("text", "return '1.0'", "it returned '1.0', which is not a finite number"),
+    ("NaN", "return math.nan", "it returned nan, which is not a finite number"),
+    ("infinity", "return {'score': -math.inf}", "it returned -inf, which is not a finite number"),
+    ("a tuple", "return 1.0, {}", "it returned (1.0, {{}}), which is not a finite number"),
+    ("a list of one", "return [1.0]", "it returned [1.0], which is not a finite number"),
+    ("a vector", "import torch; return torch.zeros(2)", "it returned tensor([0., 0.]), which is not a finite number"),
+    ("a complex number", "return 1 + 0j", "it returned (1+0j), which is not a finite number"),
+    ("a huge number", "return 10**400", "it returned 1000"),
+    ("a record without score", "return {'reward': 1.0}", "it returned a record without 'score'"),
+    ("a score that is None", "return {'score': None}", "it returned None, which is not a finite number"),
+    ("a coroutine", "return asyncio.sleep(0)", "it returned a coroutine; define it by `async def`"),
+):
+    case(f"reward returns {name}", f"{MINE}: {said}", NOT_A_REWARD)(lambda run, body=body: own_reward(run, body))
+case("async reward returns text", f"{MINE}: it returned 'x'", NOT_A_REWARD)(
+    lambda run: own_reward(run, "await asyncio.sleep(0); return 'x'", "async def")
+)
+for name, body, said in (
+    ("on an empty response", "return float(solution_str)", "(ValueError: could not convert string to float: '')"),
+    ("on what extra_info lacks", "return extra_info['level']", "(KeyError: 'level')"),
+    ("on a text as ground truth", "return ground_truth + 1", "(TypeError: can only concatenate str"),
+    ("by leaving", "raise SystemExit(3)", "(SystemExit: 3)"),
+    ("with an empty message", "raise RuntimeError", "(RuntimeError: )"),
+):
+    case(f"reward fails {name}", f"{MINE} fails for {ON} {said}", "mend it")(
+        lambda run, body=body: own_reward(run, body)
+    )
+
+
+@case("reward: hangs", f"{MINE} has not returned after 0.2 s for {ON}", "put a bound on what it waits for")
+def _(run: Run) -> None:
+    run.set("skpo.prompt_timeout_s", 0.2)
+    own_reward(run, "time.sleep(60)")
+
+
+for name, body in (
+    ("2", "return 2"),
+    ("-1.5", "return {'score': -1.5, 'acc': 0}"),
+    ("100", "return decimal.Decimal(100)"),
+):
+    case(
+        f"reward out of bounds: {name}",
+        f"{MINE} returns {name} for {ON}, and method=skpo needs rewards within [-1, 1]",
+        "scale it, or choose a method without a tracker (method=grpo)",
+    )(lambda run, body=body: own_reward(run, body))
+
+
+@case("reward: overlong punishment with trackers", "reward.reward_kwargs.overlong_buffer_cfg.enable: is true", "dapo")
+def _(run: Run) -> None:
+    run.set("reward.reward_manager.name", "dapo")
+    run.set("reward.reward_kwargs", {"max_resp_len": 64, "overlong_buffer_cfg": {"enable": True, "len": 8}})
+
+
+value("reward.reward_manager.name", "naif", "reward.reward_manager: naif cannot be loaded (", "naive or dapo")
+value(
+    f"{REWARD}.reward_kwargs",
+    {"answr_format": "boxed"},
+    f"{REWARD}.reward_kwargs.answr_format: is unknown",
+    "answer_format",
+)
+value(
+    f"{REWARD}.reward_kwargs",
+    {"ground_truth": "5"},
+    f"{REWARD}: compute_score of pkg://reward_fns: reward_kwargs has ground_truth, which verl gives by itself",
+    "takes data_source",
+)
 
 
 @case("reward: no module", f"{REWARD}: compute_score of pkg://not_here cannot be loaded", "pkg://module")
@@ -276,10 +365,56 @@ column("an id twice", "id", lambda ids: [ids[0], ids[0], *ids[2:]], TRAIN + "row
 column(
     "a data source without a reward",
     "data_source",
-    lambda old: ["mine"] * len(old),
-    "{train}: data_source 'mine' has no reward here",
+    lambda old: [*old[:2], "mine", *old[3:]],
+    TRAIN + "row 2: data_source 'mine' has no reward here",
     "set reward.custom_reward_function.path",
 )
+for kind, bad in (
+    ("an escape sequence", "aime\x1b]0;x\x07"),
+    ("a line break", "aime24\n  held-out 1.000"),
+    ("a return", "aime24\r"),
+    ("a mark of direction", "aime\u202e42"),
+    ("a line separator", "aime\u2028"),
+    ("a byte of the C1 set", "aime\x9b2J"),
+):
+    for name in ("id", "data_source"):
+        column(
+            f"{kind} in {name}",
+            name,
+            lambda old, bad=bad: [*old[:4], bad, *old[5:]],
+            TRAIN + f"row 4: column '{name}' is not text that can be printed (found 'aime",
+            WRITE,
+        )
+
+
+def truth(name: str, source: str, truth: Any, said: str, row: int = 3) -> None:
+    """A case of one ground truth that the reward of this source cannot check answers to."""
+
+    def spoil(run: Run) -> None:
+        table = pq.read_table(run.train)
+        models = [{"ground_truth": good} for good in TRUTHS[source]]
+        models[row] = {"ground_truth": truth}
+        for name, values in (("data_source", [source] * len(models)), ("reward_model", models)):
+            index = table.column_names.index(name)
+            table = table.set_column(index, name, pa.array(values))
+        pq.write_table(table, run.train)
+
+    case(f"truth: {name}", TRAIN + f"row {row}: ground_truth {said}", "")(spoil)
+
+
+MATH, CHOICE, GSM8K = "HuggingFaceH4/MATH-500", "TIGER-Lab/MMLU-Pro", "openai/gsm8k"
+TRUTHS = {MATH: ["5"] * (BATCH + 2), CHOICE: ["C"] * (BATCH + 2), GSM8K: ["5"] * (BATCH + 2)}
+truth("words for a number", GSM8K, "five", "'five' is not a number")
+truth("a fraction for gsm8k", GSM8K, "1/2", "'1/2' is not a number")
+truth("blanks for gsm8k", GSM8K, "  ", "'  ' is not a number")
+truth("the whole solution for gsm8k", GSM8K, "2+3=5\n#### 5", "'2+3=5")
+truth("two letters", CHOICE, "AD", "'AD' is no")
+truth("a small letter", CHOICE, "c", "'c' is no")
+truth("a letter that is not an option", CHOICE, "Z", "'Z' is no")
+truth("blanks for math", MATH, " \t", "' ")
+truth("a solution for math", MATH, "x" * 401, "'xxx")
+TRUTHS |= {"skpo/arithmetic": [["5"]] * (BATCH + 2)}
+truth("a list", "skpo/arithmetic", ["6"], "['6'] is a list", row=0)
 
 
 @case("parquet: cut off", TRAIN + "cannot be read as parquet", WRITE)
@@ -312,6 +447,157 @@ def _(run: Run) -> None:
 def _(run: Run) -> None:
     shutil.copy(run.train, run.folder / "again.parquet")
     run.set("data.train_files", [str(run.train), f"{run.folder}/again.parquet"])
+
+
+@case("parquet: a file twice", TRAIN + "is named twice", "leave one of the two out")
+def _(run: Run) -> None:
+    run.set("data.train_files", [str(run.train), str(run.train)])
+
+
+@case("parquet: a file twice by a link", "data.val_files: {folder}/link.parquet: is named twice (as {train})", "leave")
+def _(run: Run) -> None:
+    (run.folder / "link.parquet").symlink_to(run.train)
+    run.set("data.val_files", [str(run.train), f"{run.folder}/link.parquet"])
+
+
+def renamed(name: str, begins: str) -> None:
+    """A case of a training file under a name that verl's reader takes for something else."""
+
+    def spoil(run: Run) -> None:
+        (run.folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(run.train, run.folder / name)
+        run.set("data.train_files", f"{run.folder}/{name}")
+
+    case(f"parquet: called {name}", f"data.train_files: {{folder}}/{name}: {begins}", "rename it")(spoil)
+
+
+for name in ("train[v2].parquet", "train*.parquet", "train?.parquet", "[run]/train.parquet", "a::b.parquet"):
+    renamed(name, "has '")
+for name in ("train.parq", "train.PARQUET", "train", "train.parquet.bak", "train.jsonl", "train.pq"):
+    renamed(name, "does not end in .parquet, by which verl tells how to read it")
+
+
+def joined(name: str, differing: str, change: Callable[[pa.Table], pa.Table]) -> None:
+    """A case of a second training file whose schema verl's reader cannot join with the first."""
+
+    def spoil(run: Run) -> None:
+        table = pq.read_table(run.train)
+        ids = pa.array([f"other{n}" for n in range(table.num_rows)])
+        table = table.set_column(table.column_names.index("id"), "id", ids)
+        pq.write_table(change(table), run.folder / "other.parquet")
+        run.set("data.train_files", [str(run.train), f"{run.folder}/other.parquet"])
+
+    begins = f"data.train_files: {{folder}}/other.parquet: cannot be joined with {{train}}: column '{differing}' is "
+    case(f"parquet: two files, {name}", begins, "write both with the same types")(spoil)
+
+
+def replaced(column: str, change: Callable[[list], Any]) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.set_column(
+        table.column_names.index(column), column, change(table.column(column).to_pylist())
+    )
+
+
+def changed_field(column: str, field: str, change: Callable[[Any], Any]) -> Callable[[pa.Table], pa.Table]:
+    return replaced(column, lambda old: pa.array([{**value, field: change(value[field])} for value in old]))
+
+
+joined("an index that is a text", "extra_info", changed_field("extra_info", "index", str))
+joined("truths that are numbers", "reward_model", changed_field("reward_model", "ground_truth", int))
+joined("large texts of polars", "id", replaced("id", lambda old: pa.array(old, pa.large_string())))
+joined("text views", "data_source", replaced("data_source", lambda old: pa.array(old, pa.string_view())))
+joined(
+    "large lists",
+    "prompt",
+    lambda table: table.set_column(
+        2, "prompt", table.column("prompt").cast(pa.large_list(table.schema.field("prompt").type.value_type))
+    ),
+)
+joined("a level that is a float", "extra_info", changed_field("extra_info", "index", float))
+
+
+@case("parquet: two columns of one name", TRAIN + "verl's reader refuses it (ArrowInvalid", "write_parquet")
+def _(run: Run) -> None:
+    table = pq.read_table(run.train)
+    pq.write_table(table.append_column("ability", table.column("ability")), run.train)
+
+
+def extra(name: str, values: Callable[[int], list], begins: str, fix: str) -> None:
+    """A case of a training file with one column more."""
+
+    def spoil(run: Run) -> None:
+        table = pq.read_table(run.train)
+        pq.write_table(table.append_column(name, pa.array(values(table.num_rows))), run.train)
+
+    case(f"parquet: a column {name}", TRAIN + begins, fix)(spoil)
+
+
+for name in ("__rollout_n__", "__do_sample__", "validate", "global_steps"):
+    extra(name, lambda n: [1] * n, f"has a column '{name}': verl ", "rename or remove it")
+extra("skpo_seed", lambda n: [1] * n, "has a column 'skpo_seed', and names that begin with skpo_ are ours", "rename it")
+for name in ("images", "videos", "audios"):
+    extra(name, lambda n: [[]] * (n - 1) + [["a.png"]], f"column '{name}' holds {name}", "remove it")
+extra("agent_name", lambda n: ["tool_agent"] * n, "column 'agent_name' has 'tool_agent'", "method=grpo")
+
+
+@case("parquet: a name of a row's own where rows are sent whole", TRAIN + "has a column 'responses'", "rename it")
+def _(run: Run) -> None:
+    run.set("actor_rollout_ref.rollout.agent.agent_loop_config_path", "loops.yaml")
+    table = pq.read_table(run.train)
+    pq.write_table(table.append_column("responses", pa.array(["5"] * table.num_rows)), run.train)
+
+
+def compressed(name: str, change: Callable[[int], tuple[str, pa.Array]], begins: str) -> None:
+    """A case of a small file that would fill the memory."""
+
+    def spoil(run: Run) -> None:
+        table = pq.read_table(run.train)
+        column, values = change(table.num_rows)
+        pq.write_table(table.set_column(table.column_names.index(column), column, values), run.train)
+
+    case(f"parquet: {name}", TRAIN + begins, "")(spoil)
+
+
+def one_long_text(rows: int) -> pa.Array:
+    long = "x" * 1_000_001
+    return pa.DictionaryArray.from_arrays(pa.array([0] * (rows - 1) + [1], pa.int32()), pa.array(["aime24", long]))
+
+
+compressed(
+    "a long text in a dictionary", lambda n: ("data_source", one_long_text(n)), "row 5: column 'data_source' has a text"
+)
+compressed(
+    "a long text in a message",
+    lambda n: (
+        "prompt",
+        pa.ListArray.from_arrays(
+            pa.array(range(n + 1), pa.int32()),
+            pa.StructArray.from_arrays([pa.array(["user"] * n), one_long_text(n)], names=["role", "content"]),
+        ),
+    ),
+    "row 5: column 'prompt' has a text of 1000001 bytes, at most 1000000 are read",
+)
+
+
+value("data.train_max_samples", 2, "data.train_max_samples: is 2, fewer prompts than data.train_batch_size=4", "raise")
+value("data.train_max_samples", "all", fix="a whole number of at least -1")
+
+
+def custom_class(name: str, text: str, begins: str, fix: str) -> None:
+    """A case of a data set class of the user's own."""
+
+    def spoil(run: Run) -> None:
+        (run.folder / "dataset.py").write_text(text)
+        run.set("data.custom_cls.path", f"{run.folder}/dataset.py")
+        run.set("data.custom_cls.name", "Mine")
+
+    case(f"data.custom_cls: {name}", f"data.custom_cls: Mine of {{folder}}/dataset.py {begins}", fix)(spoil)
+
+
+CLASS = "from torch.utils.data import Dataset\nclass Mine({}): pass\n"
+custom_class("without a table", CLASS.format("Dataset"), "has no `dataframe`", "skpo.curriculum.enable=false")
+custom_class("not a data set", CLASS.format("dict"), "cannot be loaded (TypeError: The custom", "a torch Dataset in it")
+custom_class("another name", "class Other: pass\n", "cannot be loaded (AttributeError", "a torch Dataset in it")
+custom_class("broken", "import nowhere\n", "cannot be loaded (ModuleNotFoundError", "a torch Dataset in it")
 
 
 @case("parquet: a prompt is too long", "{train}: row 0: the prompt has ", "data.filter_overlong_prompts=true")

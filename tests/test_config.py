@@ -229,12 +229,12 @@ def test_the_answer_format_reaches_the_reward(compose_config) -> None:
     key = "reward.custom_reward_function.reward_kwargs.answer_format"
     verdicts = []
     for answer_format in ("any", "boxed"):
-        score = get_custom_reward_fn(compose_config(f"{key}={answer_format}"))
+        score = get_custom_reward_fn(compose_config(f"+{key}={answer_format}"))
         assert score is not None
         result = score(data_source="openai/gsm8k", solution_str="#### 7", ground_truth="7", extra_info={})
         verdicts.append(result["score"])
     assert verdicts == [1.0, -1.0]
-    config = compose_config(f"{key}=loose")
+    config = compose_config(f"+{key}=loose")
     with pytest.raises(ValueError, match=rf"{key}: 'loose' is unknown; known are any, boxed, hash, line"):
         check_reward(config)
 

@@ -4,15 +4,23 @@ The checks of the config itself are in test_config.py, those of single rows in t
 """
 
 import re
+import time
+from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.schema import DataError, Row, write_parquet
 from recipe.skpo.checkpoints import DATA_FILE, MARKER, repair_marker
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.identity import fingerprint
+from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.model_checks import check_prompt_lengths
 from recipe.skpo.preflight import (
     METHOD_SETTINGS,
@@ -73,10 +81,10 @@ def test_a_data_source_without_a_reward_is_refused_unless_the_reward_is_ones_own
     prompt = [{"role": "user", "content": "q"}]
     rows = [Row("my/source", prompt, "5", "math", "train", index, f"q{index}") for index in range(4)]
     write_parquet(rows, tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"train.parquet: data_source 'my/source' has no reward here") as error:
+    with pytest.raises(DataError, match=r"train.parquet: row 0: data_source 'my/source' has no reward here") as error:
         check_data(config)
     one_line(error)
-    config.reward.custom_reward_function.path = "my.py"
+    own_reward(config, tmp_path, "return 1.0")
     check_data(config)
 
 
@@ -113,8 +121,6 @@ def test_a_file_that_is_not_there(config, tmp_path: Path) -> None:
 
 
 def test_a_missing_column(config, train: Path) -> None:
-    import pyarrow.parquet as pq
-
     pq.write_table(pq.read_table(train).drop_columns(["reward_model"]), train)
     with pytest.raises(DataError) as error:
         check_data(config)
@@ -153,10 +159,177 @@ def test_an_id_in_two_training_files(config, tmp_path: Path, train: Path) -> Non
     assert re.match(rf"{again}: id [0-9a-f]{{16}} is in {train} too; ids must be unique", message)
 
 
-def test_the_held_out_file_may_hold_a_training_prompt(config, train: Path) -> None:
+def test_a_training_prompt_in_the_held_out_file_is_noted(config, train: Path, tmp_path: Path, capsys) -> None:
     """Training accuracy is a fair thing to ask for; only the trackers need unique ids."""
-    config.data.val_files = str(train)
     check_data(config)
+    assert not capsys.readouterr().out, "nothing to say of good files"
+    both = write_rows(tmp_path / "both.parquet", ["3 + 1?", "20 + 1?", "5 + 1?"], "val")
+    for files, count in ((str(train), "8 of the 8"), (str(both), "2 of the 3")):
+        config.data.val_files = files
+        check_data(config)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"note: {count} prompts of data.val_files are in data.train_files too")
+
+
+def table_of(path: Path) -> pa.Table:
+    return pq.read_table(path)
+
+
+def with_column(name: str, values: Callable[[int], Any]) -> Callable[[pa.Table], pa.Table]:
+    """Replace a column, or add it."""
+
+    def change(table: pa.Table) -> pa.Table:
+        column = values(table.num_rows)
+        column = column if isinstance(column, pa.Array) else pa.array(column)
+        if name in table.column_names:
+            return table.set_column(table.column_names.index(name), name, column)
+        return table.append_column(name, column)
+
+    return change
+
+
+GOOD_FILES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
+    "truths as integers": (with_column("reward_model", lambda n: [{"ground_truth": k} for k in range(n)]), ""),
+    "truths as floats": (with_column("reward_model", lambda n: [{"ground_truth": k / 2} for k in range(n)]), ""),
+    "truths as decimals": (with_column("reward_model", lambda n: [{"ground_truth": Decimal(k)} for k in range(n)]), ""),
+    "a category of pandas": (
+        with_column("data_source", lambda n: pa.array(["skpo/arithmetic"] * n).dictionary_encode()),
+        "",
+    ),
+    "large texts of polars": (with_column("id", lambda n: pa.array(map(str, range(n)), pa.large_string())), ""),
+    "an index of pandas": (with_column("__index_level_0__", lambda n: list(range(n))), ""),
+    "no extra_info": (lambda table: table.drop_columns(["extra_info", "ability"]), ""),
+    "images of no row": (with_column("images", lambda n: [[] for _ in range(n)]), ""),
+    "videos that are null": (with_column("videos", pa.nulls), ""),
+    "verl's one agent": (with_column("agent_name", lambda n: ["single_turn_agent"] * n), ""),
+    "a reference solution": (with_column("output", lambda n: ["5"] * n), "nobody reads the column(s) 'output' of"),
+    "reference answers": (with_column("responses", lambda n: [["5"]] * n), "nobody reads the column(s) 'responses' of"),
+    "a nested column": (with_column("meta", lambda n: [{"a": [1]}] * n), "nobody reads the column(s) 'meta' of"),
+    "dates and bytes": (with_column("day", lambda n: [date(2026, 1, 1)] * n), "nobody reads the column(s) 'day' of"),
+    "names of verl's": (with_column("trace", lambda n: [True] * n), "nobody reads the column(s) 'trace' of"),
+}
+"""What a file may be, and what is said of it."""
+
+
+@pytest.mark.parametrize("name", GOOD_FILES)
+def test_files_of_other_libraries_and_with_more_columns_pass(config, train: Path, name: str, capsys) -> None:
+    change, note = GOOD_FILES[name]
+    pq.write_table(change(table_of(train)), train)
+    check_data(config)
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {note}") and said.count("\n") == 1 if note else not said
+
+
+def test_files_that_differ_in_what_verl_can_join_pass(config, train: Path, tmp_path: Path) -> None:
+    """A field that is null in one, a column that one has not, columns in another order."""
+    other = write_rows(tmp_path / "other.parquet", ["30 + 1?", "31 + 1?"])
+    table = with_column("extra_info", lambda n: [{"index": None, "level": "hard"}] * n)(table_of(other))
+    pq.write_table(table.drop_columns(["ability"]).select(sorted(set(table.column_names) - {"ability"})), other)
+    config.data.train_files = [str(train), str(other)]
+    check_data(config)
+
+
+def test_a_file_that_verl_alone_cannot_read_is_refused(config, train: Path, monkeypatch) -> None:
+    import datasets
+
+    def full_disk(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", full_disk)
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    assert one_line(error).startswith(
+        f"data.train_files: {train}: verl's reader refuses it (OSError: [Errno 28] No space"
+    )
+
+
+# ---------------------------------------------------------------- the reward on real rows
+
+
+def own_reward(config, folder: Path, body: str, start: str = "def") -> None:
+    """Give the run a reward function that notes its calls in ``calls``."""
+    text = (
+        "import asyncio, decimal, fractions, numpy, torch\ncalls = []\n"
+        f"{start} compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        f"    calls.append((data_source, solution_str, ground_truth, extra_info))\n    {body}\n"
+    )
+    (folder / "mine.py").write_text(text)
+    config.reward.custom_reward_function.path = str(folder / "mine.py")
+
+
+@pytest.mark.parametrize("start", ["def", "async def"])
+@pytest.mark.parametrize(
+    "returned",
+    [
+        *("1.0", "-1", "True", "decimal.Decimal('0.5')", "fractions.Fraction(1, 2)", "{'score': 1.0, 'acc': 1.0}"),
+        *("numpy.float32(1)", "numpy.array([1.0])", "torch.tensor(-1.0)", "{'score': torch.tensor([1])}"),
+    ],
+)
+def test_a_reward_of_ones_own_may_return_any_one_number(config, tmp_path: Path, returned: str, start: str) -> None:
+    own_reward(config, tmp_path, f"return {returned}", start)
+    check_data(config)
+
+
+def test_a_reward_of_ones_own_is_called_once_per_data_source_and_file_list(config, tmp_path: Path, train: Path) -> None:
+    sources = ["a", "b", "a", "b", "a", "a", "a", "a"]
+    truths = with_column("reward_model", lambda n: [{"ground_truth": [k]} for k in range(n)])
+    pq.write_table(truths(with_column("data_source", lambda n: sources)(table_of(train))), train)
+    own_reward(config, tmp_path, "return 1.0")
+    check_data(config)
+    calls = check_reward(config)._function.__globals__["calls"]
+    # As verl gives it, the file's own types included.
+    given = {"num_turns": 2, "rollout_reward_scores": {}}
+    first = [{"split": "train", "index": k, "question": f"{k} + 1?", **given} for k in range(2)]
+    last = {"split": "val", "index": 0, "question": "20 + 1?", **given}
+    assert calls == [("a", "", [0], first[0]), ("b", "", [1], first[1]), ("skpo/arithmetic", "", "5", last)]
+
+
+@pytest.mark.parametrize(
+    ("method", "body"),
+    [
+        ("grpo", "return -3.0"),
+        ("dapo", "return {'score': torch.tensor(-3.0)}"),
+        ("skpo", "return 2.0 if extra_info['split'] == 'val' else 1.0"),
+    ],
+)
+def test_only_what_a_tracker_sees_is_bounded(compose_config, config, tmp_path: Path, method: str, body: str) -> None:
+    files = config.data
+    config = compose_config("platform=cpu", "data=files", f"method={method}")
+    config.data = files
+    own_reward(config, tmp_path, body)
+    check_data(config)
+
+
+def test_what_a_reward_returns_without_a_mean_is_said_once(config, tmp_path: Path, capsys) -> None:
+    own_reward(config, tmp_path, "return {'score': 1.0, 'steps': [1], 'reward': 1.0, 'word': 'x'}")
+    check_data(config)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" returns ")[1].split(",")[0] for line in lines] == [
+        "'steps' (a list)",
+        "'reward' (the name of the reward itself)",
+    ]
+
+
+def test_a_reward_manager_of_ones_own_may_call_as_it_likes(config, tmp_path: Path) -> None:
+    text = "from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase\n"
+    text += "class Mine(RewardManagerBase):\n    async def run_single(self, data): ...\ndef score(text): return None\n"
+    (tmp_path / "manager.py").write_text(text)
+    manager, reward = config.reward.reward_manager, config.reward.custom_reward_function
+    manager.source, manager.name, manager.module.path = "importlib", "Mine", str(tmp_path / "manager.py")
+    reward.path, reward.name = str(tmp_path / "manager.py"), "score"
+    check_data(config)
+
+
+def test_every_truth_of_20000_rows_is_tried_in_seconds(config, tmp_path: Path) -> None:
+    """Words and fractions, 20,000 of them different."""
+    rows = [
+        Row("math", [{"role": "user", "content": f"{n}?"}], rf"\\frac{{{n}}}{{7}}+x", "math", "train", n, f"{n}?")
+        for n in range(20_000)
+    ]
+    write_parquet(rows, tmp_path / "train.parquet")
+    started = time.process_time()
+    check_data(config)
+    assert time.process_time() - started < 10
 
 
 # ---------------------------------------------------------------- prompt lengths

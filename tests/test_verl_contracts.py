@@ -19,6 +19,7 @@ WORKER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class_
 BUFFER = "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer"
 REPLICAS = "verl.checkpoint_engine:CheckpointEngineManager"
 LOOPS = "verl.experimental.agent_loop.agent_loop"
+DATASET = "verl.utils.dataset.rl_dataset"
 MANAGER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ"
 ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 
@@ -43,6 +44,18 @@ SEAMS = [
         f"{WORKER}.generate_sequences",
         "async (self, batch)",
         "it starts one rollout._run_prompt per prompt, in the background",
+    ),
+    (f"{MANAGER}.generate_sequences", "(self, prompts)", "rollout.MeteredManager leaves out columns that nobody reads"),
+    (
+        f"{DATASET}:RLHFDataset.__init__",
+        "(self, data_files, tokenizer, config, processor=None, max_samples=-1)",
+        "checks.data reads the files by it, without a tokenizer",
+    ),
+    (f"{DATASET}:get_dataset_class", "(data_config)", "checks.data finds data.custom_cls by it"),
+    (
+        "verl.trainer.ppo.reward:resolve_reward_manager_cls",
+        "(config)",
+        "checks.reward finds the reward manager by it",
     ),
     (
         f"{WORKER}._agent_loop_postprocess",
@@ -680,6 +693,25 @@ FACTS = [
         f"{WORKER}._agent_loop_postprocess",
         'field["loss_mask"] = field["response_mask"]',
         "rollout._missing_sibling zeroes the response mask alone",
+    ),
+    (
+        f"{WORKER}._agent_loop_postprocess",
+        "field.update(kwargs)",
+        "columns.GENERATED names what a column of the user's would replace",
+    ),
+    *(
+        (
+            f"verl.experimental.reward_loop.reward_manager.{manager}:{name}RewardManager.run_single",
+            f"{keyword}=",
+            "rewards.VERLS_ARGUMENTS are the keywords of a reward function",
+        )
+        for manager, name in (("naive", "Naive"), ("dapo", "DAPO"))
+        for keyword in ("data_source", "solution_str", "ground_truth", "extra_info")
+    ),
+    (
+        f"{DATASET}:RLHFDataset._read_files_and_tokenize",
+        'parquet_file.endswith(".parquet")',
+        "checks.data refuses other endings",
     ),
     (
         f"{WORKER}._compute_score",

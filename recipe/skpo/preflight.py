@@ -86,6 +86,9 @@ _COUNT = Number(whole=True, low=1)
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 NUMBERS = {
     "data.train_batch_size": _COUNT,
+    # Not above 0 means all.
+    "data.train_max_samples": Number(whole=True, low=-1),
+    "data.val_max_samples": Number(whole=True, low=-1),
     "data.max_prompt_length": _COUNT,
     "data.max_response_length": _COUNT,
     f"{_ACTOR}.ppo_mini_batch_size": _COUNT,

@@ -1,57 +1,90 @@
-"""Start-up checks of the data files."""
+"""Start-up checks of the data files: their rows, and whether verl will read them as they are meant."""
 
-from collections.abc import Iterable
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
-from omegaconf import DictConfig
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from data_prep.schema import DataError, check_parquet
-from recipe.skpo.checks.reward import OUR_REWARD
+from data_prep.schema import PARQUET_SCHEMA, DataError, check_parquet
+from recipe.skpo.checks.reward import Sample, check_reward, is_ours, try_every_truth, try_reward
+from recipe.skpo.columns import GENERATED, OURS, SENT, STEERING, sends_all
 from recipe.skpo.settings import ConfigError
-from reward_fns import route
+
+Role = Literal["train", "val"]
+ROLES: tuple[Role, ...] = ("train", "val")
+
+_PATTERN = ("*", "?", "[", "]", "::")
+"""What the reader that verl uses takes for a pattern or a chain of file systems."""
+
+_AGENT = "single_turn_agent"
+"""verl's agent that training with SKPO stands for."""
+
+_INDEX_OF_PANDAS = "__index_level_0__"
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data file that was read.
+
+    Attributes:
+        role: which list names it.
+        path: as it was given.
+        table: its columns id, data_source, prompt and reward_model.
+        names: all of its columns.
+    """
+
+    role: Role
+    path: str
+    table: pa.Table
+    names: list[str]
+
+    @property
+    def where(self) -> str:
+        """The beginning of a message about it."""
+        return f"data.{self.role}_files: {self.path}"
 
 
 def check_data(config: DictConfig) -> None:
-    """Check the parquet files, and that our own reward, where it is used, knows their data sources.
+    """Check the data files, as the trainer will read them, and the reward on their rows.
 
     Raises:
+        ConfigError: naming the config path and what it must be.
         DataError: naming file, row or column, and the fix.
     """
-    tables = []
-    roles: tuple[Literal["train", "val"], ...] = ("train", "val")
-    for role in roles:
-        for file in prompt_files(config, role):
-            tables.append((role, file, check_parquet(Path(file), role=role, prompt_key=config.data.prompt_key)))
-    train = [(file, table) for role, file, table in tables if role == "train"]
-    rows = sum(table.num_rows for _, table in train)
-    if rows < config.data.train_batch_size:
-        raise DataError(
-            f"data.train_files: {rows} rows are fewer than data.train_batch_size={config.data.train_batch_size}"
-        )
-    if config.reward.custom_reward_function.path == OUR_REWARD:
-        for _, file, table in tables:
-            for data_source in table["data_source"].unique().to_pylist():
-                try:
-                    route(data_source)
-                except ValueError as error:
-                    raise DataError(f"{file}: {error}") from error
-    _check_unique_overprompt_files(train)
+    _check_class(config)
+    files: list[DataFile] = []
+    for role in ROLES:
+        paths = prompt_files(config, role)
+        _check_names(paths, role)
+        for path in paths:
+            table = check_parquet(Path(path), role=role, prompt_key=config.data.prompt_key)
+            file = DataFile(role, path, table, pq.read_schema(path).names)
+            _check_columns(config, file)
+            files.append(file)
+    train = [file for file in files if file.role == "train"]
+    val = [file for file in files if file.role == "val"]
+    _check_counts(config, train)
+    _check_unique_over_files(train)
+    if not OmegaConf.select(config, "data.custom_cls.path"):
+        for part in (train, val):
+            _check_readable(config, part)
+    _note_columns(config, files)
+    _note_overlap(train, val)
+    call = check_reward(config)
+    if is_ours(config):
+        try_every_truth(call, _truths(files))
+    else:
+        try_reward(config, call, _samples(files))
 
 
-def _check_unique_overprompt_files(tables: Iterable[tuple[str, pa.Table]]) -> None:
-    seen: dict[str, str] = {}
-    for file, table in tables:
-        for prompt_id in table["id"].to_pylist():
-            if seen.setdefault(prompt_id, file) != file:
-                raise DataError(
-                    f"{file}: id {prompt_id} is in {seen[prompt_id]} too; ids must be unique over all "
-                    f"of data.train_files"
-                )
-
-
-def prompt_files(config: DictConfig, role: Literal["train", "val"]) -> list[str]:
+def prompt_files(config: DictConfig, role: Role) -> list[str]:
     """``data.train_files`` or ``data.val_files`` as a list.
 
     Raises:
@@ -61,3 +94,240 @@ def prompt_files(config: DictConfig, role: Literal["train", "val"]) -> list[str]
     if not value:
         raise ConfigError(f"data.{role}_files: is not set; name a parquet file, or choose a data set with data=<name>")
     return [str(file) for file in ([value] if isinstance(value, str) else value)]
+
+
+def _check_class(config: DictConfig) -> None:
+    """Refuse a data set class that cannot be used: the curriculum reads the ids from verl's own ``dataframe``."""
+    custom = config.data.get("custom_cls") or {}
+    if not custom.get("path"):
+        return
+    from verl.utils.dataset.rl_dataset import RLHFDataset, get_dataset_class
+
+    label = f"{custom.get('name')} of {custom.get('path')}"
+    try:
+        with redirect_stdout(io.StringIO()):
+            found = get_dataset_class(config.data)
+    except Exception as error:  # a process border: the file is somebody's own
+        reason = (str(error.__cause__ or error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"data.custom_cls: {label} cannot be loaded ({type(error.__cause__ or error).__name__}: {reason}); give a "
+            f"python file and the name of a torch Dataset in it"
+        ) from error
+    curriculum = config.skpo.curriculum.enable and "curriculum" in config.method.uses
+    if curriculum and not issubclass(found, RLHFDataset):
+        raise ConfigError(
+            f"data.custom_cls: {label} has no `dataframe`, from which the curriculum reads the ids; derive it from "
+            f"verl's RLHFDataset, or set skpo.curriculum.enable=false"
+        )
+
+
+def _check_names(paths: Sequence[str], role: Role) -> None:
+    """Refuse names that verl's reader takes for something else, and a file that is named twice."""
+    seen: dict[Path, str] = {}
+    for path in paths:
+        where = f"data.{role}_files: {path}"
+        pattern = next((part for part in _PATTERN if part in path), None)
+        if pattern is not None:
+            raise DataError(f"{where}: has {pattern!r} in its path, which verl's reader takes for a pattern; rename it")
+        # A missing file or a folder gets its own message.
+        if not path.endswith(".parquet") and Path(path).is_file():
+            raise DataError(
+                f"{where}: does not end in .parquet, by which verl tells how to read it; rename it, or write it as "
+                f"parquet (data_prep.schema: write_parquet)"
+            )
+        resolved = Path(path).resolve()
+        if resolved in seen:
+            raise DataError(f"{where}: is named twice (as {seen[resolved]}); leave one of the two out")
+        seen[resolved] = path
+
+
+def _check_counts(config: DictConfig, train: Sequence[DataFile]) -> None:
+    batch, most = config.data.train_batch_size, config.data.get("train_max_samples", -1)
+    rows = sum(file.table.num_rows for file in train)
+    if rows < batch:
+        raise DataError(f"data.train_files: {rows} rows are fewer than data.train_batch_size={batch}")
+    if 0 < most < batch:
+        raise ConfigError(
+            f"data.train_max_samples: is {most}, fewer prompts than data.train_batch_size={batch}; raise the first or "
+            f"lower the second"
+        )
+
+
+def _check_unique_over_files(files: Iterable[DataFile]) -> None:
+    seen: dict[str, DataFile] = {}
+    for file in files:
+        for prompt_id in file.table["id"].to_pylist():
+            if seen.setdefault(prompt_id, file) is not file:
+                raise DataError(
+                    f"{file.path}: id {prompt_id} is in {seen[prompt_id].path} too; ids must be unique over all "
+                    f"of data.train_files"
+                )
+
+
+# ---------------------------------------------------------------- columns
+
+
+def _check_columns(config: DictConfig, file: DataFile) -> None:
+    """Refuse columns that would change the rollout of a row, or that a text model cannot see."""
+    for name in file.names:
+        if name in STEERING:
+            raise DataError(f"{file.where}: has a column {name!r}: {STEERING[name]}; rename or remove it")
+        if name.startswith(OURS):
+            raise DataError(
+                f"{file.where}: has a column {name!r}, and names that begin with {OURS} are ours; rename it"
+            )
+        if name in GENERATED and sends_all(config):
+            raise DataError(
+                f"{file.where}: has a column {name!r}, a name that verl gives to a generated row; rename it"
+            )
+    for key, what in (("image_key", "images"), ("video_key", "videos"), ("audio_key", "audios")):
+        name = config.data.get(key) or what
+        if name in file.names and not _is_empty(_column(file.path, name)):
+            raise DataError(f"{file.where}: column {name!r} holds {what}, and models are trained on text; remove it")
+    if "agent_name" in file.names and "rollout" in config.method.uses:
+        others = [agent for agent in _column(file.path, "agent_name").unique().to_pylist() if agent != _AGENT]
+        if others:
+            raise DataError(
+                f"{file.where}: column 'agent_name' has {others[0]!r}, and method={config.method.name} samples one "
+                f"turn in training (validation would use that agent); remove the column, or choose method=grpo"
+            )
+
+
+def _column(path: str, name: str) -> pa.ChunkedArray:
+    return pq.read_table(path, columns=[name])[name]
+
+
+def _is_empty(column: pa.ChunkedArray) -> bool:
+    """Whether every value is null or an empty list."""
+    if column.null_count == len(column):
+        return True
+    kind = column.type
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    return lists and not pc.sum(pc.list_value_length(column)).as_py()
+
+
+def _note_columns(config: DictConfig, files: Iterable[DataFile]) -> None:
+    """Say which columns nobody reads, where they are left out of the rows."""
+    if sends_all(config):
+        return
+    known = {*SENT, *PARQUET_SCHEMA.names, config.data.prompt_key, _INDEX_OF_PANDAS}
+    known |= {config.data.get(key) for key in ("image_key", "video_key", "audio_key")}
+    unread = sorted({name for file in files for name in file.names} - known)
+    if unread:
+        shown = ", ".join(map(repr, unread[:10])) + (f" and {len(unread) - 10} more" if len(unread) > 10 else "")
+        print(f"note: nobody reads the column(s) {shown} of the data files; a reward reads extra_info")
+
+
+# ---------------------------------------------------------------- as verl reads
+
+
+def _check_readable(config: DictConfig, files: Sequence[DataFile]) -> None:
+    """Have verl's own data set read the files; what it has read is cached for the trainer.
+
+    Raises:
+        DataError: naming the file, or two files and the column in which they differ.
+    """
+    try:
+        _read(config, files)
+        return
+    except Exception as error:  # a process border: pyarrow, fsspec and datasets answer with their own errors
+        failure = error
+    for file in files:
+        try:
+            _read(config, [file])
+        except Exception as error:  # as above
+            raise DataError(
+                f"{file.where}: verl's reader refuses it ({_first_cause(error)}); write it with data_prep.schema: "
+                f"write_parquet"
+            ) from error
+    for file in files[1:]:
+        column = _differing_column(config, files[0], file)
+        if column is not None:
+            first, other = (_type(config, each, column) for each in (files[0], file))
+            raise DataError(
+                f"{file.where}: cannot be joined with {files[0].path}: column {column!r} is {other} here and {first} "
+                f"there; write both with the same types, as data_prep.schema: write_parquet does"
+            ) from failure
+    raise DataError(f"{files[0].where}: verl's reader refuses it ({_first_cause(failure)})") from failure
+
+
+def _read(config: DictConfig, files: Sequence[DataFile]) -> Any:
+    import datasets
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    options = OmegaConf.create(OmegaConf.to_container(config.data))
+    with open_dict(options):
+        # Both need the tokenizer; model_checks looks at the lengths.
+        options.filter_overlong_prompts, options.tool_config_path = False, None
+    quiet = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        with redirect_stdout(io.StringIO()):
+            return RLHFDataset([file.path for file in files], None, options).dataframe
+    finally:
+        if not quiet:
+            datasets.enable_progress_bars()
+
+
+def _differing_column(config: DictConfig, first: DataFile, other: DataFile) -> str | None:
+    import datasets
+
+    tables = [_read(config, [file]) for file in (first, other)]
+    for name in tables[0].column_names:
+        if name in tables[1].column_names:
+            try:
+                datasets.concatenate_datasets([table.select_columns([name]) for table in tables])
+            except Exception:  # a process border: which error it is does not matter
+                return str(name)
+    return None
+
+
+def _type(config: DictConfig, file: DataFile, column: str) -> str:
+    text = str(_read(config, [file]).features.arrow_schema.field(column).type)
+    return text if len(text) <= 150 else text[:147] + "..."
+
+
+def _first_cause(error: BaseException) -> str:
+    """Name the innermost error in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+# ---------------------------------------------------------------- train and validation, rewards
+
+
+def _note_overlap(train: Iterable[DataFile], val: Iterable[DataFile]) -> None:
+    """Say how much of the validation is trained on."""
+    trained = {prompt_id for file in train for prompt_id in file.table["id"].to_pylist()}
+    held_out = [prompt_id for file in val for prompt_id in file.table["id"].to_pylist()]
+    both = sum(prompt_id in trained for prompt_id in held_out)
+    if both:
+        print(
+            f"note: {both} of the {len(held_out)} prompts of data.val_files are in data.train_files too, so validation "
+            f"measures what was trained on"
+        )
+
+
+def _truths(files: Iterable[DataFile]) -> Iterator[tuple[str, str, Any]]:
+    for file in files:
+        sources, models = file.table["data_source"].to_pylist(), file.table["reward_model"].to_pylist()
+        for row, (source, model) in enumerate(zip(sources, models, strict=True)):
+            yield f"{file.where}: row {row}", source, model["ground_truth"]
+
+
+def _samples(files: Iterable[DataFile]) -> Iterator[Sample]:
+    """The first row of every data source, training rows first."""
+    seen: set[tuple[str, str]] = set()
+    for file in files:
+        extra = _column(file.path, "extra_info") if "extra_info" in file.names else None
+        for row, source in enumerate(file.table["data_source"].to_pylist()):
+            if (file.role, source) not in seen:
+                seen.add((file.role, source))
+                yield Sample(
+                    where=f"{file.path} (row {row})",
+                    trains=file.role == "train",
+                    data_source=source,
+                    ground_truth=file.table["reward_model"][row].as_py()["ground_truth"],
+                    extra_info=(extra[row].as_py() if extra is not None else None) or {},
+                )

@@ -1,37 +1,188 @@
-"""Start-up checks of the reward function."""
+"""Start-up checks of the reward function: it is loaded, bound and called before a model is."""
 
-from omegaconf import DictConfig
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
+
+from data_prep.schema import DataError
+from recipe.skpo.rewards import VERLS_ARGUMENTS, RewardCall, RewardError, Verdict
 from recipe.skpo.settings import ConfigError
 from reward_fns import OUR_REWARD, check_options
 
+WHERE = "reward.custom_reward_function"
 
-def check_reward(config: DictConfig) -> None:
-    """Refuse a reward that cannot be loaded, and an unknown option of our own.
+_TRIAL_S = 300.0
+"""Seconds that a call before the start may take at most; it may load something first."""
+
+
+def is_ours(config: DictConfig) -> bool:
+    """Whether the reward is the one of this recipe."""
+    reward = config.reward.custom_reward_function
+    return bool(reward.path == OUR_REWARD and reward.name == "compute_score")
+
+
+def check_reward(config: DictConfig) -> RewardCall:
+    """Refuse a reward that cannot be loaded or called as verl does, and options that nobody would read.
 
     The file may import anything, verl included, so the platform must have been applied.
 
+    Returns:
+        The function, to be called.
+
     Raises:
-        ValueError: naming the config path, and what was found there or the known values.
+        ConfigError: naming the config path, what was found there, and what to do.
     """
-    where, reward = "reward.custom_reward_function", config.reward.custom_reward_function
-    if reward.path == OUR_REWARD:
-        check_options(**(reward.get("reward_kwargs") or {}))
+    reward = config.reward.custom_reward_function
     if not reward.path:
         raise ConfigError(
-            f"{where}.path: is not set; give a python file, or {OUR_REWARD} for the rewards of this recipe"
+            f"{WHERE}.path: is not set; give a python file, or {OUR_REWARD} for the rewards of this recipe"
         )
-    from verl.utils.import_utils import load_extern_object
-
+    kwargs: Any = OmegaConf.to_container(reward.get("reward_kwargs") or OmegaConf.create({}))
+    if is_ours(config):
+        check_options(**kwargs)
     try:
-        function = load_extern_object(module_path=reward.path, object_name=reward.name)
-    except Exception as error:  # a process border: the file is somebody's own
+        call = _loaded(reward.path, reward.name, json.dumps(kwargs, default=str))
+        _check_manager(config)
+        if config.reward.reward_manager.source == "register":
+            call.check_signature()
+    except RewardError as error:
+        raise ConfigError(
+            f"{WHERE}: {error}; give a python file or pkg://module by {WHERE}.path, and by {WHERE}.name a function in "
+            f"it that takes {', '.join(VERLS_ARGUMENTS)}"
+        ) from error
+    if is_ours(config):
+        known = [name for name in call.parameters if name not in (*VERLS_ARGUMENTS, "kwargs")]
+        unknown = [name for name in kwargs if name not in known]
+        if unknown:
+            raise ConfigError(f"{WHERE}.reward_kwargs.{unknown[0]}: is unknown; known are {', '.join(known)}")
+    return call
+
+
+@lru_cache(maxsize=8)
+def _loaded(path: str, name: str, kwargs: str) -> RewardCall:
+    """Load a function once: importing it may take long, or do something."""
+    return RewardCall(path, name, json.loads(kwargs))
+
+
+def _check_manager(config: DictConfig) -> None:
+    from verl.trainer.ppo.reward import resolve_reward_manager_cls
+
+    manager = config.reward.reward_manager
+    try:
+        resolve_reward_manager_cls(config)
+    except Exception as error:  # a process border: the manager may be somebody's own
         reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(
-            f"{where}: {reward.name} of {reward.path} cannot be loaded ({type(error).__name__}: {reason}); give a "
-            f"python file or pkg://module by {where}.path and the function in it by {where}.name"
+            f"reward.reward_manager: {manager.name} cannot be loaded ({type(error).__name__}: {reason}); give one of "
+            f"verl's, such as naive or dapo"
         ) from error
-    if not callable(function):
+    overlong = OmegaConf.select(config, "reward.reward_kwargs.overlong_buffer_cfg.enable")
+    if manager.name == "dapo" and overlong and "tracker" in config.method.uses:
         raise ConfigError(
-            f"{where}.name: {reward.name} of {reward.path} is no function; name the one that gives rewards"
+            f"reward.reward_kwargs.overlong_buffer_cfg.enable: is true, which takes rewards below -1, and "
+            f"method={config.method.name} {BOUNDED}; set it to false, or choose method=dapo"
         )
+
+
+BOUNDED = "needs rewards within [-1, 1], which its value tracker maps to [0, 1]"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row to try the reward on.
+
+    Attributes:
+        where: file and row, for messages.
+        trains: it is a training row, whose reward a tracker may see.
+    """
+
+    where: str
+    trains: bool
+    data_source: str
+    ground_truth: Any
+    extra_info: Mapping[str, Any]
+
+
+def try_reward(config: DictConfig, call: RewardCall, samples: Iterable[Sample]) -> None:
+    """Call the reward on real rows with an empty response, and look at what it returns.
+
+    A reward manager of the user's own may call it in another way, so nothing is tried then.
+
+    Raises:
+        ConfigError: naming function, file and row, what happened, and what to do.
+    """
+    if config.reward.reward_manager.source != "register":
+        return
+    noted: set[str] = set()
+    for sample in samples:
+        verdict = _tried(config, call, sample)
+        if sample.trains and "tracker" in config.method.uses and not -1 <= verdict.score <= 1:
+            raise ConfigError(
+                f"{WHERE}: {call.label} returns {verdict.score:g} for {sample.where} and an empty response, and "
+                f"method={config.method.name} {BOUNDED}; scale it, or choose a method without a tracker (method=grpo)"
+            )
+        for key, reason in verdict.left_out.items():
+            if key not in noted:
+                noted.add(key)
+                print(f"note: {WHERE}: {call.label} returns {key!r} ({reason}), which has no mean and is left out")
+
+
+def _tried(config: DictConfig, call: RewardCall, sample: Sample) -> Verdict:
+    """One call in a thread of its own: a function that hangs is left behind."""
+    result: list[Verdict | BaseException] = []
+    # verl's managers add these two.
+    extra_info = {**sample.extra_info, "num_turns": 2, "rollout_reward_scores": {}}
+
+    def run() -> None:
+        try:
+            result.append(call(sample.data_source, "", sample.ground_truth, extra_info))
+        except BaseException as error:  # a process border: the function is somebody's own
+            result.append(error)
+
+    limit = min(config.skpo.prompt_timeout_s, _TRIAL_S)
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(limit)
+    on = f"{sample.where} and an empty response"
+    if not result:
+        raise ConfigError(
+            f"{WHERE}: {call.label} has not returned after {limit:g} s for {on}; put a bound on what it waits for"
+        )
+    (outcome,) = result
+    if isinstance(outcome, RewardError):
+        raise ConfigError(
+            f"{WHERE}: {call.label}: {outcome}, for {on}; return a number, or a dict with the number as 'score'"
+        ) from outcome
+    if isinstance(outcome, BaseException):
+        reason = (str(outcome).splitlines() or [""])[0]
+        raise ConfigError(
+            f"{WHERE}: {call.label} fails for {on} ({type(outcome).__name__}: {reason}); mend it, or the row"
+        ) from outcome
+    return outcome
+
+
+def try_every_truth(call: RewardCall, rows: Iterable[tuple[str, str, Any]]) -> None:
+    """Ask the reward of this recipe for every row whether it can check answers to it.
+
+    Args:
+        call: of ``reward_fns.compute_score``.
+        rows: place for a message, data source and ground truth of each.
+
+    Raises:
+        DataError: naming file and row, and what the ground truth must be.
+    """
+    tried: set[tuple[str, str]] = set()
+    for where, data_source, truth in rows:
+        key = (data_source, repr(truth))
+        if key in tried:
+            continue
+        try:
+            call(data_source, "", truth, {})
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{where}: {error}") from error
+        tried.add(key)
