@@ -255,7 +255,7 @@ def _read(config: DictConfig, files: Sequence[DataFile]) -> Any:
     import datasets
     from verl.utils.dataset.rl_dataset import RLHFDataset
 
-    options = OmegaConf.create(OmegaConf.to_container(config.data))
+    options: Any = OmegaConf.create(OmegaConf.to_container(config.data))
     with open_dict(options):
         # Both need the tokenizer; model_checks looks at the lengths.
         options.filter_overlong_prompts, options.tool_config_path = False, None
@@ -263,7 +263,8 @@ def _read(config: DictConfig, files: Sequence[DataFile]) -> Any:
     datasets.disable_progress_bars()
     try:
         with redirect_stdout(io.StringIO()):
-            return RLHFDataset([file.path for file in files], None, options).dataframe
+            tokenizer: Any = None
+            return RLHFDataset([file.path for file in files], tokenizer, options).dataframe
     finally:
         if not quiet:
             datasets.enable_progress_bars()
