@@ -49,6 +49,27 @@ def test_a_prompt_never_visited_has_the_largest_weight() -> None:
     assert weights[0] > weights[3] > weights[1]
 
 
+def test_a_prompt_that_fails_again_and_again_is_drawn_less_and_less() -> None:
+    state = SkpoState(SkpoSettings(), 64)
+    batches = PrioritisedBatches(
+        ["good", "bad"], 1, 0.05, state.values.value, lambda: state.rng, lambda: state.failures
+    )
+
+    def share_of_bad() -> float:
+        drawn = [position for _ in range(200) for batch in batches for position in batch]
+        return sum(drawn) / len(drawn)
+
+    assert share_of_bad() == pytest.approx(1 / 2, abs=0.1)
+    for _ in range(2):
+        state.note_outcome("bad", trained=False)
+    assert share_of_bad() == pytest.approx(1 / 5, abs=0.1), "a weight of 1/4 beside 1"
+    for _ in range(10_000):
+        state.note_outcome("bad", trained=False)
+    assert 0 <= share_of_bad() < 0.02
+    state.note_outcome("bad", trained=True)
+    assert state.failures == {}
+
+
 # ---------------------------------------------------------------- draws
 
 

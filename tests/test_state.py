@@ -212,6 +212,22 @@ def test_generated_tokens_are_read_without_a_state(tmp_path: Path) -> None:
     assert resumed.tokens_generated == 12345678901
 
 
+def test_failures_are_kept_and_absent_from_older_checkpoints(tmp_path: Path) -> None:
+    state = fresh()
+    for trained in (False, False):
+        state.note_outcome("p", trained)
+    path = state.save(tmp_path)
+    resumed = fresh()
+    resumed.load(tmp_path)
+    assert resumed.failures == {"p": 2}
+    rewrite(path, lambda meta, arrays: meta.pop("failures"))
+    resumed.load(tmp_path)
+    assert resumed.failures == {}
+    rewrite(path, lambda meta, arrays: meta.update(failures={"p": -1}))
+    with pytest.raises(StateError, match="cannot be read"):
+        resumed.load(tmp_path)
+
+
 def test_generated_tokens_of_a_damaged_checkpoint_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="holds no"):
         saved_tokens(tmp_path)

@@ -665,6 +665,22 @@ def test_spos_clock_moves_by_verls_kl(make_trainer, monkeypatch, reported: dict,
     assert (trainer.state.clock.steps, trainer.state.clock.total_kl) == (steps, total)
 
 
+def test_prompts_that_fail_in_every_visit_are_counted_and_named(make_trainer, queue: Queue, caplog) -> None:
+    trainer = make_trainer()
+    trainer.curriculum = True
+    for _ in range(3):
+        trainer._visited = {f"v{number:010d}": f"id {number}" for number in range(5)}
+        trainer._balance_batch(stored(queue, groups(3)), {})
+    assert trainer.state.failures == {"id 3": 3, "id 4": 3}
+    (line,) = [record.getMessage() for record in caplog.records if "failed in each" in record.getMessage()]
+    assert line.endswith(
+        "2 prompts have failed in each of their last 3 visits or more, and are drawn less often: id 3, id 4"
+    )
+    trainer._visited = {"v0000000000": "id 3"}
+    trainer._balance_batch(stored(queue, groups(3)), {})
+    assert trainer.state.failures == {"id 4": 3}
+
+
 def test_only_skpo_replaces_verls_loss(make_trainer) -> None:
     for method in ("skpo", "grpo", "spo"):
         trainer = make_trainer(method)

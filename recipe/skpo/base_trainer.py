@@ -7,7 +7,7 @@ compared.  docs/verl_seams.md lists every override of verl.
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
+from data_prep.untrusted import one_line
 from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
 from recipe.skpo.checks.resume import Fingerprint, differences, restarts_epoch
 from recipe.skpo.curriculum import PrioritisedBatches
@@ -53,6 +54,9 @@ from recipe.skpo.trees import FOLDER, TreeStore
 
 logger = logging.getLogger(__name__)
 
+_OFTEN = 3
+"""Failed visits in a row from which a prompt is named in the log."""
+
 _DRIFT_PARTITION = "skpo_drift"
 """TransferQueue partition of the rows whose log-probs only measure drift; empty between two steps."""
 
@@ -73,6 +77,8 @@ class BaseTrainer(PPOTrainerSync):
         self.step_metrics: dict[str, Any] = {}
         # So many consecutive rows belong to one prompt and go into one micro-batch, whose engine shares the prompt.
         self._rows_together = 1
+        # uid to id of the prompts that were sent out and have not come back yet.
+        self._visited: dict[str, str] = {}
         self.saved_metrics: dict[str, float] = {}
         # Removed by us: verl's own removal leaves our file behind and forgets what earlier launches wrote.
         self.checkpoints_to_keep: int | None = config.trainer.max_actor_ckpt_to_keep
@@ -108,6 +114,7 @@ class BaseTrainer(PPOTrainerSync):
                 self.settings.curriculum.epsilon,
                 self.state.values.value,
                 lambda: self.state.rng,
+                lambda: self.state.failures,
             )
             self.train_dataloader = StatefulDataLoader(
                 self.train_dataset, batch_sampler=batches, num_workers=0, collate_fn=collate_fn
@@ -205,6 +212,7 @@ class BaseTrainer(PPOTrainerSync):
         # Our own uid in place of verl's random one, so that rows can be put into the same order run after run.
         # It has no "_", at which verl splits row keys.
         uids = [NonTensorData(f"v{visit.ordinal:010d}") for visit in visits]
+        self._visited |= {uid.data: str(key) for uid, key in zip(uids, batch.get("id").tolist(), strict=True)}
         batch["uid"] = NonTensorStack.from_list(uids)
         batch[SPLIT_FIELD] = torch.tensor([visit.split_position for visit in visits])
         batch[SEED_FIELD] = torch.tensor([visit.seed for visit in visits])
@@ -217,6 +225,7 @@ class BaseTrainer(PPOTrainerSync):
         order = {key: (key.rsplit("_", 2)[0], int(key.rsplit("_", 2)[1])) for key in batch.keys}
         batch.reorder(sorted(range(len(batch)), key=lambda row: order[batch.keys[row]]))
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
+        self._note_failed_prompts({key.rsplit("_", 2)[0] for key in batch.keys})
         # Every request of the step has been answered by now.
         counts = self.agent_loop_manager.take_tokens()
         self.state.tokens_generated += counts["generated"]
@@ -281,6 +290,18 @@ class BaseTrainer(PPOTrainerSync):
                 f"average, more than skpo.max_logprob_gap={self.settings.max_logprob_gap:g} allows: the servers "
                 f"hardly have the actor's weights; the same command resumes from the last checkpoint, and null lifts "
                 f"the limit"
+            )
+
+    def _note_failed_prompts(self, trained: Set[str]) -> None:
+        """Count the prompts of the step that left no row; prioritised sampling draws them less often."""
+        visited, self._visited = self._visited, {}
+        if not self.curriculum:
+            return
+        failing = [key for uid, key in visited.items() if self.state.note_outcome(key, uid in trained) >= _OFTEN]
+        if failing:
+            logger.warning(
+                "step %d: %d prompts have failed in each of their last %d visits or more, and are drawn less often: %s",
+                *(self.global_steps, len(failing), _OFTEN, one_line(", ".join(failing))),
             )
 
     # ---------------------------------------------------------------- drift of the policy

@@ -7,10 +7,13 @@ SPEC section 4.  Prompts whose value V in [0, 1] is near 1/2 teach most, because
 A prompt never visited has V = 1/2, hence the largest weight.  ``epsilon`` > 0 keeps every prompt reachable.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+_MOST_HALVINGS = 20
+"""Keeps the weight of a prompt that always fails above 0."""
 
 
 def prompt_weights(values: np.ndarray, epsilon: float) -> np.ndarray:
@@ -38,6 +41,8 @@ class PrioritisedBatches:
         epsilon: added to every weight.
         value: V of a prompt id, in [0, 1].
         rng: gives the generator to draw from; asked each time, because a resume replaces it.
+        failures: gives the ids whose last visits all failed, to their number; each halves the weight.  Such a prompt
+            would otherwise keep the weight of one never visited, and be drawn again and again.
     """
 
     def __init__(
@@ -47,9 +52,10 @@ class PrioritisedBatches:
         epsilon: float,
         value: Callable[[str], float],
         rng: Callable[[], np.random.Generator],
+        failures: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self.ids, self.batch_size, self.epsilon = list(ids), batch_size, epsilon
-        self.value, self.rng = value, rng
+        self.value, self.rng, self.failures = value, rng, failures
         self.drawn = 0
 
     def __len__(self) -> int:
@@ -59,7 +65,11 @@ class PrioritisedBatches:
         while self.drawn < len(self):
             self.drawn += 1
             values = np.array([self.value(prompt_id) for prompt_id in self.ids])
-            yield draw_prompts(prompt_weights(values, self.epsilon), self.batch_size, self.rng())
+            weights = prompt_weights(values, self.epsilon)
+            failures = self.failures()
+            if failures:
+                weights *= [0.5 ** min(failures.get(prompt_id, 0), _MOST_HALVINGS) for prompt_id in self.ids]
+            yield draw_prompts(weights, self.batch_size, self.rng())
         self.drawn = 0
 
     def state_dict(self) -> dict[str, Any]:

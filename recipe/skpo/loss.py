@@ -19,6 +19,10 @@ UPSTREAM, DOWNSTREAM = 0, 1
 """Values of the per-row field ``skpo_phase``."""
 
 
+_KL_BOUND = 3.0
+"""Largest log-ratio of a token that the KL metric counts, in nats; the objective does not know it."""
+
+
 def _ratio(log_prob: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
     # Clamped like verl's own losses do: exp(20) is far outside every clip range, exp(1000) is inf and inf * 0 is NaN.
     return torch.exp((log_prob - old_log_prob).clamp(-20.0, 20.0))
@@ -114,6 +118,8 @@ def skpo_loss(
             sums[f"skpo/{name}/tokens_sum"] = tokens.sum()
             sums[f"skpo/{name}/clipped_low_sum"] = (tokens * (ratio < 1 - clip_low)).sum()
             sums[f"skpo/{name}/clipped_high_sum"] = (tokens * (ratio > 1 + clip_high)).sum()
-            # k3 estimator of KL(pi_old || pi) per token: never negative.
-            sums[f"skpo/{name}/kl_sum"] = (tokens * (ratio - 1 - log_ratio)).sum()
+            # k3 estimator of KL(pi_old || pi) per token: never negative.  Bounded, because a single token far out would
+            # make the running mean of the drift clock so large that the steps after it read as none.
+            bounded = log_ratio.clamp(-_KL_BOUND, _KL_BOUND)
+            sums[f"skpo/{name}/kl_sum"] = (tokens * (bounded.exp() - 1 - bounded)).sum()
     return loss, Metric.from_dict({name: float(value) for name, value in sums.items()}, aggregation="sum")

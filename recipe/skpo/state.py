@@ -139,6 +139,8 @@ class SkpoState:
         self.rng = np.random.default_rng(settings.seed)
         self.visits = 0
         self.tokens_generated = 0
+        self.failures: dict[str, int] = {}
+        """Prompt id to the number of its last visits, one after the other, that left nothing to train on."""
 
     def next_visit(self, prompt_id: str, step: int) -> Visit:
         """Draw the split position (unless it is fixed) and the seed of the next rollout of ``prompt_id``.
@@ -156,6 +158,14 @@ class SkpoState:
         visit = Visit(self.visits, split, int(self.rng.integers(_SEED_BOUND)), mean_length)
         self.visits += 1
         return visit
+
+    def note_outcome(self, prompt_id: str, trained: bool) -> int:
+        """Count a visit that failed, or forget the failures of a prompt that was trained; returns their number."""
+        if trained:
+            self.failures.pop(prompt_id, None)
+            return 0
+        self.failures[prompt_id] = self.failures.get(prompt_id, 0) + 1
+        return self.failures[prompt_id]
 
     def baseline(self, prompt_id: str) -> float:
         """V of the prompt mapped to reward units, in [-1, 1]; 0 on the first visit."""
@@ -187,6 +197,7 @@ class SkpoState:
             "drift": self.settings.tracker.drift,
             "visits": self.visits,
             "tokens_generated": self.tokens_generated,
+            "failures": self.failures,
             "rng": self.rng.bit_generator.state,
         }
         target = folder / FILE_NAME
@@ -217,6 +228,9 @@ class SkpoState:
                 target.load_state_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
             self.rng.bit_generator.state = meta["rng"]
             self.visits, self.tokens_generated = _count(meta, "visits"), _count(meta, "tokens_generated")
+            # Absent from checkpoints of earlier versions.
+            failures = meta.get("failures", {})
+            self.failures = {str(prompt_id): _count(failures, prompt_id) for prompt_id in failures}
         except DAMAGE as error:
             raise _damaged(path, error) from error
 
