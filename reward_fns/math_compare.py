@@ -18,11 +18,11 @@ from reward_fns.math_reading import Builder, Chain, Group, Leaf, Node, Operation
 from reward_fns.math_values import (
     POINT_TOLERANCE,
     Unread,
-    at_points,
     close,
     constant,
     functions_or_products,
     is_real,
+    pairs_at_points,
     reading,
     same_text,
     same_value,
@@ -30,6 +30,8 @@ from reward_fns.math_values import (
     variables,
     without_calls,
 )
+
+FEWEST_QUOTIENTS = 4
 
 _WORDY_NAME = re.compile(
     r"(?:\\(?:text|mathrm|overline|operatorname)\s*\{[^{}]*\}|\\(?:angle|triangle|measuredangle)|[a-zA-Z\s'()|])+"
@@ -335,14 +337,15 @@ def quotient(left: tuple[Node, Node], right: tuple[Node, Node]) -> Any:
     both = functions_or_products(*both)
     if not all(variables(each) for each in both):
         return None
-    ratios = [
-        one / other
-        for one, other in zip(at_points(both[0]), at_points(both[1]), strict=True)
-        if one is not None and other is not None and abs(other) > POINT_TOLERANCE and abs(one) > POINT_TOLERANCE
-    ]
-    if len(ratios) < 4 or not all(close(ratio, ratios[0]) for ratio in ratios):
-        return None
-    return ratios[0]
+    constant_, found = None, 0
+    for one, other in pairs_at_points(*both):
+        if abs(one) <= POINT_TOLERANCE or abs(other) <= POINT_TOLERANCE:
+            continue
+        constant_ = one / other if constant_ is None else constant_
+        if not close(one / other, constant_):
+            return None
+        found += 1
+    return constant_ if found >= FEWEST_QUOTIENTS else None
 
 
 # ---------------------------------------------------------------- sets

@@ -8,6 +8,7 @@ Used by `math_worker` alone: sympy may run forever on what a model writes.
 
 import hashlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -205,6 +206,8 @@ def _parsed(text: str) -> Any:
         if not all(isinstance(power, sympy.Integer) and abs(power) <= LARGEST_MATRIX_POWER for power in powers):
             raise Unread("a power of a matrix")
         value = value.doit()
+    if not isinstance(value, MatrixBase) and value.has(MatrixBase, sympy.MatrixExpr):
+        raise Unread("a function of a matrix")
     imaginary = Symbol("i")
     return value.xreplace({imaginary: sympy.I}) if value.has(imaginary) else value
 
@@ -271,12 +274,27 @@ def _same_expression(left: Expr, right: Expr) -> bool:
             return bool(numbers[0] == numbers[1])
         one, other = (number if not isinstance(number, Rational) else to_mpmath(number) for number in numbers)
         return bool(abs(one - other) <= TOLERANCE * max(abs(one), abs(other), mpmath.mpf(10) ** -10))
-    values = at_points(left), at_points(right)
-    pairs = [(one, other) for one, other in zip(*values, strict=True) if one is not None and other is not None]
-    if not (left.has(sympy.I) or right.has(sympy.I)):
-        real = [(one, other) for one, other in pairs if is_real(one) and is_real(other)]
-        pairs = real if len(real) >= FEWEST_POINTS else pairs
-    return len(pairs) >= FEWEST_POINTS and all(close(one, other) for one, other in pairs)
+    everywhere = left.has(sympy.I) or right.has(sympy.I)
+    real, other_pairs = 0, []
+    for one, other in pairs_at_points(left, right):
+        if not everywhere and not (is_real(one) and is_real(other)):
+            other_pairs.append((one, other))
+        elif close(one, other):
+            real += 1
+        else:
+            return False
+    if real >= FEWEST_POINTS:
+        return True
+    return len(other_pairs) >= FEWEST_POINTS and all(close(one, other) for one, other in other_pairs)
+
+
+def pairs_at_points(left: Expr, right: Expr) -> Iterator[tuple[Any, Any]]:
+    """The values of both at the points where both have one."""
+    for number in range(len(POINTS)):
+        one = value_at(left, number)
+        other = None if one is None else value_at(right, number)
+        if other is not None:
+            yield one, other
 
 
 def to_mpmath(number: Rational) -> Any:
@@ -320,19 +338,15 @@ def constant(expression: Expr) -> Any:
     return _complex(exact.evalf(DIGITS))
 
 
-@lru_cache(maxsize=2048)
-def at_points(expression: Expr) -> tuple[Any, ...]:
-    """Complex values of an expression at `POINTS`; None where it has none."""
-    names = variables(expression)
-    flat = without_calls(expression)
-    found = []
-    for number, (low, high, positive) in enumerate(POINTS):
-        values = {name: _coordinate(str(name), number, low, high, positive) for name in names}
-        try:
-            found.append(_complex(flat.xreplace(values).evalf(POINT_DIGITS)))
-        except (ValueError, TypeError, ZeroDivisionError, OverflowError, NotImplementedError, AttributeError):
-            found.append(None)
-    return tuple(found)
+@lru_cache(maxsize=8192)
+def value_at(expression: Expr, number: int) -> Any:
+    """Complex value of an expression at one of `POINTS`; None if it has none."""
+    low, high, positive = POINTS[number]
+    values = {name: _coordinate(str(name), number, low, high, positive) for name in variables(expression)}
+    try:
+        return _complex(without_calls(expression).xreplace(values).evalf(POINT_DIGITS))
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError, NotImplementedError, AttributeError):
+        return None
 
 
 @lru_cache(maxsize=4096)
