@@ -1,6 +1,8 @@
 """Mathematical answers: what is equal and what is not, by kind, and that nothing a model writes is run."""
 
 import json
+import re
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -334,6 +336,19 @@ def test_the_same_answer_written_differently_is_right(kind: str) -> None:
 def test_another_answer_is_wrong(kind: str) -> None:
     pairs = [pair for one, other in DIFFERENT[kind] for pair in ((one, other), (other, one))]
     assert [pair for pair in pairs if equal(*pair)] == []
+
+
+def test_the_rules_in_the_documentation_hold() -> None:
+    text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
+    table = text.partition("### How answers are compared")[2].partition("\n\n### ")[0]
+    checked, wrong = 0, []
+    for row in re.findall(r"(?m)^\| .*\|$", table)[1:]:
+        for cell, right in zip(re.split(r" \|(?: |$)", row)[2:4], (True, False), strict=True):
+            for given, truth in re.findall(r"((?:`[^`]+`(?:, | or | and )?)+) for ((?:`[^`]+`(?:, | and )?)+)", cell):
+                for pair in product(re.findall("`([^`]+)`", given), re.findall("`([^`]+)`", truth)):
+                    checked += 1
+                    wrong += [] if equal(*pair) == right else [pair]
+    assert checked > 60 and wrong == []
 
 
 def test_the_guard_refuses_nothing_that_these_comparisons_need() -> None:
