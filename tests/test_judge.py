@@ -19,7 +19,8 @@ from reward_fns import compute_score, judge
 
 REPOSITORY = Path(__file__).parents[1]
 
-ENDLESS = "\\begin{pmatrix}" + "\\\\".join(["&".join(["aa", "bb"] * 4)] * 8) + "\\end{pmatrix}^{20}"
+ENDLESS = "(8^{8})!"
+"""A number of 100 million digits."""
 
 
 @pytest.fixture(scope="module", autouse=True)
