@@ -308,6 +308,8 @@ value(
     f"{REWARD}.reward_kwargs.answr_format: is unknown",
     "answer_format",
 )
+value(f"{REWARD}.reward_kwargs", None, f"{REWARD}.reward_kwargs: is None, must be a record", "leave it out")
+value(f"{REWARD}.reward_kwargs", "boxed", f"{REWARD}.reward_kwargs: is 'boxed', must be a record", "leave it out")
 value(
     f"{REWARD}.reward_kwargs",
     {"ground_truth": "5"},

@@ -296,6 +296,16 @@ def test_reward_of_ones_own_gets_what_the_trainer_gives(command, tmp_path: Path)
     assert json.loads(Path("out/table.json").read_text(encoding="utf-8"))["benchmarks"][0]["avg"] == 0
 
 
+def test_truths_may_be_numbers(command, data: Path) -> None:
+    rows = pd.read_parquet(data)
+    rows["reward_model"] = [{"ground_truth": int(model["ground_truth"])} for model in rows["reward_model"]]
+    rows.to_parquet("numbers.parquet", index=False)
+    assert command("output_dir=texts")[0] == command("benchmarks=[numbers.parquet]", "output_dir=numbers")[0] == 0
+    found = [pd.read_parquet(file) for file in ("texts/sums/problems.parquet", "numbers/numbers/problems.parquet")]
+    for column in ("ground_truth", "n_right"):
+        assert found[0][column].tolist() == found[1][column].tolist()
+
+
 def test_files_named_after_a_split_are_called_after_their_folder_too(command, data: Path, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -236,7 +236,7 @@ def test_a_file_that_verl_alone_cannot_read_is_refused(config, train: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(datasets, "load_dataset", full_disk)
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=r"look at the free space .* \(HF_DATASETS_CACHE\)") as error:
         check_data(config)
     assert one_line(error).startswith(
         f"data.train_files: {train}: verl's reader refuses it (OSError: [Errno 28] No space"

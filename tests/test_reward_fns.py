@@ -139,6 +139,19 @@ def test_a_ground_truth_that_is_no_number_is_a_fault_of_the_data() -> None:
         compute_score("skpo/arithmetic", "#### 7", "seven")
 
 
+@pytest.mark.parametrize("truth", ["5", 5, 5.0, Decimal("5"), Decimal("5.0")], ids=repr)
+@pytest.mark.parametrize("source", ["skpo/arithmetic", "openai/gsm8k", "HuggingFaceH4/MATH-500"])
+def test_a_ground_truth_may_be_a_number(source: str, truth: object) -> None:
+    assert compute_score(source, "#### 5", truth)["score"] == 1.0
+    assert compute_score(source, "#### 50", truth)["score"] == -1.0
+
+
+@pytest.mark.parametrize("truth", [True, None, ["5"], {"value": 5}, b"5", 5j], ids=repr)
+def test_a_ground_truth_that_is_neither_text_nor_number_is_a_fault_of_the_data(truth: object) -> None:
+    with pytest.raises(ValueError, match=rf"is a {type(truth).__name__}; write a text or a number$"):
+        compute_score("openai/gsm8k", "#### 5", truth)
+
+
 def test_verl_can_load_and_call_the_reward_by_path_and_by_package() -> None:
     from verl.utils.import_utils import load_extern_object
 

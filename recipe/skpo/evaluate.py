@@ -337,7 +337,7 @@ class Problem:
     data_source: str
     prompt_ids: tuple[int, ...]
     question: str
-    ground_truth: str
+    ground_truth: Any
     extra_info: dict[str, Any]
 
 
@@ -530,7 +530,7 @@ def answered(
             Answered(
                 id=problem.id,
                 question=problem.question,
-                ground_truth=problem.ground_truth,
+                ground_truth=str(problem.ground_truth),
                 responses=tuple(texts),
                 preds=tuple(item.pred for item in checked),
                 right=tuple(item.right for item in checked),

@@ -236,10 +236,10 @@ def _check_readable(config: DictConfig, files: Sequence[DataFile]) -> None:
         try:
             _read(config, [file])
         except Exception as error:  # as above
-            raise DataError(
-                f"{file.where}: verl's reader refuses it ({_first_cause(error)}); write it with data_prep.schema: "
-                f"write_parquet"
-            ) from error
+            # The reader copies what it reads into its cache.
+            cache = "look at the free space and the rights of its cache (HF_DATASETS_CACHE)"
+            fix = cache if isinstance(_innermost(error), OSError) else "write it with data_prep.schema: write_parquet"
+            raise DataError(f"{file.where}: verl's reader refuses it ({_first_cause(error)}); {fix}") from error
     for file in files[1:]:
         column = _differing_column(config, files[0], file)
         if column is not None:
@@ -288,10 +288,15 @@ def _type(config: DictConfig, file: DataFile, column: str) -> str:
     return text if len(text) <= 150 else text[:147] + "..."
 
 
-def _first_cause(error: BaseException) -> str:
-    """Name the innermost error in one line."""
+def _innermost(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _first_cause(error: BaseException) -> str:
+    """Name the innermost error in one line."""
+    error = _innermost(error)
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 

@@ -42,7 +42,12 @@ def check_reward(config: DictConfig) -> RewardCall:
         raise ConfigError(
             f"{WHERE}.path: is not set; give a python file, or {OUR_REWARD} for the rewards of this recipe"
         )
-    kwargs: Any = OmegaConf.to_container(reward.get("reward_kwargs") or OmegaConf.create({}))
+    given = reward.get("reward_kwargs", {})
+    if not OmegaConf.is_dict(given):
+        raise ConfigError(
+            f"{WHERE}.reward_kwargs: is {given!r}, must be a record such as {{key: value}}; or leave it out"
+        )
+    kwargs: Any = OmegaConf.to_container(given)
     if is_ours(config):
         check_options(**kwargs)
     try:
