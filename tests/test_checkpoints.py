@@ -1,21 +1,28 @@
 """Which checkpoint counts, whether it is whole, which ones are removed; whole runs with kills are in test_kills.py."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from recipe.skpo.checkpoints import (
     DATA_FILE,
     MARKER,
     METRICS_FILE,
+    check_room,
+    expected_bytes,
     mark,
     marked_step,
     missing_piece,
     newest_whole,
     remove_checkpoint,
     remove_older,
+    stored_bytes,
     stored_checkpoints,
 )
+from recipe.skpo.settings import ConfigError
 from recipe.skpo.state import FILE_NAME
 from tests.conftest import write_checkpoint
 
@@ -140,3 +147,92 @@ def test_what_a_link_leads_to_is_not_removed(root: Path, tmp_path_factory: pytes
     before = sorted(elsewhere.rglob("*"))
     remove_checkpoint(folder)
     assert sorted(elsewhere.rglob("*")) == before and not folder.is_symlink() and not folder.exists()
+
+
+# ---------------------------------------------------------------- room on the disk
+
+
+@pytest.fixture
+def sized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Config of a run whose model has 1,000,000 numbers, and a way to say how much of the disk is free."""
+    import torch
+    from safetensors.torch import save_file
+
+    model = tmp_path / "model"
+    model.mkdir()
+    parts = {
+        "model-1.safetensors": torch.zeros(600, 1000, dtype=torch.bfloat16),
+        "model-2.safetensors": torch.zeros(400_000),
+    }
+    for name, weights in parts.items():
+        save_file({"w": weights}, model / name)
+    config = OmegaConf.create(
+        {
+            "actor_rollout_ref": {"model": {"path": str(model)}, "actor": {"fsdp_config": {"model_dtype": "fp32"}}},
+            "trainer": {
+                "default_local_dir": str(tmp_path / "out/checkpoints"),
+                "max_actor_ckpt_to_keep": 2,
+                "save_freq": 5,
+            },
+        }
+    )
+
+    def free(size: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=size))
+
+    return config, free
+
+
+def test_a_first_checkpoint_without_room_is_refused_at_the_start(sized, capsys) -> None:
+    config, free = sized
+    free(11_999_999)
+    with pytest.raises(ConfigError) as error:
+        check_room(config)
+    assert str(error.value) == (
+        f"trainer.default_local_dir: {config.trainer.default_local_dir} has 11,999,999 bytes free, a checkpoint takes "
+        "about 12,000,000; make room, give another output_dir, or save none with trainer.save_freq=-1"
+    )
+    free(12_000_000)
+    check_room(config)
+    assert capsys.readouterr().out.endswith("and 2 are kept; a save without room will end the run\n")
+    free(24_000_000)
+    check_room(config)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"actor_rollout_ref.actor.fsdp_config.model_dtype": "bf16"}, 6_000_000),
+        ({"actor_rollout_ref.model.lora_rank": 8}, 4_000_000),
+        ({"actor_rollout_ref.model.path": "org/model"}, None),
+    ],
+)
+def test_what_a_checkpoint_takes_follows_the_model(sized, change: dict[str, Any], expected: int | None) -> None:
+    config, free = sized
+    for key, value in change.items():
+        OmegaConf.update(config, key, value, force_add=True)
+    assert expected_bytes(config) == expected
+    free(0)
+    if expected is None:
+        check_room(config)
+
+
+def test_a_checkpoint_that_is_there_tells_the_size_and_takes_no_more_room_when_replaced(sized) -> None:
+    config, free = sized
+    folder = Path(config.trainer.default_local_dir)
+    write_checkpoint(folder / "global_step_5")
+    (folder / "global_step_5/actor/extra.bin").write_bytes(b"x" * 5000)
+    size = stored_bytes(folder / "global_step_5")
+    assert expected_bytes(config) == size > 5000
+    free(size - 1)
+    with pytest.raises(ConfigError, match=f"takes about {size:,};"):
+        check_room(config)
+    write_checkpoint(folder / "global_step_10")
+    check_room(config)
+    config.trainer.max_actor_ckpt_to_keep = None
+    with pytest.raises(ConfigError, match="bytes free"):
+        free(0)
+        check_room(config)
+    config.trainer.save_freq = -1
+    check_room(config)

@@ -644,7 +644,8 @@ def test_patience_begins_anew_with_every_batch(monkeypatch, make_buffer) -> None
 
 
 ADAPTER = """
-import asyncio, json, sys, time
+import asyncio, json, sys, threading, time
+from concurrent.futures import Future
 from types import SimpleNamespace
 import torch, zmq
 import recipe.skpo.cpu.verl_plugin
@@ -654,7 +655,17 @@ from recipe.skpo import weight_sync
 
 adapter = get_rollout_class("vllm", "async")
 assert adapter is weight_sync.BoundedServerAdapter
-weight_sync._TELL_S = 0.2
+weight_sync._LOST_S = 0.5
+
+class Answer:  # stands for a Ray object that may never come
+    def __init__(self):
+        self.future_ = Future()
+
+    def future(self):
+        return self.future_
+
+    def __await__(self):
+        return asyncio.wrap_future(self.future_).__await__()
 
 class Server:  # stands for the Ray handle of a vLLM server whose receiver never answers
     def __init__(self, outcome):
@@ -662,19 +673,22 @@ class Server:  # stands for the Ray handle of a vLLM server whose receiver never
         self.outcome = outcome
 
     def call(self, *args, **kwargs):
-        future = asyncio.get_running_loop().create_future()
+        answer = Answer()
         if self.outcome == "fails":
-            future.set_exception(ValueError("no such weight"))
+            answer.future_.set_exception(ValueError("no such weight"))
+        if self.outcome == "dies later":
+            error = type("EngineDeadError", (Exception,), {})("see stack trace (above)")
+            threading.Timer(0.3, answer.future_.set_exception, [error]).start()
         if self.outcome == "has a time-out":
-            future.set_exception(TimeoutError("its own"))
+            answer.future_.set_exception(TimeoutError("its own"))
         if self.outcome == "is gone":
-            future.set_result(None)
-        return future
+            answer.future_.set_result(None)
+        return answer
 
 def make(outcome):
     made = adapter.__new__(adapter)
     made.config = SimpleNamespace(
-        custom={"weight_sync_timeout_s": 1.0},
+        custom={"weight_sync_timeout_s": 2.0},
         checkpoint_engine=SimpleNamespace(update_weights_bucket_megabytes=1),
         free_cache_engine=True,
     )
@@ -690,12 +704,13 @@ async def sync(outcome, peer=False, rank_has_server=True):
     silent = other.socket(zmq.REP)
     if peer:
         silent.connect(made.zmq_handle)
-    before, started = dict(zmq.Context.instance().sockopts), time.monotonic()
+    context = zmq.Context.instance()
+    before, started = (dict(context.sockopts), context._socket_class), time.monotonic()
     try:
         await made.update_weights(iter([("w", torch.ones(2))]))
     except weight_sync.WeightSyncError as error:
         message = str(error)
-    assert zmq.Context.instance().sockopts == before, "other sockets of the process wait as they did"
+    assert (context.sockopts, context._socket_class) == before, "other sockets of the process wait as they did"
     other.destroy(linger=0)
     return message, time.monotonic() - started
 
@@ -705,7 +720,10 @@ async def call(outcome, method, *args):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
-CASES = [("fails",), ("fails", True), ("hangs", True), ("is gone", True), ("fails", True, False)]
+CASES = [
+    ("fails",), ("fails", True), ("dies later", True), ("is gone", True),
+    ("hangs", True), ("hangs",), ("fails", True, False),
+]
 CALLS = [("hangs", "resume", ["weights"]), ("hangs", "release"), ("is gone", "release"), ("has a time-out", "release")]
 print(json.dumps([[asyncio.run(sync(*case)) for case in CASES], [asyncio.run(call(*case)) for case in CALLS]]))
 """
@@ -722,19 +740,25 @@ def test_weights_that_nobody_acknowledges_stop_the_run(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    reasons = ["ValueError: no such weight"] * 2 + [
-        "hangs or is slower",
-        "an answer was lost",
-        "does not talk to the server",
+    late = "vLLM did not acknowledge weights within skpo.weight_sync_timeout_s=2 s; "
+    failed = "vLLM failed while it received weights: "
+    reasons = [
+        (f"{failed}ValueError: no such weight", False),
+        (f"{failed}ValueError: no such weight", False),
+        (f"{failed}a vLLM engine died", False),
+        ("vLLM reports that it has received the weights, but its acknowledgement was lost", False),
+        (f"{late}it has not reported a failure, so it hangs or is slower than that", True),
+        (f"{late}it has not reported a failure, so it hangs or is slower than that", True),
+        (f"{late}this rank does not talk to the server itself, see the log of the vLLM process", True),
     ]
     syncs, calls = json.loads(done.stdout.splitlines()[-1])
-    for (message, seconds), reason in zip(syncs, reasons, strict=True):
-        assert "within skpo.weight_sync_timeout_s=1 s" in message and reason in message
-        assert 1.0 <= seconds < 10
+    for (message, seconds), (reason, waited) in zip(syncs, reasons, strict=True):
+        assert message == reason
+        assert seconds >= 2 if waited else seconds < 2, "what is known at once is not waited for"
     assert not list(tmp_path.iterdir()), "the socket is gone"
     assert calls == [
-        "WeightSyncError: vLLM did not answer wake_up within skpo.weight_sync_timeout_s=1 s",
-        "WeightSyncError: vLLM did not answer sleep within skpo.weight_sync_timeout_s=1 s",
+        "WeightSyncError: vLLM did not answer wake_up within skpo.weight_sync_timeout_s=2 s",
+        "WeightSyncError: vLLM did not answer sleep within skpo.weight_sync_timeout_s=2 s",
         None,
         "TimeoutError: its own",
     ]

@@ -8,6 +8,7 @@ process and ends by SIGKILL or by ``os._exit``.  ``tests/e2e/test_resume.py`` do
 
 import json
 import os
+import re
 import signal
 import traceback
 import zlib
@@ -19,11 +20,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 
 from data_prep.schema import Row, write_parquet
-from recipe.skpo.checkpoints import MARKER, METRICS_FILE, mark, marked_step, repair_marker, stored_checkpoints
+from recipe.skpo.checkpoints import (
+    MARKER,
+    METRICS_FILE,
+    SaveError,
+    mark,
+    marked_step,
+    repair_marker,
+    stored_checkpoints,
+)
 from recipe.skpo.checks.identity import fingerprint
 from recipe.skpo.checks.resume import FILE_NAME as FINGERPRINT
+from recipe.skpo.ending import way_on
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.preflight import check_resume, is_finished
 from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD
@@ -316,3 +327,70 @@ def test_a_mark_in_another_runs_folder_stays(make_config, tmp_path: Path) -> Non
     mark(ours, 99)
     assert launch(lambda: killed(fork, "generation", 5), tmp_path / "log") == -signal.SIGKILL
     assert marked_step(theirs) == STEPS and marked_step(ours) is None
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def full_disk(place: str, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make the next save fail in one place, as a full disk does; returns what its message says of the cause."""
+    if place == "no room":
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+        return " has no room: "
+    if place == "actor":  # torch hides the cause
+        error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 228224 vs 228112\nmore")
+
+        def save(*arguments: Any, **options: Any) -> None:
+            Actor().save_checkpoint(*arguments, **options)
+            raise RayTaskError("save_checkpoint", "Traceback ...", error)
+
+        monkeypatch.setattr(trainer.actor_rollout_wg, "save_checkpoint", save)
+        return " could not be written (RuntimeError: [enforce fail at inline_container.cc:672]"
+    file = {"trackers": FILE_NAME, "data": "data.pt", "mark": MARKER}[place]
+    real = os.open if place == "trackers" else open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if file in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, *arguments, **options)
+
+    if place == "trackers":
+        monkeypatch.setattr(trainer.state, "save", lambda folder: refuse(folder / FILE_NAME))
+    elif place == "data":
+        real_save = torch.save
+        monkeypatch.setattr(
+            torch, "save", lambda what, path: refuse(path) if file in str(path) else real_save(what, path)
+        )
+    else:
+        monkeypatch.setattr("builtins.open", refuse)
+    return " could not be written (OSError: [Errno 28] No space left on device"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("place", ["no room", "trackers", "actor", "data", "mark"])
+def test_a_full_disk_is_named_and_the_run_goes_on_from_the_last_whole_checkpoint(
+    make_config, unbroken, monkeypatch, place: str
+) -> None:
+    config = make_config("full", True)
+    folder = Path(config.trainer.default_local_dir)
+    trainer = make_trainer(config)
+    with monkeypatch.context() as patch:
+        with pytest.raises(SaveError) as error:
+            while trainer.global_steps < STEPS:
+                trainer.global_steps += 1
+                metrics: dict[str, float] = {}
+                trainer.step(metrics, {})
+                if trainer.global_steps == 4:
+                    said = full_disk(place, trainer, patch)
+                if trainer.global_steps % SAVE_EVERY == 0:
+                    trainer._save_checkpoint()
+                trainer.logger.logger["metrics_file"].log(metrics, trainer.global_steps)
+        message = str(error.value)
+        assert message.startswith(f"the checkpoint of step 4{said}")
+        assert re.search(rf"{folder} has [\d,]+ bytes free, a checkpoint takes about [\d,]+; make room$", message)
+        assert len(message.splitlines()) == 1
+        if place != "mark":
+            assert way_on(config) == "the same command resumes from step 2"
+            assert list(stored_checkpoints(folder)) == [2], "the half of one takes no room"
+    train(config)
+    assert result(config) == unbroken(True)

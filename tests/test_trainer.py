@@ -403,6 +403,27 @@ def test_skpo_advantages_are_the_references_and_baselines_are_read_before_any_up
     assert trainer.state.lengths.value(f"id-{uid}") == pytest.approx(sum(own) / G)
 
 
+@pytest.mark.faults
+def test_trees_that_cannot_be_written_do_not_end_the_training(make_trainer, queue: Queue, monkeypatch, caplog) -> None:
+    from recipe.skpo import trainer as module
+    from recipe.skpo.output.best_effort import BestEffort
+
+    def full(step: int, trees: list[dict[str, Any]]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "EFFORT", BestEffort())
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer.trees, "write", full)
+    batch, metrics = stored(queue, groups(4)), {}
+    for _ in range(2):
+        trainer._compute_advantage(batch, metrics)
+    assert metrics["skpo/prompts_dropped"] == 0 and not tree_index(Path(trainer.output_dir))
+    assert [text for text in caplog.messages if "trees" in text] == [
+        "trees: not written (OSError: [Errno 28] No space left on device); the training goes on, and later failures "
+        "of it are not logged"
+    ]
+
+
 def test_a_hard_beginning_is_part_of_the_length_and_not_of_the_tokens_that_share_the_objective(
     make_trainer, queue: Queue
 ) -> None:
@@ -867,25 +888,6 @@ def test_the_bound_on_the_gap_knows_what_the_log_probs_are_of(compose_config, ro
     )
 
 
-@pytest.mark.faults
-@pytest.mark.parametrize("method", ["skpo", "grpo"])
-def test_a_replica_that_died_stops_the_run_and_names_the_way_on(make_trainer, method: str) -> None:
-    from ray.exceptions import RayActorError
-
-    from recipe.skpo.rollout import RolloutError
-
-    def sleep() -> None:
-        raise RayActorError(error_msg="vLLMHttpServer was killed\nmore")
-
-    trainer = make_trainer(method)
-    trainer.checkpoint_manager.sleep_replicas = sleep
-    with pytest.raises(RolloutError) as error:
-        trainer.on_sample_end()
-    assert str(error.value).startswith("a rollout server died in step 1: ")
-    assert "the same command resumes from the last checkpoint" in str(error.value)
-
-
-@pytest.mark.faults
 @pytest.mark.parametrize("error", [None, TimeoutError("its own")], ids=["hangs", "fails"])
 def test_a_replica_that_does_not_fall_asleep_is_not_waited_for_without_end(make_trainer, error) -> None:
     import asyncio
@@ -909,8 +911,7 @@ def test_a_replica_that_does_not_fall_asleep_is_not_waited_for_without_end(make_
         trainer.on_sample_end()
     if error is None:
         assert str(raised.value) == (
-            "the rollout cannot go on in step 1: a rollout server is alive and has not answered within "
-            "skpo.weight_sync_timeout_s=1 s; the same command resumes from the last checkpoint"
+            "a rollout server is alive and has not answered within skpo.weight_sync_timeout_s=1 s"
         )
     else:
         assert raised.value is error

@@ -149,11 +149,15 @@ SEAMS = [
         "(self, partition_id, last_debug_time)",
         "replay.BoundedReplayBuffer._wait_for_next_poll gives up",
     ),
-    (f"{SYNC}.on_sample_end", "(self)", "base_trainer.BaseTrainer names the replica that died"),
     (
         "verl.workers.rollout.base:get_rollout_class",
         "(rollout_name, mode='async')",
         "it finds weight_sync.BoundedServerAdapter by the name that weight_sync_registration puts into its registry",
+    ),
+    (
+        f"{SYNC}._write_generations",
+        "(inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path, global_steps)",
+        "base_trainer.BaseTrainer skips a dump that cannot be written",
     ),
     (f"{SYNC}.on_step_begin", "(self)", "base_trainer.BaseTrainer starts the token counts of the step there"),
     (f"{SYNC}.on_step_end", "(self)", "base_trainer.BaseTrainer ends training there when the budget is spent"),
@@ -733,6 +737,21 @@ FACTS = [
         'rollout.get("agent", {}).get("agent_loop_manager_class")',
         "config/method/*.yaml name rollout.SkpoAgentLoopManager or rollout.MeteredManager there",
     ),
+    (
+        "verl.trainer.main_ppo:run_ppo",
+        "runner = task_runner_class.remote() ray.get(runner.run.remote(config))",
+        "ending.WatchedRunner stands for the class there: what it does comes between ray.init and the runner's start",
+    ),
+    (
+        "verl.single_controller.ray.base:ResourcePoolManager",
+        "max_colocate_count: int = 3",
+        "checks.environment counts the CPUs that verl reserves with every device",
+    ),
+    (
+        "verl.single_controller.ray.base:RayResourcePool.get_placement_groups",
+        'bundle = {"CPU": self.max_colocate_count}',
+        "checks.environment counts the CPUs that verl reserves with every device",
+    ),
 ]
 
 
@@ -750,7 +769,7 @@ FACTS += [
     (
         f"{SYNC}.on_sample_end",
         "self.checkpoint_manager.sleep_replicas()",
-        "base_trainer.on_sample_end learns there of a replica that died",
+        "replicas.BoundedCheckpointManager gives up there on a replica that hangs",
     ),
 ]
 
@@ -779,7 +798,7 @@ WEIGHT_FACTS = [
     (
         f"{VLLM_ROLLOUT}/bucketed_weight_transfer.py",
         "self.zmq_context = zmq.Context.instance() self.socket = None",
-        "weight_sync.BoundedServerAdapter gives that context's new sockets a time-out",
+        "weight_sync.BoundedServerAdapter gives that context sockets that give up",
     ),
     (
         f"{VLLM_ROLLOUT}/bucketed_weight_transfer.py",

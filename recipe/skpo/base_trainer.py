@@ -27,15 +27,27 @@ from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
+    METRICS_FILE,
+    SaveError,
+    expected_bytes,
+    free_bytes,
+    is_whole,
+    mark,
+    remove_checkpoint,
+    remove_older,
+)
 from data_prep.untrusted import one_line
+from recipe.skpo.checkpoints import (
 from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
 from recipe.skpo.checks.resume import Fingerprint, differences, restarts_epoch
 from recipe.skpo.curriculum import PrioritisedBatches
+from recipe.skpo.ending import describe
 from recipe.skpo.engine.optimizer import use_own_settings_in_worker
 from recipe.skpo.logprob_gap import METRIC as GAP_METRIC
 from recipe.skpo.logprob_gap import allowed_gap, mean_gap
 from recipe.skpo.metrics import MetricsFile, plain_numbers, read_numbers
 from recipe.skpo.minibatch import minibatch_order, prompts_fit_ranks, slots
+from recipe.skpo.output.best_effort import BestEffort, BestEffortLogger
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.replay import BoundedReplayBuffer
 from recipe.skpo.replicas import BoundedCheckpointManager
@@ -56,6 +68,8 @@ logger = logging.getLogger(__name__)
 
 _OFTEN = 3
 """Failed visits in a row from which a prompt is named in the log."""
+EFFORT = BestEffort()
+"""Remembers what of this process's writes has failed."""
 
 _DRIFT_PARTITION = "skpo_drift"
 """TransferQueue partition of the rows whose log-probs only measure drift; empty between two steps."""
@@ -154,14 +168,37 @@ class BaseTrainer(PPOTrainerSync):
         remove_checkpoint(folder)
         # Makes room, but never removes the one that the marker names.
         remove_older(folder.parent, self.global_steps - 1, keep and max(1, keep - 1))
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / METRICS_FILE, json.dumps(plain_numbers(self.step_metrics)))
-        if self.fingerprint:
-            self.fingerprint.write(folder)
-        # Before verl's part, which ends with the marker file that makes the checkpoint count.
-        self.state.save(folder)
-        super()._save_checkpoint()
+        what, needed = f"the checkpoint of step {self.global_steps}", expected_bytes(self.config)
+        if needed is not None and free_bytes(folder) < needed:
+            raise SaveError(f"{what} has no room: {self._room(needed)}; make room")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / METRICS_FILE, json.dumps(plain_numbers(self.step_metrics)))
+            if self.fingerprint:
+                self.fingerprint.write(folder)
+            # Before verl's part, which ends with the marker file that makes the checkpoint count.
+            self.state.save(folder)
+            super()._save_checkpoint()
+        except RayActorError:
+            raise
+        except Exception as error:  # process border: the actor's ranks write too, and torch has errors of its own
+            room = self._room(needed)
+            if not is_whole(folder):
+                # Half of one is of no use, and takes the room that the next launch needs.
+                remove_checkpoint(folder)
+            raise SaveError(f"{what} could not be written ({describe(error)}): {room}; make room") from error
         remove_older(folder.parent, self.global_steps, keep)
+
+    def _room(self, needed: int | None) -> str:
+        """Bytes free where checkpoints are written, and bytes needed, for a message."""
+        folder = self._checkpoint_folder().parent
+        wanted = f", a checkpoint takes about {needed:,}" if needed is not None else ""
+        return f"{folder} has {free_bytes(folder):,} bytes free{wanted}"
+
+    @staticmethod
+    def _write_generations(*args: Any, **kwargs: Any) -> None:
+        with EFFORT.attempt("trainer.rollout_data_dir or validation_data_dir", OSError):
+            PPOTrainerSync._write_generations(*args, **kwargs)
 
     def _checkpoint_folder(self) -> Path:
         return Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
@@ -182,6 +219,8 @@ class BaseTrainer(PPOTrainerSync):
             loggers["metrics_file"] = MetricsFile(
                 self.output_dir / "metrics.jsonl", self.resumed_at, self.saved_metrics
             )
+            for name, backend in loggers.items():
+                loggers[name] = BestEffortLogger(name, backend, EFFORT)
 
     # ---------------------------------------------------------------- prompts out, rows in order
 
@@ -190,16 +229,6 @@ class BaseTrainer(PPOTrainerSync):
         self.agent_loop_manager.take_tokens()
         self.agent_loop_manager.take_failures()
         super().on_step_begin()
-
-    def on_sample_end(self) -> None:
-        try:
-            super().on_sample_end()
-        except (RayActorError, RolloutError) as error:
-            what = "a rollout server died" if isinstance(error, RayActorError) else "the rollout cannot go on"
-            raise RolloutError(
-                f"{what} in step {self.global_steps}: {str(error).splitlines()[0]}; the same command resumes from the "
-                f"last checkpoint"
-            ) from error
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
         # Saved with the checkpoint, which verl writes before it logs them.

@@ -6,14 +6,16 @@ marker names it, the marker is only ever moved to a whole one, and an older chec
 names a newer one (verl's own removal does not look at the marker and does not know our file).
 """
 
+import math
 import re
 import shutil
 import zipfile
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from recipe.skpo.checks.resume import FILE_NAME as FINGERPRINT
+from recipe.skpo.ending import RunError
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.settings import ConfigError
 from recipe.skpo.state import FILE_NAME
@@ -123,6 +125,87 @@ def repair_marker(config: DictConfig) -> int | None:
     if step is not None:
         mark(folder, step)
     return step
+
+
+# ---------------------------------------------------------------- room on the disk
+
+
+class SaveError(RunError):
+    """A checkpoint that could not be saved; the message names the folder and the bytes that are free and needed."""
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of all files below a checkpoint folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def expected_bytes(config: DictConfig) -> int | None:
+    """Bytes of the next checkpoint: those of the newest one, else the weights and Adam's two moments of each.
+
+    Returns:
+        None where neither a checkpoint nor the headers of safetensors files tell.
+    """
+    whole = [path for path in stored_checkpoints(Path(config.trainer.default_local_dir)).values() if is_whole(path)]
+    if whole:
+        return stored_bytes(whole[-1])
+    weights = _parameters(Path(config.actor_rollout_ref.model.path))
+    if not weights:
+        return None
+    dtype = OmegaConf.select(config, "actor_rollout_ref.actor.fsdp_config.model_dtype")
+    # Of an adapter the optimizer holds next to nothing.
+    tensors = 1 if config.actor_rollout_ref.model.get("lora_rank", 0) else 3
+    return weights * tensors * (2 if dtype in ("bf16", "bfloat16", "fp16", "float16") else 4)
+
+
+def _parameters(folder: Path) -> int:
+    """Numbers in the safetensors files of a model's folder, from their headers."""
+    from safetensors import SafetensorError, safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with safe_open(path, "numpy") as file:
+                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        except (SafetensorError, OSError):
+            return 0  # what is wrong with it is said by the model's own check
+    return count
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the last file of a checkpoint was written to its end."""
+    return zipfile.is_zipfile(folder / DATA_FILE)
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free where the folder is, or will be made."""
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
+
+
+def check_room(config: DictConfig) -> None:
+    """Refuse a run whose first checkpoint has no room on the disk, and say so where only later ones have none.
+
+    Raises:
+        ConfigError: naming the folder, how much is free and how much is needed.
+    """
+    trainer = config.trainer
+    folder = Path(trainer.default_local_dir)
+    keep = max(2, trainer.max_actor_ckpt_to_keep) if trainer.max_actor_ckpt_to_keep else None
+    there = sum(map(is_whole, stored_checkpoints(folder).values()))
+    # As many as are kept already: each new one takes the place of an old one.
+    if trainer.save_freq <= 0 or (keep is not None and there >= keep):
+        return
+    size, free = expected_bytes(config), free_bytes(folder)
+    if size is None:
+        return
+    room = f"{folder} has {free:,} bytes free, a checkpoint takes about {size:,}"
+    if free < size:
+        raise ConfigError(
+            f"trainer.default_local_dir: {room}; make room, give another output_dir, or save none with "
+            f"trainer.save_freq=-1"
+        )
+    if keep is not None and free < size * (keep - there):
+        print(f"note: {room} and {keep} are kept; a save without room will end the run")
 
 
 def remove_older(folder: Path, newest: int, keep: int | None) -> None:

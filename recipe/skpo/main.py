@@ -11,9 +11,11 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
@@ -21,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import psutil
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from data_prep.untrusted import error_line, one_line
-from recipe.skpo.checkpoints import repair_marker
+from recipe.skpo.checkpoints import check_room, repair_marker
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
+from recipe.skpo.checks.environment import LOCKS, check_cluster, check_machine, check_packages
 from recipe.skpo.checks.gpus import gpus_to_use, visible_gpus
 from recipe.skpo.checks.identity import fingerprint
 from recipe.skpo.checks.memory import check_memory
@@ -38,6 +40,18 @@ from recipe.skpo.checks.paths import own_folder, readable, resolve_environment, 
 from recipe.skpo.checks.resume import lines
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.checks.run_folder import run_folders
+from recipe.skpo.ending import (
+    Ending,
+    RunError,
+    Watch,
+    WatchedRunner,
+    begun,
+    clean_shared_memory,
+    describe,
+    last_words,
+    shutting_down,
+    way_on,
+)
 from recipe.skpo.html_report import write_report
 from recipe.skpo.isolation.folder import FolderError
 from recipe.skpo.isolation.run import IsolationError, choose_cluster, isolated
@@ -58,8 +72,11 @@ from recipe.skpo.settings import HALF_LIVES, RECORDS, ConfigError, SkpoSettings,
 
 logger = logging.getLogger(__name__)
 
-_END_S = 5.0
-"""What processes get to end by themselves after Ray was shut down."""
+SHOWING = ("--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i")
+"""Hydra's options that show something and start nothing."""
+
+ENDING = Ending()
+"""Why this command is to end, if it is."""
 
 
 def rows_per_prompt(group_size: int) -> int:
@@ -106,6 +123,12 @@ def detect_platform() -> str:
         return "cpu"
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", errors="replace", check=False)
     return "gpu" if listed.returncode == 0 and "GPU" in listed.stdout else "cpu"
+
+
+def chosen_platform(arguments: list[str]) -> str:
+    """The platform that a command line chooses, before Hydra has read it; else the environment's."""
+    given = [argument.partition("=")[2] for argument in arguments if argument.lstrip("+").startswith("platform=")]
+    return given[-1] if given and given[-1] in LOCKS else os.environ["SKPO_PLATFORM"]
 
 
 def reject_unknown_keys(arguments: list[str]) -> None:
@@ -218,43 +241,6 @@ def prepare_model(config: DictConfig) -> None:
         smollm2.prepare(Path(path))
 
 
-@contextmanager
-def clean_shared_memory(active: bool) -> Iterator[None]:
-    """Remove the shared-memory segments that this run leaves behind, however it ends."""
-    if not active:
-        yield
-        return
-    from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments, segments
-
-    before = segments()
-    try:
-        yield
-    finally:
-        remove_segments(leftover_segments(before))
-
-
-def shut_down() -> None:
-    """Shut Ray down, and end what its node on this machine had started, directly or not.
-
-    A server that hangs is killed with the node, and its engine, which does not notice, would keep its memory for good.
-    Of a cluster that was there before, nothing is a child of this process.
-    """
-    import ray
-
-    started: list[psutil.Process] = []
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):
-            if child.name() == "raylet":
-                started += child.children(recursive=True)
-    ray.shutdown()
-    _, left = psutil.wait_procs(started, timeout=_END_S)
-    for process in left:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    # Shared memory counts as used while they are there.
-    psutil.wait_procs(left, timeout=_END_S)
-
-
 def keep_warnings() -> None:
     """Give our loggers a handler of their own, as verl does with its own: vLLM's import silences root below ERROR."""
     handler = logging.StreamHandler()
@@ -294,24 +280,57 @@ def launch(config: DictConfig) -> None:
                 from recipe.skpo import cpu
 
                 cpu.check_active()
-            super().run(config)
+            try:
+                super().run(config)
+            except Exception as error:
+                # Said here: what led to an error does not cross the border of Ray's processes.
+                step = getattr(self.trainer, "global_steps", 0)
+                raise RunError(f"in step {step}: {describe(error)}" if step else describe(error)) from error
 
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(isolated(config))
-        except (FolderError, IsolationError) as error:
-            sys.exit(error_line(error))
-        stack.enter_context(clean_shared_memory(config.platform.name == "cpu"))
-        try:
-            run_ppo(config, task_runner_class=ray.remote(SkpoTaskRunner))
-        finally:
-            shut_down()
+    watch = Watch(ENDING, begun(config), config.skpo.start_timeout_s)
+
+    def ready() -> None:
+        ENDING.install()
+        check_cluster(config, ray.nodes())
+        watch.start()
+
+    try:
+        with isolated(config), clean_shared_memory(config.platform.name == "cpu"), shutting_down(watch):
+            run_ppo(config, task_runner_class=WatchedRunner(ray.remote(SkpoTaskRunner), ready))
+    except (FolderError, IsolationError) as error:
+        sys.exit(error_line(error))
+    except SystemExit as error:
+        # Ray's own handler, from when it starts to when ours are back.
+        if error.code != signal.SIGTERM:
+            raise
+        ENDING.number = signal.SIGTERM
+        ENDING.leave(way_on(config))
+    except KeyboardInterrupt:
+        ENDING.leave(way_on(config))
+    except ConfigError as error:
+        sys.exit(error_line(error))
+    except Exception as error:  # process border: whatever ended the run, the last line says how to go on
+        traceback.print_exc()
+        sys.exit(last_words(error, watch.died, config))
+
+
+def leave_nothing() -> None:
+    """Remove Hydra's record of a command that was refused, and the run folder if it holds nothing else."""
+    record = OmegaConf.select(HydraConfig.get(), "runtime.output_dir")
+    if record is None or Path(record).name != "hydra":
+        return
+    folder = Path(record).parent
+    if [path.name for path in folder.iterdir()] == ["hydra"]:
+        shutil.rmtree(record, ignore_errors=True)
+        for empty in (folder, *([folder.parent] if folder.parent.name == "outputs" else [])):
+            with suppress(OSError):
+                empty.rmdir()
 
 
 def report(output_dir: Path, minutes: float | None = None) -> None:
-    """Print the summary and write the page; a page that cannot be made does not fail a run that is finished."""
-    print(summary(output_dir, minutes))
+    """Print the summary and write the page; what of it cannot be made does not fail a run that is finished."""
     try:
+        print(summary(output_dir, minutes))
         print(f"  report       {write_report(output_dir)}")
     except Exception:  # process border: the run and everything it wrote are good
         logger.exception("no report.html; `python -m recipe.skpo.html_report %s` tries again", output_dir)
@@ -352,6 +371,7 @@ def _run(config: DictConfig, held: ExitStack) -> None:
         check_options(config, HydraConfig.get().overrides.task)
         check_folders(config)
         check_loggers(config)
+        check_machine(config)
         apply_platform(config)
         check_reward(config)
         prepare_data(config)
@@ -372,9 +392,13 @@ def _run(config: DictConfig, held: ExitStack) -> None:
         finished = is_finished(config)
         for line in lines(*resumed, finished) if resumed else ():
             print(line)
+        if not finished:
+            check_room(config)
     except (ValueError, RuntimeError, OSError) as error:
+        leave_nothing()
         sys.exit(error_line(error))
     except OmegaConfBaseException as error:
+        leave_nothing()
         sys.exit(error_line(f"{error.full_key}: {str(error).splitlines()[0]}"))
     if finished:
         limit = "budget.tokens" if config.budget.match == "tokens" else "trainer.total_training_steps"
@@ -384,8 +408,12 @@ def _run(config: DictConfig, held: ExitStack) -> None:
         )
         report(output_dir)
         return
-    identity().write(output_dir)
-    write_atomic(output_dir / "config.yaml", OmegaConf.to_yaml(config))
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        identity().write(output_dir)
+        write_atomic(output_dir / "config.yaml", OmegaConf.to_yaml(config))
+    except OSError as error:
+        sys.exit(error_line(f"output_dir: {error}"))
     launch(config)
     report(output_dir, minutes=(time.monotonic() - started) / 60)
 
@@ -400,9 +428,15 @@ def main() -> None:
         reject_secret_overrides(sys.argv[1:])
         reject_unknown_keys(sys.argv[1:])
         check_environment()
+        if not any(argument.partition("=")[0] in SHOWING for argument in sys.argv[1:]):
+            check_packages(chosen_platform(sys.argv[1:]))
     except ConfigError as error:
         sys.exit(error_line(error))
-    run()
+    try:
+        ENDING.install()
+        run()
+    except KeyboardInterrupt:
+        ENDING.leave("the same command goes on from what has been saved")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
+from recipe.skpo.ending import RunError
 from recipe.skpo.rollout import stop_reason
 
 _GRACE_S = 60.0
@@ -21,7 +22,7 @@ _SHOWN = 3
 _NO_ROWS = "no materializable trajectories"
 
 
-class BatchError(RuntimeError):
+class BatchError(RunError):
     """A batch that does not arrive, or of which too little does; the message says how much is missing and why."""
 
 

@@ -43,6 +43,7 @@ from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.skpo.columns import sends_all, sent
+from recipe.skpo.ending import RunError
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
 from recipe.skpo.prompts import automatic_bos
 from recipe.skpo.rewards import finite_number, shown, split_record
@@ -63,7 +64,7 @@ _ANSWER_S = 120.0
 """Seconds within which every worker must have told its counts, whatever else it does."""
 
 
-class RolloutError(RuntimeError):
+class RolloutError(RunError):
     """A prompt that cannot be rolled out; the message names it and why."""
 
 

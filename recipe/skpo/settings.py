@@ -130,6 +130,7 @@ class SkpoSettings:
             asleep or wake up.
         max_logprob_gap: mean difference in nats per token between the log-probs of rollout and actor above which the
             run stops, since the servers cannot have the actor's weights then; None for no limit.
+        start_timeout_s: seconds that the start may take, from the command's Ray to the first weights in the servers.
         poll_interval_s: seconds between two looks of verl's replay buffer at what has finished.
         trees_per_step: rollout trees (candidates, segment, responses, rewards) stored per step for people to read.
         trees_max_mb: bound of all stored trees in megabytes; over it, steps are removed so that the rest stays even.
@@ -159,6 +160,7 @@ class SkpoSettings:
     max_dropped_share: float = 0.5
     weight_sync_timeout_s: float = 300.0
     max_logprob_gap: float | None = 0.5
+    start_timeout_s: float = 3600.0
     poll_interval_s: float = 2.0
     trees_per_step: int = 1
     trees_max_mb: float = 64.0
@@ -190,6 +192,7 @@ class SkpoSettings:
         _require(self.clip_high > 0, f"skpo.clip_high: must be > 0, got {self.clip_high}")
         _require(self.seed >= 0, f"skpo.seed: must be >= 0, got {self.seed}")
         _require(self.prompt_timeout_s > 0, f"skpo.prompt_timeout_s: must be > 0, got {self.prompt_timeout_s}")
+        _require(self.start_timeout_s > 0, f"skpo.start_timeout_s: must be > 0, got {self.start_timeout_s}")
         _require(
             0 <= self.max_dropped_share < 1,
             f"skpo.max_dropped_share: must be inside [0, 1) (a step without prompts trains nothing), "

@@ -18,7 +18,7 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 
 from recipe.skpo.advantage import skpo_advantage
-from recipe.skpo.base_trainer import BaseTrainer
+from recipe.skpo.base_trainer import EFFORT, BaseTrainer
 from recipe.skpo.logprob_gap import flat
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
 from recipe.skpo.metrics import rollout_metrics, update_metrics
@@ -163,4 +163,5 @@ class SkpoTrainer(BaseTrainer):
                     decode=decode,
                 )
             )
-        self.trees.write(self.global_steps, trees)
+        with EFFORT.attempt("trees", OSError):
+            self.trees.write(self.global_steps, trees)

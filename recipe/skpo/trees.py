@@ -6,7 +6,6 @@ evenly from the first to the newest.  A resume removes the steps that are traine
 """
 
 import logging
-import os
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from recipe.skpo.output.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -183,9 +184,8 @@ class TreeStore:
             return
         table = pa.Table.from_pylist([_storable(tree) for tree in trees], schema=TREE_SCHEMA)
         target = self.folder / f"step_{step:06d}.parquet"
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        pq.write_table(table, temporary, compression="zstd")
-        temporary.replace(target)
+        with replacing(target) as file:
+            pq.write_table(table, file, compression="zstd")
         self._thin_out()
 
     def _thin_out(self) -> None:

@@ -1,6 +1,7 @@
 """Whole runs under faults: each goes on, or stops within a bound and says why.  Nothing is left behind."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,9 @@ class Run:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
+    def last_line(self) -> str:
+        return self.text().strip().splitlines()[-1]
+
     def leaves_nothing(self, seconds: float = 15) -> None:
         seconds_until_gone(list(self.seen.values()), seconds)
         assert not shared_memory_files() - self.before
@@ -88,16 +92,21 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
         remove_segments(leftover_segments(run.before))
 
 
-@pytest.mark.parametrize("end", [os.killpg, os.kill], ids=["ctrl_c", "sigterm"])
-def test_ctrl_c_and_sigterm_end_everything_within_15_seconds(start, end: Callable[[int, int], None]) -> None:
-    """A terminal sends the one to every process of the foreground group, a scheduler the other to the command."""
-    run = start("trainer.total_training_steps=1000")
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGHUP, "SIGHUP")]
+)
+def test_a_signal_ends_everything_within_15_seconds(start, number: int, name: str) -> None:
+    """A terminal sends Ctrl-C to every process of the foreground group, a scheduler SIGTERM to the command."""
+    run = start("trainer.total_training_steps=1000", "trainer.save_freq=1")
     run.wait(run.trained(2), START_S)
     ended = time.monotonic()
-    end(run.process.pid, signal.SIGINT if end is os.killpg else signal.SIGTERM)
+    (os.killpg if number == signal.SIGINT else os.kill)(run.process.pid, number)
     run.wait(run.ended, 15)
     run.leaves_nothing(15 - (time.monotonic() - ended))
     print(f"everything was gone {time.monotonic() - ended:.1f} s after it")
+    assert run.process.returncode == 128 + number
+    assert re.fullmatch(f"stopped by {name}; the same command resumes from step \\d+", run.last_line())
+    assert "Traceback" not in run.text() and "KeyboardInterrupt" not in run.text()
 
 
 def test_a_run_goes_on_under_faults_and_counts_them(start) -> None:
@@ -121,8 +130,8 @@ def test_a_run_whose_prompts_are_all_dropped_stops_and_says_why(start) -> None:
     run = start("trainer.total_training_steps=6", *injected.overrides(), FAULT_RATE="1")
     run.wait(run.ended, START_S)
     assert run.process.returncode != 0
-    assert "BatchError" in run.text() and "all 4 prompts were dropped" in run.text()
-    assert "injected: the server failed" in run.text()
+    assert run.last_line().startswith("error: ") and "all 4 prompts were dropped" in run.last_line()
+    assert "injected: the server failed" in run.last_line()
     assert run.steps() == []
     run.leaves_nothing()
 
@@ -135,8 +144,10 @@ def test_a_vllm_that_fails_to_receive_weights_stops_the_run(start) -> None:
     )
     run.wait(run.ended, START_S)
     assert run.process.returncode != 0
-    assert "vLLM did not acknowledge weights within skpo.weight_sync_timeout_s=5 s" in run.text()
-    assert "injected: no such weight" in run.text()
+    assert run.last_line() == (
+        "error: in step 1: vLLM failed while it received weights: ValueError: injected: no such weight; nothing has "
+        "been saved yet, so the same command starts from the beginning"
+    )
     run.leaves_nothing()
 
 
@@ -145,15 +156,26 @@ def the_server(run: Run) -> psutil.Process:
     return server
 
 
-def test_a_rollout_server_that_dies_stops_the_run(start) -> None:
-    run = start("trainer.total_training_steps=1000", "skpo.prompt_timeout_s=20")
+PROCESSES = {
+    "a vLLM server died (vLLMHttpServer": "vLLMHttpServer",
+    "a vLLM engine died": "VLLM::EngineCore",
+    "a reward worker died (RewardLoopWorker": "RewardLoopWorker",
+}
+"""What the last line says to a part of the process's title."""
+
+
+@pytest.mark.parametrize("said", PROCESSES)
+def test_a_process_that_dies_stops_the_run_and_is_named(start, said: str) -> None:
+    run = start("trainer.total_training_steps=1000", "trainer.save_freq=1", "skpo.prompt_timeout_s=60")
     run.wait(run.trained(1), START_S)
-    the_server(run).kill()
+    (process,) = [member for member in tree(run.process.pid) if PROCESSES[said] in " ".join(member.cmdline())]
+    process.kill()
     killed = time.monotonic()
     run.wait(run.ended, 120)
-    assert run.process.returncode != 0
-    assert "vLLMHttpServer" in run.text() and "ActorDiedError" in run.text()
-    print(f"the run had ended {time.monotonic() - killed:.1f} s after its server died")
+    print(f"the run had ended {time.monotonic() - killed:.1f} s after {PROCESSES[said]} died: {run.last_line()}")
+    assert run.process.returncode == 1
+    assert said in run.last_line() and run.last_line().startswith("error: ")
+    assert re.search(r"; the same command resumes from step \d+$", run.last_line())
     run.leaves_nothing()
 
 
@@ -166,6 +188,6 @@ def test_a_rollout_server_that_hangs_stops_the_run(start) -> None:
     run.wait(run.ended, 120)
     assert run.process.returncode != 0
     reasons = ("prompts were dropped", "a rollout server is alive and has not answered", "vLLM did not")
-    assert any(reason in run.text() for reason in reasons), run.text()[-4000:]
+    assert any(reason in run.last_line() for reason in reasons), run.text()[-4000:]
     print(f"the run had ended {time.monotonic() - suspended:.1f} s after its server hung")
     run.leaves_nothing()

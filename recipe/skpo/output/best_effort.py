@@ -1,0 +1,57 @@
+"""What a run writes only to be looked at: trees, dumps, loggers.  None of it may end the training."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class BestEffort:
+    """Writes that may fail: the first failure of each kind is logged, the training goes on."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    @contextmanager
+    def attempt(self, what: str, *errors: type[Exception]) -> Iterator[None]:
+        """Log one of ``errors`` inside the block, once per ``what``, instead of raising it."""
+        try:
+            yield
+        except errors as error:
+            if what not in self._told:
+                self._told.add(what)
+                lines = str(error).splitlines() or [""]
+                logger.warning(
+                    "%s: not written (%s: %s); the training goes on, and later failures of it are not logged",
+                    what,
+                    type(error).__name__,
+                    lines[0],
+                )
+
+
+class BestEffortLogger:
+    """One of verl's logging backends whose ``log`` may fail.
+
+    Args:
+        name: of the backend, as in ``trainer.logger``.
+        backend: verl's.
+        effort: notes what has failed.
+    """
+
+    def __init__(self, name: str, backend: Any, effort: BestEffort) -> None:
+        self._name, self._backend, self._effort = name, backend, effort
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._backend, attribute)
+
+    def finish(self, *args: Any, **kwargs: Any) -> None:
+        """As the backend's, which may write what is left."""
+        with self._effort.attempt(f"logger {self._name}", Exception):
+            self._backend.finish(*args, **kwargs)
+
+    def log(self, data: Any, step: int) -> None:
+        """As the backend's: a full disk, or a service that cannot be reached, costs this line alone."""
+        with self._effort.attempt(f"logger {self._name}", Exception):
+            self._backend.log(data=data, step=step)
