@@ -36,4 +36,13 @@ if [[ -z "$requested" ]]; then
     set -- "${arguments[@]}"
 fi
 
+# A package of this name that is a regular one hides ours, wherever it stands, so that not even an error of ours is seen.
+IFS=: read -ra places <<<"${PYTHONPATH:-}"
+for place in ${places[@]+"${places[@]}"} .venv/lib/python3.*/site-packages; do
+    if [[ -n "$place" && -f "$place/recipe/__init__.py" ]]; then
+        echo "error: PYTHONPATH: $place/recipe/__init__.py hides this project's package recipe; take $place off it, or remove that file" >&2
+        exit 1
+    fi
+done
+
 exec .venv/bin/python -m recipe.skpo.main "$@"

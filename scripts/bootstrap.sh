@@ -71,12 +71,35 @@ stamp_for() {
 # the other; and console scripts and the editable install hold the absolute path of the project.
 made_for() { printf '%s in %s\n' "$platform" "$PWD"; }
 
+# Sets `outdated` to why the environment is not current. Reads alone: whoever can read the project may run it.
 is_current() {
-    local version
+    local version made
+    outdated="there is none"
+    [[ -d .venv ]] || return 1
+    outdated="its installation has not come to its end"
     [[ -f .venv/.skpo-stamp && -f .venv/.skpo-made-for ]] || return 1
+    outdated="its interpreter, $(readlink -f .venv/bin/python 2>/dev/null || echo .venv/bin/python), cannot be run by $(id -un)"
     version="$(python_version .venv/bin/python)" || return 1
+    outdated="it has Python $version, PYTHON=${PYTHON:-} is another one"
     if [[ -n "${PYTHON:-}" ]]; then [[ "$(python_version "$PYTHON")" == "$version" ]] || return 1; fi
-    [[ "$(<.venv/.skpo-made-for)" == "$(made_for)" && "$(<.venv/.skpo-stamp)" == "$(stamp_for "$version")" ]]
+    made="$(<.venv/.skpo-made-for)"
+    outdated="it was made for ${made%% *}, the platform is $platform"
+    [[ "${made%% *}" == "$platform" ]] || return 1
+    outdated="the project was moved or copied from ${made#* in }, and an environment works in one place alone"
+    [[ "$made" == "$(made_for)" ]] || return 1
+    outdated="$requirements or pyproject.toml has changed since"
+    [[ "$(<.venv/.skpo-stamp)" == "$(stamp_for "$version")" ]]
+}
+
+check_writable() {
+    local place
+    for place in . .venv .venv.lock; do
+        if [[ -e "$place" && ! -w "$place" ]]; then
+            fail "the environment in .venv must be made or completed ($outdated), and $(id -un) may not write to" \
+                "$PWD${place#.}: ask whoever owns it to run scripts/bootstrap.sh, or clone the project into a folder of" \
+                "your own."
+        fi
+    done
 }
 
 # Can the packages be installed into the .venv that is there? Its content does not matter, pip completes it.
@@ -167,6 +190,7 @@ install() {
     else
         if [[ -z "$python" ]]; then pick_python; fi
         check_disk
+        if [[ -f .venv/.skpo-made-for ]]; then say "the environment is made again: $outdated."; fi
         create_venv
     fi
     # From here on the content changes: without its stamp a half-made environment is never taken for a finished one.
@@ -198,6 +222,7 @@ requirements=requirements/cpu.txt
 if [[ "$platform" == gpu ]]; then requirements=requirements/cuda.txt; fi
 
 if ! is_current; then
+    check_writable
     # Two runs started together would install over each other. The kernel drops the lock with the last process that
     # holds it, also after a kill, so there is nothing stale to clean up.
     exec 9>.venv.lock

@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 import tomllib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +21,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("scripts/bootstrap.sh", "run_skpo.sh", "run_tests.sh", ".ci/run", "pyproject.toml")
 SYSTEM_TOOLS = """
-awk bash cat cp cut dirname du env flock grep mkdir mv rm sha256sum sleep tail
+awk bash cat cp cut dirname du env flock grep id mkdir mv readlink rm sha256sum sleep tail
 """
+
+NOBODY = 65534
+"""A user without rights, whom root can become."""
 
 FAKE_PYTHON = r"""#!/usr/bin/env bash
 name="${0##*/}"
@@ -69,6 +74,7 @@ echo "${FAKE_GPUS:-No devices were found}"
 class Project:
     root: Path
     environment: dict[str, str]
+    user: int | None = None
 
     def run(self, script: str, *arguments: str, cwd: Path | None = None, **changes: str):
         return subprocess.run(
@@ -78,6 +84,7 @@ class Project:
             capture_output=True,
             text=True,
             timeout=30,
+            user=self.user,
         )
 
     def bootstrap(self, **changes: str):
@@ -318,12 +325,100 @@ def test_another_named_python_makes_the_environment_anew(project):
     assert project.calls()[0].startswith("python3.12 -m venv --clear .venv ")
 
 
-def test_moved_project_makes_its_environment_anew(project, tmp_path):
+def test_moved_project_makes_its_environment_anew_and_says_so(project, tmp_path):
     assert project.bootstrap().returncode == 0
     project.calls()
     moved = Project(project.root.rename(tmp_path / "moved"), project.environment)
-    assert moved.bootstrap().returncode == 0
+    result = moved.bootstrap()
+    assert result.returncode == 0
     assert project.calls()[0].startswith("python3.11 -m venv --clear .venv ")
+    said = [line for line in result.stderr.splitlines() if "made again" in line]
+    assert said == [
+        f"bootstrap: the environment is made again: the project was moved or copied from {project.root}, and an "
+        f"environment works in one place alone."
+    ]
+
+
+# --- somebody else's project
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that everybody may enter, which pytest's own are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def of_another(shared: Path, tmp_path: Path, project: Project) -> Iterator[Callable[[], Project]]:
+    """Hand the project to another user: it can be read and not be written."""
+
+    def hand_over() -> Project:
+        theirs = shared / "project"
+        for source, target in ((project.root, theirs), (Path(project.environment["PATH"]), shared / "bin")):
+            shutil.copytree(source, target, symlinks=True)
+        made = theirs / ".venv/.skpo-made-for"
+        if made.exists():
+            made.write_text(f"cpu in {theirs}\n", encoding="utf-8")
+        for place in (theirs, *theirs.rglob("*")):
+            place.chmod(0o555 if place.is_dir() or os.access(place, os.X_OK) else 0o444)
+        (shared / "home").mkdir()
+        (shared / "home").chmod(0o777)
+        environment = {
+            "PATH": str(shared / "bin"),
+            "HOME": str(shared / "home"),
+            "FAKE_CALLS": str(shared / "home/calls"),
+        }
+        return Project(theirs, project.environment | environment, user=NOBODY if os.getuid() == 0 else None)
+
+    yield hand_over
+    for place in (shared, *shared.rglob("*")):
+        if place.is_dir():
+            place.chmod(0o755)
+
+
+def test_an_installed_project_runs_for_whoever_can_read_it(project, of_another):
+    assert project.bootstrap().returncode == 0
+    theirs = of_another()
+    assert theirs.bootstrap().stdout == "cpu\n"
+    assert theirs.run("run_skpo.sh", "a=1").returncode == 0
+    (call,) = theirs.calls()
+    assert "recipe.skpo.main" in call
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (None, "there is none"),
+        (".venv/.skpo-stamp", "its installation has not come to its end"),
+        ("requirements/cpu.txt", "requirements/cpu.txt or pyproject.toml has changed since"),
+        (".venv/version", "its interpreter, {root}/.venv/bin/python, cannot be run by "),
+    ],
+)
+def test_a_project_that_must_be_installed_and_cannot_be_written_is_one_line(project, of_another, damage, why):
+    if damage is not None:
+        assert project.bootstrap().returncode == 0
+        path = project.root / damage
+        path.unlink() if damage.endswith("stamp") else path.write_text("")
+    theirs = of_another()
+    line = refusal(theirs.bootstrap())
+    assert f"must be made or completed ({why.format(root=theirs.root)}" in line
+    assert f"may not write to {theirs.root}" in line and "clone the project into a folder of your own" in line
+    assert "Permission denied" not in line
+
+
+def test_a_package_that_hides_ours_is_named(project, tmp_path):
+    (tmp_path / "fork/recipe").mkdir(parents=True)
+    assert project.run("run_skpo.sh", "a=1", PYTHONPATH=str(tmp_path / "fork")).returncode == 0
+    hiding = tmp_path / "fork/recipe/__init__.py"
+    hiding.touch()
+    result = project.run("run_skpo.sh", "a=1", PYTHONPATH=f"/elsewhere::{tmp_path / 'fork'}")
+    assert result.returncode == 1
+    assert result.stderr == (
+        f"error: PYTHONPATH: {hiding} hides this project's package recipe; take {tmp_path / 'fork'} off it, or remove "
+        f"that file\n"
+    )
 
 
 def test_project_reached_through_a_symlink_is_the_same_project(project, tmp_path):
