@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -192,11 +192,9 @@ def launched(compose_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     shut: list[bool] = []
     monkeypatch.setattr(main, "ENDING", Ending())
-    before = {number: signal.getsignal(number) for number in Ending.NAMES}
-    main.ENDING.install()
-    yield launch
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    monkeypatch.setattr(main, "isolated", lambda config: nullcontext())
+    with main.ENDING.handling():
+        yield launch
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -358,18 +356,13 @@ def test_the_start_is_over_when_the_metrics_file_is_opened_anew(tmp_path: Path) 
 
 def test_stopping_from_another_thread_interrupts_the_main_one() -> None:
     here = Ending()
-    before = {number: signal.getsignal(number) for number in Ending.NAMES}
-    here.install()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            threading.Timer(0.05, here.stop, ["a reward worker died"]).start()
-            time.sleep(5)
-        with pytest.raises(SystemExit) as left:
-            here.leave("the same command resumes from step 4")
-        assert left.value.code == 1
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with here.handling(), pytest.raises(KeyboardInterrupt):
+        threading.Timer(0.05, here.stop, ["a reward worker died"]).start()
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) != here._note
+    with pytest.raises(SystemExit) as left:
+        here.leave("the same command resumes from step 4")
+    assert left.value.code == 1
 
 
 def test_our_errors_are_sentences_of_the_run() -> None:

@@ -167,6 +167,17 @@ class Ending:
         self.held = False
         """Set while the run is shut down, which nothing may interrupt; it takes a bounded time."""
 
+    @contextmanager
+    def handling(self) -> Iterator[None]:
+        """Handle the signals inside the block."""
+        before = {number: signal.getsignal(number) for number in self.NAMES}
+        try:
+            self.install()
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def install(self) -> None:
         """Handle the signals that end a command; again after ``ray.init``, which takes SIGTERM for itself.
 

@@ -433,8 +433,8 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(error_line(error))
     try:
-        ENDING.install()
-        run()
+        with ENDING.handling():
+            run()
     except KeyboardInterrupt:
         ENDING.leave("the same command goes on from what has been saved")
 

@@ -523,8 +523,8 @@ MUTATIONS = (
     one(
         "main",
         "verl's adapter is kept",
-        '        libraries.append("recipe.skpo.weight_sync_registration")\n',
-        "",
+        'libraries += ["recipe.skpo.weight_sync_registration", ',
+        "libraries += [",
         "test_every_run_registers_the_adapter",
     ),
     # kills

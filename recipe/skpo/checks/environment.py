@@ -157,11 +157,7 @@ def check_recipe(path: str | None, where: str) -> None:
 def starts_ray(config: DictConfig) -> bool:
     """Whether the command starts a Ray of its own, instead of joining one."""
     address = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS")
-    if address:
-        return bool(address == "local")
-    # Without an address Ray joins what `ray start` has left this note of.
-    folder = next(filter(None, map(os.environ.get, ("RAY_TMPDIR", "TMPDIR"))), "/tmp")
-    return not (Path(folder) / "ray" / "ray_current_cluster").is_file()
+    return not address or bool(address == "local")
 
 
 def needed_cpus(config: DictConfig) -> tuple[int, str]:
@@ -271,30 +267,27 @@ def check_shared_memory(config: DictConfig) -> None:
 
 
 def check_temporary_folder(config: DictConfig) -> None:
-    """Refuse a temporary folder that cannot be written, or in which the names of Ray's sockets would be too long.
+    """Refuse a folder for Ray's session that cannot be written, or in which its sockets' names would be too long.
+
+    Without one of the user's own, ``isolation.folder`` looks for a place that is short enough.
 
     Raises:
-        ConfigError: naming the variable and the folder.
+        ConfigError: naming the key or variable, and the folder.
     """
-    if not starts_ray(config):
-        return
     given = OmegaConf.select(config, "ray_kwargs.ray_init._temp_dir")
-    name = (
-        "ray_kwargs.ray_init._temp_dir" if given else next(filter(os.environ.get, ("RAY_TMPDIR", "TMPDIR")), "TMPDIR")
-    )
-    folder = given or os.environ.get(name) or "/tmp"
+    name = "ray_kwargs.ray_init._temp_dir" if given else "RAY_TMPDIR"
+    folder = given or os.environ.get(name)
+    if not starts_ray(config) or not folder:
+        return
     there = next((place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists()), Path("/"))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(
-            f"{name}: {folder} cannot be written by {_user()}; set RAY_TMPDIR to a folder of your own on this machine"
-        )
-    part = _RAYS_PART.removeprefix("/ray") if given else _RAYS_PART
-    room = _LONGEST_SOCKET - len(part)
+        raise ConfigError(f"{name}: {folder} cannot be written by {_user()}; give a folder of your own, or none")
+    room = _LONGEST_SOCKET - len(_RAYS_PART.removeprefix("/ray") if given else _RAYS_PART)
     length = len(os.fsencode(folder.rstrip("/")))
     if length > room:
         raise ConfigError(
-            f"{name}: {folder} has {length} bytes, and Ray's sockets in it leave room for {room}; set RAY_TMPDIR to a "
-            f"shorter one, such as /tmp"
+            f"{name}: {folder} has {length} bytes, and the names of Ray's sockets leave room for {room}; give a "
+            f"shorter one, or none"
         )
 
 
