@@ -773,7 +773,8 @@ def test_every_run_registers_the_adapter(compose_config, monkeypatch, given) -> 
     config.actor_rollout_ref.model.external_lib = given
     apply_platform(config)
     mine = [given] if isinstance(given, str) else list(given or [])
-    assert list(config.actor_rollout_ref.model.external_lib) == [*mine, "recipe.skpo.weight_sync_registration"]
+    libraries = list(config.actor_rollout_ref.model.external_lib)
+    assert libraries[: len(mine) + 1] == [*mine, "recipe.skpo.weight_sync_registration"]
     assert config.actor_rollout_ref.rollout.custom.weight_sync_timeout_s == 300
 
 
