@@ -84,6 +84,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"max_dropped_share": 1}, "skpo.max_dropped_share: must be inside"),
     ({"max_dropped_share": math.nan}, "skpo.max_dropped_share"),
     ({"weight_sync_timeout_s": 0}, "skpo.weight_sync_timeout_s: must be >= 1"),
+    ({"start_timeout_s": 0}, "skpo.start_timeout_s: must be > 0"),
     ({"max_logprob_gap": 0}, "skpo.max_logprob_gap: must be > 0, or null"),
     ({"max_logprob_gap": math.nan}, "skpo.max_logprob_gap"),
     ({"poll_interval_s": 0}, "skpo.poll_interval_s"),
