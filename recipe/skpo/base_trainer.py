@@ -27,6 +27,8 @@ from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
+from data_prep.untrusted import one_line
+from recipe.skpo.checkpoints import (
     METRICS_FILE,
     SaveError,
     expected_bytes,
@@ -36,9 +38,6 @@ from verl.workers.utils.padding import response_from_nested
     remove_checkpoint,
     remove_older,
 )
-from data_prep.untrusted import one_line
-from recipe.skpo.checkpoints import (
-from recipe.skpo.checkpoints import METRICS_FILE, mark, remove_checkpoint, remove_older
 from recipe.skpo.checks.resume import Fingerprint, differences, restarts_epoch
 from recipe.skpo.curriculum import PrioritisedBatches
 from recipe.skpo.ending import describe
@@ -263,7 +262,7 @@ class BaseTrainer(PPOTrainerSync):
         failures = self.agent_loop_manager.take_failures()
         stop = stop_reason(failures)
         if stop is not None:
-            raise RolloutError(f"step {self.global_steps}: {stop}; the same command resumes from the last checkpoint")
+            raise RolloutError(stop)
         requests = [count for cause, count in failures.items() if not cause.startswith("prompt:")]
         metrics["skpo/requests_failed"] = sum(requests)
         if failures:
@@ -317,8 +316,7 @@ class BaseTrainer(PPOTrainerSync):
             raise RolloutError(
                 f"in step {self.global_steps} the log-probs of rollout and actor differ by {gap:.3g} per token on "
                 f"average, more than skpo.max_logprob_gap={self.settings.max_logprob_gap:g} allows: the servers "
-                f"hardly have the actor's weights; the same command resumes from the last checkpoint, and null lifts "
-                f"the limit"
+                f"hardly have the actor's weights; null lifts the limit"
             )
 
     def _note_failed_prompts(self, trained: Set[str]) -> None:

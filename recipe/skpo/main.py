@@ -284,8 +284,8 @@ def launch(config: DictConfig) -> None:
                 super().run(config)
             except Exception as error:
                 # Said here: what led to an error does not cross the border of Ray's processes.
-                step = getattr(self.trainer, "global_steps", 0)
-                raise RunError(f"in step {step}: {describe(error)}" if step else describe(error)) from error
+                step, said = getattr(self.trainer, "global_steps", 0), describe(error)
+                raise RunError(f"in step {step}: {said}" if step and f"step {step}" not in said else said) from error
 
     watch = Watch(ENDING, begun(config), config.skpo.start_timeout_s)
 
