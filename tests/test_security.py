@@ -368,3 +368,25 @@ def test_files_have_the_modes_that_the_umask_says(
     modes = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*")}
     assert len([path for path in modes if path.is_file()]) >= 7
     assert {str(p): oct(mode) for p, mode in modes.items() if mode != (directory if p.is_dir() else file)} == {}
+
+
+def test_nothing_is_written_through_a_link_in_a_run_folder(tmp_path: Path) -> None:
+    """Someone sends a finished run, whose files are links to files of the reader."""
+    from recipe.skpo.html_report import write_report
+    from recipe.skpo.metrics import keep_lines
+    from recipe.skpo.report import summary
+    from tests.report_run import make_run
+
+    run = make_run(tmp_path / "run", steps=4)
+    names = ("sample_trees.txt", "report.html", "metrics.jsonl")
+    for name in names:
+        (tmp_path / name).write_bytes(before := (run / name).read_bytes() if (run / name).exists() else b"mine")
+        (run / name).unlink(missing_ok=True)
+        (run / name).symlink_to(tmp_path / name)
+        assert (run / name).read_bytes() == before
+    kept = {name: (tmp_path / name).read_bytes() for name in names}
+    summary(run)
+    write_report(run)
+    keep_lines(run / "metrics.jsonl", 2)
+    assert {name: (tmp_path / name).read_bytes() for name in names} == kept
+    assert not any((run / name).is_symlink() for name in names)

@@ -139,6 +139,7 @@ def raw_config(**values):
         ("data.train_files", "~/t.parquet", "{home}/t.parquet"),
         ("data.source", "mine", "{caller}/mine"),
         ("data.source", "openai/gsm8k", "openai/gsm8k"),
+        ("data.source", "typo.jsonl", "{caller}/typo.jsonl"),
         (MODEL, "org/model", "org/model"),
         (MODEL, "mine", "{caller}/mine"),
         (MODEL, "./typo", "{caller}/typo"),

@@ -271,6 +271,18 @@ def test_a_refused_command_leaves_nothing_behind(world: World, tmp_path: Path, o
     assert sorted(world.folder.iterdir()) == before and not (tmp_path / "new").exists()
 
 
+def test_a_launch_replaces_links_in_its_folder(world: World, tmp_path: Path) -> None:
+    names = ("config.yaml", FILE_NAME)
+    for name in names:
+        shutil.copy(world.run / name, tmp_path / name)
+        (world.run / name).unlink()
+        (world.run / name).symlink_to(tmp_path / name)
+    before = [(tmp_path / name).read_bytes() for name in names]
+    assert world.command("trainer.save_freq=3") is None
+    assert [(tmp_path / name).read_bytes() for name in names] == before
+    assert "save_freq: 3" in (world.run / "config.yaml").read_text()
+
+
 # ---------------------------------------------------------------- the comparison alone
 
 

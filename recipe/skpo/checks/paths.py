@@ -144,13 +144,16 @@ def _is_computed(config: DictConfig, key: str) -> bool:
     return OmegaConf.is_interpolation(OmegaConf.select(config, parent) if parent else config, name)
 
 
+_SUFFIXES = (".csv", ".jinja", ".json", ".jsonl", ".parquet", ".txt", ".yaml")
+
+
 def _absolute(value: Any, base: Path, must_exist: bool) -> Any:
     if not isinstance(value, str) or "://" in value:
         return value
     path = Path(os.path.normpath(base / Path(value).expanduser()))
-    # A name on the hub has one slash at most.
-    is_file = path.exists() or not must_exist or value.startswith((".", "/", "~")) or value.count("/") > 1
-    return str(path) if is_file else value
+    # A name on the hub has one slash at most, and neither it nor a template's name ends as a data file does.
+    looks_like_one = value.startswith((".", "/", "~")) or value.count("/") > 1 or path.suffix in _SUFFIXES
+    return str(path) if looks_like_one or path.exists() or not must_exist else value
 
 
 def _text_of_file(value: str) -> str | None:
