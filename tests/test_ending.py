@@ -37,9 +37,10 @@ def died(class_name: str, why: str = "The actor is dead because its worker proce
     return RayActorError("0f", text)
 
 
-def remote(error: Exception) -> RayTaskError:
-    """The error as it arrives from another process of Ray's."""
-    return RayTaskError("f", f"ray::f()\n  File ...\n{type(error).__name__}: {error}", error)
+def remote(error: Exception) -> Exception:
+    """The error as ``ray.get`` raises it when another process did."""
+    text = f"\x1b[36mray::f()\x1b[39m (pid=71)\n  File ...\n{type(error).__name__}: {error}"
+    return RayTaskError("f", text, error).as_instanceof_cause()
 
 
 def after(error: Exception, context: Exception) -> Exception:
@@ -78,7 +79,7 @@ DROPPED = (
         ),
         (ActorDiedError(), "a process of the run died (The actor died unexpectedly before finishing this task.)"),
         (
-            ActorDiedError(remote(ValueError("no such model"))),
+            ActorDiedError(RayTaskError("f", "ray::f()\nValueError: no such model", ValueError("no such model"))),
             "a process of the run could not be started: ValueError: no such model",
         ),
         (remote(remote(ENGINE)), "a vLLM engine died"),

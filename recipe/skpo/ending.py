@@ -76,8 +76,10 @@ def causes(error: BaseException) -> Iterator[BaseException]:
     found: BaseException | None = error
     while found is not None and id(found) not in seen:
         seen.add(id(found))
-        yield found
+        # Ray's wrapper has the type of what it wraps, too, and a traceback as its message.
         remote = found.cause if isinstance(found, RayTaskError) else None
+        if remote is None:
+            yield found
         hidden = found.__suppress_context__
         found = remote or found.__cause__ or (None if hidden else found.__context__)
 
@@ -90,23 +92,20 @@ def first_line(error: BaseException) -> str:
 
 def describe(error: BaseException) -> str:
     """What ended a run, in one sentence: our own words if there are some, else which process died, else the error."""
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import RayActorError
 
     chain = list(causes(error))
     ours = next((found for found in chain if isinstance(found, RunError)), None)
     if ours is not None:
         said = " ".join(str(ours).split())
-        dead = _ENGINE in said and not said.startswith("the vLLM engine")
-        return f"a vLLM engine died: {_VLLM_SAYS.sub(_ENGINE, said)}" if dead else said
+        return f"a vLLM engine died: {_VLLM_SAYS.sub(_ENGINE, said)}" if _ENGINE in said else said
     if any(type(found).__name__ == _ENGINE for found in chain):
         return "a vLLM engine died"
     # The one that died first is at the end.
     died = [found for found in chain if isinstance(found, RayActorError)]
     if died:
         return _death(died[-1])
-    while isinstance(error, RayTaskError) and error.cause is not None:
-        error = error.cause
-    return first_line(error)
+    return first_line(chain[0])
 
 
 def _death(error: "RayActorError") -> str:
