@@ -371,6 +371,9 @@ column(
     TRAIN + "row 2: data_source 'mine' has no reward here",
     "set reward.custom_reward_function.path",
 )
+EXTRA = TRAIN + "column 'extra_info' is "
+column("extra_info is text", "extra_info", lambda old: ["{}"] * len(old), EXTRA + "string", "make it a struct")
+column("extra_info is a list", "extra_info", lambda old: [[1]] * len(old), EXTRA + "list<", "make it a struct")
 for kind, bad in (
     ("an escape sequence", "aime\x1b]0;x\x07"),
     ("a line break", "aime24\n  held-out 1.000"),

@@ -198,6 +198,7 @@ GOOD_FILES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     ),
     "large texts of polars": (with_column("id", lambda n: pa.array(map(str, range(n)), pa.large_string())), ""),
     "an index of pandas": (with_column("__index_level_0__", lambda n: list(range(n))), ""),
+    "extra_info that is null": (with_column("extra_info", pa.nulls), ""),
     "no extra_info": (lambda table: table.drop_columns(["extra_info", "ability"]), ""),
     "images of no row": (with_column("images", lambda n: [[] for _ in range(n)]), ""),
     "videos that are null": (with_column("videos", pa.nulls), ""),

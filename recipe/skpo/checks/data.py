@@ -128,7 +128,10 @@ def _check_names(paths: Sequence[str], role: Role) -> None:
         where = f"data.{role}_files: {path}"
         pattern = next((part for part in _PATTERN if part in path), None)
         if pattern is not None:
-            raise DataError(f"{where}: has {pattern!r} in its path, which verl's reader takes for a pattern; rename it")
+            raise DataError(
+                f"{where}: has {pattern!r} in its path, which verl's reader takes for a pattern; rename it, or name "
+                f"the files one by one"
+            )
         # A missing file or a folder gets its own message.
         if not path.endswith(".parquet") and Path(path).is_file():
             raise DataError(
@@ -184,6 +187,12 @@ def _check_columns(config: DictConfig, file: DataFile) -> None:
         name = config.data.get(key) or what
         if name in file.names and not _is_empty(_column(file.path, name)):
             raise DataError(f"{file.where}: column {name!r} holds {what}, and models are trained on text; remove it")
+    if "extra_info" in file.names:
+        kind = pq.read_schema(file.path).field("extra_info").type
+        if not pa.types.is_struct(kind) and not pa.types.is_null(kind):
+            raise DataError(
+                f"{file.where}: column 'extra_info' is {kind}, and verl reads fields of it; make it a struct"
+            )
     if "agent_name" in file.names and "rollout" in config.method.uses:
         others = [agent for agent in _column(file.path, "agent_name").unique().to_pylist() if agent != _AGENT]
         if others:
