@@ -248,7 +248,7 @@ def test_a_finished_run_says_what_differs(world: World, capsys: pytest.CaptureFi
     assert world.command(end, *([f"{LR}=5e-5"] if changed else [])) is None
     out = capsys.readouterr().out
     assert "this run is finished" in out and not world.launched
-    line = f"note: {LR}: 1e-05 in global_step_4, 5e-05 in this command; the numbers below are the former's"
+    line = f"note: {LR}: 1e-05 in global_step_4, 5e-05 in this command; the numbers below are the finished run's"
     assert (line in out) is changed
     if changed:
         said = world.command(end, "actor_rollout_ref.model.path=other_weights")

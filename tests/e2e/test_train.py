@@ -90,7 +90,7 @@ def test_resumes_after_a_kill_and_ends_well(run: dict) -> None:
 
 
 def test_a_changed_learning_rate_is_said_and_honoured(run: dict) -> None:
-    said = [line for line in run["again"].stdout.splitlines() if "in this command; " in line]
+    said = [line for line in run["again"].stdout.splitlines() if line.startswith("note: actor_rollout_ref.")]
     assert said == [
         "note: actor_rollout_ref.actor.optim.lr: 0.001 in global_step_2, 0.002 in this command; it applies from the "
         "next step"

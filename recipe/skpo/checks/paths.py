@@ -101,7 +101,7 @@ def overridden(key: str, overrides: Iterable[str]) -> bool:
     """Whether a command line sets ``key`` or a node that it is in."""
     for override in overrides:
         name = override.lstrip("+~").partition("=")[0].partition("@")[0]
-        # A choice of a group, data=files, is no value of its own.
+        # data=files chooses a file of a group and sets no value.
         if key == name or (key.startswith(f"{name}.") and "={" in override):
             return True
     return False

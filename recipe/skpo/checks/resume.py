@@ -133,7 +133,7 @@ def _contents(given: Iterable[Mapping[str, Any]]) -> tuple[Content, ...]:
 
 
 def shown(value: Any, longest: int = 100) -> str:
-    """Format a value for one line: JSON where it is no text, control characters escaped, cut where it is long."""
+    """Format a value for one line: JSON unless it is text, control characters escaped, cut where it is long."""
     return one_line(value if isinstance(value, str) and value else json.dumps(value), longest)
 
 
@@ -323,8 +323,9 @@ def _setting_differences(saved: Fingerprint, now: Fingerprint, curriculum: bool)
     found = []
     for path in sorted(saved.settings.keys() | now.settings.keys()):
         before, after = saved.settings.get(path), now.settings.get(path)
-        if before == after:
+        if before == after:  # null and absent are the same choice
             continue
+        before, after = (item.settings.get(path, "absent") for item in (saved, now))
         rule = next((rule for rule in RULES if re.fullmatch(rule.pattern, path)), None)
         effect = rule.effect if rule else "it applies from the next step"
         restarts = effect == _EPOCH and not curriculum
@@ -334,7 +335,7 @@ def _setting_differences(saved: Fingerprint, now: Fingerprint, curriculum: bool)
             effect = f"{effect}, so give {path}={shown(before)}"
         optimizer = re.fullmatch(_OPTIMIZER, path) is not None
         if optimizer and now.settings.get("actor_rollout_ref.actor.strategy") not in ("fsdp", "fsdp2"):
-            effect, optimizer = "without effect: this engine's optimizer goes on with the checkpoint's", False
+            effect, optimizer = "without effect: this engine keeps the checkpoint's", False
         # Filtering by length decides which rows there are.
         if path in _FILTER and not curriculum and _filters(saved, now):
             effect, restarts = _EPOCH, True
@@ -359,7 +360,7 @@ def restarts_epoch(found: Iterable[Difference]) -> bool:
 
 
 def refuse(checkpoint: Path, found: Sequence[Difference]) -> None:
-    """Refuse to go on from a checkpoint of another run.
+    """Refuse to resume from a checkpoint of another run.
 
     Raises:
         ConfigError: naming both values of the first thing that is refused, and the way out.
@@ -383,7 +384,7 @@ def lines(checkpoint: Path, found: Sequence[Difference] | None, finished: bool) 
         ]
     said = []
     for item in found[:MOST_LINES]:
-        effect = "the numbers below are the former's" if finished else item.effect
+        effect = "the numbers below are the finished run's" if finished else item.effect
         said.append(f"note: {item.what}: {item.saved} in {checkpoint.name}, {item.now} in this command; {effect}")
     if len(found) > MOST_LINES:
         rest = ", ".join(item.what for item in found[MOST_LINES : MOST_LINES + 20])
