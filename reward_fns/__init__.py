@@ -64,8 +64,13 @@ def route(data_source: str) -> Check:
     )
 
 
-def check_options(answer_format: str = "any", thought_marks: str | Sequence[str] = "auto", **_: Any) -> None:
-    """Raise ValueError for an option of `compute_score` that is unknown: a fault of the configuration."""
+def check_options(answer_format: str = "any", thought_marks: str | Sequence[str] = "auto", **unknown: Any) -> None:
+    """Raise ValueError for an unknown option of `compute_score` or an unknown value: a fault of the configuration."""
+    if unknown:
+        raise ValueError(
+            f"reward.custom_reward_function.reward_kwargs.{next(iter(unknown))}: is unknown; known are answer_format, "
+            "thought_marks"
+        )
     check_format(answer_format)
     read_marks(thought_marks)
 

@@ -1,6 +1,6 @@
 r"""Where the final answer stands in a response: in ``\boxed{}``, after ``####``, or in a statement "the answer is ...".
 
-Every form counts by its last occurrence, see docs/data.md for the rules. A ``\boxed{`` that is never closed is no
+Every form counts by its last occurrence, see docs/data.md for the rules. A ``\boxed{`` that is never closed is not an
 answer: the response was cut, and an earlier box may be a step on the way. All functions are linear in the text and
 return "" where there is no answer.
 """

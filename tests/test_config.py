@@ -234,9 +234,18 @@ def test_the_answer_format_reaches_the_reward(compose_config) -> None:
         result = score(data_source="openai/gsm8k", solution_str="#### 7", ground_truth="7", extra_info={})
         verdicts.append(result["score"])
     assert verdicts == [1.0, -1.0]
-    config = compose_config(f"+{key}=loose")
-    with pytest.raises(ValueError, match=rf"{key}: 'loose' is unknown; known are any, boxed, hash, line"):
-        check_reward(config)
+    kwargs = key.rpartition(".")[0]
+    for override, message in (
+        (f"+{key}=loose", f"{key}: 'loose' is unknown; known are any, boxed, hash, line"),
+        (f"+{kwargs}.thought_marks=[a]", f"{kwargs}.thought_marks: .* is unknown; give auto, none, or the opening"),
+        (
+            f"+{kwargs}.answer_formt=any",
+            f"{kwargs}.answer_formt: is unknown; known are answer_format, thought_marks",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_reward(compose_config(override))
+    check_reward(compose_config(f'+{kwargs}.thought_marks=["<plan>","</plan>"]'))
 
 
 def test_every_run_has_a_folder_of_its_own(run_config) -> None:

@@ -258,6 +258,14 @@ def test_greedy(command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         (["reward.path=no.py"], "reward: "),
         (["reward.name=nope"], "reward: "),
         (["+reward.reward_kwargs.answer_format=nope"], "answer_format: 'nope' is unknown"),
+        (
+            ["+reward.reward_kwargs.answer_formt=boxed"],
+            "reward_kwargs.answer_formt: is unknown; known are answer_format",
+        ),
+        (
+            ["+reward.reward_kwargs.thought_marks=off"],
+            "thought_marks: 'off' is unknown; give auto, none, or the opening",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_one_line(

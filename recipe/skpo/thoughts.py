@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from reward_fns import OUR_REWARD
+from reward_fns import OUR_REWARD, check_options
 from reward_fns.thoughts import AFTER_THOUGHT, Marks, read_marks
 
 _PROMPT_END = 24
@@ -20,9 +20,11 @@ def configured_marks(path: str | None, reward_kwargs: Mapping[str, Any] | None) 
     """The marks of a reward function's settings; another function than ours has no such option: the known marks.
 
     Raises:
-        ValueError: an unknown value of the option.
+        ValueError: an unknown option of our function, or an unknown value.
     """
-    return read_marks((reward_kwargs or {}).get("thought_marks", "auto") if path == OUR_REWARD else "auto")
+    options = dict(reward_kwargs or {}) if path == OUR_REWARD else {}
+    check_options(**options)
+    return read_marks(options.get("thought_marks", "auto"))
 
 
 class ThoughtReader:

@@ -60,11 +60,6 @@ def check_reward(config: DictConfig) -> RewardCall:
             f"{WHERE}: {error}; give a python file or pkg://module by {WHERE}.path, and by {WHERE}.name a function in "
             f"it that takes {', '.join(VERLS_ARGUMENTS)}"
         ) from error
-    if is_ours(config):
-        known = [name for name in call.parameters if name not in (*VERLS_ARGUMENTS, "kwargs")]
-        unknown = [name for name in kwargs if name not in known]
-        if unknown:
-            raise ConfigError(f"{WHERE}.reward_kwargs.{unknown[0]}: is unknown; known are {', '.join(known)}")
     return call
 
 
