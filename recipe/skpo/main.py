@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -314,19 +314,6 @@ def launch(config: DictConfig) -> None:
         sys.exit(last_words(error, watch.died, config))
 
 
-def leave_nothing() -> None:
-    """Remove Hydra's record of a command that was refused, and the run folder if it holds nothing else."""
-    record = OmegaConf.select(HydraConfig.get(), "runtime.output_dir")
-    if record is None or Path(record).name != "hydra":
-        return
-    folder = Path(record).parent
-    if [path.name for path in folder.iterdir()] == ["hydra"]:
-        shutil.rmtree(record, ignore_errors=True)
-        for empty in (folder, *([folder.parent] if folder.parent.name == "outputs" else [])):
-            with suppress(OSError):
-                empty.rmdir()
-
-
 def report(output_dir: Path, minutes: float | None = None) -> None:
     """Print the summary and write the page; what of it cannot be made does not fail a run that is finished."""
     try:
@@ -398,10 +385,8 @@ def _run(config: DictConfig, held: ExitStack) -> None:
         if not finished:
             check_room(config)
     except (ValueError, RuntimeError, OSError) as error:
-        leave_nothing()
         sys.exit(error_line(error))
     except OmegaConfBaseException as error:
-        leave_nothing()
         sys.exit(error_line(f"{error.full_key}: {str(error).splitlines()[0]}"))
     if finished:
         limit = "budget.tokens" if config.budget.match == "tokens" else "trainer.total_training_steps"
@@ -412,7 +397,6 @@ def _run(config: DictConfig, held: ExitStack) -> None:
         report(output_dir)
         return
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
         identity().write(output_dir)
         write_atomic(output_dir / "config.yaml", OmegaConf.to_yaml(config))
     except OSError as error:

@@ -23,7 +23,7 @@ def use_own_settings(optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> f
     for group, factor in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
         group["lr"] = own["lr"] * factor(scheduler.last_epoch)
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-    return scheduler._last_lr[0]
+    return float(scheduler._last_lr[0])
 
 
 def use_own_settings_in_worker(worker: Any) -> float | None:
