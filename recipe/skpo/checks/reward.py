@@ -48,8 +48,6 @@ def check_reward(config: DictConfig) -> RewardCall:
             f"{WHERE}.reward_kwargs: is {given!r}, must be a record such as {{key: value}}; or leave it out"
         )
     kwargs: Any = OmegaConf.to_container(given)
-    if is_ours(config):
-        check_options(**kwargs)
     try:
         call = _loaded(reward.path, reward.name, json.dumps(kwargs, default=str))
         _check_manager(config)
@@ -60,6 +58,8 @@ def check_reward(config: DictConfig) -> RewardCall:
             f"{WHERE}: {error}; give a python file or pkg://module by {WHERE}.path, and by {WHERE}.name a function in "
             f"it that takes {', '.join(VERLS_ARGUMENTS)}"
         ) from error
+    if is_ours(config):
+        check_options(**kwargs)
     return call
 
 
