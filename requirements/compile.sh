@@ -18,5 +18,7 @@ for platform in cpu cuda; do
         --python-version "${PYTHON_VERSION:-3.11}" \
         --python-platform x86_64-manylinux_2_28 \
         --custom-compile-command "requirements/compile.sh" \
-        --quiet --output-file "requirements/$platform.txt" "$@" >/dev/null
+        --generate-hashes --quiet --output-file "requirements/$platform.txt" "$@" >/dev/null
 done
+# The CPU build of torch has a wheel per Python, of which a folder may hold one; bootstrap.sh installs it by itself, first.
+sed -i -e '/^torch==.*+cpu \\$/,/^    # via/{/^    --hash=/d; s/ \\$//}' requirements/cpu.txt

@@ -141,7 +141,7 @@ pip_install() {
     # the two variables say the same to pip before and after 25.3. The path is relative because pip splits it at blanks.
     # setuptools alone, because pip words its errors differently for a package that is constrained and missing.
     local constraints=.venv/build-constraints.txt
-    grep '^setuptools==' "$requirements" >"$constraints"
+    grep -oE '^setuptools==[^ ;]+' "$requirements" >"$constraints"
     PIP_CONSTRAINT="$constraints" PIP_BUILD_CONSTRAINT="$constraints" PIP_NO_INPUT=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
         .venv/bin/python -m pip install --no-deps --progress-bar off "$@" </dev/null >>"$log" 2>&1 || explain_failure
 }
@@ -204,8 +204,9 @@ install() {
         duration="several GB of CUDA libraries, so the time is your network's"
     fi
     say "installing $(grep -c == "$requirements") pinned packages for platform $platform into .venv: $duration (pip's output: $log)"
-    # torch first: on cpu it is the one that a default package index lacks, which is better known after seconds.
-    pip_install "$(grep -oE '^torch==[^ ;]+' "$requirements")"
+    # torch first: on cpu it is the one that a default package index lacks, which is better known after seconds, and the
+    # one without a hash. All others have one, so that no index can supply another file under their names.
+    if [[ "$platform" == cpu ]]; then pip_install "$(grep -oE '^torch==[^ ;]+' "$requirements")"; fi
     pip_install -r "$requirements"
     # The build tool is pinned in the requirements; isolation would resolve and download another one.
     pip_install --no-build-isolation -e .

@@ -109,8 +109,9 @@ def project(tmp_path: Path) -> Project:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     (root / "requirements").mkdir()
-    (root / "requirements/cpu.txt").write_text("setuptools==77.0.3\ntorch==2.13.0+cpu\nverl==0.9.1\n")
-    (root / "requirements/cuda.txt").write_text("setuptools==77.0.3\ntorch==2.11.0\nverl==0.9.1\n")
+    tools = "setuptools==77.0.3 \\\n    --hash=sha256:0123\n"
+    (root / "requirements/cpu.txt").write_text(f"{tools}torch==2.13.0+cpu\nverl==0.9.1\n")
+    (root / "requirements/cuda.txt").write_text(f"{tools}torch==2.11.0\nverl==0.9.1\n")
     programs = tmp_path / "bin"
     programs.mkdir()
     for tool in SYSTEM_TOOLS.split():
@@ -561,17 +562,19 @@ def test_any_failure_is_the_result(project):
 # --- the packaging
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PIN = re.compile(r"^([a-z0-9][a-z0-9.-]*)==([0-9][^ ;]*)$")
+PIN = re.compile(r"([a-z0-9][a-z0-9.-]*)==([0-9][^ ;]*)((?: --hash=sha256:[0-9a-f]{64})*)")
 
 
 def pins(name: str) -> dict[str, str]:
-    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    text = (ROOT / "requirements" / name).read_text().replace(" \\\n   ", "")
     found = {}
-    for line in lines:
+    for line in text.splitlines():
         if line.startswith("#") or not line.strip() or line.startswith("    #"):
             continue
-        match = PIN.match(line)
+        match = PIN.fullmatch(line)
         assert match, f"{name}: {line!r} is not a plain pin"
+        # Of the CPU build of torch every Python has a wheel of its own, and no index has all.
+        assert match[3] or match[2].endswith("+cpu"), f"{name}: {match[1]} has no hash"
         found[match[1]] = match[2]
     return found
 
