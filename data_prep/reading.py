@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.schema import DataError
+from data_prep.schema import DataError, refuse_excess
 from data_prep.untrusted import UntrustedError, parse_json
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
@@ -157,7 +157,9 @@ def _parquet_rows(file: Path) -> Iterator[RawRow]:
     number = 0
     with pq.ParquetFile(file) as table:
         _check_columns(file, table.schema_arrow.names)
-        for batch in table.iter_batches(batch_size=8192):
+        refuse_excess(file, set(table.schema_arrow.names), str(file))
+        # A text may have a million characters: few of those are in memory at a time.
+        for batch in table.iter_batches(batch_size=512):
             for value in batch.to_pylist():
                 yield _row(f"{file}: row {number}", value)
                 number += 1

@@ -124,7 +124,7 @@ def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str 
         if missing:
             has = _short(", ".join(present), 300)[1:-1]
             raise DataError(f"{where}: missing column(s) {', '.join(missing)} (it has {has}); {REWRITE}")
-        _refuse_excess(path, {*needed, "extra_info"}, where)
+        refuse_excess(path, {*needed, "extra_info"}, where)
         table = pq.read_table(path, columns=needed)
     except PermissionError as error:
         raise DataError(f"{where}: no permission to read it; `chmod +r` it") from error
@@ -158,7 +158,7 @@ def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str 
     return table
 
 
-def _refuse_excess(path: Path, needed: set[str], where: str) -> None:
+def refuse_excess(path: Path, needed: set[str], where: str) -> None:
     """Refuse a file whose content would not fit into memory: compressed, 80 GB of text may take 100 KB.
 
     Texts stay what they are in the file, indices into a dictionary, and only their lengths are looked at.

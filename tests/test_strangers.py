@@ -6,6 +6,7 @@ message that begins as the table says.  Values of a state file are in test_state
 
 import io
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -31,6 +32,7 @@ from recipe.skpo.checks.pickles import check_pickles
 from recipe.skpo.evaluate import find_checkpoint
 from recipe.skpo.html_report import page
 from recipe.skpo.metrics import read_lines
+from recipe.skpo.output.console import CleanFormatter
 from recipe.skpo.report import summary
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.state import FILE_NAME, SkpoState, saved_tokens
@@ -104,6 +106,17 @@ def raw_data(path: Path) -> Any:
 
 
 reading("jsonl: field names", "train.jsonl", json.dumps({BELL * 10_000: 1}) + "\n", raw_data, r"line 1: .*is missing")
+
+
+@refused("parquet: a dictionary of long texts", r"train\.parquet: row 0: column 'question' has a text of")
+def _(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["x" * 4 * 2**20]))
+    pq.write_table(pa.table({"question": texts, "answer": ["#### 1"] * 20_000}), folder / "train.parquet")
+    raw_data(folder / "train.parquet")
+
 
 # ---- state files
 
@@ -226,7 +239,11 @@ def prompts_under(folder: Path, change: Callable[[Path], Any]) -> None:
     write_parquet([Row("t", [{"role": "user", "content": "a letter"}], "5", "none", "train", 0, "q")], data)
     model = {"path": str(folder / "model")}
     files = {"train_files": str(data), "val_files": str(data), "prompt_key": "prompt", "max_prompt_length": 9999}
-    config = {"data": files | {"filter_overlong_prompts": False}, "actor_rollout_ref": {"model": model}}
+    config = {
+        "data": files | {"filter_overlong_prompts": False},
+        "actor_rollout_ref": {"model": model},
+        "reward": {"custom_reward_function": {"path": None}},
+    }
     model_checks.check_prompt_lengths(OmegaConf.create(config))
 
 
@@ -324,6 +341,12 @@ def test_text_of_strangers_is_one_line_of_at_most_300_characters() -> None:
     long = one_line("x" * 10**7 + "the end")
     assert len(long) == 300 and long.endswith("the end")
     assert one_line("日本 é 😀 a\u200db") == "日本 é 😀 a\u200db", "letters of any script stay"
+
+
+def test_a_log_line_is_one_line() -> None:
+    record = logging.makeLogRecord({"msg": "prompt %s", "args": (BELL,), "levelname": "WARNING"})
+    shown = CleanFormatter("%(levelname)s:%(message)s").format(record)
+    assert shown.isprintable() and shown.startswith("WARNING:prompt \\x1b")
 
 
 def test_what_is_ordinary_is_read(tmp_path: Path) -> None:

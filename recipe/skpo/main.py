@@ -56,7 +56,7 @@ from recipe.skpo.html_report import write_report
 from recipe.skpo.isolation.folder import FolderError
 from recipe.skpo.isolation.run import IsolationError, choose_cluster, isolated
 from recipe.skpo.model_checks import check_model, check_prompt_lengths
-from recipe.skpo.output.console import replace_unprintable
+from recipe.skpo.output.console import CleanFormatter, replace_unprintable
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.preflight import (
     check_config,
@@ -244,7 +244,7 @@ def prepare_model(config: DictConfig) -> None:
 def keep_warnings() -> None:
     """Give our loggers a handler of their own, as verl does with its own: vLLM's import silences root below ERROR."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s:%(asctime)s:%(message)s"))
+    handler.setFormatter(CleanFormatter("%(levelname)s:%(asctime)s:%(message)s"))
     ours = logging.getLogger("recipe.skpo")
     ours.handlers, ours.propagate = [handler], False
     ours.setLevel(os.environ.get("VERL_LOGGING_LEVEL", "INFO"))

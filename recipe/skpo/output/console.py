@@ -1,7 +1,10 @@
 """The console of a command, whatever its encoding."""
 
 import io
+import logging
 import sys
+
+from data_prep.untrusted import LONGEST_LINE, one_line
 
 
 def replace_unprintable() -> None:
@@ -10,3 +13,12 @@ def replace_unprintable() -> None:
         # A test or a notebook may have put another kind of stream there.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+
+
+class CleanFormatter(logging.Formatter):
+    """Shows each message as one line that no terminal obeys: it may quote a model, a server or a data file."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Escape the message; a traceback after it stays as it is."""
+        record.message = one_line(record.message, LONGEST_LINE)
+        return super().formatMessage(record)
