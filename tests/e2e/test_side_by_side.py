@@ -26,12 +26,15 @@ from tests.e2e.tiny import overrides
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(2400)]
 
 ROOT = Path(__file__).parents[2]
+STEPS = 20
+"""Enough that both runs still train while they are attacked."""
+
 RUNS = {"one": ["skpo.seed=1"], "two": ["skpo.seed=2", "actor_rollout_ref.actor.optim.lr=3e-3"]}
 
 
 def start(folder: Path, *more: str) -> subprocess.Popen:
     folder.mkdir()
-    arguments = [*overrides(folder), *EXACT, "trainer.save_freq=1000", "trainer.total_training_steps=6", *more]
+    arguments = [*overrides(folder), *EXACT, "trainer.save_freq=1000", f"trainer.total_training_steps={STEPS}", *more]
     with (folder / "run.log").open("w") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "recipe.skpo.main", *arguments],
@@ -118,6 +121,6 @@ def test_two_runs_at_once_end_as_each_does_alone(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/ran-*")), "no payload ran"
     for name in RUNS:
         alone, beside = (steps(tmp_path / f"{name} {how}") for how in ("alone", "together"))
-        assert len(alone) == 6 and alone == beside
+        assert len(alone) == STEPS and alone == beside
     assert steps(tmp_path / "one alone") != steps(tmp_path / "two alone"), "or swapped weights could not be seen"
     assert sockets() <= before, "nothing is left in the shared folder"
