@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.hub import quiet_hub
 from data_prep.schema import DataError, refuse_excess
 from data_prep.untrusted import UntrustedError, parse_json
 
@@ -187,7 +188,8 @@ def _hub_rows(name: str, config: str | None, split: str) -> Iterator[RawRow]:
 
     try:
         # A data set's own loading script would be code from the hub: datasets does not run any (since version 4).
-        rows = datasets.load_dataset(name, config, split=split)
+        with quiet_hub():
+            rows = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # a process border: the hub answers with errors of five libraries
         reason = (str(error).splitlines() or [""])[0][:120] or type(error).__name__
         raise DataError(

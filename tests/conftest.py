@@ -6,12 +6,16 @@ the real ones; there are no model weights.
 
 import asyncio
 import inspect
+import json
 import random
+import shutil
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -236,6 +240,50 @@ def compose_config() -> Callable[..., Any]:
     return compose_with
 
 
+@dataclass(frozen=True)
+class Launched:
+    """What came of a command line: its message where it was refused, else the config that was launched."""
+
+    message: str | None = None
+    config: Any = None
+
+
+@pytest.fixture
+def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Launched]:
+    """Run ``python -m recipe.skpo.main`` in this process, up to its launch, without files of data and model."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    from recipe.skpo import main
+
+    def run(*arguments: str, platform: str = "cpu") -> Launched:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("SKPO_PLATFORM", platform)
+        monkeypatch.delenv("NOT_SET_HERE", raising=False)
+        quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
+        # An imported module has no config folder beside it, as far as Hydra is concerned.
+        folder = ["--config-path", str(REPOSITORY / "recipe/skpo/config")]
+        monkeypatch.setattr(sys, "argv", ["main", *arguments, *quiet, *folder])
+        launched: list[Any] = []
+        machine = ("check_packages", "check_machine", "check_memory", "check_room", "apply_platform")
+        for step in (*machine, "prepare_data", "prepare_model", "check_model", "check_prompt_lengths"):
+            monkeypatch.setattr(main, step, lambda *arguments: None)
+        if arguments != ("data=files",):  # the data are not there
+            monkeypatch.setattr(main, "check_data", lambda config: None)
+        monkeypatch.setattr(main, "fingerprint", lambda config: SimpleNamespace(write=lambda folder: None))
+        monkeypatch.setattr(main, "launch", launched.append)
+        monkeypatch.setattr(main, "report", lambda folder, minutes=None: None)
+        try:
+            main.main()
+        except SystemExit as error:
+            assert isinstance(error.code, str), "Hydra printed a traceback"
+            return Launched(message=error.code)
+        finally:
+            GlobalHydra.instance().clear()
+        return Launched(config=launched[0] if launched else None)
+
+    return run
+
+
 # ---------------------------------------------------------------- checkpoints
 
 
@@ -259,4 +307,26 @@ def write_checkpoint(folder: Path, state: Any = None, ranks: int = 1) -> Path:
         for rank in range(ranks):
             torch.save({}, folder / "actor" / f"{start}_world_size_{ranks}_rank_{rank}.pt")
     torch.save({}, folder / DATA_FILE)
+    return folder
+
+
+THINKING_TEMPLATE = (
+    CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}[no]{% else %}[think]{% endif %}"
+)
+
+
+def thinking_run(folder: Path, model: Path, reward: dict[str, Any] | None = None) -> Path:
+    """A run's folder whose template reads ``enable_thinking``, with a whole model as checkpoint of step 3."""
+    described = folder / "checkpoints/global_step_3/actor/huggingface"
+    shutil.copytree(model, described)
+    (described.parent / "fsdp_config.json").write_text('{"world_size": 1}')
+    (folder / "checkpoints/latest_checkpointed_iteration.txt").write_text("3")
+    ours = {"path": "pkg://reward_fns", "name": "compute_score", "reward_kwargs": {"answer_format": "boxed"}}
+    config = {
+        "skpo": {},
+        "actor_rollout_ref": {"model": {"custom_chat_template": THINKING_TEMPLATE}},
+        "data": {"apply_chat_template_kwargs": {"enable_thinking": False}},
+        "reward": {"custom_reward_function": reward or ours},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
     return folder

@@ -26,7 +26,7 @@ data:
   train_files: data/arithmetic/train.parquet
 actor_rollout_ref:
   model: {path: models/smollm2-135m-instruct}
-  rollout: {name: vllm, temperature: 0.6, stop: []}
+  rollout: {name: vllm, temperature: 0.6, stop: [], val_kwargs: {temperature: 0, n: 1}}
 ray_kwargs:
   ray_init:
     runtime_env:

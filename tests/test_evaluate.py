@@ -19,6 +19,7 @@ from recipe.skpo import evaluate
 from recipe.skpo.evaluate import find_checkpoint, main, merged_model, read_config
 from recipe.skpo.settings import ConfigError
 from tests.analysis.conftest import FakeSampler
+from tests.conftest import thinking_run
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SOURCE = "skpo/arithmetic"
@@ -367,6 +368,55 @@ def test_defaults_are_the_papers_counts_and_the_cpu_configs_sizes(compose_config
     assert config.reward.path == trained.reward.custom_reward_function.path
     assert config.reward.name == trained.reward.custom_reward_function.name
     assert config.reward.reward_kwargs == trained.reward.custom_reward_function.reward_kwargs
+
+
+# ---------------------------------------------------------------- settings of the run
+
+
+def test_a_run_is_evaluated_with_its_own_template_and_reward(command, model: Path, tmp_path: Path, capsys) -> None:
+    run = thinking_run(tmp_path / "run", model)
+    code, (sampler,), _ = command(f"checkpoint={run}", "output_dir=out", "max_prompt_length=70")
+    assert code == 0
+    prompts = [sampler.tokenizer.decode(prompt) for call in sampler.calls for prompt in call["prompts"]]
+    assert len(prompts) == 10 and all(prompt.endswith("assistant\n[no]") for prompt in prompts)
+    written = json.loads(Path("out/config.json").read_text(encoding="utf-8"))
+    assert written["chat_template_kwargs"] == {"enable_thinking": False}
+    assert written["reward"]["reward_kwargs"] == {"answer_format": "boxed"}
+    capsys.readouterr()
+    thinking = "chat_template_kwargs={enable_thinking: true}"
+    code, made, _ = command(f"checkpoint={run}", "output_dir=out", "max_prompt_length=70", thinking)
+    assert (code, made) == (1, []), "draws of other prompts are not used"
+    said = "was made with chat_template_kwargs.enable_thinking=False, now it is True; give another output_dir"
+    assert said in capsys.readouterr().err
+
+
+def test_the_arguments_of_the_runs_reward_are_taken_over(command, model: Path, tmp_path: Path) -> None:
+    reward = "def check(wanted, extra_info, **_):\n    return float(extra_info['index'] == wanted)\n"
+    (tmp_path / "mine.py").write_text(reward)
+    run = thinking_run(tmp_path / "run", model, {"path": "mine.py", "name": "check", "reward_kwargs": {"wanted": 4}})
+    ours = (f"checkpoint={run}", "reward.path=mine.py", "reward.name=check", "max_prompt_length=70", "output_dir=out")
+
+    def right() -> list[int]:
+        return pd.read_parquet("out/sums/problems.parquet").query("n_right > 0").index.tolist()
+
+    assert command(*ours)[0] == 0 and right() == [4]
+    assert command(*ours, "+reward.reward_kwargs.wanted=7")[0] == 0 and right() == [7], "what is given goes over it"
+
+
+def test_a_model_of_no_run_is_asked_as_the_keys_say(command, model: Path, capsys) -> None:
+    template = "{{ messages[0]['content'] }}{% if short %} Be short.{% endif %}"
+    code, (sampler,), _ = command(f'custom_chat_template="{template}"', "chat_template_kwargs={short: true}")
+    assert code == 0 and sampler.tokenizer.decode(sampler.calls[0]["prompts"][0]) == "0 + 0? Be short."
+
+
+def test_another_reward_than_the_runs_is_said(command, model: Path, tmp_path: Path, capsys) -> None:
+    run = thinking_run(tmp_path / "run", model)
+    (tmp_path / "mine.py").write_text("def check(**_):\n    return 1.0\n")
+    code, _, _ = command(f"checkpoint={run}", "reward.path=mine.py", "reward.name=check", "max_prompt_length=70")
+    said = (
+        "note: the run was trained with the reward compute_score of pkg://reward_fns, responses are checked with check"
+    )
+    assert code == 0 and said in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- checkpoints

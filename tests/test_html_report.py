@@ -185,13 +185,13 @@ def test_curves_hold_every_metric_and_draw_the_known_ones() -> None:
         {"step": 3, "skpo/upstream/loss": 0.25, "mine": "text"},
     ]
     notes: list[str] = []
-    found = curves(lines, notes)
+    found = curves(lines, notes, "greedy")
     assert found["series"]["skpo/upstream/loss"] == [[1, 3], [0.5, 0.25]]
     assert found["series"]["mine"] == [[1, 2], [7.0, 8.0]]
     assert found["series"][f"held-out {SOURCE}: accuracy"] == [[1], [0.5]]
     titles = {group["title"]: [line["label"] for line in group["lines"]] for group in found["groups"]}
     assert titles == {
-        f"held-out {SOURCE}, greedy": ["accuracy", "well-formed answers", "accuracy among well-formed"],
+        f"held-out {SOURCE}, greedy": ["accuracy", "share of well-formed answers", "accuracy among well-formed"],
         "Loss": ["upstream"],
     }
     assert notes == []

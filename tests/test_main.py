@@ -7,7 +7,6 @@ through Hydra in this process; and where a config is enough the function that Hy
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +14,10 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from recipe.skpo import main
-from recipe.skpo.settings import ConfigError, known_keys
 from tests.conftest import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -32,22 +31,6 @@ REFUSED = {
     "skpo.split_high=1.5": "skpo.split_low, skpo.split_high: need 0 < split_low <= split_high < 1",
 }
 """Override -> how its message starts."""
-
-REFUSED_IN_PROCESS = {
-    "+skpo.tracker.nope=1": "skpo.tracker.nope: unknown key; known are group_size, ",
-    "skpo={group_size: 1}": "skpo.group_size: must be >= 2",
-    "skpo.group_size=many": "skpo.group_size: ",
-    "skpo.split_high=null": "skpo.split_high: ",
-    "skpo.tracker=5": "skpo.tracker: ",
-    "actor_rollout_ref.actor.use_kl_loss=true": "actor_rollout_ref.actor.use_kl_loss: is True, must be False",
-    "data=files": "data.train_files: is not set; name a parquet file",
-    "trainer.resume_mode=resume_path": "trainer.resume_from_path: ",
-    "skpo.split=boundary_token": "skpo.boundaries: name the strings or token ids",
-    "skpo.tracker.drift=days": "skpo.tracker.drift: must be one of kl_steps, nats, logratio, got 'days'",
-    "method=grpo skpo.skip=chat": "skpo.skip: has no effect with method=grpo; leave it out",
-    "method=baseline": "method.name: ",
-    "budget=tokens": "budget.tokens: is None; give the number of tokens",
-}
 
 # Loaded by the interpreter before anything of ours; notes at the end what the process has imported.
 SITE = """\
@@ -148,57 +131,23 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return taken
 
 
-@pytest.mark.parametrize("override", REFUSED_IN_PROCESS)
-def test_more_bad_overrides(tmp_path: Path, monkeypatch, steps, override: str) -> None:
-    from hydra.core.global_hydra import GlobalHydra
-
-    for check in ("check_data", "prepare_data", "prepare_model", "check_model", "check_prompt_lengths"):
-        if override != "data=files":  # the embedded data and model are not there
-            monkeypatch.setattr(main, check, lambda config: None)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SKPO_PLATFORM", "cpu")
-    quiet = ["hydra/job_logging=none", "hydra/hydra_logging=none"]
-    # An imported module has no config folder beside it, as far as Hydra is concerned.
-    folder = ["--config-path", str(REPOSITORY / "recipe/skpo/config")]
-    monkeypatch.setattr(sys, "argv", ["main", *re.split(" (?=skpo)", override), *quiet, *folder])
-    try:
-        with pytest.raises(SystemExit) as exit_info:
-            main.main()
-    finally:
-        GlobalHydra.instance().clear()
-    message = exit_info.value.code
-    assert isinstance(message, str), "Hydra printed a traceback"
-    assert message.startswith(f"error: {REFUSED_IN_PROCESS[override]}")
-    assert len(message.splitlines()) == 1
-    assert "launch" not in steps
-
-
-# ---------------------------------------------------------------- unknown keys
-
-
-@pytest.mark.parametrize("prefix", ["", "+", "++", "~"])
-@pytest.mark.parametrize("key", ["nope", "tracker.nope", "group_sizes", "tracker.rho_min.x"])
-def test_unknown_keys_are_refused(prefix: str, key: str) -> None:
-    with pytest.raises(
-        ConfigError, match=rf"^skpo\.{key}: unknown key; known are group_size, .*tracker\.drift.*curriculum\.epsilon$"
-    ):
-        main.reject_unknown_keys(["trainer.nnodes=1", f"{prefix}skpo.{key}=1"])
-
-
-def test_known_keys_and_other_arguments_pass() -> None:
-    overrides = [f"skpo.{key}=1" for key in known_keys()]
-    main.reject_unknown_keys([*overrides, "--cfg", "job", "skpo.tracker={rho_min: 0.9}", "data.skpo.nope=1"])
-
-
 # ---------------------------------------------------------------- what run() does in which order
+
+CHOICES = {
+    "platform": "cpu",
+    "method": "skpo",
+    "model": "smollm2_135m",
+    "data": "files",
+    "budget": "steps",
+    "model_engine": "dp",
+}
+COMMAND = {"hydra": {"overrides": {"task": []}, "runtime": {"choices": CHOICES}}}
+"""What Hydra has noted of the command line."""
 
 
 @pytest.fixture
 def config(compose_config, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from hydra.core.hydra_config import HydraConfig
-
-    # What Hydra has noted of the command line: no overrides.
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {"overrides": {"task": []}}}))
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create(COMMAND))
     config = compose_config("platform=cpu", "data=files")
     config.output_dir = str(tmp_path / "out")
     config.trainer.default_local_dir = str(tmp_path / "out" / "checkpoints")
@@ -254,6 +203,7 @@ def test_a_finished_run_is_reported_again(config, steps, tmp_path: Path, monkeyp
 
 
 def test_spo_is_checked_and_launched_with_its_larger_batch(compose_config, config, steps, tmp_path: Path) -> None:
+    HydraConfig.get().runtime.choices.method = "spo"
     spo = compose_config("platform=cpu", "data=files", "method=spo", "skpo.group_size=2")
     spo.output_dir, spo.trainer.default_local_dir = config.output_dir, config.trainer.default_local_dir
     spo.actor_rollout_ref.model.path = config.actor_rollout_ref.model.path

@@ -90,6 +90,13 @@ def test_every_published_metric_is_checked_above(published: dict[str, float]) ->
     assert set(published) == {name for name, _ in mark.args[1]}
 
 
+def test_the_share_of_segments_at_a_boundary_is_there_where_boundaries_are_looked_for() -> None:
+    batch = two_prompts()
+    for row, share in ((0, 0.25), (3, 0.75), (6, 1.0)):
+        batch["records"][row] |= {"at_boundary": share}
+    assert rollout_metrics(**batch)["skpo/upstream/boundary_share"] == 0.5
+
+
 def test_values_are_plain_numbers(published: dict[str, float]) -> None:
     assert {type(value) for value in published.values()} == {float}
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from recipe.skpo.metrics import MetricsFile
-from recipe.skpo.report import held_out, render_tree, summary, write_sample_trees
+from recipe.skpo.report import decoding, held_out, render_tree, summary, write_sample_trees
 from recipe.skpo.trees import FOLDER, TreeStore
 
 SOURCE = "skpo/arithmetic"
@@ -57,6 +57,53 @@ def test_without_well_formed_only_the_accuracy_is_given() -> None:
     assert held_out(validation(0.3)) == {SOURCE: {"acc": 0.3}}
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {f"val-core/{SOURCE}/reward/mean@1": -0.5},
+        # As former releases wrote it.
+        {f"val-core/{SOURCE}/acc/mean@1": -0.5, f"val-aux/{SOURCE}/reward/mean@1": -0.5},
+        {f"val-core/{SOURCE}/reward/mean@4": -0.5, f"val-aux/{SOURCE}/score/mean@4": -0.5},
+    ],
+    ids=["number", "number of a former release", "record without acc"],
+)
+def test_the_mean_reward_is_given_where_no_acc_is_reported(line: dict[str, float], tmp_path: Path) -> None:
+    assert held_out(line) == {SOURCE: {"reward": -0.5}}
+    MetricsFile(tmp_path / "metrics.jsonl", resumed_at=0).log(line, step=0)
+    text = summary(tmp_path)
+    assert row(text, "mean reward") == ["-0.500", "-0.500"] and "accuracy" not in text
+
+
+def test_an_accuracy_of_one_that_equals_the_mean_reward_stays_one() -> None:
+    line = validation(1.0) | {f"val-aux/{SOURCE}/score/mean@1": 1.0}
+    assert held_out(line) == {SOURCE: {"acc": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": 0, "top_p": 1.0, "n": 1}, "greedy"),
+        ({"temperature": 0.6, "top_k": 1}, "greedy"),
+        ({"temperature": 0.6, "top_p": 0.95, "n": 4}, "temperature 0.6, top-p 0.95, mean of 4"),
+        ({"temperature": 1.0, "top_k": 20, "do_sample": False}, "temperature 1, top-k 20"),
+        ({"temperature": 0, "n": 2}, "greedy, mean of 2"),
+        ({"temperature": "hot"}, ""),
+        ({}, ""),
+        (None, ""),
+    ],
+    ids=str,
+)
+def test_the_words_for_decoding_follow_the_settings(tmp_path: Path, options: dict | None, words: str) -> None:
+    from omegaconf import OmegaConf
+
+    OmegaConf.save({"actor_rollout_ref": {"rollout": {"val_kwargs": options}}}, tmp_path / "config.yaml")
+    assert decoding(tmp_path) == words
+
+
+def test_without_a_config_nothing_is_said_of_the_decoding(tmp_path: Path) -> None:
+    assert decoding(tmp_path) == ""
+
+
 def test_no_well_formed_answer_at_all_gives_zero_accuracy_among_them() -> None:
     assert held_out(validation(0.0, 0.0))[SOURCE]["acc_of_well_formed"] == 0.0
 
@@ -94,6 +141,7 @@ def run(output_dir: Path) -> Path:
     for step in (2, 4, 10):
         (output_dir / "checkpoints" / f"global_step_{step}").mkdir(parents=True)
     store_trees(output_dir, range(5))
+    (output_dir / "config.yaml").write_text("actor_rollout_ref: {rollout: {val_kwargs: {temperature: 0, n: 1}}}")
     return output_dir
 
 

@@ -466,6 +466,7 @@ async def test_a_segment_ends_at_its_last_boundary(ablated, boundaries: list, ke
     segment, row = setup.tokens(kept, end=""), setup.store.row("v7", 0)
     assert row["responses"].tolist() == segment
     assert row["extra_fields"]["skpo"]["deviation"] == pytest.approx(fmean(range(1, len(segment) + 1)))
+    assert row["extra_fields"]["skpo"]["at_boundary"] == (0 if kept == "ab.def" else 1)
     assert {tuple(request.prompt_ids) for request in setup.routed("v7-down")} == {(*segment, *setup.problem_ids())}
     assert [request.params["max_tokens"] for request in setup.routed("v7-up")] == [SPLIT] * G
 

@@ -190,6 +190,37 @@ def test_values_at_the_edge_are_accepted(node: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        (r"\n", "\n"),
+        ("\n", "\n"),
+        (r"\n\n", "\n\n"),
+        (r"\t", "\t"),
+        (r"\r\n", "\r\n"),
+        (r"\\n", r"\n"),
+        (r"\\frac", r"\frac"),
+        (r"\u3002", "。"),
+        (r"\U0001F600", "😀"),
+        (r"\x2e", "."),
+        (r"\"", '"'),
+        ("。", "。"),
+    ],
+    ids=repr,
+)
+def test_texts_are_read_with_pythons_escapes(written: str, read: str) -> None:
+    settings = SkpoSettings.from_config({"split": "boundary_token", "boundaries": [written, 5]})
+    assert settings.boundaries == [read, 5]
+    quoted = SkpoSettings.from_config({"chat_quote": f"{{segment}}{written}{{problem}}"})
+    assert quoted.chat_quote == f"{{segment}}{read}{{problem}}"
+
+
+@pytest.mark.parametrize("written", [r"\d", r"\boxed", "end\\", r"\x2", r"\ud800", r"\UFFFFFFFF"])
+def test_another_backslash_is_refused(written: str) -> None:
+    with pytest.raises(ConfigError, match=r"^skpo\.boundaries: .* holds .*, which is not "):
+        SkpoSettings.from_config({"split": "boundary_token", "boundaries": [written]})
+
+
+@pytest.mark.parametrize(
     "node",
     [
         {"tracker": 5},

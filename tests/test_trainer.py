@@ -18,6 +18,7 @@ import torch
 from tensordict import NonTensorStack, TensorDict
 
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.settings import ConfigError
 from recipe.skpo.trees import FOLDER, TreeStore, tree_index
 from tests.reference import reference_group_relative, reference_single_stream
 
@@ -815,6 +816,28 @@ def test_failed_requests_of_the_step_are_a_metric(make_trainer, queue: Queue, me
     assert metrics["skpo/requests_failed"] == 0
 
 
+@pytest.mark.parametrize(
+    ("step", "resumed_at", "share", "stopped"),
+    [(1, 0, 0.0, True), (1, 0, 0.25, False), (2, 0, 0.0, False), (6, 5, 0.0, True)],
+)
+def test_boundaries_that_nobody_writes_stop_the_first_step(
+    make_trainer, queue: Queue, step: int, resumed_at: int, share: float, stopped: bool
+) -> None:
+    trainer = make_trainer(split="boundary_token", boundaries=["\\n"])
+    trainer.global_steps, trainer.resumed_at = step, resumed_at
+    rows = groups(4)
+    for _, fields, _ in rows:
+        fields["extra_fields"]["skpo"]["at_boundary"] = share
+    batch = trainer._balance_batch(stored(queue, rows), {})
+    if not stopped:
+        trainer._compute_advantage(batch, {})
+        return
+    with pytest.raises(ConfigError) as error:
+        trainer._compute_advantage(batch, {})
+    message = f"skpo.boundaries: none of ['\\n'] is in any candidate of step {step}, so that skpo.split=boundary_token "
+    assert str(error.value) == f"{message}cuts as skpo.split=adaptive does; name what the model writes"
+
+
 @pytest.mark.faults
 def test_a_reason_to_stop_ends_the_run_before_the_step_is_trained(make_trainer, queue: Queue) -> None:
     from recipe.skpo.rollout import RolloutError
@@ -930,3 +953,24 @@ def test_every_trainer_waits_with_a_bound(make_trainer) -> None:
         assert (buffer.filter_groups_metric is not None) == (method == "dapo")
         trainer.agent_loop_manager.failures = {"prompt: A": 1}
         assert buffer.causes() == {"prompt: A": 1}
+
+
+# ---------------------------------------------------------------- names of the held-out numbers
+
+
+def test_a_plain_number_of_a_reward_function_is_a_mean_reward_and_not_an_accuracy(make_trainer) -> None:
+    # As verl's reward managers and validation file them: two samples with a record, two with a number alone.
+    infos = {
+        "reward": [1.0, -1.0, 1.0, -1.0],
+        "score": [1.0, -1.0, None, None],
+        "acc": [1.0, 0.0, 1.0, -1.0],
+    }
+    sources, uids = ["record", "record", "number", "number"], ["a", "b", "c", "d"]
+    expected = {(source, uid): 1 for source, uid in zip(sources, uids, strict=True)}
+    found = make_trainer()._val_metrics_update(sources, uids, infos, [2] * 4, expected_acc_counts=expected)
+    assert found["val-core/record/acc/mean@1"] == 0.5
+    assert found["val-core/number/reward/mean@1"] == 0.0
+    assert not [name for name in found if name.startswith(("val-core/number/acc", "val-aux/number/acc"))]
+    alone = {"reward": [1.0, -1.0], "acc": [1.0, -1.0]}
+    only = make_trainer()._val_metrics_update(["number"] * 2, ["c", "d"], alone, [2] * 2)
+    assert [name for name in only if name.startswith("val-core")] == ["val-core/number/reward/mean@1"]

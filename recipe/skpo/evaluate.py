@@ -43,6 +43,7 @@ from recipe.skpo.checks.pickles import check_pickles
 from recipe.skpo.evaluation import Answered, Score, markdown, score
 from recipe.skpo.prompts import problem_tokens
 from recipe.skpo.rewards import RewardCall, RewardError
+from recipe.skpo.run_settings import Chat, run_settings
 from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, SamplingError, detected_platform, draw_stored
 from recipe.skpo.secrets import reject_secret_overrides, reject_secrets
 from recipe.skpo.settings import ConfigError
@@ -67,7 +68,7 @@ class RewardFunction:
     Attributes:
         path: ``pkg://<module>`` or a Python file.
         name: of the function in it.
-        reward_kwargs: passed along with every call.
+        reward_kwargs: passed along with every call, over those of the run if it has this function.
     """
 
     path: str
@@ -87,6 +88,8 @@ class EvaluationConfig:
         k: responses per problem, by benchmark and ``default``.
         temperature, top_p: of the sampler; temperature 0 is greedy.
         max_prompt_length, max_response_length: in tokens.
+        chat_template_kwargs, custom_chat_template: options of the chat template, and another template than the
+            tokenizer's; None takes the run's.
         seed: of responses and bootstrap.
         resamples: of the bootstrap.
         reward: checks the responses.
@@ -106,6 +109,8 @@ class EvaluationConfig:
     top_p: float
     max_prompt_length: int
     max_response_length: int
+    chat_template_kwargs: dict[str, Any] | None
+    custom_chat_template: str | None
     seed: int
     resamples: int
     reward: RewardFunction
@@ -319,6 +324,10 @@ def merged_model(checkpoint: Checkpoint, beside: Path) -> str:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise ConfigError(f"checkpoint: verl's merger cannot read {checkpoint.shards} ({reason})")
+        run = run_settings(checkpoint.shards)
+        if run is not None:
+            # Whoever is given the merged folder asks the model as the run did.
+            shutil.copyfile(run.config, partial_target / run.config.name)
         # A rename is atomic: a folder of this name is whole.
         partial_target.rename(target)
     finally:
@@ -562,6 +571,30 @@ def title(config: EvaluationConfig, checkpoint: Checkpoint) -> str:
     )
 
 
+def as_trained(config: EvaluationConfig, checkpoint: Checkpoint) -> EvaluationConfig:
+    """The config with what it leaves to the run: template, its options, arguments of the reward function.
+
+    Raises:
+        ConfigError: the run's config cannot be read.
+    """
+    run, reward = run_settings(checkpoint.shards or checkpoint.model), config.reward
+    chat = run.chat if run is not None else Chat()
+    same = run is not None and (run.reward_path, run.reward_name) == (reward.path, reward.name)
+    if run is not None and not same:
+        print(
+            f"note: the run was trained with the reward {run.reward_name} of {run.reward_path}, responses are checked "
+            f"with {reward.name} of {reward.path}; reward.path and reward.name choose another"
+        )
+    kwargs = (run.reward_kwargs if run is not None and same else {}) | reward.reward_kwargs
+    given, template = config.chat_template_kwargs, config.custom_chat_template
+    return replace(
+        config,
+        chat_template_kwargs=chat.chat_template_kwargs if given is None else given,
+        custom_chat_template=chat.custom_chat_template if template is None else template,
+        reward=replace(reward, reward_kwargs=kwargs),
+    )
+
+
 def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None = None) -> list[Path]:
     """Check, draw, score, write; returns the files, the table first.
 
@@ -572,7 +605,10 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
     files = benchmark_files(config)
     counts = {name: config.responses(name) for name in files}
     checkpoint = find_checkpoint(config.checkpoint, config.trusted_globals)
-    tokenizer = load_tokenizer(checkpoint.model)
+    config = as_trained(config, checkpoint)
+    tokenizer = load_tokenizer(
+        checkpoint.model, Chat(config.custom_chat_template, dict(config.chat_template_kwargs or {}))
+    )
     benchmarks = [read_benchmark(name, path, tokenizer, config.max_prompt_length) for name, path in files.items()]
     reward = Reward(config.reward)
     for benchmark in benchmarks:
@@ -587,6 +623,7 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
             "data": benchmark.digest,
             "k": counts[benchmark.name],
             **{name: getattr(config, name) for name in ("temperature", "top_p", "max_response_length", "seed")},
+            **{name: getattr(config, name) for name in ("chat_template_kwargs", "custom_chat_template")},
             "engine": config.engine,
         }
         claim(out / benchmark.name, drawn_with, FREE)

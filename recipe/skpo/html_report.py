@@ -25,7 +25,7 @@ from data_prep.untrusted import UntrustedError, error_line, read_yaml
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
-from recipe.skpo.report import held_out
+from recipe.skpo.report import LABELS, decoding, held_out
 from recipe.skpo.secrets import HIDDEN, hide_secrets
 from recipe.skpo.trees import read_trees, spread, tree_index
 
@@ -113,8 +113,7 @@ CURVES: list[tuple[str, list[tuple[str, str]]]] = [
 """Title, then label and metric of each line.  Lines without numbers are left out; every other metric can be picked."""
 
 HELD_OUT = "held-out "
-WORDS = {"acc": "accuracy", "well_formed": "well-formed answers", "acc_of_well_formed": "accuracy among well-formed"}
-"""Names that the held-out numbers get among the metrics: ``held-out <source>: <word>``."""
+"""The held-out numbers are among the metrics as ``held-out <source>: <label>``."""
 
 
 class ReportError(ValueError):
@@ -145,7 +144,7 @@ def series_of(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]
     series: dict[str, list[list[float]]] = {}
     for line in steps:
         named = {
-            f"{HELD_OUT}{source}: {WORDS[key]}": value
+            f"{HELD_OUT}{source}: {LABELS[key]}": value
             for source, found in held_out(dict(line)).items()
             for key, value in found.items()
         }
@@ -158,8 +157,11 @@ def series_of(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]
     return series
 
 
-def curves(steps: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str, Any]:
-    """Series, sampled evenly where they are long, and which of them are drawn together."""
+def curves(steps: Sequence[Mapping[str, Any]], notes: list[str], how: str = "") -> dict[str, Any]:
+    """Series, sampled evenly where they are long, and which of them are drawn together.
+
+    ``how``: what ``report.decoding`` says of the held-out numbers.
+    """
     series = series_of(steps)
     most = min(MOST_POINTS, max(2, MOST_NUMBERS // max(1, len(series))))
     longest = max((len(xs) for xs, _ in series.values()), default=0)
@@ -173,7 +175,8 @@ def curves(steps: Sequence[Mapping[str, Any]], notes: list[str]) -> dict[str, An
     if len(shown) < len(series):
         notes.append(f"Metrics: {len(shown)} of {len(series)}.")
     sources = sorted({name.rpartition(": ")[0] for name in shown if name.startswith(HELD_OUT)})
-    held = [(f"{source}, greedy", [(word, f"{source}: {word}") for word in WORDS.values()]) for source in sources]
+    ending = f", {how}" if how else ""
+    held = [(source + ending, [(label, f"{source}: {label}") for label in LABELS.values()]) for source in sources]
     groups = [*held, *CURVES]
     drawn = [
         {"title": title, "lines": [{"label": label, "name": name} for label, name in lines if name in shown]}
@@ -355,11 +358,13 @@ def page(output_dir: Path) -> str:
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; "
         "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
-    steps, notes = merged_steps(lines), list[str]()
+    steps, notes, how = merged_steps(lines), list[str](), decoding(output_dir)
     data = {
         "run": output_dir.resolve().name[:200],
+        "labels": LABELS,
+        "decoding": how,
         "headline": headline(steps),
-        "curves": curves(steps, notes),
+        "curves": curves(steps, notes, how),
         "config": read_config(output_dir, notes),
     }
     whole = {"policy": policy, "style": style, "script": script, "data": ""}

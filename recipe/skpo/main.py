@@ -5,11 +5,8 @@
 Everything that can be known to be wrong before a model is loaded stops the run here, in one line.
 """
 
-import hashlib
-import json
 import logging
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -27,16 +24,19 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+import recipe.skpo.checks.resolvers  # noqa: F401  registers them
 from data_prep.untrusted import error_line, one_line
 from recipe.skpo.checkpoints import check_room, repair_marker
+from recipe.skpo.checks.command_line import one_sentence, reject_unknown_settings, resolve, sentence
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
 from recipe.skpo.checks.environment import LOCKS, check_cluster, check_machine, check_packages
-from recipe.skpo.checks.gpus import gpus_to_use, visible_gpus
 from recipe.skpo.checks.identity import fingerprint
+from recipe.skpo.checks.known_keys import check_keys, check_structure
 from recipe.skpo.checks.memory import check_memory
+from recipe.skpo.checks.model_engine import check_model_engine
 from recipe.skpo.checks.options import check_options
-from recipe.skpo.checks.paths import own_folder, readable, resolve_environment, resolve_paths, run_name, scratch_folder
+from recipe.skpo.checks.paths import own_folder, readable, resolve_environment, resolve_paths
 from recipe.skpo.checks.resume import lines
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.checks.run_folder import run_folders
@@ -63,12 +63,13 @@ from recipe.skpo.preflight import (
     check_folders,
     check_loggers,
     check_method_settings,
+    check_numbers,
     check_resume,
     is_finished,
 )
 from recipe.skpo.report import summary
 from recipe.skpo.secrets import reject_secret_overrides, reject_secrets
-from recipe.skpo.settings import HALF_LIVES, RECORDS, ConfigError, SkpoSettings, known_keys
+from recipe.skpo.settings import ConfigError, SkpoSettings
 
 logger = logging.getLogger(__name__)
 
@@ -77,44 +78,6 @@ SHOWING = ("--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i")
 
 ENDING = Ending()
 """Why this command is to end, if it is."""
-
-
-def rows_per_prompt(group_size: int) -> int:
-    """Rows that one prompt stores: G siblings and the segment."""
-    return int(group_size) + 1
-
-
-def context_length(prompt: int, response: int, split_high: float) -> int:
-    """Tokens of the longest [s, q] with a full response: problem, longest segment, response."""
-    return int(prompt) + int(split_high * response) + int(response)
-
-
-OmegaConf.register_new_resolver("skpo_rows", rows_per_prompt, replace=True)
-# Without a GPU here, on the head node of a cluster for example, verl's own number.
-OmegaConf.register_new_resolver(
-    "skpo_gpus",
-    lambda prompts, rows, server: gpus_to_use(int(prompts), int(rows), int(server), visible_gpus() or 8),
-    replace=True,
-)
-OmegaConf.register_new_resolver("skpo_context", context_length, replace=True)
-# The last fifth of the response budget, over which DAPO punishes long responses.
-OmegaConf.register_new_resolver("skpo_fifth", lambda response: max(1, int(response) // 5), replace=True)
-# An unknown drift is refused by the settings, which name the known ones.
-OmegaConf.register_new_resolver("skpo_half_life", lambda drift: HALF_LIVES.get(drift, 8.0), replace=True)
-OmegaConf.register_new_resolver(
-    "platform_dtype", lambda name: {"bfloat16": "bf16", "float32": "fp32"}[name], replace=True
-)
-
-
-def digest(choices: Any) -> str:
-    """Eight hex digits that differ when any of the choices does."""
-    plain = OmegaConf.to_container(choices, resolve=True) if OmegaConf.is_config(choices) else choices
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
-
-
-OmegaConf.register_new_resolver("skpo_digest", digest, replace=True)
-OmegaConf.register_new_resolver("skpo_run_name", run_name, replace=True)
-OmegaConf.register_new_resolver("skpo_scratch", scratch_folder, use_cache=True, replace=True)
 
 
 def detect_platform() -> str:
@@ -129,18 +92,6 @@ def chosen_platform(arguments: list[str]) -> str:
     """The platform that a command line chooses, before Hydra has read it; else the environment's."""
     given = [argument.partition("=")[2] for argument in arguments if argument.lstrip("+").startswith("platform=")]
     return given[-1] if given and given[-1] in LOCKS else os.environ["SKPO_PLATFORM"]
-
-
-def reject_unknown_keys(arguments: list[str]) -> None:
-    """Hydra's own message for an unknown key takes five lines; ours is one.
-
-    Raises:
-        ConfigError: an override of an ``skpo`` key that does not exist.
-    """
-    for argument in arguments:
-        match = re.match(r"[+~]{0,2}skpo\.([\w.]+)(=|$)", argument)
-        if match and match[1] not in [*known_keys(), *RECORDS]:
-            raise ConfigError(f"skpo.{match[1]}: unknown key; known are {', '.join(known_keys())}")
 
 
 def check_environment() -> None:
@@ -347,22 +298,28 @@ def _own_environment() -> Iterator[None]:
 
 def _run(config: DictConfig, held: ExitStack) -> None:
     started = time.monotonic()
+    command, given = HydraConfig.get(), OmegaConf.to_container(config)
+    # As they were written: an interpolation in one of them is resolved when it is read from here.
+    overrides: Any = OmegaConf.to_container(command.overrides.task)
     try:
-        overrides = HydraConfig.get().overrides.task
+        check_structure(given, command.runtime.choices)
         # Before everything is resolved: other values are computed from these.
         settings = SkpoSettings.from_config(config.skpo)
         check_method_settings(config, overrides)
+        check_numbers(config)
         own_folder(config, overrides)
         resolve_paths(config, overrides)
-        OmegaConf.resolve(config)
+        resolve(config, overrides)
         reject_secrets(OmegaConf.to_container(config))
         single_responses(config)
+        check_model_engine(config)
         check_config(config, settings)
-        check_options(config, HydraConfig.get().overrides.task)
+        check_options(config, overrides)
         check_folders(config)
         check_loggers(config)
         check_machine(config)
         apply_platform(config)
+        check_keys(given, command.runtime.choices)
         check_reward(config)
         prepare_data(config)
         check_data(config)
@@ -384,10 +341,10 @@ def _run(config: DictConfig, held: ExitStack) -> None:
             print(line)
         if not finished:
             check_room(config)
+    except OmegaConfBaseException as error:  # some of these are ValueErrors too
+        sys.exit(error_line(sentence(error, overrides)))
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(error_line(error))
-    except OmegaConfBaseException as error:
-        sys.exit(error_line(f"{error.full_key}: {str(error).splitlines()[0]}"))
     if finished:
         limit = "budget.tokens" if config.budget.match == "tokens" else "trainer.total_training_steps"
         print(
@@ -413,14 +370,14 @@ def main() -> None:
     resolve_environment()
     try:
         reject_secret_overrides(sys.argv[1:])
-        reject_unknown_keys(sys.argv[1:])
+        reject_unknown_settings(sys.argv[1:])
         check_environment()
         if not any(argument.partition("=")[0] in SHOWING for argument in sys.argv[1:]):
             check_packages(chosen_platform(sys.argv[1:]))
     except ConfigError as error:
         sys.exit(error_line(error))
     try:
-        with ENDING.handling():
+        with ENDING.handling(), one_sentence(run.__wrapped__, sys.argv[1:]):
             run()
     except KeyboardInterrupt:
         ENDING.leave("the same command goes on from what has been saved")

@@ -39,8 +39,8 @@ def rollout_metrics(
 
     Args:
         phase, prompts, valid, rewards, advantages, lengths: per row, as in ``trainer``; (rows,).
-        records: per row, what ``rollout`` noted: on upstream rows split position, deviation, early finishes, times
-            and tokens; on downstream rows tokens.
+        records: per row, what ``rollout`` noted: on upstream rows split position, deviation, early finishes,
+            boundaries, times and tokens; on downstream rows tokens.
 
     Returns:
         Metric name to value.  Tokens are sums over the batch; seconds are means over prompts; ``prefix_cache/hit_rate``
@@ -70,6 +70,9 @@ def rollout_metrics(
                 f"skpo/{name}/seconds/mean": _mean([record["seconds"] for record in own]),
                 "skpo/downstream/seconds/mean": _mean([record["downstream_seconds"] for record in own]),
             }
+            cut = [record["at_boundary"] for record in own if "at_boundary" in record]
+            if cut:  # with split=boundary_token
+                result[f"skpo/{name}/boundary_share"] = _mean(cut)
         else:
             groups = [rewards[rows][prompts[rows] == prompt] for prompt in prompts[rows].unique()]
             equal = [float((group == group[0]).all()) for group in groups]

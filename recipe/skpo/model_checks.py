@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
+from data_prep.hub import quiet_hub
 from data_prep.schema import DataError
 from data_prep.untrusted import UntrustedError, one_line, read_json
 from recipe.skpo.checks.child import LOAD_SECONDS, PROMPT_SECONDS, Place, Stopped, in_child
@@ -42,7 +43,8 @@ def check_model(config: DictConfig) -> None:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ConfigError(f"{where}: {folder} holds no config.json; give the folder of a Hugging Face checkpoint")
     try:
-        described = AutoConfig.from_pretrained(model.path, trust_remote_code=model.get("trust_remote_code", False))
+        with quiet_hub():
+            described = AutoConfig.from_pretrained(model.path, trust_remote_code=model.get("trust_remote_code", False))
         longest = getattr(described.get_text_config(), "max_position_embeddings", None)
         if longest is not None and (type(longest) is not int or longest < 1):
             raise ValueError(f"max_position_embeddings is {longest!r}")
@@ -176,7 +178,8 @@ def _tokenizer(config: DictConfig):
     model = config.actor_rollout_ref.model
     path = model.get("tokenizer_path") or model.path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
+        with quiet_hub():
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
     except Exception as error:  # a process border: five libraries read these files, each with errors of its own
         reason = one_line(error) or type(error).__name__
         raise ConfigError(f"actor_rollout_ref.model.path: no tokenizer can be loaded from {path} ({reason})") from error

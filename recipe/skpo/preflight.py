@@ -113,6 +113,10 @@ NUMBERS = {
 """Config path to what it may be: what verl itself would take and then fail on, or train nothing with."""
 
 
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+"""What vLLM computes in."""
+
+
 def check_numbers(config: DictConfig) -> None:
     """Refuse sizes, rates and frequencies that no run can have.
 
@@ -134,7 +138,6 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
     Raises:
         ConfigError: naming the config path, what it is and what it must be.
     """
-    check_numbers(config)
     required: dict[str, tuple[Any, str]] = {
         "algorithm.use_kl_in_reward": (False, "no method here has a KL penalty"),
         "algorithm.rollout_correction.rollout_is": (None, "the objectives have no importance weights"),
@@ -161,6 +164,11 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
             ),
         }
     choose_engine(config, flash_attention=flash_attention_installed())
+    if config.actor_rollout_ref.rollout.dtype not in DTYPES:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.dtype: is {config.actor_rollout_ref.rollout.dtype!r}, must be one of "
+            f"{', '.join(DTYPES)}"
+        )
     if config.platform.name == "cpu" and config.actor_rollout_ref.actor.strategy == "fsdp":
         raise ConfigError("actor_rollout_ref.actor.strategy: is fsdp, which refuses modules on a CPU; use fsdp2")
     trainers = {"skpo": "skpo", "spo": "skpo_spo"}
@@ -259,7 +267,9 @@ def check_loggers(config: DictConfig) -> None:
     from verl.utils.tracking import Tracking
 
     given = config.trainer.logger
-    for name in [given] if isinstance(given, str) else list(given or []):
+    if given is None:
+        raise ConfigError("trainer.logger: is null; name loggers, such as [console,tensorboard], or give [] for none")
+    for name in [given] if isinstance(given, str) else list(given):
         if name not in Tracking.supported_backend:
             raise ConfigError(f"trainer.logger: {name} is unknown; known are {', '.join(Tracking.supported_backend)}")
         if name in LOGGERS and find_spec(LOGGERS[name]) is None:

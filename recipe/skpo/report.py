@@ -1,20 +1,30 @@
 """The short summary at the end of a run, read from what the run wrote."""
 
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_prep.untrusted import one_line
+from data_prep.untrusted import UntrustedError, one_line, read_yaml
 from recipe.skpo.metrics import read_lines
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.trees import read_trees, spread, tree_index
 
+LABELS = {
+    "acc": "accuracy",
+    "reward": "mean reward",
+    "well_formed": "share of well-formed answers",
+    "acc_of_well_formed": "accuracy among well-formed",
+}
+"""What the held-out numbers are called."""
+
 
 def held_out(line: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Validation numbers of one metrics line per data source: accuracy, share of well-formed answers.
+    """Validation numbers of one metrics line per data source.
 
     Returns:
         ``{source: {"acc": share correct, "well_formed": share, "acc_of_well_formed": share}}``; the last two only
-        where the reward function reports ``well_formed``.
+        where the reward function reports ``well_formed``.  ``{source: {"reward": mean}}`` where it reports no ``acc``.
     """
     found: dict[str, dict[str, float]] = {}
     for name, value in line.items():
@@ -26,7 +36,9 @@ def held_out(line: dict[str, float]) -> dict[str, dict[str, float]]:
                 found.setdefault(source, {})[variable] = value
     result = {}
     for source, values in found.items():
-        if "acc" in values:
+        # Runs of former releases have the plain number that a reward function returned as ``acc`` too.
+        plain = "score" not in values and values.get("acc") == values.get("reward")
+        if "acc" in values and not plain:
             result[source] = {"acc": values["acc"]}
             if "well_formed" in values:
                 formed = values["well_formed"]
@@ -34,7 +46,32 @@ def held_out(line: dict[str, float]) -> dict[str, dict[str, float]]:
                     "well_formed": formed,
                     "acc_of_well_formed": values["acc"] / formed if formed else 0.0,
                 }
+        elif "reward" in values:
+            result[source] = {"reward": values["reward"]}
     return result
+
+
+def decoding(output_dir: Path) -> str:
+    """How a run's validation draws its responses, as ``greedy`` or ``temperature 0.6, top-p 0.95, mean of 4``.
+
+    Returns:
+        The words; "" where ``config.yaml`` does not say it.
+    """
+    node: Any = None
+    with suppress(UntrustedError, OSError):
+        node = read_yaml(output_dir / "config.yaml")
+    for key in ("actor_rollout_ref", "rollout", "val_kwargs"):
+        node = node.get(key) if isinstance(node, Mapping) else None
+    options = {"temperature": None, "top_p": 1, "top_k": -1, "n": 1} | dict(node or {})
+    numbers = [options[name] for name in ("temperature", "top_p", "top_k", "n")]
+    if not all(isinstance(value, (int, float)) for value in numbers):
+        return ""
+    temperature, top_p, top_k, n = numbers
+    words = ["greedy"] if temperature == 0 or top_k == 1 else [f"temperature {temperature:g}"]
+    if words != ["greedy"]:
+        words += [f"top-p {top_p:g}"] if top_p != 1 else []
+        words += [f"top-k {top_k:g}"] if top_k > 0 else []
+    return ", ".join([*words, f"mean of {n:g}"] if n > 1 else words)
 
 
 def summary(output_dir: Path, minutes: float | None = None) -> str:
@@ -51,13 +88,12 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
     text = ["", f"{output_dir.name}: {steps} steps{launch}"]
     if validated:
         (first, before), (last, after) = validated[0], validated[-1]
+        how = decoding(output_dir)
         for source in after:
-            text.append(f"  held-out {one_line(source)}, greedy           step {first:<6} step {last}")
-            for label, key in (
-                ("accuracy", "acc"),
-                ("share of well-formed answers", "well_formed"),
-                ("accuracy among well-formed", "acc_of_well_formed"),
-            ):
+            shown = one_line(source)
+            title = f"held-out {shown}, {how}" if how else f"held-out {shown}"
+            text.append(f"  {title:<32} step {first:<6} step {last}")
+            for key, label in LABELS.items():
                 if key in after[source]:
                     earlier = before.get(source, {}).get(key, float("nan"))
                     text.append(f"    {label:<30} {earlier:>8.3f}    {after[source][key]:>8.3f}")

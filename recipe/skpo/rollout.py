@@ -535,6 +535,8 @@ class SkpoAgentLoopWorker(MeteredWorker):
             "seconds": seconds[0],
             "downstream_seconds": seconds[1],
         }
+        if self.settings.split == "boundary_token":
+            record["at_boundary"] = sum(item.segment.at_boundary for item in candidates) / len(candidates)
         fields = dict(candidates[chosen].output.extra_fields, skpo=record)
         row = self._row(problem_ids, list(segment.token_ids), list(segment.logprobs), fields)
         row.extra_fields["reward_extra_info"] = {}

@@ -27,11 +27,13 @@ class Segment:
         token_ids: the kept tokens, at least one.
         logprobs: log pi of each kept token under q alone, in nats, same length.
         deviation: mean of ``-logprobs``, in nats per token.
+        at_boundary: whether it ends at a boundary; False where none is looked for.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     deviation: float
+    at_boundary: bool = False
 
 
 def split_bounds(mean_length: float, low: float = 1 / 6, high: float = 1 / 2) -> tuple[int, int]:
@@ -138,10 +140,10 @@ def cut_segment(
     # An EOS exactly at t_q is early too: cutting at t_q would leave the end marker inside the skip prompt.
     ended_early = finished and len(token_ids) <= split_position
     keep = max(1, len(token_ids) // 2) if ended_early else min(split_position, len(token_ids))
-    if boundary is not None:
-        keep = boundary(token_ids[:keep]) or keep
+    found = boundary(token_ids[:keep]) if boundary is not None else None
+    keep = found or keep
     kept = tuple(logprobs[:keep])
-    return Segment(tuple(token_ids[:keep]), kept, -math.fsum(kept) / keep)
+    return Segment(tuple(token_ids[:keep]), kept, -math.fsum(kept) / keep, at_boundary=found is not None)
 
 
 def select_segment(deviations: Sequence[float], selection: str = "median", step: int = 1, seed: int = 0) -> int:

@@ -5,9 +5,10 @@ misspelt key or a degenerate combination stops the run before anything is loaded
 """
 
 import math
+import re
 import string
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -36,6 +37,36 @@ def _require(holds: bool, message: str) -> None:
 
 def _require_one_of(value: str, known: tuple[str, ...], path: str) -> None:
     _require(value in known, f"{path}: must be one of {', '.join(known)}, got {value!r}")
+
+
+_ESCAPE = re.compile(r"\\(?:([ntr\\'\"]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8})|(?P<other>.?))", re.S)
+
+
+def unescaped(text: str, path: str) -> str:
+    r"""Read the escapes of Python's strings in a text of the config, in which Hydra leaves them as they are.
+
+    Args:
+        text: the text; escapes are ``\n \t \r \\ \' \" \xNN \uNNNN \UNNNNNNNN``.
+        path: of the setting, for the message.
+
+    Raises:
+        ConfigError: another character after a backslash, or the number of no character.
+    """
+
+    def character(match: re.Match[str]) -> str:
+        _require(
+            match[1] is not None,
+            f"{path}: {text!r} holds a backslash before {match[2]!r}, which is not an escape; write \\\\ for a "
+            f"backslash",
+        )
+        try:
+            read = match[0].encode("ascii").decode("unicode_escape")
+            read.encode("utf-8")
+        except UnicodeError:
+            raise ConfigError(f"{path}: {text!r} holds {match[0]}, which is not a character; mend it") from None
+        return read
+
+    return _ESCAPE.sub(character, text)
 
 
 def _require_finite(record: Any, prefix: str) -> None:
@@ -103,13 +134,13 @@ class SkpoSettings:
             length), ``fixed`` (the two ends of that range in turn, by step) or ``boundary_token`` (at the last boundary
             at or before the adaptive t_q).
         split_low, split_high: the range.
-        boundaries: token ids and strings at which ``boundary_token`` cuts.
+        boundaries: token ids and strings at which ``boundary_token`` cuts.  A config may write escapes (``unescaped``).
         selection: which candidate is kept: ``median`` (the paper), ``extreme``, ``first``, ``random``; see
             ``segments.select_segment``.
         skip: what the siblings continue: ``concat`` (the paper: the tokens of s, then those of the templated q),
             ``chat`` (q's template with s quoted inside the user turn), ``continual`` (q, then s as the hard beginning
             of the response), ``unconditional`` (q alone).
-        chat_quote: the user turn of ``chat``, with {segment} and {problem}.
+        chat_quote: the user turn of ``chat``, with {segment} and {problem}.  A config may write escapes.
         upstream_reward: R_I: ``mc`` (the paper: mean of the siblings' rewards) or ``own`` (the reward of the chosen
             candidate's own completed response).
         downstream_aggregation: ``group_token_mean`` (eq. 5: 1 / sum_i |o_i| per prompt, mean over prompts) or
@@ -275,7 +306,10 @@ class SkpoSettings:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"skpo.{getattr(error, 'full_key', None) or '?'}: {reason}") from None
         assert isinstance(settings, cls)
-        return settings
+        boundaries = [
+            unescaped(item, "skpo.boundaries") if isinstance(item, str) else item for item in settings.boundaries
+        ]
+        return replace(settings, boundaries=boundaries, chat_quote=unescaped(settings.chat_quote, "skpo.chat_quote"))
 
 
 RECORDS: dict[str, type] = {"tracker": TrackerSettings, "curriculum": CurriculumSettings}

@@ -23,6 +23,7 @@ from recipe.skpo.logprob_gap import flat
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
 from recipe.skpo.metrics import rollout_metrics, update_metrics
 from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, row_scales
+from recipe.skpo.settings import ConfigError
 from recipe.skpo.trees import rollout_tree, sample_rows
 
 register_adv_est("skpo")(skpo_advantage)
@@ -91,6 +92,7 @@ class SkpoTrainer(BaseTrainer):
 
         records = [extra.get("skpo") for extra in data.get("extra_fields").tolist()]
         metrics.update(rollout_metrics(phase, prompts, valid, rewards, advantages, lengths, records))
+        self._require_boundaries(metrics)
         metrics.update(self._tracker_metrics([ids[row] for row in segments], baselines[segments], drifts))
         self._check_logprob_gap(data, valid, metrics)
         metrics["skpo/prompts_dropped"] = self.config.data.train_batch_size - len(segments)
@@ -120,6 +122,19 @@ class SkpoTrainer(BaseTrainer):
         metrics.update(shares)
         self.state.clock.advance(policy_kl)
         return batch
+
+    def _require_boundaries(self, metrics: Mapping[str, Any]) -> None:
+        """Stop a launch whose first step has no boundary: it would go on as the adaptive split.
+
+        Raises:
+            ConfigError: naming the boundaries.
+        """
+        first = self.global_steps == self.resumed_at + 1
+        if first and self.settings.split == "boundary_token" and metrics.get("skpo/upstream/boundary_share") == 0:
+            raise ConfigError(
+                f"skpo.boundaries: none of {self.settings.boundaries} is in any candidate of step {self.global_steps}, "
+                f"so that skpo.split=boundary_token cuts as skpo.split=adaptive does; name what the model writes"
+            )
 
     # ---------------------------------------------------------------- rollout trees
 

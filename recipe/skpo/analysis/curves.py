@@ -5,7 +5,7 @@ band goes from the lowest to the highest run (min to max, not a confidence inter
 where both have a name, the later one counts.
 
     reward       mean downstream reward                          skpo/downstream/reward/mean
-    accuracy     greedy validation, per data source              val-core/<source>/acc/mean@n
+    accuracy     validation, per data source                     val-core/<source>/acc/mean@n
     entropy      of the policy, nats per token                   actor/entropy
     zero_share   groups whose rewards are equal, no advantage    skpo/downstream/all_equal_share
     tokens       generated per step, all phases together         skpo/*/tokens_generated
@@ -50,7 +50,7 @@ def _named(name: str) -> Callable[[Mapping[str, float]], dict[str, float]]:
 
 
 def _accuracy(line: Mapping[str, float]) -> dict[str, float]:
-    return {source: values["acc"] for source, values in held_out(dict(line)).items()}
+    return {source: values["acc"] for source, values in held_out(dict(line)).items() if "acc" in values}
 
 
 def _tokens(line: Mapping[str, float]) -> dict[str, float]:

@@ -22,7 +22,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,14 @@ from data_prep.schema import prompt_id
 from data_prep.untrusted import one_line, parse_json
 from recipe.skpo.analysis import endpoint, options
 from recipe.skpo.analysis.endpoint import ChatRequest, EndpointConfig, Estimate, ask_stored
-from recipe.skpo.analysis.options import EngineConfig, add_engine_flags, engine_config
+from recipe.skpo.analysis.options import (
+    EngineConfig,
+    ModelSettings,
+    add_engine_flags,
+    add_model_flags,
+    engine_config,
+    model_settings,
+)
 from recipe.skpo.analysis.output import AnalysisError, claim, guarded, require, write_atomic, write_results
 from recipe.skpo.analysis.problems import Problem, check_answers, load_tokenizer, read_problems
 from recipe.skpo.prompts import problem_tokens
@@ -67,6 +74,7 @@ class SampleConfig:
         keep: correct ones kept per problem, the first ones.
         temperature, top_p, max_tokens, seed: of the sampler.
         engine: how the models are served, one after the other.
+        asked: per method how its model is asked and judged.
     """
 
     methods: dict[str, str]
@@ -79,6 +87,7 @@ class SampleConfig:
     top_p: float = 1.0
     max_tokens: int = 1024
     seed: int = 1
+    asked: dict[str, ModelSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(bool(self.methods), "--method: is missing; give NAME=FOLDER")
@@ -104,6 +113,7 @@ class MeasureConfig:
         model: Hugging Face folder or name of a local evaluator; None with an endpoint.
         engine: how the local evaluator is served; None with an endpoint.
         endpoint: None with a local evaluator.
+        asked: how the local evaluator is asked; the answer format is that of all responses.
     """
 
     responses: tuple[Path, ...]
@@ -117,6 +127,7 @@ class MeasureConfig:
     model: str | None = None
     engine: EngineConfig | None = None
     endpoint: EndpointConfig | None = None
+    asked: ModelSettings = field(default_factory=ModelSettings)
 
     def __post_init__(self) -> None:
         for name in ("positions", "samples", "max_tokens"):
@@ -145,10 +156,11 @@ def sample_responses(
         out: folder of the stores.
         open_sampler: makes a sampler of a checkpoint folder; None starts vLLM.
     """
-    problems = read_problems(config.data, config.problems)
     kept: list[Response] = []
     for method, folder in config.methods.items():
-        tokenizer = load_tokenizer(folder)
+        asked = config.asked.get(method, ModelSettings())
+        problems = read_problems(config.data, config.problems, asked.answer_format)
+        tokenizer = load_tokenizer(folder, asked.chat)
         requests = [
             Request(
                 problem.id,
@@ -208,7 +220,7 @@ def write_responses(path: Path, responses: Sequence[Response]) -> None:
     write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
-def read_responses(path: Path, data_source: str | None = None) -> list[Response]:
+def read_responses(path: Path, data_source: str | None = None, answer_format: str = "any") -> list[Response]:
     """Correct responses of a JSON-lines or parquet file; incorrect ones are left out, with a note.
 
     Columns: ``method``, ``problem``, ``answer``, ``response``; optional ``data_source`` (else the argument), ``id``
@@ -241,6 +253,7 @@ def read_responses(path: Path, data_source: str | None = None) -> list[Response]
             data_source=str(source),
             messages=tuple({"role": str(item["role"]), "content": str(item["content"])} for item in chat),
             answer=row["answer"],
+            answer_format=answer_format,
         )
         responses.append(Response(row["method"], problem, row["response"]))
     check_answers([response.problem for response in responses], where)
@@ -327,7 +340,7 @@ def continue_locally(
     """K continuations per state from a model of our own; the partial response is a hard prefix."""
     assert config.model is not None and config.engine is not None
     engine, model = config.engine, config.model
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, config.asked.chat)
     requests = [
         Request(
             state.key,
@@ -471,7 +484,8 @@ def measure(
     """
     from recipe.skpo.analysis.drawing import draw_implicit_advantage
 
-    responses = [item for path in config.responses for item in read_responses(path, config.data_source)]
+    answer_format = config.asked.answer_format
+    responses = [item for path in config.responses for item in read_responses(path, config.data_source, answer_format)]
     shared = shared_problems(responses)
     distinct: dict[str, State] = {}
     for response in shared:
@@ -532,6 +546,7 @@ def parser() -> argparse.ArgumentParser:
     drawing.add_argument("--responses", type=int, default=8, help="drawn per problem (default 8)")
     drawing.add_argument("--keep", type=int, default=1, help="correct ones kept per problem (default 1)")
     _draw_flags(drawing)
+    add_model_flags(drawing)
     add_engine_flags(drawing)
 
     measuring = commands.add_parser("measure", help="values along responses")
@@ -542,6 +557,7 @@ def parser() -> argparse.ArgumentParser:
     measuring.add_argument("--data-source", help="answer check of responses that do not name one")
     measuring.add_argument("--model", help="local evaluator: Hugging Face folder or name")
     _draw_flags(measuring)
+    add_model_flags(measuring)
     add_engine_flags(measuring)
     remote = measuring.add_argument_group("endpoint", "any OpenAI-compatible chat endpoint in place of --model")
     remote.add_argument("--base-url", help="such as https://host/v1")
@@ -564,20 +580,25 @@ def _measure_config(flags: argparse.Namespace) -> MeasureConfig:
     if flags.base_url:
         names = [item.name for item in fields(EndpointConfig) if item.name != "model"]
         remote = EndpointConfig(model=flags.evaluator, **{name: getattr(flags, name) for name in names})
-    own = [item.name for item in fields(MeasureConfig) if item.name not in ("responses", "engine", "endpoint")]
+    apart = ("responses", "engine", "endpoint", "asked")
+    own = [item.name for item in fields(MeasureConfig) if item.name not in apart]
     return MeasureConfig(
         responses=tuple(flags.responses),
         engine=engine_config(flags) if flags.model else None,
         endpoint=remote,
+        asked=model_settings(flags, flags.model or ""),
         **{name: getattr(flags, name) for name in own},
     )
 
 
 def _sample_config(flags: argparse.Namespace) -> SampleConfig:
-    own = [item.name for item in fields(SampleConfig) if item.name not in ("methods", "engine")]
+    own = [item.name for item in fields(SampleConfig) if item.name not in ("methods", "engine", "asked")]
     require(len(dict(flags.method)) == len(flags.method), "--method: a name is there twice")
     return SampleConfig(
-        methods=dict(flags.method), engine=engine_config(flags), **{name: getattr(flags, name) for name in own}
+        methods=dict(flags.method),
+        engine=engine_config(flags),
+        asked={method: model_settings(flags, folder) for method, folder in flags.method},
+        **{name: getattr(flags, name) for name in own},
     )
 
 

@@ -1,9 +1,14 @@
 """Flags that the commands with a model share: where it is and how vLLM serves it."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, get_args
 
+from data_prep.untrusted import UntrustedError, parse_json
+from recipe.skpo.checks.reward import OUR_REWARD
+from recipe.skpo.run_settings import Chat, run_settings
 from recipe.skpo.sampling import VllmOptions, VllmSampler, detected_platform
+from reward_fns.forms import AnswerFormat
 
 FREE = ("engine.num_threads", "engine.kv_cache_gib", "engine.gpu_memory_utilization")
 """What may differ when an interrupted run goes on: memory and threads."""
@@ -51,6 +56,56 @@ class EngineConfig:
                 kv_cache_gib=self.kv_cache_gib,
             )
         )
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """How a model is asked and judged.
+
+    Attributes:
+        chat: its chat template and the options of it.
+        answer_format: in which its answers count (``reward_fns.forms``).
+    """
+
+    chat: Chat = field(default_factory=Chat)
+    answer_format: str = "any"
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``ModelSettings``; what is not given is that of the run that the model belongs to."""
+    group = parser.add_argument_group("prompts and rewards (default: those of the model's run, if it has one)")
+    group.add_argument(
+        "--chat-template-kwargs", type=_mapping, metavar="JSON", help='such as {"enable_thinking": false}'
+    )
+    group.add_argument("--custom-chat-template", metavar="TEXT", help="Jinja template instead of the tokenizer's")
+    group.add_argument("--answer-format", choices=get_args(AnswerFormat), help="in which answers count (else any)")
+
+
+def model_settings(arguments: argparse.Namespace, model: str) -> ModelSettings:
+    """The flags of parsed arguments, completed by the run that the model belongs to.
+
+    Raises:
+        ConfigError: the run's config cannot be read.
+    """
+    run = run_settings(model)
+    kwargs, template = arguments.chat_template_kwargs, arguments.custom_chat_template
+    answer_format = arguments.answer_format
+    if run is not None:
+        kwargs = run.chat.chat_template_kwargs if kwargs is None else kwargs
+        template = run.chat.custom_chat_template if template is None else template
+        if answer_format is None and run.reward_path == OUR_REWARD:
+            answer_format = run.reward_kwargs.get("answer_format")
+    return ModelSettings(Chat(template, kwargs or {}), answer_format or "any")
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        read = parse_json(text)
+    except UntrustedError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} {error}") from None
+    if not isinstance(read, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return read
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:

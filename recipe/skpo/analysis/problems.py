@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.hub import quiet_hub
 from data_prep.schema import DataError, check_parquet
 from data_prep.untrusted import one_line
 from recipe.skpo.analysis.output import AnalysisError, require
+from recipe.skpo.run_settings import Chat
 from reward_fns import compute_score
 
 
@@ -21,12 +24,14 @@ class Problem:
         data_source: chooses the answer check.
         messages: the chat, dictionaries of role and content.
         answer: ground truth.
+        answer_format: in which answers count (``reward_fns.forms``).
     """
 
     id: str
     data_source: str
     messages: tuple[dict[str, str], ...]
     answer: str
+    answer_format: str = "any"
 
     @property
     def text(self) -> str:
@@ -35,7 +40,7 @@ class Problem:
 
     def check(self, response: str, extra_info: dict[str, Any] | None = None) -> "Checked":
         """Reward and answer of a response; ``extra_info`` as ``ThoughtReader`` gives it."""
-        result = compute_score(self.data_source, response, self.answer, extra_info)
+        result = compute_score(self.data_source, response, self.answer, extra_info, self.answer_format)
         return Checked(float(result["score"]), canonical(str(result["pred"])))
 
 
@@ -58,7 +63,7 @@ def canonical(answer: str) -> str:
     return format(number.normalize() + 0, "f") if number.is_finite() else stripped
 
 
-def read_problems(path: Path, count: int | None = None) -> list[Problem]:
+def read_problems(path: Path, count: int | None = None, answer_format: str = "any") -> list[Problem]:
     """The first ``count`` problems of a parquet file (``data_prep.schema``); None takes all.
 
     Raises:
@@ -75,6 +80,7 @@ def read_problems(path: Path, count: int | None = None) -> list[Problem]:
             row["data_source"],
             tuple({"role": message["role"], "content": message["content"]} for message in row["prompt"]),
             str(row["reward_model"]["ground_truth"]),
+            answer_format,
         )
         for row in rows
     ]
@@ -95,8 +101,12 @@ def check_answers(problems: Sequence[Problem], where: str) -> None:
             raise AnalysisError(f"{where}: row {row}: {error}") from None
 
 
-def load_tokenizer(model: str) -> Any:
+def load_tokenizer(model: str, chat: Chat | None = None) -> Any:
     """The tokenizer of a Hugging Face folder or name.
+
+    Args:
+        model: folder or name.
+        chat: template and options that ``apply_chat_template`` is to use; None is the tokenizer's own template.
 
     Raises:
         AnalysisError: none can be loaded, or it has no chat template.
@@ -104,10 +114,18 @@ def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        with quiet_hub():
+            tokenizer: Any = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise AnalysisError(
             f"{model}: no tokenizer can be loaded ({one_line(error)}); name a Hugging Face folder"
         ) from None
-    require(bool(tokenizer.chat_template), f"{model}: its tokenizer has no chat template; name an instruct model")
+    if chat is not None:
+        tokenizer.chat_template = chat.custom_chat_template or tokenizer.chat_template
+        # So that every prompt gets them, whoever builds it.
+        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **chat.chat_template_kwargs)
+    require(
+        bool(tokenizer.chat_template),
+        f"{model}: its tokenizer has no chat template; name an instruct model, or give a custom chat template",
+    )
     return tokenizer

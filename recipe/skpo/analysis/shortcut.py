@@ -19,14 +19,22 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from recipe.skpo.analysis.options import FREE, EngineConfig, add_engine_flags, engine_config
+from recipe.skpo.analysis.options import (
+    FREE,
+    EngineConfig,
+    ModelSettings,
+    add_engine_flags,
+    add_model_flags,
+    engine_config,
+    model_settings,
+)
 from recipe.skpo.analysis.output import AnalysisError, claim, guarded, require, write_results
 from recipe.skpo.analysis.problems import Problem, load_tokenizer, read_problems
 from recipe.skpo.prompts import automatic_bos, problem_tokens
@@ -57,6 +65,7 @@ class ShortcutConfig:
         max_tokens: longest response.
         seed: of everything.
         engine: how the model is served.
+        asked: how it is asked and judged.
     """
 
     model: str
@@ -72,6 +81,7 @@ class ShortcutConfig:
     top_p: float = 1.0
     max_tokens: int = 1024
     seed: int = 1
+    asked: ModelSettings = field(default_factory=ModelSettings)
 
     def __post_init__(self) -> None:
         require(self.problems >= 1, f"--problems: must be >= 1, got {self.problems}")
@@ -332,8 +342,8 @@ def run(config: ShortcutConfig, out: Path, open_sampler: Callable[[], Sampler] |
     """
     from recipe.skpo.analysis.drawing import draw_shortcut
 
-    problems = read_problems(config.data, config.problems)
-    tokenizer = load_tokenizer(config.model)
+    problems = read_problems(config.data, config.problems, config.asked.answer_format)
+    tokenizer = load_tokenizer(config.model, config.asked.chat)
     longest = max(len(problem_tokens(tokenizer, problem.messages)) for problem in problems)
     context = config.engine.max_model_len
     needed = longest + math.floor(config.split_high * config.max_tokens) + config.max_tokens
@@ -375,6 +385,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--top-p", type=float, default=1.0, help="default 1.0")
     flags.add_argument("--max-tokens", type=int, default=1024, help="longest response (default 1024)")
     flags.add_argument("--seed", type=int, default=1, help="default 1")
+    add_model_flags(flags)
     add_engine_flags(flags)
     return flags
 
@@ -382,10 +393,14 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     flags = parser().parse_args(argv)
-    own = [item.name for item in fields(ShortcutConfig) if item.name != "engine"]
+    own = [item.name for item in fields(ShortcutConfig) if item.name not in ("engine", "asked")]
 
     def command() -> list[Path]:
-        config = ShortcutConfig(engine=engine_config(flags), **{name: getattr(flags, name) for name in own})
+        config = ShortcutConfig(
+            engine=engine_config(flags),
+            asked=model_settings(flags, flags.model),
+            **{name: getattr(flags, name) for name in own},
+        )
         return run(config, flags.out)
 
     return guarded(command)

@@ -108,6 +108,7 @@ UNREAD = [
     Unread("skip.rollout.enable", False, "stored rollouts of another run know no visits of this one"),
     Unread("trainer.balance_batch", True, f"rows are always balanced over the ranks: {_V1}", refused=False),
     Unread("trainer.esi_redundant_time", 0, _V1, refused=False),
+    Unread("data.reward_fn_key", "data_source", "verl's V1 trainer does not read it; call the column data_source"),
     Unread("data.return_raw_chat", True, _V1, refused=False),
     Unread("data.return_raw_input_ids", False, _V1, refused=False),
     Unread("data.return_full_prompt", False, _V1, refused=False),

@@ -154,12 +154,6 @@ function card(name, value, more) {
   return make("div", "card", make("p", "name", name), make("p", "value", value), more ? make("p", "more", more) : null);
 }
 
-const ROW_NAMES = {
-  acc: "accuracy",
-  well_formed: "share of well-formed answers",
-  acc_of_well_formed: "accuracy among well-formed",
-};
-
 function drawOverview() {
   document.title = "SKPO run " + oneLine(data.run, 100);
   addText(byId("run"), data.run);
@@ -169,10 +163,11 @@ function drawOverview() {
   addText(byId("about"), [...new Set(about.filter(Boolean))].join("  \u00b7  "));
   const cards = byId("cards");
   for (const { source, first, last, rows } of data.headline.sources.slice(0, 3)) {
-    const [, before, after] = rows[0];
+    const [measure, before, after] = rows[0];
     const many = data.headline.sources.length > 1;
-    const change = before === null ? "" : `, ${signed(100 * (after - before), 1)} points`;
-    const main = card("Held-out accuracy" + (many ? `, ${oneLine(source, 60)}` : ""),
+    const moved = measure === "acc" ? `${signed(100 * (after - before), 1)} points` : signed(after - before, 3);
+    const change = before === null ? "" : `, ${moved}`;
+    const main = card("Held-out " + data.labels[measure] + (many ? `, ${oneLine(source, 60)}` : ""),
       `${digits(before, 3)} \u2192 ${digits(after, 3)}`, `step ${first} \u2192 ${last}${change}`);
     main.classList.add("main");
     cards.append(main);
@@ -183,15 +178,16 @@ function drawOverview() {
   if (minutes !== null) cards.append(card("Minutes", digits(minutes, 1), "in logged steps, with their validation"));
   cards.append(card("Rollout trees", String(data.trees.length), "to look at below"));
 
+  const how = data.decoding && `, ${data.decoding}`;
   for (const { source, first, last, rows } of data.headline.sources) {
     const body = make("tbody", "");
     for (const [name, before, after] of rows) {
-      const head = make("th", "", ROW_NAMES[name] || name);
+      const head = make("th", "", data.labels[name] || name);
       head.scope = "row";
       body.append(make("tr", "", head, make("td", "number", digits(before, 3)), make("td", "number", digits(after, 3)),
         make("td", "number", before === null ? "" : signed(after - before, 3))));
     }
-    const titles = [`held-out ${oneLine(source, 80)}, greedy`, `step ${first}`, `step ${last}`, "change"];
+    const titles = [`held-out ${oneLine(source, 80)}${how}`, `step ${first}`, `step ${last}`, "change"];
     const head = make("tr", "", ...titles.map((title, index) => {
       const cell = make("th", index ? "number" : "", title);
       cell.scope = "col";

@@ -1,0 +1,85 @@
+"""What the config computes: ``${skpo_rows:...}`` and its like, registered when this module is imported.
+
+An error in a resolver reaches the user with the key of whatever is computed.  So each names the key that is wrong.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from recipe.skpo.checks.gpus import gpus_to_use, visible_gpus
+from recipe.skpo.checks.paths import run_name, scratch_folder
+from recipe.skpo.settings import HALF_LIVES, ConfigError
+
+CPU_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
+"""vLLM's name of what the CPU platform computes in, to verl's."""
+
+
+def rows_per_prompt(group_size: int) -> int:
+    """Rows that one prompt stores: G siblings and the segment."""
+    return _number("skpo.group_size", group_size) + 1
+
+
+def context_length(prompt: int, response: int, split_high: float) -> int:
+    """Tokens of the longest [s, q] with a full response: problem, longest segment, response."""
+    prompt, response = _number("data.max_prompt_length", prompt), _number("data.max_response_length", response)
+    return prompt + int(_number("skpo.split_high", split_high, float) * response) + response
+
+
+def gpus(prompts: int, rows: int, server: int) -> int:
+    """GPUs of a node that a run uses; without a GPU here, on the head node of a cluster for example, of verl's 8."""
+    return gpus_to_use(int(prompts), int(rows), int(server), visible_gpus() or 8)
+
+
+def fifth(response: int) -> int:
+    """Last fifth of the response budget, over which DAPO punishes long responses."""
+    return max(1, _number("data.max_response_length", response) // 5)
+
+
+def half_life(drift: str) -> float:
+    """Default half-life of a unit of the drift; an unknown one is refused by the settings, which name the known."""
+    return HALF_LIVES.get(drift, 8.0)
+
+
+def cpu_dtype(name: str) -> str:
+    """verl's name of the rollout's dtype.
+
+    Raises:
+        ConfigError: the CPU platform does not compute in it.
+    """
+    if name not in CPU_DTYPES:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.dtype: is {name!r}, must be {' or '.join(CPU_DTYPES)} on the CPU platform"
+        )
+    return CPU_DTYPES[name]
+
+
+def digest(choices: Any) -> str:
+    """Eight hex digits that differ when any of the choices does."""
+    plain = OmegaConf.to_container(choices, resolve=True) if OmegaConf.is_config(choices) else choices
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _number(path: str, value: Any, kind: Callable[[Any], Any] = int) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError):
+        what = "a whole number" if kind is int else "a number"
+        raise ConfigError(f"{path}: is {value!r}, must be {what}") from None
+
+
+for _name, _resolver in {
+    "skpo_rows": rows_per_prompt,
+    "skpo_context": context_length,
+    "skpo_fifth": fifth,
+    "skpo_gpus": gpus,
+    "skpo_half_life": half_life,
+    "skpo_digest": digest,
+    "skpo_run_name": run_name,
+    "platform_dtype": cpu_dtype,
+}.items():
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
+OmegaConf.register_new_resolver("skpo_scratch", scratch_folder, use_cache=True, replace=True)
