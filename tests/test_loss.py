@@ -12,6 +12,7 @@ from tensordict import TensorDict
 
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, downstream_loss, skpo_loss, upstream_loss
 from recipe.skpo.metrics import update_metrics
+from recipe.skpo.tracker import DriftClock
 from tests.reference import (
     FlatRow,
     Gradient,
@@ -340,6 +341,17 @@ def test_upstream_loss_share_holds_upstream_rows_only() -> None:
     assert float(loss.detach()) == pytest.approx(-0.25)
     assert metrics["skpo/upstream/loss_sum"].aggregate() == pytest.approx(-1.0)
     assert metrics["skpo/downstream/loss_sum"].aggregate() == pytest.approx(0.75)
+
+
+def test_one_token_far_out_does_not_blind_the_drift_clock() -> None:
+    rows = [FlatRow(Row([-0.5] * 100, [-0.5] * 99 + [-50.5], [1] * 100, 1.0), False, 0, True)]
+    outlier = MicroBatches(rows, [0.25], seed=0).loss([0], dp_size=1)[1]
+    clock, ordinary = DriftClock(), 0.05
+    clock.advance(outlier["skpo/downstream/kl_sum"].aggregate() / 100)
+    clock.visit("p")
+    for _ in range(20):
+        clock.advance(ordinary)
+    assert 15 < clock.drift("p") <= 20.5, "twenty ordinary steps"
 
 
 def test_a_micro_batch_without_a_segment_works() -> None:
