@@ -158,6 +158,21 @@ def rewards_never_come(two_phases) -> Setup:
     return setup
 
 
+async def test_waiting_for_a_slot_does_not_drop_a_prompt(two_phases) -> None:
+    """Six prompts one after the other take longer than the time limit of one; each alone keeps it."""
+
+    async def slowly(number: int) -> list[int]:
+        await asyncio.sleep(0.03)
+        return setup.tokens("#### 7")
+
+    few = ["actor_rollout_ref.rollout.max_num_seqs=3", "actor_rollout_ref.rollout.agent.num_workers=1"]
+    setup = two_phases(slowly, slowly, "skpo.prompt_timeout_s=0.4", *few)
+    uids = [f"v{number:010d}" for number in range(6)]
+    await setup.roll_out(*(make_prompt(uid, skpo_expected_length=number) for number, uid in enumerate(uids)))
+    assert {setup.store.status(uid)[-1] for uid in uids} == {"finished"}
+    assert setup.worker.take_failures() == {}
+
+
 NO_CANDIDATE, NO_SIBLING = f"all {G} upstream candidates failed", f"all {G} siblings failed"
 
 
@@ -768,13 +783,13 @@ def test_weights_that_nobody_acknowledges_stop_the_run(tmp_path: Path) -> None:
 def test_every_run_registers_the_adapter(compose_config, monkeypatch, given) -> None:
     from recipe.skpo.main import apply_platform
 
-    config = compose_config("platform=gpu", "data=files", "share_prefixes=false")
+    config = compose_config("platform=gpu", "data=files", "packed_attention=none")
     monkeypatch.setenv("TENSORBOARD_DIR", "x")
     config.actor_rollout_ref.model.external_lib = given
     apply_platform(config)
     mine = [given] if isinstance(given, str) else list(given or [])
-    libraries = list(config.actor_rollout_ref.model.external_lib)
-    assert libraries[: len(mine) + 1] == [*mine, "recipe.skpo.weight_sync_registration"]
+    added = ["recipe.skpo.weight_sync_registration", "recipe.skpo.engine.backends"]
+    assert list(config.actor_rollout_ref.model.external_lib) == [*mine, *added]
     assert config.actor_rollout_ref.rollout.custom.weight_sync_timeout_s == 300
 
 

@@ -42,6 +42,7 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl.workers.rollout.replica import TokenOutput
 
+from recipe.skpo.admission import AbortingHandle, Admission, Clock, slots_of_worker
 from recipe.skpo.columns import sends_all, sent
 from recipe.skpo.ending import RunError
 from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
@@ -57,8 +58,8 @@ SPLIT_FIELD, SEED_FIELD, STEP_FIELD = "skpo_split_position", "skpo_seed", "skpo_
 LENGTH_FIELD = "skpo_expected_length"
 """Fields that the trainer adds to every training prompt."""
 
-_TIME_LIMIT: ContextVar[asyncio.Timeout | None] = ContextVar("skpo_time_limit", default=None)
-"""The time limit of the baseline's session that runs in this task."""
+_CLOCK: ContextVar[Clock | None] = ContextVar("skpo_clock", default=None)
+"""The clock of the prompt, or of the baseline's response, that this task works on."""
 
 _ANSWER_S = 120.0
 """Seconds within which every worker must have told its counts, whatever else it does."""
@@ -140,13 +141,26 @@ def flaw(output: TokenOutput, vocabulary: int) -> str | None:
 class MeteredClient:
     """verl's LLM client, which counts the tokens of every request, discarded ones included, and checks its answer.
 
+    Requests beyond what the servers run at once wait here, lowest ``priority`` first; the clock of a request's prompt
+    starts when the first of them is sent.
+
     Args:
         client: verl's.
         vocabulary: number of token ids that the model knows.
+        slots: requests in flight.
     """
 
-    def __init__(self, client: Any, vocabulary: int) -> None:
+    def __init__(self, client: Any, vocabulary: int, slots: int) -> None:
         self._client, self._vocabulary = client, vocabulary
+        self._admission = Admission(slots)
+        if hasattr(client, "_acquire_server"):
+            acquire = client._acquire_server
+
+            async def acquire_aborting(*args: Any, **kwargs: Any) -> tuple[str, AbortingHandle]:
+                server_id, server = await acquire(*args, **kwargs)
+                return server_id, AbortingHandle(server)
+
+            client._acquire_server = acquire_aborting
         self.tokens = {"generated": 0, "prefilled": 0, "cached": 0}
 
     def __getattr__(self, name: str) -> Any:
@@ -158,7 +172,11 @@ class MeteredClient:
         Raises:
             RolloutError: an answer that cannot be used, see ``flaw``.
         """
-        output = await self._client.generate(request_id=request_id, prompt_ids=prompt_ids, **kwargs)
+        clock = _CLOCK.get()
+        async with self._admission.slot(kwargs.get("priority") or 0, clock):
+            if clock is not None:
+                clock.start()
+            output = await self._client.generate(request_id=request_id, prompt_ids=prompt_ids, **kwargs)
         self.tokens["generated"] += len(output.token_ids)
         self.tokens["prefilled"] += len(prompt_ids)
         self.tokens["cached"] += _cached(output)
@@ -178,7 +196,7 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
         super().__init__(*args, **kwargs)
         self.settings = SkpoSettings.from_config(self.config.skpo)
         vocabulary = self.model_config.hf_config.get_text_config().vocab_size
-        self.llm_client: MeteredClient = MeteredClient(self.llm_client, vocabulary)
+        self.llm_client: MeteredClient = MeteredClient(self.llm_client, vocabulary, slots_of_worker(self.config))
         self.failures: Counter[str] = Counter()
         reward = self.config.reward.custom_reward_function
         self.thoughts = ThoughtReader(self.tokenizer, configured_marks(reward.path, reward.get("reward_kwargs")))
@@ -218,8 +236,9 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
         # Validation sends all its prompts at once, most of which only wait: there, the replay buffer watches progress.
         limit = None if trajectory["validate"] else self.settings.prompt_timeout_s
         try:
-            async with asyncio.timeout(limit) as bound:
-                _TIME_LIMIT.set(bound)
+            async with asyncio.timeout(None) as bound:
+                # The row is stored after the reward, and a time-out must not leave half of it.
+                _CLOCK.set(Clock(bound, limit, until_reward=True))
                 return await super()._run_agent_loop(
                     sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
                 )
@@ -255,10 +274,9 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
             )
         last.reward_score = reward
         self._reduce_record(last)
-        bound = _TIME_LIMIT.get()
-        if bound is not None:
-            # The row is stored next, and a time-out must not leave half of it.
-            bound.reschedule(None)
+        clock = _CLOCK.get()
+        if clock is not None:
+            clock.rewarded()
 
     def _reduce_record(self, output: AgentLoopOutput) -> None:
         """Keep what can be averaged or shown of what the reward returned beside its score; verl averages all of it.
@@ -309,7 +327,8 @@ class SkpoAgentLoopWorker(MeteredWorker):
         uid = prompt["uid"]
         await tq.async_kv_put(key=uid, partition_id="train", tag={"status": "running"})
         try:
-            async with asyncio.timeout(self.settings.prompt_timeout_s):
+            async with asyncio.timeout(None) as bound:
+                _CLOCK.set(Clock(bound, self.settings.prompt_timeout_s))
                 rows = await self._roll_out(prompt, sampling_params)
             # Outside the time-out: half of a prompt's rows must never be stored.
             puts = [self._agent_loop_postprocess(output, False, **fields) for output, fields in rows]

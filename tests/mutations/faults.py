@@ -110,8 +110,8 @@ MUTATIONS = (
     one(
         "rollout",
         "a prompt may take for ever",
-        "async with asyncio.timeout(self.settings.prompt_timeout_s):\n                rows",
-        "async with asyncio.timeout(None):\n                rows",
+        "Clock(bound, self.settings.prompt_timeout_s)",
+        "Clock(bound, None)",
         FAILURE,
     ),
     one(
@@ -138,7 +138,7 @@ MUTATIONS = (
     one(
         "rollout",
         "a time-out may cut a row in two",
-        "bound.reschedule(None)",
+        "clock.rewarded()",
         "pass",
         "test_a_row_of_a_baseline_is_stored_whole_whatever_the_time",
     ),

@@ -243,12 +243,6 @@ MUTATIONS = (
     ),
     one(
         "trainer",
-        "padding goes first",
-        "zip(padding, uids, strict=True)))",
-        "zip([not one for one in padding], uids, strict=True)))",
-    ),
-    one(
-        "trainer",
         "weights of the objectives swapped",
         "(self.settings.weight_up, self.settings.weight_down)",
         "(self.settings.weight_down, self.settings.weight_up)",
