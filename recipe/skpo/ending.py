@@ -264,7 +264,7 @@ class Watch(threading.Thread):
         self.over.set()
         if not self.is_alive():
             return
-        self.join(_GRACE_S)
+        self.join(_LAST_LOOK_S)
         if failed and self.died is None:
             with suppress(Exception):  # process border: Ray may be gone itself
                 self.died = self._look(_LAST_LOOK_S)
