@@ -546,7 +546,9 @@ extra("agent_name", lambda n: ["tool_agent"] * n, "column 'agent_name' has 'tool
 
 @case("parquet: a name of a row's own where rows are sent whole", TRAIN + "has a column 'responses'", "rename it")
 def _(run: Run) -> None:
-    run.set("actor_rollout_ref.rollout.agent.agent_loop_config_path", "loops.yaml")
+    text = "from verl.utils.dataset.rl_dataset import RLHFDataset\nclass Mine(RLHFDataset): pass\n"
+    (run.folder / "dataset.py").write_text(text, encoding="utf-8")
+    run.set("data.custom_cls", {"path": f"{run.folder}/dataset.py", "name": "Mine"})
     table = pq.read_table(run.train)
     pq.write_table(table.append_column("responses", pa.array(["5"] * table.num_rows)), run.train)
 
