@@ -298,8 +298,9 @@ def _own_environment() -> Iterator[None]:
 
 def _run(config: DictConfig, held: ExitStack) -> None:
     started = time.monotonic()
-    command, given = HydraConfig.get(), OmegaConf.to_container(config)
+    command = HydraConfig.get()
     # As they were written: an interpolation in one of them is resolved when it is read from here.
+    given: Any = OmegaConf.to_container(config)
     overrides: Any = OmegaConf.to_container(command.overrides.task)
     try:
         check_structure(given, command.runtime.choices)

@@ -62,7 +62,7 @@ def decoding(output_dir: Path) -> str:
         node = read_yaml(output_dir / "config.yaml")
     for key in ("actor_rollout_ref", "rollout", "val_kwargs"):
         node = node.get(key) if isinstance(node, Mapping) else None
-    options = {"temperature": None, "top_p": 1, "top_k": -1, "n": 1} | dict(node or {})
+    options: dict[str, Any] = {"temperature": None, "top_p": 1, "top_k": -1, "n": 1} | dict(node or {})
     numbers = [options[name] for name in ("temperature", "top_p", "top_k", "n")]
     if not all(isinstance(value, (int, float)) for value in numbers):
         return ""

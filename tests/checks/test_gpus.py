@@ -158,7 +158,7 @@ def test_what_does_not_fit_is_offloaded_or_refused(
     billions, number, gigabytes, overrides: list[str], outcome: str, with_gpus, compose_config, monkeypatch, capsys
 ) -> None:
     with_gpus(number, gigabytes)
-    monkeypatch.setattr(memory, "model_size", lambda config: (int(billions * 1e9), 152_000))
+    monkeypatch.setattr(memory, "model_size", lambda config: memory.ModelSize(int(billions * 1e9), 152_000, 3584))
     config: Any = compose_config(
         "platform=gpu", "model=llama3_2_3b_instruct", "data=files", "packed_attention=varlen", *overrides
     )
@@ -181,4 +181,6 @@ def test_the_size_of_a_model_comes_from_its_config(tmp_path: Path, compose_confi
 
     model = AutoModelForCausalLM.from_pretrained(path)
     config = compose_config("platform=gpu", f"actor_rollout_ref.model.path={path}")
-    assert memory.model_size(config) == (sum(p.numel() for p in model.parameters()), model.config.vocab_size)
+    size = memory.model_size(config)
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert (size.vocabulary, size.hidden) == (model.config.vocab_size, model.config.hidden_size)

@@ -65,8 +65,8 @@ def actor_ranks(config: DictConfig) -> Ranks:
     world = int(trainer.nnodes) * int(trainer.n_gpus_per_node)
     names = {"ulysses_sequence_parallel_size": sequence_parallel_size(config)}
     if actor.strategy == "megatron":
-        sizes = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
-        names = {size: int(actor.megatron.get(size) or 1) for size in sizes}
+        parts = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+        names = {part: int(actor.megatron.get(part) or 1) for part in parts}
     together = math.prod(names.values())
     if world % together:
         sizes = ", ".join(f"{name}={size}" for name, size in names.items() if size > 1)

@@ -29,28 +29,36 @@ class Estimate:
     serving: float
 
 
-def estimate(config: DictConfig, parameters: int, vocabulary: int, gpu_bytes: int) -> Estimate:
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameters of a model, entries of its vocabulary, width of its hidden states."""
+
+    parameters: int
+    vocabulary: int
+    hidden: int
+
+
+def estimate(config: DictConfig, size: ModelSize, gpu_bytes: int) -> Estimate:
     """Memory per GPU of the FSDP engine.
 
     Args:
-        parameters: of the model.
-        vocabulary: entries of the output layer.
+        size: of the model.
         gpu_bytes: of one GPU.
     """
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     settings = actor.fsdp_config
     ranks = actor_ranks(config).data_parallel
-    size = 2 if str(settings.model_dtype) in ("bf16", "bfloat16", "fp16") else 4
+    width = 2 if str(settings.model_dtype) in ("bf16", "bfloat16", "fp16") else 4
     trained = 0.01 if model.lora_rank > 0 else 1.0
-    weights = parameters * size / ranks
+    weights = size.parameters * width / ranks
     # Gradients in the parameters' type, two moments of Adam in float32.
-    gradients, moments = trained * weights, trained * parameters * 8 / ranks
+    gradients, moments = trained * weights, trained * size.parameters * 8 / ranks
     if config.packed_attention in ("varlen", "flex"):
-        logits = LOGIT_BYTES * LOGIT_CHUNK * vocabulary
+        logits = float(LOGIT_BYTES * LOGIT_CHUNK * size.vocabulary)
     else:
-        logits = 8.0 * actor.ppo_max_token_len_per_gpu * vocabulary if actor.use_dynamic_bsz else 0.0
+        logits = 8.0 * actor.ppo_max_token_len_per_gpu * size.vocabulary if actor.use_dynamic_bsz else 0.0
     # One layer's parameters are gathered in bfloat16; the output layer is the largest.
-    gathered = 2.0 * vocabulary * parameters**0.5
+    gathered = 2.0 * size.vocabulary * size.hidden
     kept = weights * (not settings.param_offload) + moments * (not settings.optimizer_offload)
     serving = config.actor_rollout_ref.rollout.gpu_memory_utilization * gpu_bytes
     return Estimate(weights + gradients + moments + logits + gathered + _RESERVE, kept + _RESERVE, serving)
@@ -69,9 +77,9 @@ def check_memory(config: DictConfig) -> None:
     if not known or actor.strategy not in ("fsdp", "fsdp2"):
         return
     gpu_bytes = min(known)
-    parameters, vocabulary = model_size(config)
-    needed = estimate(config, parameters, vocabulary, gpu_bytes)
-    name = f"{parameters / GB:.1f}B parameters on {actor_ranks(config).world} GPUs of {gpu_bytes / GB:.0f} GB"
+    size = model_size(config)
+    needed = estimate(config, size, gpu_bytes)
+    name = f"{size.parameters / GB:.1f}B parameters on {actor_ranks(config).world} GPUs of {gpu_bytes / GB:.0f} GB"
     if needed.training > gpu_bytes:
         raise ConfigError(
             f"actor_rollout_ref.model.path: {name} need about {needed.training / GB:.0f} GB each during an update; use "
@@ -80,7 +88,7 @@ def check_memory(config: DictConfig) -> None:
     if needed.rollout + needed.serving > gpu_bytes:
         with open_dict(config):
             actor.fsdp_config.param_offload = actor.fsdp_config.optimizer_offload = True
-        left = estimate(config, parameters, vocabulary, gpu_bytes)
+        left = estimate(config, size, gpu_bytes)
         if left.rollout + left.serving > gpu_bytes:
             raise ConfigError(
                 f"actor_rollout_ref.rollout.gpu_memory_utilization: vLLM's {needed.serving / GB:.0f} GB leave no room "
@@ -93,8 +101,8 @@ def check_memory(config: DictConfig) -> None:
         )
 
 
-def model_size(config: DictConfig) -> tuple[int, int]:
-    """Parameters and vocabulary of the model, from its config alone."""
+def model_size(config: DictConfig) -> ModelSize:
+    """The size of the model, from its config alone."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -102,4 +110,5 @@ def model_size(config: DictConfig) -> tuple[int, int]:
     described = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(described, trust_remote_code=model.trust_remote_code)
-    return sum(p.numel() for p in empty.parameters()), described.get_text_config().vocab_size
+    text = described.get_text_config()
+    return ModelSize(sum(p.numel() for p in empty.parameters()), text.vocab_size, text.hidden_size)

@@ -6,7 +6,7 @@ An error in a resolver reaches the user with the key of whatever is computed.  S
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -81,5 +81,5 @@ for _name, _resolver in {
     "skpo_run_name": run_name,
     "platform_dtype": cpu_dtype,
 }.items():
-    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
+    OmegaConf.register_new_resolver(_name, cast("Callable[..., Any]", _resolver), replace=True)
 OmegaConf.register_new_resolver("skpo_scratch", scratch_folder, use_cache=True, replace=True)

@@ -56,11 +56,18 @@ class MergedAttention(torch.autograd.Function):
         start, prefix = packed.branches_from, slice(0, packed.prefix_tokens)
         dq, dk, dv = _backward(grad, q, k, v, out, lse, packed.pieces, packed.pieces, True, scale)
         if packed.prefix_tokens:
-            branches = (x[start:] for x in (grad, q))
             more = _backward(
-                *branches, k[prefix], v[prefix], out[start:], lse[:, start:], packed.branches, packed.prefixes, False,
+                grad[start:],
+                q[start:],
+                k[prefix],
+                v[prefix],
+                out[start:],
+                lse[:, start:],
+                packed.branches,
+                packed.prefixes,
+                False,
                 scale,
-            )  # fmt: skip
+            )
             for total, part in zip((dq[start:], dk[prefix], dv[prefix]), more, strict=True):
                 total += part
         return dq, dk, dv, None, None

@@ -173,7 +173,7 @@ class PackedEngine(FSDPEngineWithLMHead):
         """As verl's, with the positions that the model computed, and the tokens that it scored, among the metrics."""
         loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         if loss_function is not None:
-            counts = {
+            counts: dict[str, Any] = {
                 "packing/positions_sum": self._positions,
                 "packing/tokens_sum": len(micro_batch["input_ids"].values()),
             }
