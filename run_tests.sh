@@ -20,5 +20,12 @@ if [[ $# -eq 0 || "${SKPO_LINT:-0}" == 1 ]]; then
     "$python" -m ruff format --check . || status=1
     "$python" -m mypy || status=1
 fi
-"$python" -m pytest "$@" || status=$?
+if [[ $# -eq 0 ]]; then
+    # Test files side by side; then whole training runs, which need the cores for themselves.
+    cores=$(nproc)
+    "$python" -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile -m "not e2e and not nightly and not fuzz" || status=$?
+    "$python" -m pytest -m "e2e and not nightly and not fuzz" || status=$?
+else
+    "$python" -m pytest "$@" || status=$?
+fi
 exit "$status"
