@@ -51,7 +51,7 @@ def test_whole_numbers_and_truth_values_are_rewards(value: Any) -> None:
         *(np.array([]), np.zeros(2), torch.zeros(0), torch.zeros(1, 2), np.array("1.0"), np.array([None])),
         *(np.timedelta64(1, "ns"), np.datetime64("2026-01-01"), pd.NA, pd.NaT),
     ],
-    ids=repr,
+    ids=lambda value: repr(value).partition(" at 0x")[0],
 )
 def test_what_is_not_one_finite_number_is_not_a_reward(value: Any) -> None:
     assert finite_number(value) is None

@@ -18,7 +18,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert path.read_text() == "old"
 
 
-@pytest.mark.parametrize("planted", ["file", f".file.{os.getpid()}"])
+@pytest.mark.parametrize("planted", ["file", f".file.{os.getpid()}"], ids=["the file", "its temporary name"])
 def test_a_link_is_replaced_and_never_written_through(tmp_path: Path, planted: str) -> None:
     outside, folder = tmp_path / "outside", tmp_path / "run"
     outside.write_text("mine")
