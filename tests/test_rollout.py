@@ -537,8 +537,8 @@ def make_baseline(make_worker) -> Callable[..., Setup]:
     """Make the worker of the baselines; its requests are answered at random by prompt and seed."""
     from recipe.skpo.rollout import MeteredWorker
 
-    def make(**skpo: Any) -> Setup:
-        return make_worker(None, "method=grpo", worker_class=MeteredWorker, skpo=skpo)
+    def make(*overrides: str, **skpo: Any) -> Setup:
+        return make_worker(None, "method=grpo", *overrides, worker_class=MeteredWorker, skpo=skpo)
 
     return make
 
@@ -613,6 +613,19 @@ async def test_full_determinism_names_every_request_apart(two_phases) -> None:
     setup = two_phases(None, None, "actor_rollout_ref.rollout.full_determinism=true")
     await setup.roll_out(make_prompt())
     assert len({request.request_id for request in setup.llm.requests}) == 2 * G
+
+
+@pytest.mark.parametrize("validate", [False, True])
+async def test_full_determinism_names_the_responses_of_verls_agent_loop_apart(make_baseline, validate) -> None:
+    """Requests are routed by name there; verl's constant one would send them all to one server."""
+    names = []
+    for uids in (("v7", "v8"), ("v7", "v8") if not validate else ("r1", "r2")):  # validation's uids are random
+        setup = make_baseline("actor_rollout_ref.rollout.full_determinism=true")
+        prompts = [make_prompt(uid, id=f"row {row}") for row, uid in enumerate(uids)]
+        await setup.roll_out(*prompts, validate=validate)
+        names.append(sorted(request.request_id for request in setup.llm.requests))
+    assert len(set(names[0])) == (2 if validate else 2 * G)
+    assert names[0] == names[1]
 
 
 async def test_the_completion_of_a_candidate_has_a_name_and_a_seed_of_its_own_too(ablated) -> None:

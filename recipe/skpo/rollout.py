@@ -61,6 +61,9 @@ LENGTH_FIELD = "skpo_expected_length"
 _CLOCK: ContextVar[Clock | None] = ContextVar("skpo_clock", default=None)
 """The clock of the prompt, or of the baseline's response, that this task works on."""
 
+_REQUEST_ID: ContextVar[str | None] = ContextVar("skpo_request_id", default=None)
+"""Name of the response that this task samples, where verl would call all of them alike."""
+
 _ANSWER_S = 120.0
 """Seconds within which every worker must have told its counts, whatever else it does."""
 
@@ -172,6 +175,7 @@ class MeteredClient:
         Raises:
             RolloutError: an answer that cannot be used, see ``flaw``.
         """
+        request_id = _REQUEST_ID.get() or request_id
         clock = _CLOCK.get()
         async with self._admission.slot(kwargs.get("priority") or 0, clock):
             if clock is not None:
@@ -230,9 +234,14 @@ class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
         trace: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """One response of a prompt; override of verl's, which seeds no request and waits for ever."""
+        """One response of a prompt; overrides verl's, which neither seeds nor names a request and has no time limit."""
         if not trajectory["validate"] and self.settings.seed_requests:
             sampling_params = dict(sampling_params, seed=int(kwargs[SEED_FIELD]) + int(kwargs["session_id"]))
+        if self.rollout_config.full_determinism:
+            # verl's agent loop gives all requests one name there, and requests are routed by name: to one server.
+            # The uid of a validation prompt is random, its id is not.
+            validated = f"val-{kwargs.get('data_source')}-{kwargs.get('id')}-{trajectory['sample_index']}"
+            _REQUEST_ID.set(f"{validated if trajectory['validate'] else kwargs['uid']}-{kwargs['session_id']}")
         # Validation sends all its prompts at once, most of which only wait: there, the replay buffer watches progress.
         limit = None if trajectory["validate"] else self.settings.prompt_timeout_s
         try:

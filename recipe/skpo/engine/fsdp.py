@@ -62,6 +62,15 @@ def _forward(
     return TokenScores(*log_probs(self.lm_head, states, packed.labels, packed.temperature))
 
 
+def use_packed(module: Any, kind: str) -> None:
+    """Make a causal language model take ``packed``, with the attention ``kind``.
+
+    Its instance is changed, before FSDP wraps it, so that checkpoints and LoRA see the usual class.
+    """
+    module.set_attn_implementation(kind)
+    module.forward = MethodType(_forward, module)
+
+
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device=DEVICE)
 class PackedEngine(FSDPEngineWithLMHead):
     """``FSDPEngineWithLMHead`` over packed sequences; log-probs and entropies come back row by row, as verl's do."""
@@ -78,9 +87,7 @@ class PackedEngine(FSDPEngineWithLMHead):
         if reason is not None and self.rank == 0:
             logger.warning("packed attention: %s; the actor uses %s", reason, self.kind or "padded rows with sdpa")
         if self.kind is not None:
-            module.set_attn_implementation(self.kind)
-            # On the instance and before FSDP wraps it, so that checkpoints and LoRA see the usual class.
-            module.forward = MethodType(_forward, module)
+            use_packed(module, self.kind)
         return module
 
     def _choose(self, config: Any) -> tuple[str | None, str | None]:

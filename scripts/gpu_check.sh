@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Checks this recipe on a machine with one GPU, without network, in at most --minutes (10), and prints one table:
+#
+#     bash scripts/gpu_check.sh [--parts attention,default,resume,compare,determinism] [--data <folder with GSM8K>]
+#                               [--minutes 10] [--out outputs/gpu_check] [Hydra overrides of every run]
+#
+# Each part has its share of the time, and one that fails or runs out of it does not stop the others.  benchmarks/gpu_check.py
+# says what they are.  --device cpu --tiny runs them without a GPU.  PYTHON names another interpreter than .venv's.
+set -uo pipefail
+unset CDPATH
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
+python="${PYTHON:-.venv/bin/python}"
+
+parts=attention,default,resume,compare,determinism minutes=10 out=outputs/gpu_check rest=()
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+        --parts | --minutes | --out)
+            if [[ $# -lt 2 ]]; then echo "error: $1: has no value; give one" >&2 && exit 2; fi
+            printf -v "${1#--}" %s "$2"
+            shift 2
+            ;;
+        *) rest+=("$1") && shift ;;
+    esac
+done
+# Of ten minutes, in seconds.
+declare -A share=([attention]=60 [default]=130 [resume]=100 [compare]=220 [determinism]=90)
+for part in ${parts//,/ }; do
+    if [[ -z "${share[$part]:-}" ]]; then
+        echo "error: --parts: $part is unknown; choose from attention,default,resume,compare,determinism" >&2
+        exit 2
+    fi
+done
+if [[ ! "$minutes" =~ ^[1-9][0-9]{0,3}$ ]]; then
+    echo "error: --minutes: is $minutes; give a whole number of minutes" >&2
+    exit 2
+fi
+if [[ -e "$out/results.jsonl" ]]; then
+    echo "error: --out: $out has results already; give another folder" >&2
+    exit 2
+fi
+
+mkdir -p "$out" || exit 1
+for part in ${parts//,/ }; do
+    seconds=$((share[$part] * minutes / 10))
+    echo "== $part, at most $seconds s"
+    timeout --kill-after=20 "$seconds" "$python" -m benchmarks.gpu_check "$part" --parts "$parts" --out "$out" \
+        ${rest[@]+"${rest[@]}"}
+    status=$?
+    # 1 has been noted by the part itself.
+    if [[ $status -gt 1 ]]; then
+        reason="exit status $status" && [[ $status -ne 124 ]] || reason="no end within $seconds s"
+        printf '{"part": "%s", "what": "stopped", "values": {"reason": "%s"}, "passed": false}\n' "$part" "$reason" \
+            >>"$out/results.jsonl"
+    fi
+done
+echo
+"$python" -m benchmarks.gpu_check table --out "$out"
