@@ -35,6 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data_prep.benchmarks import BENCHMARKS
 from data_prep.schema import DataError, check_parquet
 from data_prep.untrusted import UntrustedError, one_line, read_json
+from recipe.skpo.adapters import META, has_adapter
 from recipe.skpo.analysis.options import FREE, EngineConfig
 from recipe.skpo.analysis.output import AnalysisError, claim, guarded, plain, write_atomic
 from recipe.skpo.analysis.problems import load_tokenizer
@@ -245,11 +246,8 @@ def _fsdp_checkpoint(actor: Path, trusted: Sequence[str]) -> Checkpoint:
     )
     described = actor / "huggingface"
     _require((described / "config.json").is_file(), f"checkpoint: {described} has no config.json; {ACCEPTED}")
-    _require(
-        not (actor / "lora_train_meta.json").exists(),
-        f"checkpoint: {actor} holds a LoRA adapter, which verl's merger keeps apart; give a model with it merged in",
-    )
-    if any(described.glob("*.safetensors")):  # saved with save_contents=[..., hf_model]
+    adapter = has_adapter(actor)
+    if any(described.glob("*.safetensors")) and not adapter:  # saved with save_contents=[..., hf_model]
         return _whole_model(described)
     shards = []
     # One by one, so that no more names are made than there are files.
@@ -262,7 +260,7 @@ def _fsdp_checkpoint(actor: Path, trusted: Sequence[str]) -> Checkpoint:
         )
         shards.append(shard)
     check_pickles(shards, trusted)
-    return Checkpoint(_label(actor), str(described), actor, _files_digest(shards))
+    return Checkpoint(_label(actor), str(described), actor, _files_digest([*shards, *actor.glob(META)]))
 
 
 def _whole_model(folder: Path) -> Checkpoint:
@@ -299,7 +297,7 @@ def merged_model(checkpoint: Checkpoint, beside: Path) -> str:
     """The Hugging Face folder of a checkpoint; an FSDP checkpoint is merged unless that was done before.
 
     verl's merger runs in a process of its own, so that its memory is free again when vLLM starts.  It writes bfloat16,
-    which is what verl's weight sync gives to a vLLM of that dtype.
+    which is what verl's weight sync gives to a vLLM of that dtype.  A LoRA adapter is merged in by another process.
 
     Args:
         checkpoint: from ``find_checkpoint``.
@@ -316,14 +314,21 @@ def merged_model(checkpoint: Checkpoint, beside: Path) -> str:
     partial_target = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial_target, ignore_errors=True)
     partial_target.mkdir(parents=True)
-    merger = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp"]
-    folders = ["--local_dir", str(checkpoint.shards), "--target_dir", str(partial_target)]
+    merger = ["verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(checkpoint.shards)]
+    commands = [[*merger, "--target_dir", str(partial_target)]]
+    if has_adapter(checkpoint.shards):
+        commands.append(["recipe.skpo.adapters", str(partial_target)])
     print(f"merging {checkpoint.shards} into {target}", flush=True)
     try:
-        done = subprocess.run([*merger, *folders], capture_output=True, encoding="utf-8", errors="replace", check=False)
-        if done.returncode:
-            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise ConfigError(f"checkpoint: verl's merger cannot read {checkpoint.shards} ({reason})")
+        for module in commands:
+            command = [sys.executable, "-m", *module]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                known = reason.startswith("checkpoint: ")
+                raise ConfigError(
+                    reason if known else f"checkpoint: verl's merger cannot read {checkpoint.shards} ({reason})"
+                )
         run = run_settings(checkpoint.shards)
         if run is not None:
             # Whoever is given the merged folder asks the model as the run did.
