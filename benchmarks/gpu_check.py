@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import psutil
@@ -83,7 +83,7 @@ class Check:
 class Sizes:
     """A model and the rows of SKPO that it is given; ``response`` is the longest, ``repeats`` of the timing."""
 
-    model: dict[str, int]
+    model: dict[str, Any]
     prompts: int
     group: int
     problem: int
@@ -101,7 +101,7 @@ SMALL = Sizes(
     | dict(num_key_value_heads=2),
     prompts=2, group=3, problem=20, segment=9, response=35, repeats=1,
 )  # fmt: skip
-LARGE = Sizes(  # the layers of Qwen2.5-1.5B, the paper's proportions
+LARGE = Sizes(  # eight layers of Qwen2.5-1.5B; responses of 830 tokens on average
     model=dict(vocab_size=151_936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=8)
     | dict(num_attention_heads=12, num_key_value_heads=2),
     prompts=4, group=8, problem=160, segment=270, response=1106, repeats=3,
@@ -130,7 +130,7 @@ def attention(check: Check) -> None:
     rows = at_64(Shape(small.prompts, small.group, small.problem, small.segment, small.response))
     wanted = Update(small, None, True, device, torch.float32).run(rows)
     noise = Update(small, None, True, device, dtype).run(rows).distance(wanted)
-    kinds = [attentions.VARLEN, *([] if check.cpu else [attentions.BLOCKS])]
+    kinds: list[str] = [attentions.VARLEN, *([] if check.cpu else [attentions.BLOCKS])]
     for kind in kinds:
         for share in (True, False):
             with guarded_part(check, "attention", f"{kind}, {'shared' if share else 'separate'}"):
@@ -140,9 +140,10 @@ def attention(check: Check) -> None:
     shape = Shape(large.prompts, large.group, large.problem, large.segment, large.response)
     measured = shape.rows(torch.Generator().manual_seed(1))
     check.add("attention", "an update is of", {"shape": str(large), "checkpointed": True})
-    for kind, share in [*((kind, share) for kind in kinds for share in (True, False)), (None, False)]:
-        with guarded_part(check, "attention", f"update, {kind or 'padded rows'}, {'shared' if share else 'separate'}"):
-            timed(check, Update(large, kind, share, device, dtype, checkpointed=True), measured, large.repeats)
+    every: list[tuple[str | None, bool]] = [(kind, share) for kind in kinds for share in (True, False)]
+    for used, share in [*every, (None, False)]:
+        with guarded_part(check, "attention", f"update, {used or 'padded rows'}, {'shared' if share else 'separate'}"):
+            timed(check, Update(large, used, share, device, dtype, checkpointed=True), measured, large.repeats)
 
 
 @dataclass(frozen=True)
@@ -181,16 +182,17 @@ class Update:
         self.model.set_attn_implementation("sdpa")
         if checkpointed:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.engine: Any = object.__new__(PackedEngine)
-        self.engine.kind, self.engine.share = kind, share
-        self.engine.pad_to_length, self.engine.pad_to_length_bucket = False, 1
-        self.engine.use_ulysses_sp, self.engine.rank = False, 0
-        self.engine.engine_config = SimpleNamespace(entropy_checkpointing=False)
+        engine: Any = object.__new__(cast(Any, PackedEngine))
+        engine.kind, engine.share = kind, share
+        engine.pad_to_length, engine.pad_to_length_bucket = False, 1
+        engine.use_ulysses_sp, engine.rank = False, 0
+        engine.engine_config = SimpleNamespace(entropy_checkpointing=False)
+        self.engine = engine
         if kind is not None:
             use_packed(self.model, kind)
 
-    def run(self, rows: Sequence[Any]) -> Gradients:
-        """Forward and backward, a micro-batch per prompt."""
+    def run(self, rows: Sequence[Any], keep: bool = True) -> Gradients:
+        """Forward and backward, a micro-batch per prompt; ``keep`` copies log-probs and gradient to the CPU."""
         import torch
 
         from benchmarks.update import micro_batch
@@ -215,11 +217,10 @@ class Update:
                 # verl's padded rows have log-probs on the prompt, too.
                 values = of_responses(output["log_probs"].values().float(), data)
                 (values * torch.linspace(-1, 2, len(values), device=values.device)).mean().backward()
-                scored.append(values.detach().cpu())
-        gradients = [p.grad.flatten().float().cpu() for p in self.model.parameters() if p.grad is not None]
-        return Gradients(
-            torch.cat(scored), torch.cat(gradients), positions, of_kernels.call_count, of_sdpa.call_count, documents
-        )
+                scored.append(values.detach())
+        gradients = [p.grad.flatten().float().cpu() for p in self.model.parameters() if keep and p.grad is not None]
+        kept: tuple[Any, Any] = (torch.cat(scored).cpu(), torch.cat(gradients)) if keep else (None, None)
+        return Gradients(*kept, positions, of_kernels.call_count, of_sdpa.call_count, documents)
 
 
 def of_responses(values: Any, data: Any) -> Any:
@@ -264,7 +265,12 @@ def correct(
     gap, relative = found.distance(wanted)
     layers = SMALL.model["num_hidden_layers"] * len(found.positions)
     finite = bool(torch.isfinite(found.log_probs).all() and torch.isfinite(found.gradient).all())
-    values = {"log-prob gap": gap, "padded rows": noise[0], "gradient": relative, "padded rows' gradient": noise[1]}
+    values: dict[str, Any] = {
+        "log-prob gap": gap,
+        "padded rows": noise[0],
+        "gradient": relative,
+        "padded rows' gradient": noise[1],
+    }
     values |= {"positions": found.positions, "kernels": found.kernels, "sdpa": found.sdpa, "finite": finite}
     close = gap <= max(2 * noise[0], 1e-5) and relative <= max(2 * noise[1], 1e-4)
     calls = layers * (2 if share else 1) if kind == "skpo_varlen" else 0
@@ -283,7 +289,7 @@ def timed(check: Check, update: Update, rows: Sequence[Any], repeats: int) -> No
             torch.cuda.reset_peak_memory_stats()
             torch.cuda.synchronize()
         started = time.perf_counter()
-        found = update.run(rows)
+        found = update.run(rows, keep=False)
         if not check.cpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)

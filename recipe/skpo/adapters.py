@@ -6,6 +6,7 @@ verl's merger writes base model and adapter apart; evaluation reads whole models
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from data_prep.untrusted import UntrustedError, read_json
 from recipe.skpo.settings import ConfigError
@@ -51,7 +52,8 @@ def merge_adapter(folder: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base, loading = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    read: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    base, loading = read
     missing = sorted(loading["missing_keys"])
     if missing:
         raise ConfigError(
