@@ -92,7 +92,7 @@ class Sizes:
     repeats: int
 
     def __str__(self) -> str:
-        rows = f"{self.prompts} prompts x {self.group}, |q| {self.problem}, |s| {self.segment}, up to {self.response}"
+        rows = f"{self.prompts} prompts x {self.group}, q {self.problem}, s {self.segment}, up to {self.response}"
         return f"{self.model['num_hidden_layers']} layers of {self.model['hidden_size']}, {rows}"
 
 

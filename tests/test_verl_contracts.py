@@ -75,6 +75,11 @@ SEAMS = [
         "counts take_tokens adds up",
     ),
     (
+        "verl.workers.rollout.llm_server:LLMServerClient._acquire_server",
+        "async (self, request_id, **extra)",
+        "rollout.MeteredClient replaces it by one whose server aborts what is cancelled",
+    ),
+    (
         "verl.workers.rollout.llm_server:LLMServerClient.generate",
         "async (self, request_id, *, prompt_ids, sampling_params, image_data=None, video_data=None, audio_data=None, "
         "mm_processor_kwargs=None, **kwargs)",
@@ -537,6 +542,16 @@ FACTS = [
         f"{BASE}._balance_batch",
         "dp_size = max(dp_rank_mapping) + 1",
         "base_trainer._data_parallel_size computes it in the same way, from the same _dispatch_info['actor']",
+    ),
+    (
+        "verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop.run",
+        'request_id = f"det-{priority}" if getattr(self.rollout_config, "full_determinism", False)',
+        "rollout.MeteredWorker names requests there; it need not where verl does",
+    ),
+    (
+        "verl.workers.rollout.llm_server:LLMServerClient.generate",
+        "await server.generate.remote(",
+        "admission.AbortingHandle stands for the server",
     ),
     (
         "verl.workers.rollout.llm_server:LLMServerClient.generate",
