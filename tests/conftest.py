@@ -206,6 +206,17 @@ def chatml_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ---------------------------------------------------------------- config
 
+CHOICES = {
+    "platform": "cpu",
+    "method": "skpo",
+    "model": "smollm2_135m",
+    "data": "files",
+    "budget": "steps",
+    "model_engine": "dp",
+}
+COMMAND = {"hydra": {"overrides": {"task": []}, "runtime": {"choices": CHOICES}}}
+"""What Hydra has noted of the command line."""
+
 
 @cache
 def _composed(overrides: Sequence[str]):

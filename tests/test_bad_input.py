@@ -28,7 +28,7 @@ from recipe.skpo import main
 from recipe.skpo.checkpoints import DATA_FILE, MARKER, mark
 from recipe.skpo.settings import ConfigError, SkpoSettings, TrackerSettings
 from recipe.skpo.state import FILE_NAME, SkpoState
-from tests.conftest import write_checkpoint
+from tests.conftest import COMMAND, write_checkpoint
 
 BATCH = 4
 
@@ -61,7 +61,7 @@ class Run:
 def run(compose_config, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     from hydra.core.hydra_config import HydraConfig
 
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {"overrides": {"task": []}}}))
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create(COMMAND))
     # They change this process, or start everything.
     monkeypatch.setattr(main, "apply_platform", lambda config: None)
     monkeypatch.setattr(main, "launch", lambda config: print("launched"))

@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from recipe.skpo import main
-from tests.conftest import write_checkpoint
+from tests.conftest import COMMAND, write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -132,17 +132,6 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 # ---------------------------------------------------------------- what run() does in which order
-
-CHOICES = {
-    "platform": "cpu",
-    "method": "skpo",
-    "model": "smollm2_135m",
-    "data": "files",
-    "budget": "steps",
-    "model_engine": "dp",
-}
-COMMAND = {"hydra": {"overrides": {"task": []}, "runtime": {"choices": CHOICES}}}
-"""What Hydra has noted of the command line."""
 
 
 @pytest.fixture
