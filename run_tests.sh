@@ -22,8 +22,7 @@ if [[ $# -eq 0 || "${SKPO_LINT:-0}" == 1 ]]; then
 fi
 if [[ $# -eq 0 ]]; then
     # Test files side by side; then whole training runs, which need the cores for themselves.
-    cores=$(nproc)
-    "$python" -m pytest -n $((cores < 8 ? cores : 8)) --dist loadfile -m "not e2e and not nightly and not fuzz" || status=$?
+    "$python" -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not e2e and not nightly and not fuzz" || status=$?
     "$python" -m pytest -m "e2e and not nightly and not fuzz" || status=$?
 else
     "$python" -m pytest "$@" || status=$?

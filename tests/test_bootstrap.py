@@ -266,7 +266,7 @@ def test_current_environment_is_left_alone_and_fast(project):
     seconds = time.monotonic() - begin
     assert (result.returncode, result.stdout, result.stderr) == (0, "cpu\n", "")
     assert project.calls() == []
-    assert seconds < 2  # usually below 0.1; the margin is for a busy machine
+    assert seconds < 10  # usually below 0.1; the margin is for a busy machine
 
 
 def test_half_made_environment_is_completed_not_remade(project):
@@ -542,7 +542,8 @@ def test_tests_without_arguments_lint_and_check_types_too(project):
         "venv -m ruff check .",
         "venv -m ruff format --check .",
         "venv -m mypy",
-        "venv -m pytest",
+        "venv -m pytest -n logical --maxprocesses 8 --dist loadfile -m not e2e and not nightly and not fuzz",
+        "venv -m pytest -m e2e and not nightly and not fuzz",
     ]
 
 

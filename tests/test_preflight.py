@@ -589,7 +589,7 @@ def test_a_setting_that_the_method_ignores_is_refused(compose_config, method: st
 def test_settings_of_every_method_and_other_options_pass(compose_config, method: str) -> None:
     config = compose_config("platform=cpu", f"method={method}")
     shared = ["group_size", "seed", "seed_requests", "poll_interval_s"]
-    shared += ["prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s", "max_logprob_gap"]
+    shared += ["prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s", "start_timeout_s", "max_logprob_gap"]
     check_method_settings(config, [f"skpo.{key}=1" for key in shared])
     check_method_settings(config, ["data.skpo.skip=1", "trainer.nnodes=1", f"method={method}", "~hydra.run.dir"])
 
@@ -600,5 +600,5 @@ def test_every_setting_has_a_part_or_is_read_by_every_method() -> None:
     assert len(listed) == len(set(listed))
     top = {key for key in known_keys() if "." not in key} | set(RECORDS)
     shared = {"group_size", "seed", "seed_requests", "poll_interval_s"}
-    shared |= {"prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s", "max_logprob_gap"}
+    shared |= {"prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s", "start_timeout_s", "max_logprob_gap"}
     assert top - set(listed) == shared

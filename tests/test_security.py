@@ -17,6 +17,7 @@ from recipe.skpo import main
 from recipe.skpo.secrets import hide_secrets, reject_secret_overrides, reject_secrets
 from recipe.skpo.settings import ConfigError, SkpoSettings
 from recipe.skpo.state import FILE_NAME, SkpoState, StateError, saved_tokens
+from tests.conftest import COMMAND
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TREES = ("recipe", "data_prep", "model_prep", "reward_fns", "scripts")
@@ -304,7 +305,7 @@ def test_variables_of_the_environment_get_into_no_file_and_no_output(
     keys = ("WANDB_API_KEY", "HF_TOKEN", "OPENAI_API_KEY", "AWS_SECRET_ACCESS_KEY")
     for name in keys:
         monkeypatch.setenv(name, f"{VALUE}{name}")
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create({"hydra": {"overrides": {"task": []}}}))
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create(COMMAND))
     launched = []
     for check in ("check_data", "check_model", "check_prompt_lengths", "prepare_data", "prepare_model"):
         monkeypatch.setattr(main, check, lambda config: None)
