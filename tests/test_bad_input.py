@@ -309,7 +309,12 @@ value(
     "answer_format",
 )
 value(f"{REWARD}.reward_kwargs", None, f"{REWARD}.reward_kwargs: is None, must be a record", "leave it out")
-value(f"{REWARD}.reward_kwargs", "boxed", f"{REWARD}.reward_kwargs: is 'boxed', must be a record", "leave it out")
+value(
+    f"{REWARD}.reward_kwargs",
+    "boxed",
+    f"{REWARD}.reward_kwargs: is 'boxed', must be a group of keys",
+    f"give {REWARD}.",
+)
 value(
     f"{REWARD}.reward_kwargs",
     {"ground_truth": "5"},
