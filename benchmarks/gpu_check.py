@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -537,10 +538,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.part == "table":
         return show(options.out)
     os.environ["SKPO_PLATFORM"] = "cpu" if options.device == "cpu" else "gpu"
+    check = Check(options)
     try:
-        PARTS[options.part](check := Check(options))
-    except RuntimeError as error:  # the script goes on with the next part
-        check.add(options.part, "failed", {"error": str(error)}, False)
+        PARTS[options.part](check)
+    except Exception as error:  # process border: the script goes on with the next part
+        traceback.print_exc()
+        check.add(options.part, "failed", {"error": f"{type(error).__name__}: {error}"[:400]}, False)
         return 1
     return 0
 

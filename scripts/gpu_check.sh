@@ -8,22 +8,25 @@
 # says what they are.  --device cpu --tiny runs them without a GPU.  PYTHON names another interpreter than .venv's.
 set -uo pipefail
 unset CDPATH
+caller=$PWD
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
 python="${PYTHON:-.venv/bin/python}"
 
-parts=attention,default,resume,compare,determinism minutes=10 out=outputs/gpu_check rest=()
+parts=attention,default,resume,compare,determinism minutes=10 out=$PWD/outputs/gpu_check data="" device=cuda rest=()
 while [[ $# -gt 0 ]]; do
     case "$1" in
-        --parts | --minutes | --out)
+        --parts | --minutes | --out | --data | --device)
             if [[ $# -lt 2 ]]; then echo "error: $1: has no value; give one" >&2 && exit 2; fi
-            printf -v "${1#--}" %s "$2"
+            value=$2
+            if [[ ($1 == --out || $1 == --data) && $value != /* ]]; then value=$caller/$value; fi
+            printf -v "${1#--}" %s "$value"
             shift 2
             ;;
         *) rest+=("$1") && shift ;;
     esac
 done
-# Of ten minutes, in seconds.
-declare -A share=([attention]=60 [default]=130 [resume]=100 [compare]=220 [determinism]=90)
+# Of ten minutes, in seconds; a start takes most of them.
+declare -A share=([attention]=100 [default]=120 [resume]=110 [compare]=180 [determinism]=90)
 for part in ${parts//,/ }; do
     if [[ -z "${share[$part]:-}" ]]; then
         echo "error: --parts: $part is unknown; choose from attention,default,resume,compare,determinism" >&2
@@ -38,13 +41,22 @@ if [[ -e "$out/results.jsonl" ]]; then
     echo "error: --out: $out has results already; give another folder" >&2
     exit 2
 fi
+if [[ $device != cpu ]] && ! nvidia-smi >/dev/null 2>&1; then
+    echo "error: no NVIDIA GPU was found; --device cpu --tiny runs the parts without one" >&2
+    exit 2
+fi
 
+rest+=(--parts "$parts" --out "$out" --device "$device" ${data:+--data "$data"})
 mkdir -p "$out" || exit 1
+# timeout has a process group of its own, which Ctrl-C does not reach; it hands the signal on to the part and its runs.
+running=""
+trap 'if [[ -n "$running" ]]; then kill "$running" 2>/dev/null; fi; exit 130' INT TERM HUP
 for part in ${parts//,/ }; do
     seconds=$((share[$part] * minutes / 10))
     echo "== $part, at most $seconds s"
-    timeout --kill-after=20 "$seconds" "$python" -m benchmarks.gpu_check "$part" --parts "$parts" --out "$out" \
-        ${rest[@]+"${rest[@]}"}
+    timeout --kill-after=20 "$seconds" "$python" -m benchmarks.gpu_check "$part" "${rest[@]}" &
+    running=$!
+    wait "$running"
     status=$?
     # 1 has been noted by the part itself.
     if [[ $status -gt 1 ]]; then

@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import gpu_check
@@ -92,12 +94,27 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path) -> 
         f'*) echo "$3" >>{tmp_path / "ran"} ;; esac\n'
     )
     fake.chmod(0o755)
-    # A share of no seconds is no limit for timeout, so the hanging part gets the shortest that there is.
-    done = script("--parts", "attention,default,resume,compare", "--minutes", "1", "--out", str(tmp_path), python=fake)
+    arguments = ("--parts", "attention,default,resume,compare", "--minutes", "1", "--device", "cpu")
+    done = script(*arguments, "--out", str(tmp_path), python=fake)
     assert done.returncode == 1, done.stderr
     assert (tmp_path / "ran").read_text().split() == ["default", "compare"]
     assert "| attention | stopped | reason exit status 7 | FAILED |" in done.stdout
-    assert "| resume | stopped | reason no end within 10 s | FAILED |" in done.stdout
+    assert "| resume | stopped | reason no end within 11 s | FAILED |" in done.stdout
+
+
+def test_a_signal_ends_the_running_part(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text(f"#!/usr/bin/env bash\necho $$ >{tmp_path / 'pid'}\nexec sleep 60\n")
+    fake.chmod(0o755)
+    command = ["bash", "scripts/gpu_check.sh", "--device", "cpu", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHON": str(fake)})
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text().strip():
+        time.sleep(0.05)
+    part = psutil.Process(int((tmp_path / "pid").read_text()))
+    process.terminate()
+    assert process.wait(10) == 130
+    psutil.wait_procs([part], timeout=10)
+    assert not part.is_running()
 
 
 @pytest.mark.parametrize(
@@ -106,6 +123,7 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path) -> 
         (["--parts", "attention,speed"], "error: --parts: speed is unknown; choose from attention,default,"),
         (["--minutes", "many"], "error: --minutes: is many; give a whole number of minutes"),
         (["--out"], "error: --out: has no value; give one"),
+        ([], "error: no NVIDIA GPU was found; --device cpu --tiny runs the parts without one"),
     ],
 )
 def test_the_script_refuses_in_one_line(arguments: list[str], said: str) -> None:

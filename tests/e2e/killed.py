@@ -143,6 +143,7 @@ def main() -> None:
     launcher = os.getpid()
 
     from recipe.skpo import main as recipe
+    from recipe.skpo.ending import WatchedRunner
 
     real_launch = recipe.launch
 
@@ -154,14 +155,14 @@ def main() -> None:
         real_run = main_ppo.run_ppo
 
         def run_ppo(config: Any, task_runner_class: Any) -> None:
-            class Killed(task_runner_class.__ray_actor_class__):
+            class Killed(task_runner_class.actor_class.__ray_actor_class__):
                 def run(self, config: Any) -> None:
                     from tests.e2e.killed import install
 
                     install(point, step, launcher)
                     super().run(config)
 
-            real_run(config, task_runner_class=ray.remote(Killed))
+            real_run(config, task_runner_class=WatchedRunner(ray.remote(Killed), task_runner_class.ready))
 
         main_ppo.run_ppo = run_ppo
         real_launch(config)
