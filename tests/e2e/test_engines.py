@@ -61,7 +61,7 @@ def test_lora_trains_syncs_resumes_and_is_evaluated(tmp_path: Path) -> None:
     lines = steps(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert all(line["skpo/rollout_actor_logprob_gap/mean"] < 1e-3 for line in lines)
-    assert all(line["skpo/policy_kl"] > 1e-3 for line in lines), "the adapter moves the policy"
+    assert all(line["skpo/policy_kl"] > 1e-4 for line in lines), "the adapter moves the policy"
     evaluation = [
         f"checkpoint={tmp_path / 'out'}",
         f"benchmarks=[{tmp_path / 'val.parquet'}]",
