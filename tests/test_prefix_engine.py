@@ -1,7 +1,6 @@
 """Shared prompts change what is computed, not the result: packing against separate rows, our engine against verl's."""
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import tests.reference  # noqa: F401  (how hypothesis runs)
 from recipe.skpo.prefix_packing import pack_rows
+from tests.engine.rows import micro_batch
 
 VOCABULARY = 40
 
@@ -78,28 +78,6 @@ def test_short_trees_share_a_sequence() -> None:
 
 
 # ---------------------------------------------------------------- the engine
-
-
-def micro_batch(prompts: list[torch.Tensor], responses: list[torch.Tensor], temperature: Any) -> TensorDict:
-    from verl.utils import tensordict_utils as tu
-
-    def nested(rows: list[torch.Tensor]) -> torch.Tensor:
-        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-
-    inputs = [torch.cat(row) for row in zip(prompts, responses, strict=True)]
-    fields = {
-        "prompts": nested(prompts),
-        "responses": nested(responses),
-        "input_ids": nested(inputs),
-        "position_ids": nested([torch.arange(len(row)) for row in inputs]),
-    }
-    data = TensorDict(fields, batch_size=len(prompts))
-    tu.assign_non_tensor(data, use_remove_padding=False, calculate_entropy=True, pad_token_id=0)
-    if isinstance(temperature, torch.Tensor):
-        data["temperature"] = temperature
-    else:
-        tu.assign_non_tensor(data, temperature=temperature)
-    return data
 
 
 def run_engine(engine_class: type, model: LlamaForCausalLM, data: TensorDict) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
+from recipe.skpo.engine.rows import in_rows
 from recipe.skpo.prefix_packing import pack_rows
 
 DEVICE = "shared_prefix"
@@ -60,23 +61,10 @@ class SharedPrefixEngine(FSDPEngineWithLMHead):
             lengths = micro_batch["responses"].offsets().diff()
             temperature = temperature.float().repeat_interleave(lengths).unsqueeze(-1)
         logits = logits / temperature
-        result = {"log_probs": self._rows(verl_functional.logprobs_from_logits(logits, labels), micro_batch)}
+        result = {"log_probs": in_rows(verl_functional.logprobs_from_logits(logits, labels), micro_batch)}
         if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
-            result["entropy"] = self._rows(verl_functional.entropy_from_logits(logits), micro_batch)
+            result["entropy"] = in_rows(verl_functional.entropy_from_logits(logits), micro_batch)
         return result
-
-    @staticmethod
-    def _rows(values: torch.Tensor, micro_batch: TensorDict) -> torch.Tensor:
-        """Values of response tokens in verl's layout, which has each one a position before its token."""
-        offsets = micro_batch["input_ids"].offsets()
-        lengths = micro_batch["responses"].offsets().diff()
-        # Row by row: the last ``length`` positions but one to the left.
-        first = offsets[1:] - lengths - 1
-        ends = lengths.cumsum(0)
-        within = torch.arange(int(ends[-1]), device=values.device) - (ends - lengths).repeat_interleave(lengths)
-        places = first.repeat_interleave(lengths) + within
-        full = torch.zeros(int(offsets[-1]), dtype=values.dtype, device=values.device)
-        return torch.nested.nested_tensor_from_jagged(full.index_put((places,), values), offsets)
 
 
 # Critics have nothing to share here, but look their engine up under the same name.

@@ -26,6 +26,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDP
 from recipe.skpo.engine import attention
 from recipe.skpo.engine.log_probs import log_probs
 from recipe.skpo.engine.packing import PackedSequence
+from recipe.skpo.engine.rows import in_rows
 from recipe.skpo.engine.sizes import BLOCK
 
 logger = logging.getLogger(__name__)
@@ -193,26 +194,6 @@ def _sizes(prompts: Any, responses: Any) -> tuple[int, int]:
     written = sum(map(len, responses))
     distinct = {prompt.cpu().numpy().tobytes(): len(prompt) for prompt in prompts}
     return written + sum(map(len, prompts)), written + sum(distinct.values())
-
-
-def in_rows(values: torch.Tensor, micro_batch: TensorDict) -> torch.Tensor:
-    """Values of response tokens in verl's layout, which has each one a position before its token.
-
-    Args:
-        values: (response tokens,), row by row.
-
-    Returns:
-        Nested (rows, prompt + response), 0 elsewhere.
-    """
-    offsets = micro_batch["input_ids"].offsets()
-    lengths = micro_batch["responses"].offsets().diff()
-    # Row by row: the last ``length`` positions but one to the left.
-    first = offsets[1:] - lengths - 1
-    ends = lengths.cumsum(0)
-    within = torch.arange(int(ends[-1]), device=values.device) - (ends - lengths).repeat_interleave(lengths)
-    places = first.repeat_interleave(lengths) + within
-    full = torch.zeros(int(offsets[-1]), dtype=values.dtype, device=values.device)
-    return torch.nested.nested_tensor_from_jagged(full.index_put((places,), values), offsets)
 
 
 # Critics have nothing to share here, but look their engine up under the same name.
