@@ -1,5 +1,6 @@
 """Packed and shared rows change what is computed, not the result: our engine against verl's own padded rows."""
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -226,9 +227,7 @@ def test_what_the_kernels_cannot_compute_goes_to_flex(head_dim, dtype, capabilit
 
 @pytest.mark.parametrize("name", ["_varlen_attn", "_varlen_attn_backward"])
 def test_the_private_kernels_take_what_we_pass(name: str) -> None:
-    """The arguments are the same in torch 2.11 (CUDA) and 2.13 (CPU)."""
-    import torch.nn.attention.varlen
-
+    """The arguments are the same in torch 2.11 (CUDA) and 2.13 (CPU); importing our module makes the kernels known."""
     operator = getattr(torch.ops.torch_attn, name).default
     wanted = {
         "_varlen_attn": "query key value cu_seq_q cu_seq_k max_q max_k is_causal scale window_size",
@@ -236,6 +235,46 @@ def test_the_private_kernels_take_what_we_pass(name: str) -> None:
         "scale window_size",
     }[name].split()
     assert [argument.name for argument in operator._schema.arguments][: len(wanted)] == wanted
+
+
+def test_the_kernels_are_called_with_what_they_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The branch for CUDA, with kernels that check their arguments and compute by the branch for CPUs."""
+    plain = {name: getattr(attention, name) for name in ("_forward", "_backward")}
+    packed = PackedSequence(*make_rows())
+    q, k, v = (torch.randn(packed.positions, heads, 8, requires_grad=True) for heads in (6, 2, 2))
+
+    def gradients() -> list[torch.Tensor]:
+        out = attention.MergedAttention.apply(q, k, v, packed, 0.3)
+        return [out, *torch.autograd.grad((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum(), (q, k, v))]
+
+    def checked(compute, tensors, sizes, causal: bool, scale: float, window: list[int]):
+        cu_q, cu_k, longest_q, longest_k = sizes
+        assert cu_q.dtype == cu_k.dtype == torch.int32 and window == ([-1, 0] if causal else [-1, -1])
+        assert (int(cu_q[-1]), int(cu_k[-1])) == (len(tensors[-3]), len(tensors[-2]))
+        assert (longest_q, longest_k) == (int(cu_q.diff().max()), int(cu_k.diff().max())) and int(cu_k.diff().min()) > 0
+        documents = (attention.Documents(cu_q, longest_q), attention.Documents(cu_k, longest_k))
+        with monkeypatch.context() as context:
+            context.setattr(attention, "_has_kernels", lambda q: False)
+            return compute(*documents, causal, scale)
+
+    def forward(q, k, v, *rest):
+        *sizes, causal, scale, window = rest
+        results = checked(partial(plain["_forward"], q, k, v), (q, k, v), sizes, causal, scale, window)
+        return *results, torch.zeros(2, dtype=torch.uint64)
+
+    def backward(grad, q, k, v, out, lse, *rest):
+        *sizes, causal, rng_state, scale, window = rest
+        assert all(x.is_contiguous() for x in (grad, q, k, v, out, lse)) and rng_state.dtype == torch.uint64
+        assert lse.shape == (q.shape[1], len(q)) and out.shape == q.shape
+        compute = partial(plain["_backward"], grad, q, k, v, out, lse)
+        return checked(compute, (q, k, v), sizes, causal, scale, window)
+
+    wanted = gradients()
+    kernels = SimpleNamespace(_varlen_attn=forward, _varlen_attn_backward=backward)
+    monkeypatch.setattr(torch.ops, "torch_attn", kernels)
+    monkeypatch.setattr(attention, "_has_kernels", lambda q: True)
+    for found, expected in zip(gradients(), wanted, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 def test_a_padding_mask_and_unknown_options_are_refused() -> None:

@@ -79,11 +79,15 @@ class MergedAttention(torch.autograd.Function):
 # CUDA the same mathematics is computed document by document, which is what the tests run.
 
 
+def _has_kernels(q: torch.Tensor) -> bool:
+    return q.is_cuda
+
+
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Out (tokens, heads, dim) and log-sum-exp, float32 (heads, tokens); document i of q attends to document i of k."""
-    if q.is_cuda:
+    if _has_kernels(q):
         sizes = (queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest)
         window = [-1, 0] if causal else [-1, -1]
         return torch.ops.torch_attn._varlen_attn(q, k, v, *sizes, causal, scale, window)[:2]
@@ -109,7 +113,7 @@ def _backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v; out and lse may be those of a softmax over more keys than k."""
-    if q.is_cuda:
+    if _has_kernels(q):
         # A slice of lse is not contiguous, and the gradient may be a view of any layout.
         tensors = [x.contiguous() for x in (grad, q, k, v, out, lse)]
         sizes = (queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest)
