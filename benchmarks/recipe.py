@@ -83,6 +83,7 @@ def prompt_parts() -> dict[str, Callable[[], Any]]:
     candidates = [cut(output) for output in outputs]
     # The rows need nothing of a worker's own.
     worker: Any = object.__new__(SkpoAgentLoopWorker)
+    worker.settings = SkpoSettings()
     skip = skip_prompt(candidates[0].segment.token_ids, problem)
     state = SkpoState(SkpoSettings(), RESPONSE_TOKENS)
 

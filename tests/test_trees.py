@@ -259,8 +259,8 @@ def test_a_file_is_whole_or_absent(folder: Path, monkeypatch) -> None:
     store = TreeStore(folder, 64.0, 0)
     store.write(1, [a_tree(1, "before")])
 
-    def killed(table: pa.Table, where: Path, **options: Any) -> None:
-        Path(where).write_bytes(b"PAR1 half")
+    def killed(table: pa.Table, where: Any, **options: Any) -> None:
+        where.write(b"PAR1 half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr("recipe.skpo.trees.pq.write_table", killed)

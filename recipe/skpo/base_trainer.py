@@ -78,6 +78,16 @@ class BaseTrainer(PPOTrainerSync):
     """verl's synchronous trainer with the state, order and logging that all methods share."""
 
     agent_loop_manager: MeteredManager
+    resumed_at = 0
+    """Step of the checkpoint that was resumed from, 0 for a fresh start."""
+    curriculum = False
+    allowed_gap: float | None = None
+    shares_prompts = False
+    """Whether the actor computes a prompt that several rows begin with once, so that its rows must stay together."""
+    _rows_together = 1
+    """So many consecutive rows belong to one prompt and go into one micro-batch."""
+    _visited: Mapping[str, str] = {}
+    """uid to id of the prompts that were sent out and have not come back yet."""
 
     def __init__(self, config: Any) -> None:
         self.settings = SkpoSettings.from_config(config.skpo)
@@ -86,12 +96,8 @@ class BaseTrainer(PPOTrainerSync):
         self.output_dir = Path(config.output_dir)
         # Written by the command; it goes into every checkpoint.
         self.fingerprint = Fingerprint.read(self.output_dir)
-        self.resumed_at = 0
         self.step_metrics: dict[str, Any] = {}
-        # So many consecutive rows belong to one prompt and go into one micro-batch, whose engine shares the prompt.
-        self._rows_together = 1
-        # uid to id of the prompts that were sent out and have not come back yet.
-        self._visited: dict[str, str] = {}
+        self.shares_prompts = bool(config.share_prefixes) and config.packed_attention in ("varlen", "flex")
         self.saved_metrics: dict[str, float] = {}
         # Removed by us: verl's own removal leaves our file behind and forgets what earlier launches wrote.
         self.checkpoints_to_keep: int | None = config.trainer.max_actor_ckpt_to_keep
@@ -251,7 +257,8 @@ class BaseTrainer(PPOTrainerSync):
         # Our own uid in place of verl's random one, so that rows can be put into the same order run after run.
         # It has no "_", at which verl splits row keys.
         uids = [NonTensorData(f"v{visit.ordinal:010d}") for visit in visits]
-        self._visited |= {uid.data: str(key) for uid, key in zip(uids, batch.get("id").tolist(), strict=True)}
+        sent = {uid.data: str(key) for uid, key in zip(uids, batch.get("id").tolist(), strict=True)}
+        self._visited = {**self._visited, **sent}
         batch["uid"] = NonTensorStack.from_list(uids)
         batch[SPLIT_FIELD] = torch.tensor([visit.split_position for visit in visits])
         batch[SEED_FIELD] = torch.tensor([visit.seed for visit in visits])
@@ -290,7 +297,7 @@ class BaseTrainer(PPOTrainerSync):
             actor.actor.ppo_mini_batch_size,
         )
         rows, ranks = self._rows_per_minibatch(), self._data_parallel_size()
-        whole = self._shares_prompts and prompts_fit_ranks(places, rows, ranks)
+        whole = self.shares_prompts and prompts_fit_ranks(places, rows, ranks)
         lengths = [int(tag["seq_len"]) for tag in batch.tags]
         batch.reorder(minibatch_order(places, lengths, rows, ranks, _balanced, whole))
         self._rows_together = actor.rollout.n if whole else 1
@@ -303,10 +310,6 @@ class BaseTrainer(PPOTrainerSync):
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch.extra_info["force_group_size"] = self._rows_together
         return super()._update_actor(batch, metrics)
-
-    @property
-    def _shares_prompts(self) -> bool:
-        return bool(self.config.share_prefixes) and self.config.packed_attention in ("varlen", "flex")
 
     def _rows_per_minibatch(self) -> int:
         return self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n

@@ -27,7 +27,7 @@ class BaselineTrainer(BaseTrainer):
     def _balance_batch(self, batch: KVBatchMeta, *args: Any, **kwargs: Any) -> KVBatchMeta:
         batch = super()._balance_batch(batch, *args, **kwargs)
         # The responses to one q share it as SKPO's do, or a comparison would flatter SKPO.
-        return self._order_by_prompt(batch) if self._shares_prompts else batch
+        return self._order_by_prompt(batch) if self.shares_prompts else batch
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)

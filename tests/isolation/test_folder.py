@@ -165,7 +165,7 @@ def test_another_user_cannot_take_the_name_of_a_socket_first(base: str) -> None:
 def test_a_killed_runs_folder_is_removed_once_no_process_of_it_lives(base: str, how: str) -> None:
     """A process that the killed one had forked, such as an engine without its server, still uses the folder."""
     holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, os.getcwd(), how],
+        [sys.executable, "-c", HOLDER, base, how],
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
