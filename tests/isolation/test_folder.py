@@ -62,7 +62,8 @@ def test_it_is_removed_while_the_last_processes_still_write(base: str) -> None:
     def write() -> None:
         while time.monotonic() < end and made.exists():
             with suppress(OSError):
-                (made / "ray/logs").mkdir(parents=True, exist_ok=True)
+                (made / "ray").mkdir(exist_ok=True)
+                (made / "ray/logs").mkdir(exist_ok=True)
                 (made / f"ray/logs/{time.monotonic_ns()}").touch()
                 (made / UUID).touch()
 

@@ -95,11 +95,14 @@ def remove(folder: Path) -> None:
     cannot be removed now is found by ``sweep``.
     """
     deadline = time.monotonic() + _END_S
-    while _remove_all_but_lock(folder) and time.monotonic() < deadline:
+    while True:
+        if not _remove_all_but_lock(folder):
+            with suppress(OSError):  # something came in the meantime
+                (folder / _LOCK).unlink(missing_ok=True)
+                folder.rmdir()
+        if not folder.exists() or time.monotonic() >= deadline:
+            break
         time.sleep(0.1)
-    with suppress(OSError):
-        if os.listdir(folder) == [_LOCK]:
-            shutil.rmtree(folder)
     if folder in _locks:
         os.close(_locks.pop(folder))
 
