@@ -8,7 +8,7 @@ from typing import Any
 
 def model_folder() -> Path:
     """SmolLM2-135M-Instruct, made if the cache does not hold it."""
-    from model_prep import smollm2
+    from data_prep import smollm2
 
     return smollm2.prepare(Path(os.environ.get("SKPO_CACHE", ".cache")) / "smollm2-135m-instruct")
 

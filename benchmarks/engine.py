@@ -99,8 +99,8 @@ async def _measure(
     from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 
     from benchmarks.workers import Prompt, compose, roll_out, variants
-    from recipe.skpo.settings import SkpoSettings
-    from recipe.skpo.state import SkpoState
+    from recipe.skpo.checks.settings import SkpoSettings
+    from recipe.skpo.trainer.state import SkpoState
 
     def composed(method: str, candidates: int) -> Any:
         return compose(

@@ -31,8 +31,8 @@ from unittest import mock
 import psutil
 
 from benchmarks.report import table
-from recipe.skpo.metrics import json_lines, read_lines
-from recipe.skpo.report import held_out
+from recipe.skpo.output.metrics import json_lines, read_lines
+from recipe.skpo.output.summary import held_out
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = ("timing", "perf/", "seconds")

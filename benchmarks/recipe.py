@@ -59,10 +59,10 @@ def prompt_parts() -> dict[str, Callable[[], Any]]:
     """What the recipe does for one prompt on top of verl, by name; what it computes on is made beforehand."""
     from verl.workers.rollout.replica import TokenOutput
 
-    from recipe.skpo.rollout import Candidate, SkpoAgentLoopWorker
-    from recipe.skpo.segments import cut_segment, select_segment, skip_prompt
-    from recipe.skpo.settings import SkpoSettings
-    from recipe.skpo.state import SkpoState
+    from recipe.skpo.checks.settings import SkpoSettings
+    from recipe.skpo.method.segments import cut_segment, select_segment, skip_prompt
+    from recipe.skpo.rollout.worker import Candidate, SkpoAgentLoopWorker
+    from recipe.skpo.trainer.state import SkpoState
 
     rng = np.random.default_rng(1)
     problem = rng.integers(0, 30_000, PROBLEM_TOKENS).tolist()
@@ -121,10 +121,10 @@ def training_step(prompts: int = PROMPTS) -> Callable[[], dict[str, float]]:
     from tensordict import NonTensorData, NonTensorStack, TensorDict
     from transfer_queue import KVBatchMeta
 
-    from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
-    from recipe.skpo.settings import SkpoSettings
-    from recipe.skpo.state import SkpoState
-    from recipe.skpo.trainer import SkpoTrainer
+    from recipe.skpo.checks.settings import SkpoSettings
+    from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+    from recipe.skpo.trainer.skpo import SkpoTrainer
+    from recipe.skpo.trainer.state import SkpoState
 
     generator = torch.Generator().manual_seed(1)
     sizes = [SEGMENT_TOKENS, *[RESPONSE_TOKENS] * GROUP] * prompts
@@ -197,8 +197,8 @@ def prompt_key(number: int) -> str:
 
 def visited_state(count: int) -> Any:
     """A run's state after one visit of every prompt."""
-    from recipe.skpo.settings import SkpoSettings
-    from recipe.skpo.state import SkpoState
+    from recipe.skpo.checks.settings import SkpoSettings
+    from recipe.skpo.trainer.state import SkpoState
 
     state = SkpoState(SkpoSettings(), RESPONSE_TOKENS)
     for number in range(count):
@@ -221,8 +221,8 @@ def million(count: int = MILLION) -> dict[str, float]:
     """
     import psutil
 
-    from recipe.skpo.settings import SkpoSettings
-    from recipe.skpo.state import SkpoState
+    from recipe.skpo.checks.settings import SkpoSettings
+    from recipe.skpo.trainer.state import SkpoState
 
     process = psutil.Process()
     visited_state(1000)
@@ -271,7 +271,7 @@ def fresh_million(count: int = MILLION) -> dict[str, float]:
 
 def draw_seconds(prompts: int, repeats: int) -> float:
     """Median time of drawing one batch of 128 by priority from ``prompts`` ids, all visited."""
-    from recipe.skpo.curriculum import PrioritisedBatches
+    from recipe.skpo.method.curriculum import PrioritisedBatches
 
     state = visited_state(prompts)
     ids = [*map(prompt_key, range(prompts))]

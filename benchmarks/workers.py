@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.workers.rollout.replica import TokenOutput
 
 from benchmarks.comparison import GRPO, TWO_BATCH
-from recipe.skpo.rollout import (
+from recipe.skpo.rollout.worker import (
     LENGTH_FIELD,
     SEED_FIELD,
     SPLIT_FIELD,
@@ -29,7 +29,7 @@ from recipe.skpo.rollout import (
     MeteredWorker,
     SkpoAgentLoopWorker,
 )
-from recipe.skpo.state import Visit
+from recipe.skpo.trainer.state import Visit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -1,9 +1,9 @@
 """What another release of verl would break here: python scripts/check_verl_version.py 0.9.0
 
 Installs that release without its dependencies into a temporary folder, puts the folder first on the path and runs
-tests/test_verl_contracts.py against it.  Prints one block per contract that does not hold: what changed upstream, with
-the old and the new signature, and where we rely on it.  The environment itself is not touched.  Exit code 0 if all
-hold, 1 if some do not, 2 if the release cannot be installed or the tests cannot be run.
+tests/unit/trainer/test_verl_contracts.py against it.  Prints one block per contract that does not hold: what changed
+upstream, with the old and the new signature, and where we rely on it.  The environment itself is not touched.  Exit
+code 0 if all hold, 1 if some do not, 2 if the release cannot be installed or the tests cannot be run.
 
 The other packages stay as they are installed: what a release needs of them is not checked here.
 """
@@ -18,7 +18,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CONTRACTS = "tests/test_verl_contracts.py"
+CONTRACTS = "tests/unit/trainer/test_verl_contracts.py"
 PIN = f"{CONTRACTS}::test_verl_is_the_pinned_release"
 """Fails with every other release, which is known."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from data_prep.untrusted import read_yaml
-from recipe.skpo.metrics import read_lines
+from recipe.skpo.output.metrics import read_lines
 
 METHODS = ["grpo", "skpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "spo"]
 

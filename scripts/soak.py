@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-from recipe.skpo.metrics import read_lines  # noqa: E402
+from recipe.skpo.output.metrics import read_lines  # noqa: E402
 from tests.e2e import injected, tiny  # noqa: E402
 from tests.e2e.processes import resident_bytes, seconds_until_gone, shared_memory_files, tree  # noqa: E402
 

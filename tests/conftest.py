@@ -308,9 +308,9 @@ def write_checkpoint(folder: Path, state: Any = None, ranks: int = 1) -> Path:
     """
     import torch
 
-    from recipe.skpo.checkpoints import ACTOR_FILES, DATA_FILE
-    from recipe.skpo.settings import SkpoSettings
-    from recipe.skpo.state import SkpoState
+    from recipe.skpo.checks.settings import SkpoSettings
+    from recipe.skpo.trainer.checkpoints import ACTOR_FILES, DATA_FILE
+    from recipe.skpo.trainer.state import SkpoState
 
     (state or SkpoState(SkpoSettings(), 64)).save(folder)
     (folder / "actor").mkdir(exist_ok=True)

@@ -20,7 +20,7 @@ import psutil
 from omegaconf import DictConfig
 
 from data_prep.untrusted import error_line
-from recipe.skpo.settings import ConfigError
+from recipe.skpo.checks.settings import ConfigError
 
 if TYPE_CHECKING:
     from ray.exceptions import RayActorError
@@ -138,7 +138,7 @@ def last_words(error: BaseException, died: str | None, config: DictConfig) -> st
 
 def way_on(config: DictConfig) -> str:
     """How to go on after a run ended early: which checkpoint counts, and what the same command does."""
-    from recipe.skpo.checkpoints import marked_step
+    from recipe.skpo.trainer.checkpoints import marked_step
 
     trainer = config.trainer
     try:

@@ -26,20 +26,30 @@ from omegaconf.errors import OmegaConfBaseException
 
 import recipe.skpo.checks.resolvers  # noqa: F401  registers them
 from data_prep.untrusted import error_line, one_line
-from recipe.skpo.checkpoints import check_room, repair_marker
 from recipe.skpo.checks.command_line import one_sentence, reject_unknown_settings, resolve, sentence
+from recipe.skpo.checks.config import (
+    check_config,
+    check_folders,
+    check_loggers,
+    check_method_settings,
+    check_numbers,
+    check_resume,
+    is_finished,
+)
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
 from recipe.skpo.checks.environment import LOCKS, check_cluster, check_machine, check_packages
 from recipe.skpo.checks.identity import fingerprint
 from recipe.skpo.checks.known_keys import check_keys, check_structure
 from recipe.skpo.checks.memory import check_memory
+from recipe.skpo.checks.model import check_model, check_prompt_lengths
 from recipe.skpo.checks.model_engine import check_model_engine
 from recipe.skpo.checks.options import check_options
 from recipe.skpo.checks.paths import own_folder, readable, resolve_environment, resolve_paths
 from recipe.skpo.checks.resume import lines
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.checks.run_folder import run_folders
+from recipe.skpo.checks.settings import ConfigError, SkpoSettings
 from recipe.skpo.ending import (
     Ending,
     RunError,
@@ -52,24 +62,14 @@ from recipe.skpo.ending import (
     shutting_down,
     way_on,
 )
-from recipe.skpo.html_report import write_report
 from recipe.skpo.isolation.folder import FolderError
 from recipe.skpo.isolation.run import IsolationError, choose_cluster, isolated
-from recipe.skpo.model_checks import check_model, check_prompt_lengths
 from recipe.skpo.output.console import CleanFormatter, replace_unprintable
 from recipe.skpo.output.files import write_atomic
-from recipe.skpo.preflight import (
-    check_config,
-    check_folders,
-    check_loggers,
-    check_method_settings,
-    check_numbers,
-    check_resume,
-    is_finished,
-)
-from recipe.skpo.report import summary
-from recipe.skpo.secrets import reject_secret_overrides, reject_secrets
-from recipe.skpo.settings import ConfigError, SkpoSettings
+from recipe.skpo.output.page import write_report
+from recipe.skpo.output.redaction import reject_secret_overrides, reject_secrets
+from recipe.skpo.output.summary import summary
+from recipe.skpo.trainer.checkpoints import check_room, repair_marker
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def apply_platform(config: DictConfig) -> None:
     with open_dict(config):
         libraries = config.actor_rollout_ref.model.get("external_lib") or []
         libraries = [libraries] if isinstance(libraries, str) else list(libraries)
-        libraries += ["recipe.skpo.weight_sync_registration", "recipe.skpo.engine.backends"]
+        libraries += ["recipe.skpo.trainer.weight_sync_registration", "recipe.skpo.engine.backends"]
         engine = choose_engine(config, flash_attention=flash_attention_installed())
         config.packed_attention, config.share_prefixes = engine.kind, engine.share
         if engine.device is not None:
@@ -187,7 +187,7 @@ def prepare_model(config: DictConfig) -> None:
     """Make the embedded model if it is the one to train and not there yet."""
     path = config.actor_rollout_ref.model.path
     if path == config.get("embedded_model"):
-        from model_prep import smollm2
+        from data_prep import smollm2
 
         smollm2.prepare(Path(path))
 
@@ -222,8 +222,8 @@ def launch(config: DictConfig) -> None:
 
         def run(self, config: DictConfig) -> None:
             keep_warnings()
-            import recipe.skpo.baselines  # noqa: F401
-            import recipe.skpo.trainer  # noqa: F401
+            import recipe.skpo.trainer.baselines  # noqa: F401
+            import recipe.skpo.trainer.skpo  # noqa: F401
             from recipe.skpo.isolation import messages
 
             messages.create_key()
@@ -271,7 +271,7 @@ def report(output_dir: Path, minutes: float | None = None) -> None:
         print(summary(output_dir, minutes))
         print(f"  report       {write_report(output_dir)}")
     except Exception:  # process border: the run and everything it wrote are good
-        logger.exception("no report.html; `python -m recipe.skpo.html_report %s` tries again", output_dir)
+        logger.exception("no report.html; `python -m recipe.skpo.output.page %s` tries again", output_dir)
 
 
 @hydra.main(version_base=None, config_path="config", config_name="skpo_trainer")

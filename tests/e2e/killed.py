@@ -34,7 +34,8 @@ def install(point: str, step: int, launcher: int) -> None:
     """Wrap what runs at ``point`` so that it kills when the trainer is at ``step``."""
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-    from recipe.skpo import base_trainer, state
+    from recipe.skpo.trainer import base as base_trainer
+    from recipe.skpo.trainer import state
 
     trainer_class = base_trainer.BaseTrainer
 

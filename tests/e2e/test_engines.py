@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.skpo.checkpoints import marked_step
-from recipe.skpo.metrics import read_lines
+from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.trainer.checkpoints import marked_step
 from tests.e2e.test_resume import MACHINE, launch
 from tests.e2e.tiny import overrides
 
@@ -70,7 +70,7 @@ def test_lora_trains_syncs_resumes_and_is_evaluated(tmp_path: Path) -> None:
         *("engine.platform=cpu", f"reward.path={ROOT / 'tests/e2e/tiny.py'}"),
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "recipe.skpo.evaluate", *evaluation],
+        [sys.executable, "-m", "recipe.skpo.evaluation", *evaluation],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments
-from recipe.skpo.metrics import read_lines
+from recipe.skpo.output.metrics import read_lines
 from tests.e2e import injected, tiny
 from tests.e2e.processes import alive, seconds_until_gone, shared_memory_files, tree
 

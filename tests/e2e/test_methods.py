@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.skpo.metrics import read_lines
+from recipe.skpo.output.metrics import read_lines
 from tests.e2e.tiny import overrides
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(900)]

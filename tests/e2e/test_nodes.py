@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recipe.skpo.metrics import read_lines
+from recipe.skpo.output.metrics import read_lines
 from tests.e2e import tiny
 from tests.e2e.processes import alive, tree
 

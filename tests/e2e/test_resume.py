@@ -1,8 +1,8 @@
 """A run killed again and again, and the same run never killed: same prompts, splits, trackers, metrics, weights.
 
 Every launch of a chain is the same command.  Each but the last is killed at another point; what the next one finds is
-what the kill left.  tests/test_kills.py has every point, without Ray and models.  Bit for bit on the CPU platform with
-``full_determinism``.  Minutes:
+what the kill left.  tests/unit/trainer/test_kills.py has every point, without Ray and models.  Bit for bit on the CPU
+platform with ``full_determinism``.  Minutes:
 
     bash run_tests.sh -m resume
 """
@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from recipe.skpo.checkpoints import MARKER, METRICS_FILE, marked_step, stored_checkpoints
 from recipe.skpo.checks.resume import FILE_NAME as FINGERPRINT
 from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments, segments
-from recipe.skpo.metrics import read_lines
-from recipe.skpo.state import FILE_NAME
+from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.trainer.checkpoints import MARKER, METRICS_FILE, marked_step, stored_checkpoints
+from recipe.skpo.trainer.state import FILE_NAME
 from tests.e2e.processes import alive, seconds_until_gone
 from tests.e2e.tiny import overrides
 

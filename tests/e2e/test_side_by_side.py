@@ -18,7 +18,7 @@ import psutil
 import pytest
 import zmq
 
-from recipe.skpo.metrics import read_lines
+from recipe.skpo.output.metrics import read_lines
 from tests.e2e.processes import alive, tree
 from tests.e2e.test_resume import EXACT, MACHINE
 from tests.e2e.tiny import overrides

@@ -11,11 +11,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from recipe.skpo.checks.settings import SkpoSettings
 from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments, segments
-from recipe.skpo.metrics import read_lines
-from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.state import SkpoState
-from recipe.skpo.trees import read_trees, tree_index
+from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.output.trees import read_trees, tree_index
+from recipe.skpo.trainer.state import SkpoState
 from tests.e2e.tiny import overrides
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -198,7 +198,7 @@ def test_evaluation_agrees_with_the_last_validation(run: dict) -> None:
         f"reward.path={ROOT / 'tests/e2e/tiny.py'}",
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "recipe.skpo.evaluate", *arguments],
+        [sys.executable, "-m", "recipe.skpo.evaluation", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

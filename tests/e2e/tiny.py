@@ -41,7 +41,7 @@ def make_model(folder: Path) -> Path:
         pad_token_id=2,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).to(torch.float32).save_pretrained(folder)
+    LlamaForCausalLM(config).float().save_pretrained(folder)
     return folder
 
 

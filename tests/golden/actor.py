@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor  # noqa: E402
 from verl.utils import tensordict_utils  # noqa: E402
 from verl.workers.engine_workers import ActorRolloutRefWorker  # noqa: E402
 
-from recipe.skpo.loss import skpo_loss  # noqa: E402
+from recipe.skpo.method.loss import skpo_loss  # noqa: E402
 from tests.golden.batches import nested  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]

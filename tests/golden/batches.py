@@ -1,8 +1,8 @@
 """Random batches on both sides of the golden tests: rows of the reference, and the same rows as verl hands them on.
 
 The "model" is one flat parameter that holds every log-prob of every row, so that its gradient is the loss's gradient
-token by token.  Order of rows, updates, counted rows and row scales come from ``recipe.skpo.minibatch``, as in the
-trainer.
+token by token.  Order of rows, updates, counted rows and row scales come from
+``recipe.skpo.method.minibatch``, as in the trainer.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from recipe.skpo.loss import DOWNSTREAM, UPSTREAM, skpo_loss
-from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
-from tests.reference import FlatRow, Gradient, Row, random_batch, reference_batch_objective
+from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM, skpo_loss
+from recipe.skpo.method.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
+from tests.support.reference import FlatRow, Gradient, Row, random_batch, reference_batch_objective
 
 CLIPS = (0.2, 0.28)
 WEIGHTS = (0.7, 0.3)

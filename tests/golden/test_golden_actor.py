@@ -19,12 +19,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from recipe.skpo.advantage import skpo_advantage
-from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
-from recipe.skpo.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
-from recipe.skpo.segments import skip_prompt
+from recipe.skpo.method.advantage import skpo_advantage
+from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.method.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
+from recipe.skpo.method.segments import skip_prompt
 from tests.e2e.tiny import make_model
-from tests.reference import reference_group_relative, reference_single_stream
+from tests.support.reference import reference_group_relative, reference_single_stream
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP, PER_UPDATE, WEIGHTS, CLIPS, TEMPERATURE, BOS = 3, 2, (0.7, 0.3), (0.2, 0.28), 0.8, 0

@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from recipe.skpo.loss import downstream_loss, upstream_loss
+from recipe.skpo.method.loss import downstream_loss, upstream_loss
 from tests.golden.batches import CLIPS, FlatPolicy, gradient_of_updates, make_case, nested, relative_error
-from tests.reference import random_row, reference_downstream_objective, reference_upstream_objective
+from tests.support.reference import random_row, reference_downstream_objective, reference_upstream_objective
 
 ROOT = Path(__file__).resolve().parents[2]
 seeds = st.integers(0, 2**32)

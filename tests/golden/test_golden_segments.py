@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe.skpo.curriculum import draw_prompts, prompt_weights
-from recipe.skpo.segments import (
+from recipe.skpo.method.curriculum import draw_prompts, prompt_weights
+from recipe.skpo.method.segments import (
     cut_segment,
     fixed_split_position,
     last_boundary,
@@ -19,7 +19,7 @@ from recipe.skpo.segments import (
     skip_prompt,
     split_bounds,
 )
-from tests.reference import (
+from tests.support.reference import (
     reference_extreme,
     reference_segment,
     reference_selection,

@@ -17,12 +17,12 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
-from recipe.skpo.loss import DOWNSTREAM, UPSTREAM
-from recipe.skpo.rollout import SEED_FIELD, SPLIT_FIELD
-from recipe.skpo.settings import SkpoSettings, TrackerSettings
-from recipe.skpo.state import SkpoState
+from recipe.skpo.checks.settings import SkpoSettings, TrackerSettings
+from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.rollout.worker import SEED_FIELD, SPLIT_FIELD
+from recipe.skpo.trainer.state import SkpoState
 from tests.golden.batches import nested
-from tests.reference import ReferenceRun, reference_group_relative, reference_single_stream
+from tests.support.reference import ReferenceRun, reference_group_relative, reference_single_stream
 
 GROUP, BATCH, PER_UPDATE, STEPS, BUDGET = 3, 6, 2, 6, 60
 TOLERANCE = 1e-4  # rows are float32
@@ -149,7 +149,7 @@ class Trainer:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, queue: Queue, ranks: int, **skpo: Any) -> None:
         from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-        from recipe.skpo.trainer import SkpoTrainer
+        from recipe.skpo.trainer.skpo import SkpoTrainer
 
         self.settings = SkpoSettings(group_size=GROUP, initial_length=40, trees_per_step=0, **skpo)
         self.queue, self.ids, self.kl_sums = queue, [""], (0.0, 0.0, 0, 0)

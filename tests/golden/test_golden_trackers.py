@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipe.skpo.settings import SkpoSettings, TrackerSettings
-from recipe.skpo.state import SkpoState
-from recipe.skpo.tracker import DriftClock, KLAdaptiveTracker
-from tests.reference import ReferenceRun, reference_drift, reference_tracker
+from recipe.skpo.checks.settings import SkpoSettings, TrackerSettings
+from recipe.skpo.method.tracker import DriftClock, KLAdaptiveTracker
+from recipe.skpo.trainer.state import SkpoState
+from tests.support.reference import ReferenceRun, reference_drift, reference_tracker
 
 seeds = st.integers(0, 2**32)
 TOLERANCE = 1e-9

@@ -26,9 +26,9 @@ from typing import Any
 
 import pandas as pd
 
-from recipe.skpo.analysis.output import guarded, require, write_results
-from recipe.skpo.metrics import read_lines
-from recipe.skpo.report import held_out
+from recipe.skpo.evaluation.output import guarded, require, write_results
+from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.output.summary import held_out
 
 STEP_TIME = "timing_s/step"
 _PHASE = re.compile(r"timing_s/[^/]+")

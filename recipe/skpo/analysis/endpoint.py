@@ -16,8 +16,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_prep.untrusted import one_line
-from recipe.skpo.analysis.output import AnalysisError, require
-from recipe.skpo.sampling import Completion, append_completions, read_completions
+from recipe.skpo.evaluation.output import AnalysisError, require
+from recipe.skpo.evaluation.sampling import Completion, append_completions, read_completions
 
 MODES = ("quote", "prefill")
 INSTRUCTION = (

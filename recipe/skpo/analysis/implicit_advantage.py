@@ -31,9 +31,10 @@ import pandas as pd
 
 from data_prep.schema import prompt_id
 from data_prep.untrusted import one_line, parse_json
-from recipe.skpo.analysis import endpoint, options
+from recipe.skpo.analysis import endpoint
 from recipe.skpo.analysis.endpoint import ChatRequest, EndpointConfig, Estimate, ask_stored
-from recipe.skpo.analysis.options import (
+from recipe.skpo.evaluation import options
+from recipe.skpo.evaluation.options import (
     EngineConfig,
     ModelSettings,
     add_engine_flags,
@@ -41,11 +42,11 @@ from recipe.skpo.analysis.options import (
     engine_config,
     model_settings,
 )
-from recipe.skpo.analysis.output import AnalysisError, claim, guarded, require, write_atomic, write_results
-from recipe.skpo.analysis.problems import Problem, check_answers, load_tokenizer, read_problems
-from recipe.skpo.prompts import problem_tokens
-from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, draw_stored
-from recipe.skpo.thoughts import ThoughtReader
+from recipe.skpo.evaluation.output import AnalysisError, claim, guarded, require, write_atomic, write_results
+from recipe.skpo.evaluation.problems import Problem, check_answers, load_tokenizer, read_problems
+from recipe.skpo.evaluation.sampling import SEED_BOUND, Completion, Request, Sampler, draw_stored
+from recipe.skpo.task.prompts import problem_tokens
+from recipe.skpo.task.thoughts import ThoughtReader
 from reward_fns.thoughts import read_marks
 
 CONTINUATIONS = "continuations.jsonl"

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recipe.skpo.analysis.options import (
+from recipe.skpo.evaluation.options import (
     FREE,
     EngineConfig,
     ModelSettings,
@@ -35,12 +35,12 @@ from recipe.skpo.analysis.options import (
     engine_config,
     model_settings,
 )
-from recipe.skpo.analysis.output import AnalysisError, claim, guarded, require, write_results
-from recipe.skpo.analysis.problems import Problem, load_tokenizer, read_problems
-from recipe.skpo.prompts import automatic_bos, problem_tokens
-from recipe.skpo.sampling import SEED_BOUND, Completion, Request, Sampler, draw_stored
-from recipe.skpo.segments import Segment, cut_segment, select_segment, skip_prompt
-from recipe.skpo.thoughts import ThoughtReader
+from recipe.skpo.evaluation.output import AnalysisError, claim, guarded, require, write_results
+from recipe.skpo.evaluation.problems import Problem, load_tokenizer, read_problems
+from recipe.skpo.evaluation.sampling import SEED_BOUND, Completion, Request, Sampler, draw_stored
+from recipe.skpo.method.segments import Segment, cut_segment, select_segment, skip_prompt
+from recipe.skpo.task.prompts import automatic_bos, problem_tokens
+from recipe.skpo.task.thoughts import ThoughtReader
 from reward_fns.thoughts import read_marks
 
 MODES = ("unconditional", "continual", "skip", "quote")

@@ -27,9 +27,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from recipe.skpo.advantage import group_relative_advantage, single_stream_advantage
-from recipe.skpo.analysis.output import guarded, require, write_results
-from recipe.skpo.tracker import KLAdaptiveTracker
+from recipe.skpo.evaluation.output import guarded, require, write_results
+from recipe.skpo.method.advantage import group_relative_advantage, single_stream_advantage
+from recipe.skpo.method.tracker import KLAdaptiveTracker
 
 ZERO = 1e-9
 """Below it an advantage is a rounding error of 0."""

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from recipe.skpo.checks.engine import sequence_parallel_size
-from recipe.skpo.settings import ConfigError
+from recipe.skpo.checks.settings import ConfigError
 
 
 def list_gpus() -> list[int]:

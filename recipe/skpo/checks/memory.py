@@ -6,8 +6,8 @@ from typing import Any
 from omegaconf import DictConfig, open_dict
 
 from recipe.skpo.checks.gpus import actor_ranks, list_gpus
+from recipe.skpo.checks.settings import ConfigError
 from recipe.skpo.engine.sizes import LOGIT_BYTES, LOGIT_CHUNK
-from recipe.skpo.settings import ConfigError
 
 GB = 10**9
 _RESERVE = 4 * GB

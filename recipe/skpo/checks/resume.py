@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.untrusted import one_line, read_json
+from recipe.skpo.checks.settings import ConfigError
 from recipe.skpo.output.files import write_atomic
-from recipe.skpo.settings import ConfigError
 
 FILE_NAME = "fingerprint.json"
 """In a run's folder that of its last launch, in a checkpoint that of the launch that saved it."""

@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError
-from recipe.skpo.rewards import VERLS_ARGUMENTS, RewardCall, RewardError, Verdict
-from recipe.skpo.settings import ConfigError
+from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.task.rewards import VERLS_ARGUMENTS, RewardCall, RewardError, Verdict
 from reward_fns import OUR_REWARD, check_options
 
 WHERE = "reward.custom_reward_function"

@@ -15,8 +15,8 @@ from pathlib import Path
 import psutil
 
 from data_prep.untrusted import parse_json
+from recipe.skpo.checks.settings import ConfigError
 from recipe.skpo.output.files import write_atomic
-from recipe.skpo.settings import ConfigError
 
 LOCK = ".lock"
 """File that a command locks for as long as it lives; it stays in the folder, unlocked."""

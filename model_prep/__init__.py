@@ -1,1 +1,0 @@
-"""Models: one module per source, each a command that leaves a verified Hugging Face checkpoint."""

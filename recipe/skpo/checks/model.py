@@ -1,0 +1,193 @@
+"""Start-up checks of the model to train: its folder, tokenizer and chat template, and every prompt under them.
+
+Nothing of the weights but the headers of their files is read.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from omegaconf import DictConfig, OmegaConf
+
+from data_prep.hub import quiet_hub
+from data_prep.schema import DataError
+from data_prep.untrusted import UntrustedError, one_line, read_json
+from recipe.skpo.checks.child import LOAD_SECONDS, PROMPT_SECONDS, Place, Stopped, in_child
+from recipe.skpo.checks.data import prompt_files
+from recipe.skpo.checks.paths import caller
+from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.task.thoughts import configured_marks
+from reward_fns import OUR_REWARD
+
+LONGEST_PROMPT = 10_000_000
+"""Characters of a rendered prompt: more than any context holds."""
+LONGEST_MARK = 200
+"""Characters at a prompt's end that may hold the mark of a thought."""
+
+
+def check_model(config: DictConfig) -> None:
+    """Refuse a model that cannot be trained or served: nothing of its weights but their headers is read.
+
+    Raises:
+        ConfigError: naming the folder or file and what is wrong with it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    where, model = "actor_rollout_ref.model.path", config.actor_rollout_ref.model
+    if not model.path:
+        raise ConfigError(f"{where}: is not set; give a model's folder or hub name, or choose one with model=<name>")
+    folder = Path(model.path)
+    if folder.is_file():
+        raise ConfigError(f"{where}: {folder} is a file; give the folder that holds config.json and the weights")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ConfigError(f"{where}: {folder} holds no config.json; give the folder of a Hugging Face checkpoint")
+    try:
+        with quiet_hub():
+            described = AutoConfig.from_pretrained(model.path, trust_remote_code=model.get("trust_remote_code", False))
+        longest = getattr(described.get_text_config(), "max_position_embeddings", None)
+        if longest is not None and (type(longest) is not int or longest < 1):
+            raise ValueError(f"max_position_embeddings is {longest!r}")
+    except Exception as error:  # a process border: the hub, json and the model's own class answer with their own errors
+        reason = one_line(error) or type(error).__name__
+        reason += "" if folder.is_dir() else f"; there is no folder {caller() / folder}"
+        raise ConfigError(
+            f"{where}: {model.path} cannot be read as a model ({reason}); give a folder with a whole checkpoint, or a "
+            f"name on the hub where that can be reached"
+        ) from error
+    if type(described) not in AutoModelForCausalLM._model_mapping and "AutoModelForCausalLM" not in (
+        str(getattr(described, "auto_map", None) or "")
+    ):
+        raise ConfigError(
+            f"{where}: {model.path} is a {one_line(described.model_type, 60)}, which is not a causal language model; "
+            f"give one that is"
+        )
+    context = config.actor_rollout_ref.rollout.max_model_len
+    if context is not None and longest is not None and context > longest:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.max_model_len: is {context}, {model.path} takes {longest} tokens; lower "
+            f"data.max_prompt_length or data.max_response_length, or set max_model_len={longest}"
+        )
+    if folder.is_dir():
+        _check_weights(folder)
+
+
+def _check_weights(folder: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    where = "actor_rollout_ref.model.path"
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+            if not all(isinstance(name, str) and Path(name).name == name for name in names):
+                raise UntrustedError("names something that is not a file beside it")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f" ({error})" if isinstance(error, UntrustedError) else ""
+            raise ConfigError(
+                f"{where}: {index} is not an index of weight files{reason}; download the model again"
+            ) from None
+    else:
+        names = sorted(path.name for path in folder.glob("*.safetensors"))
+    if not names and not any(folder.glob("*.bin")):
+        raise ConfigError(f"{where}: {folder} holds no weights (*.safetensors); give the folder of a whole checkpoint")
+    for name in names:
+        try:
+            with safe_open(folder / name, "numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            reason = one_line(error)
+            raise ConfigError(
+                f"{where}: {folder / name} is missing or cut off ({reason}); copy or download the model again"
+            ) from None
+
+
+def check_prompt_lengths(config: DictConfig) -> None:
+    """Check every prompt's length under the run's own tokenizer and chat template.
+
+    Raises:
+        ConfigError: no tokenizer at the model's path, or no chat template.
+        DataError: naming file and row of the first prompt that is too long or that the template refuses; or too few
+            prompts are left.
+    """
+    train = prompt_files(config, "train")
+    files = [*train, *prompt_files(config, "val")]
+    try:
+        left, thinks = in_child(lambda place: _count_prompts(config, files, train, place), (ConfigError, DataError))
+    except Stopped as error:
+        raise DataError(
+            f"{error.at}: the model's chat template or tokenizer {error}; take a model whose origin you trust, or give "
+            f"another template by actor_rollout_ref.model.custom_chat_template"
+        ) from None
+    if thinks and config.reward.custom_reward_function.path == OUR_REWARD:
+        print(
+            "note: prompts end inside a thought (the chat template opens it), so a response counts from its closing "
+            "mark on, and one without it has no answer; data.max_response_length="
+            f"{config.data.max_response_length} has to hold thought and answer"
+        )
+    limit = config.data.max_prompt_length
+    if config.data.filter_overlong_prompts and left < config.data.train_batch_size:
+        raise DataError(
+            f"data.train_files: {left} prompts of at most data.max_prompt_length={limit} tokens are fewer than "
+            f"data.train_batch_size={config.data.train_batch_size}; raise the first or lower the second"
+        )
+
+
+def _count_prompts(config: DictConfig, files: Sequence[str], train: Sequence[str], place: Place) -> tuple[int, bool]:
+    """Training prompts within the limit, after every prompt was checked, and whether any prompt opens a thought."""
+    place.move("actor_rollout_ref.model.path", LOAD_SECONDS)
+    tokenizer, limit = _tokenizer(config), config.data.max_prompt_length
+    options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
+    left, filtered, thinks = 0, config.data.filter_overlong_prompts, False
+    reward = config.reward.custom_reward_function
+    marks = configured_marks(reward.path, reward.get("reward_kwargs"))
+    for file in files:
+        for index, messages in enumerate(_prompts(file, config.data.prompt_key)):
+            place.move(f"{file}: row {index}", PROMPT_SECONDS)
+            try:
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+                if len(text) > LONGEST_PROMPT:
+                    raise ValueError(f"it makes {len(text)} characters of it")
+            except MemoryError:
+                raise
+            except Exception as error:  # a process border: a template is a program
+                raise DataError(
+                    f"{file}: row {index}: the model's chat template fails on this prompt ({one_line(error)}); change "
+                    f"the prompt's roles, or give another template by actor_rollout_ref.model.custom_chat_template"
+                ) from error
+            length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if length > limit and not filtered:
+                raise DataError(
+                    f"{file}: row {index}: the prompt has {length} tokens, data.max_prompt_length is {limit}; raise "
+                    f"it, or set data.filter_overlong_prompts=true to leave such prompts out"
+                )
+            left += file in train and length <= limit
+            thinks = thinks or (marks is not None and marks.opened_by(text[-LONGEST_MARK:]) is not None)
+    return left, thinks
+
+
+def _prompts(file: str, column: str) -> Iterator[list[dict[str, str]]]:
+    with pq.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+            yield from batch.column(column).to_pylist()
+
+
+def _tokenizer(config: DictConfig):
+    from transformers import AutoTokenizer
+
+    model = config.actor_rollout_ref.model
+    path = model.get("tokenizer_path") or model.path
+    try:
+        with quiet_hub():
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
+    except Exception as error:  # a process border: five libraries read these files, each with errors of its own
+        reason = one_line(error) or type(error).__name__
+        raise ConfigError(f"actor_rollout_ref.model.path: no tokenizer can be loaded from {path} ({reason})") from error
+    if model.get("custom_chat_template"):
+        tokenizer.chat_template = model.custom_chat_template
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"actor_rollout_ref.model.path: the tokenizer of {path} has no chat template; give one by "
+            f"actor_rollout_ref.model.custom_chat_template, or an instruct model"
+        )
+    return tokenizer

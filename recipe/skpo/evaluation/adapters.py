@@ -1,0 +1,74 @@
+"""Merge a LoRA adapter into the model beside it: ``python -m recipe.skpo.evaluation.adapters <folder>``.
+
+verl's merger writes base model and adapter apart; evaluation reads whole models.  peft adds them in float32.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from data_prep.untrusted import UntrustedError, read_json
+from recipe.skpo.checks.settings import ConfigError
+
+META = "lora_train_meta.json"
+"""verl's file with the adapter's rank and alpha, beside the weights of the ranks."""
+ADAPTER = "lora_adapter"
+"""Folder of the adapter in the one that verl's merger wrote."""
+
+
+def has_adapter(actor: Path) -> bool:
+    """Find out whether a checkpoint of verl's FSDP has an adapter.
+
+    Args:
+        actor: its folder.
+
+    Raises:
+        ConfigError: rank or alpha are not known; verl's merger would take 0 for alpha, and the adapter would be lost.
+    """
+    file = actor / META
+    if not file.is_file():
+        return False
+    try:
+        meta = read_json(file)
+        known = all(type(meta[name]) is int and meta[name] > 0 for name in ("r", "lora_alpha"))
+    except (UntrustedError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise ConfigError(
+            f"checkpoint: {file} has no rank r and lora_alpha above 0, without which an adapter cannot be merged; name "
+            f"another checkpoint"
+        )
+    return True
+
+
+def merge_adapter(folder: Path) -> None:
+    """Add the adapter in ``folder`` to the model there, in float32; the files are bfloat16 again.
+
+    Raises:
+        ConfigError: weights of the model are missing.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    read: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    base, loading = read
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"checkpoint: {missing[0]} and {len(missing) - 1} more weights of the base model are missing; name a "
+            f"checkpoint that was saved with actor_rollout_ref.actor.checkpoint.save_lora_only=false"
+        )
+    merged = PeftModel.from_pretrained(base, str(folder / ADAPTER)).merge_and_unload(safe_merge=True)
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    merged.to(torch.bfloat16).save_pretrained(folder)
+    shutil.rmtree(folder / ADAPTER)
+
+
+if __name__ == "__main__":
+    try:
+        merge_adapter(Path(sys.argv[1]))
+    except ConfigError as error:
+        sys.exit(str(error))

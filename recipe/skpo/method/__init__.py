@@ -1,0 +1,1 @@
+"""The mathematics: numpy and torch only, no verl, no Ray, no vLLM."""

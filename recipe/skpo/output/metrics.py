@@ -1,0 +1,180 @@
+"""What a run shows in numbers: metrics split by role, and the metrics file.
+
+verl's own score and length metrics mix both phases' rows; everything published here is under ``skpo/upstream``,
+``skpo/downstream`` or ``skpo/tracker``.  Names avoid the substrings that verl reduces by (max, min, sum, total).
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.untrusted import UntrustedError, parse_json, read_json
+from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.output.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+LAST_STEP = 2**53
+"""The largest step that every reader of JSON, the report's page among them, holds exactly."""
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def rollout_metrics(
+    phase: torch.Tensor,
+    prompts: torch.Tensor,
+    valid: torch.Tensor,
+    rewards: torch.Tensor,
+    advantages: torch.Tensor,
+    lengths: torch.Tensor,
+    records: Sequence[Mapping[str, Any] | None],
+) -> dict[str, float]:
+    """Per-step metrics of what was rolled out, over valid rows.
+
+    Args:
+        phase, prompts, valid, rewards, advantages, lengths: per row, as in ``trainer``; (rows,).
+        records: per row, what ``rollout`` noted: on upstream rows split position, deviation, early finishes,
+            boundaries, times and tokens; on downstream rows tokens.
+
+    Returns:
+        Metric name to value.  Tokens are sums over the batch; seconds are means over prompts; ``prefix_cache/hit_rate``
+        is cached / prefilled prompt tokens.
+    """
+    result: dict[str, float] = {}
+    for name, value in (("upstream", UPSTREAM), ("downstream", DOWNSTREAM)):
+        rows = (valid & (phase == value)).nonzero().flatten()
+        if not len(rows):
+            continue
+        own = [record for record in (records[int(row)] for row in rows) if record is not None]
+        cached, prefilled = (float(sum(record[key] for record in own)) for key in ("cached", "prefilled"))
+        result |= {
+            f"skpo/{name}/reward/mean": float(rewards[rows].mean()),
+            f"skpo/{name}/advantage/mean": float(advantages[rows].mean()),
+            f"skpo/{name}/advantage/std": float(advantages[rows].std(correction=0)),
+            f"skpo/{name}/length/mean": float(lengths[rows].to(torch.float64).mean()),
+            f"skpo/{name}/tokens_generated": float(sum(record["generated"] for record in own)),
+            f"skpo/{name}/tokens_prefilled": prefilled,
+            f"skpo/{name}/prefix_cache/hit_rate": cached / prefilled if prefilled else 0.0,
+        }
+        if value == UPSTREAM:
+            result |= {
+                f"skpo/{name}/split_position/mean": _mean([record["split_position"] for record in own]),
+                f"skpo/{name}/deviation/mean": _mean([record["deviation"] for record in own]),
+                f"skpo/{name}/early_finish_share": _mean([record["ended_early"] for record in own]),
+                f"skpo/{name}/seconds/mean": _mean([record["seconds"] for record in own]),
+                "skpo/downstream/seconds/mean": _mean([record["downstream_seconds"] for record in own]),
+            }
+            cut = [record["at_boundary"] for record in own if "at_boundary" in record]
+            if cut:  # with split=boundary_token
+                result[f"skpo/{name}/boundary_share"] = _mean(cut)
+        else:
+            groups = [rewards[rows][prompts[rows] == prompt] for prompt in prompts[rows].unique()]
+            equal = [float((group == group[0]).all()) for group in groups]
+            result[f"skpo/{name}/all_equal_share"] = _mean(equal)
+    return result
+
+
+def update_metrics(sums: Mapping[str, float]) -> tuple[dict[str, float], float]:
+    """Turn the sums that ``skpo_loss`` reports into shares.
+
+    Args:
+        sums: ``skpo/<phase>/<name>_sum``, already added over micro-batches and averaged over ranks and updates.
+
+    Returns:
+        Metrics (loss and, per trained token, clip shares and KL), and the KL that the policy moved by in this step,
+        in nats per token over both phases.
+    """
+    result = {"skpo/loss": float(sums["skpo/loss"])}
+    kl = tokens = 0.0
+    for name in ("upstream", "downstream"):
+        count = float(sums[f"skpo/{name}/tokens_sum"])
+        result[f"skpo/{name}/loss"] = float(sums[f"skpo/{name}/loss_sum"])
+        for share, source in (("ratio_clipped_low", "clipped_low"), ("ratio_clipped_high", "clipped_high")):
+            result[f"skpo/{name}/{share}_share"] = sums[f"skpo/{name}/{source}_sum"] / count if count else 0.0
+        result[f"skpo/{name}/kl"] = sums[f"skpo/{name}/kl_sum"] / count if count else 0.0
+        kl, tokens = kl + sums[f"skpo/{name}/kl_sum"], tokens + count
+    step_kl = float(kl / tokens) if tokens else 0.0
+    result["skpo/policy_kl"] = step_kl
+    return result, step_kl
+
+
+def plain_numbers(data: Mapping[str, Any]) -> dict[str, float]:
+    """Every value of ``data`` that is a number, as a float."""
+    numbers = {}
+    for name, value in data.items():
+        try:
+            numbers[name] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return numbers
+
+
+def read_numbers(path: Path) -> dict[str, float]:
+    """Read the numbers of a JSON object; of a damaged file none, with a warning: a resume needs none of them."""
+    try:
+        read = read_json(path)
+    except (UntrustedError, OSError) as error:
+        logger.warning("%s: %s; the metrics of this step are left out", path, error)
+        return {}
+    return plain_numbers(read) if isinstance(read, Mapping) else {}
+
+
+class MetricsFile:
+    """One JSON object per logged step, ``{"step": n, <name>: <number>, ...}``, kept across resumes.
+
+    verl's own file logger starts empty at every launch.  Lines of steps after the checkpoint that is resumed from are
+    dropped when the file is opened, because those steps are trained again.
+
+    Args:
+        path: the file.
+        resumed_at: step of the checkpoint resumed from; 0 for a fresh start, which begins an empty file.
+        saved: what was known of that step when its checkpoint was written.  verl logs a step after it is saved, so a
+            kill in between leaves a checkpoint without its line; this takes the line's place.
+    """
+
+    def __init__(self, path: Path, resumed_at: int, saved: Mapping[str, float] | None = None) -> None:
+        keep_lines(path, resumed_at)
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        if saved and not any(line["step"] == resumed_at and saved.keys() <= line.keys() for line in read_lines(path)):
+            self.log(saved, resumed_at)
+
+    def log(self, data: Mapping[str, Any], step: int) -> None:
+        """Append one line with every value of ``data`` that is a number; called by verl's ``Tracking``."""
+        self._file.write(json.dumps({"step": step, **plain_numbers(data)}) + "\n")
+
+
+def keep_lines(path: Path, resumed_at: int) -> None:
+    """Make a JSON-lines file ready for a resume: lines of later steps go, because those steps are trained again.
+
+    A fresh start, ``resumed_at`` 0, begins an empty file.  The file is replaced as a whole.
+    """
+    kept = [line for line in read_lines(path) if line["step"] <= resumed_at] if resumed_at else []
+    write_atomic(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Lines of a metrics file; what is not such a line is skipped."""
+    return [line for line in json_lines(path) if type(line.get("step")) is int and 0 <= line["step"] <= LAST_STEP]
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines, none if there is no file; what a kill left incomplete is skipped."""
+    if not path.is_file():
+        return []
+    lines = []
+    # Not splitlines: model text may hold U+0085 or U+2028, which it takes for ends of lines.  A kill may have torn a
+    # character apart.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            read = parse_json(line)
+        except UntrustedError:
+            continue
+        if isinstance(read, dict):
+            lines.append(read)
+    return lines

@@ -1,0 +1,1 @@
+"""What a prompt, a thought and a reward are, for rollout, evaluation and checks alike."""

@@ -1,0 +1,1 @@
+"""verl's synchronous trainer with SKPO's advantages, trackers and checkpoints."""

@@ -1,0 +1,477 @@
+"""What every method's run shares: state and checkpoints, repeatable batches, prompt choice, token budget, metrics file.
+
+verl's synchronous V1 trainer does everything else.  The methods are ``trainer.SkpoTrainer`` and the baselines of
+``baselines``; they differ in rollout, advantages and objective, and in nothing that is here, so their runs can be
+compared.  docs/verl_seams.md lists every override of verl.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import OmegaConf, open_dict
+from ray.exceptions import RayActorError
+from tensordict import NonTensorData, NonTensorStack, TensorDict
+from torchdata.stateful_dataloader import StatefulDataLoader
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.utils.padding import response_from_nested
+
+from data_prep.untrusted import one_line
+from recipe.skpo.checks.resume import Fingerprint, differences, restarts_epoch
+from recipe.skpo.checks.settings import SkpoSettings
+from recipe.skpo.ending import describe
+from recipe.skpo.engine.optimizer import use_own_settings_in_worker
+from recipe.skpo.method.curriculum import PrioritisedBatches
+from recipe.skpo.method.minibatch import minibatch_order, prompts_fit_ranks, slots
+from recipe.skpo.output.best_effort import BestEffort, BestEffortLogger
+from recipe.skpo.output.files import write_atomic
+from recipe.skpo.output.metrics import MetricsFile, plain_numbers, read_numbers
+from recipe.skpo.output.trees import FOLDER, TreeStore
+from recipe.skpo.rollout.worker import (
+    LENGTH_FIELD,
+    SEED_FIELD,
+    SPLIT_FIELD,
+    STEP_FIELD,
+    MeteredManager,
+    RolloutError,
+    stop_reason,
+)
+from recipe.skpo.trainer.checkpoints import (
+    METRICS_FILE,
+    SaveError,
+    expected_bytes,
+    free_bytes,
+    is_whole,
+    mark,
+    remove_checkpoint,
+    remove_older,
+)
+from recipe.skpo.trainer.logprob_gap import METRIC as GAP_METRIC
+from recipe.skpo.trainer.logprob_gap import allowed_gap, mean_gap
+from recipe.skpo.trainer.replay import BoundedReplayBuffer
+from recipe.skpo.trainer.replicas import BoundedCheckpointManager
+from recipe.skpo.trainer.state import SkpoState
+
+logger = logging.getLogger(__name__)
+
+_OFTEN = 3
+"""Failed visits in a row from which a prompt is named in the log."""
+EFFORT = BestEffort()
+"""Remembers what of this process's writes has failed."""
+
+_DRIFT_PARTITION = "skpo_drift"
+"""TransferQueue partition of the rows whose log-probs only measure drift; empty between two steps."""
+
+
+class BaseTrainer(PPOTrainerSync):
+    """verl's synchronous trainer with the state, order and logging that all methods share."""
+
+    agent_loop_manager: MeteredManager
+    resumed_at = 0
+    """Step of the checkpoint that was resumed from, 0 for a fresh start."""
+    curriculum = False
+    allowed_gap: float | None = None
+    shares_prompts = False
+    """Whether the actor computes a prompt that several rows begin with once, so that its rows must stay together."""
+    _rows_together = 1
+    """So many consecutive rows belong to one prompt and go into one micro-batch."""
+    _visited: Mapping[str, str] = {}
+    """uid to id of the prompts that were sent out and have not come back yet."""
+
+    def __init__(self, config: Any) -> None:
+        self.settings = SkpoSettings.from_config(config.skpo)
+        self.state = SkpoState(self.settings, config.data.max_response_length)
+        self.allowed_gap = allowed_gap(self.settings.max_logprob_gap, config.actor_rollout_ref.rollout)
+        self.output_dir = Path(config.output_dir)
+        # Written by the command; it goes into every checkpoint.
+        self.fingerprint = Fingerprint.read(self.output_dir)
+        self.step_metrics: dict[str, Any] = {}
+        self.shares_prompts = bool(config.share_prefixes) and config.packed_attention in ("varlen", "flex")
+        self.saved_metrics: dict[str, float] = {}
+        # Removed by us: verl's own removal leaves our file behind and forgets what earlier launches wrote.
+        self.checkpoints_to_keep: int | None = config.trainer.max_actor_ckpt_to_keep
+        with open_dict(config):
+            config.trainer.max_actor_ckpt_to_keep = None
+        self.curriculum = self.settings.curriculum.enable and "curriculum" in config.method.uses
+        super().__init__(config)
+
+    # ---------------------------------------------------------------- start, checkpoint, logging
+
+    def _build_replay_buffer(self) -> Any:
+        # verl compares the mode's name with "sync" in many places; under any other name it would behave as an
+        # asynchronous trainer.  The name has done its work, choosing this class, by now.
+        self.trainer_mode = "sync"
+        buffer = super()._build_replay_buffer()
+        buffer.poll_interval = self.settings.poll_interval_s
+        # A sampler of the user's own polls as it likes.
+        if type(buffer) is not ReplayBuffer:
+            return buffer
+        limits = (self.settings.prompt_timeout_s, self.settings.max_dropped_share)
+        return BoundedReplayBuffer(buffer, *limits, lambda: self.agent_loop_manager.take_failures())
+
+    def on_init_end(self) -> None:
+        self.checkpoint_manager = BoundedCheckpointManager(self.checkpoint_manager, self.settings.weight_sync_timeout_s)
+        super().on_init_end()
+
+    def _init_dataloader(self) -> None:
+        super()._init_dataloader()
+        if self.curriculum:
+            batches = PrioritisedBatches(
+                [str(prompt_id) for prompt_id in self.train_dataset.dataframe["id"]],
+                self.config.data.train_batch_size,
+                self.settings.curriculum.epsilon,
+                self.state.values.value,
+                lambda: self.state.rng,
+                lambda: self.state.failures,
+            )
+            self.train_dataloader = StatefulDataLoader(
+                self.train_dataset, batch_sampler=batches, num_workers=0, collate_fn=collate_fn
+            )
+
+    def _load_checkpoint(self) -> None:
+        super()._load_checkpoint()
+        self.resumed_at = self.global_steps
+        own = None
+        if self.resumed_at:
+            trainer = self.config.trainer
+            explicit = trainer.resume_mode == "resume_path"
+            folder = Path(trainer.resume_from_path) if explicit else self._checkpoint_folder()
+            self.state.load(folder)
+            self._follow_the_command(Fingerprint.read(folder))
+            if (folder / METRICS_FILE).is_file():
+                self.saved_metrics = read_numbers(folder / METRICS_FILE)
+            own = self.resumed_at if folder.resolve() == self._checkpoint_folder().resolve() else None
+        # Later steps are trained again: a marker that still named one of them would make a kill in the middle of
+        # saving it anew look like a whole checkpoint.
+        mark(self._checkpoint_folder().parent, own)
+
+    def _follow_the_command(self, saved: Fingerprint | None) -> None:
+        """Take back what verl has loaded in place of the command's own settings."""
+        changed = differences(saved, self.fingerprint) if saved and self.fingerprint else []
+        # verl would skip as many rows of other data, and end in an empty StopIteration where there are not so many.
+        if restarts_epoch(changed):
+            self.train_dataloader.next_iter_state = None
+        if any(difference.of_optimizer for difference in changed):
+            workers = self.actor_rollout_wg.workers
+            rates = ray.get([worker.__ray_call__.remote(use_own_settings_in_worker) for worker in workers])
+            logger.info("learning rate of the next update: %s", rates[0])
+
+    def _save_checkpoint(self) -> None:
+        folder, keep = self._checkpoint_folder(), self.checkpoints_to_keep
+        # What is left of a killed save, or of steps that are trained again.
+        remove_checkpoint(folder)
+        # Makes room, but never removes the one that the marker names.
+        remove_older(folder.parent, self.global_steps - 1, keep and max(1, keep - 1))
+        what, needed = f"the checkpoint of step {self.global_steps}", expected_bytes(self.config)
+        if needed is not None and free_bytes(folder) < needed:
+            raise SaveError(f"{what} has no room: {self._room(needed)}; make room")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(folder / METRICS_FILE, json.dumps(plain_numbers(self.step_metrics)))
+            if self.fingerprint:
+                self.fingerprint.write(folder)
+            # Before verl's part, which ends with the marker file that makes the checkpoint count.
+            self.state.save(folder)
+            super()._save_checkpoint()
+        except RayActorError:
+            raise
+        except Exception as error:  # process border: the actor's ranks write too, and torch has errors of its own
+            room = self._room(needed)
+            if not is_whole(folder):
+                # Half of one is of no use, and takes the room that the next launch needs.
+                remove_checkpoint(folder)
+            raise SaveError(f"{what} could not be written ({describe(error)}): {room}; make room") from error
+        remove_older(folder.parent, self.global_steps, keep)
+
+    def _room(self, needed: int | None) -> str:
+        """Bytes free where checkpoints are written, and bytes needed, for a message."""
+        folder = self._checkpoint_folder().parent
+        wanted = f", a checkpoint takes about {needed:,}" if needed is not None else ""
+        return f"{folder} has {free_bytes(folder):,} bytes free{wanted}"
+
+    @staticmethod
+    def _write_generations(*args: Any, **kwargs: Any) -> None:
+        with EFFORT.attempt("trainer.rollout_data_dir or validation_data_dir", OSError):
+            PPOTrainerSync._write_generations(*args, **kwargs)
+
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
+
+    def on_validate_begin(self) -> None:
+        self._open_metrics_file()
+        super().on_validate_begin()
+
+    def on_train_begin(self) -> None:
+        self._open_metrics_file()
+        super().on_train_begin()
+
+    def _open_metrics_file(self) -> None:
+        # verl builds its loggers inside fit(), so the first hook after that adds ours.
+        loggers: dict[str, Any] = self.logger.logger
+        if "metrics_file" not in loggers:
+            self.trees = TreeStore(self.output_dir / FOLDER, self.settings.trees_max_mb, self.resumed_at)
+            loggers["metrics_file"] = MetricsFile(
+                self.output_dir / "metrics.jsonl", self.resumed_at, self.saved_metrics
+            )
+            for name, backend in loggers.items():
+                loggers[name] = BestEffortLogger(name, backend, EFFORT)
+
+    def _val_metrics_update(
+        self,
+        data_sources: list[str],
+        sample_uids: list[str],
+        reward_extra_infos_dict: dict[str, list[Any]],
+        sample_turns: list[int],
+        expected_acc_counts: dict[tuple[str, str], int] | None = None,
+    ) -> dict[str, float]:
+        infos = without_plain_acc(reward_extra_infos_dict)
+        return super()._val_metrics_update(data_sources, sample_uids, infos, sample_turns, expected_acc_counts)
+
+    # ---------------------------------------------------------------- prompts out, rows in order
+
+    def on_step_begin(self) -> None:
+        # What validation generated since the last step belongs to no step.
+        self.agent_loop_manager.take_tokens()
+        self.agent_loop_manager.take_failures()
+        super().on_step_begin()
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        # Saved with the checkpoint, which verl writes before it logs them.
+        self.step_metrics = metrics
+        return super().step(metrics, timing_raw)
+
+    def _fetch_one_gen_batch(self) -> TensorDict:
+        batch = super()._fetch_one_gen_batch()
+        visits = [self.state.next_visit(str(key), self.global_steps) for key in batch.get("id").tolist()]
+        # Our own uid in place of verl's random one, so that rows can be put into the same order run after run.
+        # It has no "_", at which verl splits row keys.
+        uids = [NonTensorData(f"v{visit.ordinal:010d}") for visit in visits]
+        sent = {uid.data: str(key) for uid, key in zip(uids, batch.get("id").tolist(), strict=True)}
+        self._visited = {**self._visited, **sent}
+        batch["uid"] = NonTensorStack.from_list(uids)
+        batch[SPLIT_FIELD] = torch.tensor([visit.split_position for visit in visits])
+        batch[SEED_FIELD] = torch.tensor([visit.seed for visit in visits])
+        batch[LENGTH_FIELD] = torch.tensor([round(visit.expected_length) for visit in visits])
+        batch[STEP_FIELD] = torch.full((len(visits),), self.global_steps)
+        return batch
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        # verl's order follows which prompt finished first; sort by visit and session.
+        order = {key: (key.rsplit("_", 2)[0], int(key.rsplit("_", 2)[1])) for key in batch.keys}
+        batch.reorder(sorted(range(len(batch)), key=lambda row: order[batch.keys[row]]))
+        batch = super()._balance_batch(batch, metrics, *args, **kwargs)
+        self._note_failed_prompts({key.rsplit("_", 2)[0] for key in batch.keys})
+        # Every request of the step has been answered by now.
+        counts = self.agent_loop_manager.take_tokens()
+        self.state.tokens_generated += counts["generated"]
+        metrics.update({f"skpo/tokens/{name}": count for name, count in counts.items()})
+        metrics["skpo/tokens/generated_so_far"] = self.state.tokens_generated
+        failures = self.agent_loop_manager.take_failures()
+        stop = stop_reason(failures)
+        if stop is not None:
+            raise RolloutError(stop)
+        requests = [count for cause, count in failures.items() if not cause.startswith("prompt:")]
+        metrics["skpo/requests_failed"] = sum(requests)
+        if failures:
+            logger.warning("failures in step %d: %s", self.global_steps, json.dumps(failures))
+        return batch
+
+    def _order_by_prompt(self, batch: KVBatchMeta) -> KVBatchMeta:
+        """Order the rows such that an update sees whole prompts and, where rows are shared, a rank does too."""
+        actor = self.config.actor_rollout_ref
+        places = slots(
+            [key.rsplit("_", 2)[0] for key in batch.keys],
+            [bool(tag.get("is_padding", False)) for tag in batch.tags],
+            actor.rollout.n,
+            actor.actor.ppo_mini_batch_size,
+        )
+        rows, ranks = self._rows_per_minibatch(), self._data_parallel_size()
+        whole = self.shares_prompts and prompts_fit_ranks(places, rows, ranks)
+        lengths = [int(tag["seq_len"]) for tag in batch.tags]
+        batch.reorder(minibatch_order(places, lengths, rows, ranks, _balanced, whole))
+        self._rows_together = actor.rollout.n if whole else 1
+        return batch
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch.extra_info["force_group_size"] = self._rows_together
+        return super()._compute_old_log_prob(batch, metrics)
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch.extra_info["force_group_size"] = self._rows_together
+        return super()._update_actor(batch, metrics)
+
+    def _rows_per_minibatch(self) -> int:
+        return self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
+
+    def _check_logprob_gap(self, data: TensorDict, valid: torch.Tensor, metrics: dict) -> None:
+        """Log how far rollout and actor are apart on this step's responses.
+
+        Args:
+            data: rows with ``rollout_log_probs`` and ``old_log_probs``.
+            valid: rows that count, bool (rows,).
+
+        Raises:
+            RolloutError: so far that the servers cannot have the actor's weights.
+        """
+        gap = mean_gap(data["rollout_log_probs"], data["old_log_probs"], valid)
+        metrics[GAP_METRIC] = gap
+        if self.allowed_gap is not None and not gap <= self.allowed_gap:
+            raise RolloutError(
+                f"in step {self.global_steps} the log-probs of rollout and actor differ by {gap:.3g} per token on "
+                f"average, more than skpo.max_logprob_gap={self.settings.max_logprob_gap:g} allows: the servers "
+                f"hardly have the actor's weights; null lifts the limit"
+            )
+
+    def _note_failed_prompts(self, trained: Set[str]) -> None:
+        """Count the prompts of the step that left no row; prioritised sampling draws them less often."""
+        visited, self._visited = self._visited, {}
+        if not self.curriculum:
+            return
+        failing = [key for uid, key in visited.items() if self.state.note_outcome(key, uid in trained) >= _OFTEN]
+        if failing:
+            logger.warning(
+                "step %d: %d prompts have failed in each of their last %d visits or more, and are drawn less often: %s",
+                *(self.global_steps, len(failing), _OFTEN, one_line(", ".join(failing))),
+            )
+
+    # ---------------------------------------------------------------- drift of the policy
+
+    def _log_ratios(self, batch: KVBatchMeta, rows: Sequence[int], ids: Sequence[str]) -> dict[str, float]:
+        """D of ``tracker.drift=logratio`` for prompts seen before, by one forward over what they stored then.
+
+        Args:
+            batch: of this step, old log-probs computed.
+            rows: one row per prompt whose ``prompts`` field is q.
+            ids: prompt id of each of these rows.
+
+        Returns:
+            Prompt id to mean abs(log pi_then - log pi_now), in nats per token.
+        """
+        seen = {key: row for key, row in zip(ids, rows, strict=True) if key in self.state.segments}
+        if self.settings.tracker.drift != "logratio" or not seen:
+            return {}
+        source = tq.kv_batch_get(keys=[batch.keys[row] for row in seen.values()], partition_id=batch.partition_id)
+        stored = [_with_response(source[index], self.state.segments.get(key)[0]) for index, key in enumerate(seen)]
+        # Ranks take equal parts; what is computed twice is not read.
+        stored += [stored[-1]] * (-len(stored) % self._data_parallel_size())
+        keys = [f"{index}_0_0" for index in range(len(stored))]
+        lengths = [len(row["input_ids"]) for row in stored]
+        tags = [{"seq_len": length, "status": "success"} for length in lengths]
+        tq.kv_batch_put(keys=keys, partition_id=_DRIFT_PARTITION, fields=list_of_dict_to_tensordict(stored), tags=tags)
+        try:
+            options = {
+                "calculate_entropy": False,
+                "compute_loss": False,
+                "temperature": self.config.actor_rollout_ref.rollout.temperature,
+            }
+            rows_meta = KVBatchMeta(partition_id=_DRIFT_PARTITION, keys=keys, tags=tags, extra_info=options)
+            self.actor_rollout_wg.compute_log_prob(rows_meta)
+            fields = ["log_probs", "response_mask"]
+            data = tq.kv_batch_get(keys=keys, partition_id=_DRIFT_PARTITION, select_fields=fields)
+            now = response_from_nested(data["log_probs"], data["response_mask"]).unbind()
+        finally:
+            tq.kv_clear(keys=keys, partition_id=_DRIFT_PARTITION)
+        then = {key: torch.from_numpy(self.state.segments.get(key)[1]) for key in seen}
+        return {key: float((then[key] - now[index]).abs().mean()) for index, key in enumerate(seen)}
+
+    def _store_segments(self, ids: Sequence[str], tokens: Sequence[Any], logprobs: Sequence[Any]) -> None:
+        """Keep what each prompt was trained on, for ``_log_ratios`` of its next visit."""
+        if self.settings.tracker.drift == "logratio":
+            for key, token_ids, values in zip(ids, tokens, logprobs, strict=True):
+                self.state.segments.put(key, token_ids, values)
+
+    def _data_parallel_size(self) -> int:
+        return max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+
+    def _tracker_metrics(
+        self, ids: Sequence[str], baselines: torch.Tensor, drifts: Sequence[float]
+    ) -> dict[str, float]:
+        """Trackers of the prompts of this step, after their update; baselines as they were read."""
+        if not ids:
+            return {}
+
+        def mean(values: Sequence[float]) -> float:
+            return sum(values) / len(values)
+
+        return {
+            "skpo/upstream/baseline/mean": float(baselines.mean()),
+            "skpo/tracker/value/mean": mean([self.state.values.value(key) for key in ids]),
+            "skpo/tracker/effective_count/mean": mean([self.state.values.count(key) for key in ids]),
+            "skpo/tracker/length/mean": mean([self.state.lengths.value(key) for key in ids]),
+            "skpo/tracker/drift/mean": mean(drifts),
+            "skpo/tracker/prompts_seen": len(self.state.values),
+        }
+
+    # ---------------------------------------------------------------- end
+
+    def _budget_spent(self) -> bool:
+        budget = OmegaConf.select(self.config, "budget.tokens")
+        return budget is not None and self.state.tokens_generated >= budget
+
+    def on_step_end(self) -> None:
+        super().on_step_end()
+        if self._budget_spent():
+            # verl leaves its loop after this step, through on_train_end.
+            self.total_training_steps = self.global_steps
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        if self._budget_spent():
+            # verl saves and validates in a last step that it knows beforehand.  It has counted on by now.
+            self.global_steps -= 1
+            if self._due_at_the_end("save_freq"):
+                self._save_checkpoint()
+            if self._due_at_the_end("test_freq"):
+                self.on_validate_begin()
+                self.logger.log(data=self._validate(), step=self.global_steps)
+                self.on_validate_end()
+
+    def _due_at_the_end(self, name: str) -> bool:
+        """Whether the last step has yet to do what it does every ``trainer.<name>`` steps; not above 0 means never."""
+        frequency = self.config.trainer[name]
+        return frequency > 0 and self.global_steps % frequency != 0
+
+
+def _balanced(lengths: list[int], ranks: int) -> list[list[int]]:
+    return get_seqlen_balanced_partitions(lengths, k_partitions=ranks, equal_size=True)
+
+
+def without_plain_acc(infos: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    """What rewards reported of each sample, without the ``acc`` of rewards that reported a number alone.
+
+    verl files such a number under ``acc``, too, and would call its mean an accuracy; it is under ``reward`` as well.  A
+    record that a reward function returned always has a ``score``.
+    """
+    if "acc" not in infos:
+        return dict(infos)
+    recorded = infos.get("score") or [None] * len(infos["acc"])
+    right = [acc if score is not None else None for acc, score in zip(infos["acc"], recorded, strict=True)]
+    return {name: right if name == "acc" else values for name, values in infos.items()}
+
+
+def _with_response(row: Mapping[str, Any], token_ids: np.ndarray) -> dict[str, Any]:
+    """A stored row with other response tokens after the same prompt; what only the old response had is left out."""
+    prompt = row["prompts"]
+    responses = torch.from_numpy(token_ids).to(prompt.dtype)
+    input_ids = torch.cat([prompt, responses])
+    mask = torch.ones_like(responses)
+    return {
+        "prompts": prompt,
+        "responses": responses,
+        "input_ids": input_ids,
+        "position_ids": torch.arange(len(input_ids), dtype=row["position_ids"].dtype),
+        "response_mask": mask,
+        "loss_mask": mask,
+        "multi_modal_inputs": {},
+    }

@@ -1,0 +1,160 @@
+"""Weights to vLLM with a bound on every wait for its answer.
+
+verl's sender waits without a time-out for the acknowledgement of every bucket, and its receiver sends none when it
+fails (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py): the run would stand still for good.  Here every
+socket that is opened during a sync waits for a bounded time, and no longer once the receiver has failed, whose error
+becomes the sync's.  Every call to the server around it, such as the one that wakes it up, is bounded too.
+
+Importing ``recipe.skpo.trainer.weight_sync_registration`` (``model.external_lib``) puts this class in place of verl's.
+"""
+
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+from verl.workers.rollout.vllm_rollout import ServerAdapter
+
+from recipe.skpo.ending import RunError, describe
+from recipe.skpo.isolation.folder import socket_address
+from recipe.skpo.trainer.bounds import answer_within
+
+RECEIVE = "update_weights_from_ipc"
+
+_LOOK_MS = 200
+"""Milliseconds between two looks at the receiver, while a socket waits for it."""
+
+_LOST_S = 5.0
+"""Seconds in which an acknowledgement must follow the receiver's report of success."""
+
+
+class WeightSyncError(RunError):
+    """Weights did not reach the inference server; the message says why, where that is known."""
+
+
+class BoundedHandle:
+    """A server's Ray handle that waits for no answer longer than ``seconds``, counted from when it is awaited."""
+
+    def __init__(self, handle: Any, seconds: float) -> None:
+        self._handle, self._seconds = handle, seconds
+
+    def __getattr__(self, method: str) -> "_BoundedMethod":
+        return _BoundedMethod(method, getattr(self._handle, method), self._seconds)
+
+
+@dataclass(frozen=True)
+class _BoundedMethod:
+    name: str
+    method: Any
+    seconds: float
+
+    def remote(self, *args: Any, **kwargs: Any) -> "_BoundedAnswer":
+        return _BoundedAnswer(self.name, self.method.remote(*args, **kwargs), self.seconds)
+
+
+@dataclass(frozen=True)
+class _BoundedAnswer:
+    name: str
+    answer: Any
+    seconds: float
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        error = WeightSyncError(f"vLLM did not answer {self.name} within skpo.weight_sync_timeout_s={self.seconds:g} s")
+        async with answer_within(self.seconds, error):
+            return await self.answer
+
+
+class BoundedServerAdapter(ServerAdapter):
+    """verl's adapter of an actor to its vLLM server; ``rollout.custom.weight_sync_timeout_s`` bounds its waits."""
+
+    receiving: Future | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Where ``isolation.receiver`` looks for it.
+        self.zmq_handle = socket_address(self.zmq_handle)
+
+    @property
+    def timeout_s(self) -> float:
+        """Seconds within which the server must have answered."""
+        return float(self.config.custom["weight_sync_timeout_s"])
+
+    def _ensure_server_handle(self) -> bool:
+        reached = super()._ensure_server_handle()
+        if reached and not isinstance(self.server_handle, BoundedHandle):
+            self.server_handle: Any = BoundedHandle(self.server_handle, self.timeout_s)
+        return reached
+
+    async def _execute_method(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        result = await super()._execute_method(method, *args, **kwargs)
+        if method == RECEIVE:
+            # Not awaited by verl before the sender is through, so its failure would never be seen.
+            self.receiving = result.answer.future() if result is not None else None
+        return result
+
+    async def update_weights(self, weights: Any, *args: Any, **kwargs: Any) -> None:
+        """As verl's.
+
+        Raises:
+            WeightSyncError: the server failed, or did not acknowledge a bucket or answer a call in time.
+        """
+        context: Any = zmq.Context.instance()
+        before = context._socket_class, dict(context.sockopts)
+        self.receiving = None
+        # What a context is told holds for the sockets it makes from then on, verl's among them.
+        context._socket_class = watched_socket(self.timeout_s, self._failure)
+        context.setsockopt(zmq.LINGER, 0)
+        try:
+            await super().update_weights(weights, *args, **kwargs)
+        finally:
+            context._socket_class, context.sockopts = before
+
+    def _failure(self, waited: float) -> str | None:
+        """Why no acknowledgement will come any more; None while one may."""
+        seconds = self.timeout_s
+        if self.receiving is None or not self.receiving.done():
+            if waited < seconds:
+                return None
+            late = f"vLLM did not acknowledge weights within skpo.weight_sync_timeout_s={seconds:g} s"
+            if self.receiving is None:
+                return f"{late}; this rank does not talk to the server itself, see the log of the vLLM process"
+            return f"{late}; it has not reported a failure, so it hangs or is slower than that"
+        error = self.receiving.exception()
+        if error is not None:
+            return f"vLLM failed while it received weights: {describe(error)}"
+        lost = "vLLM reports that it has received the weights, but its acknowledgement was lost"
+        return lost if waited > min(_LOST_S, seconds) else None
+
+
+def watched_socket(seconds: float, failure: Callable[[float], str | None]) -> type[zmq.Socket]:
+    """A class of sockets whose waits end as soon as ``failure`` gives a reason.
+
+    Args:
+        seconds: after which ``failure`` gives one in any case.
+        failure: takes the seconds that have been waited.
+    """
+
+    class WatchedSocket(zmq.Socket):
+        """Raises WeightSyncError where another would wait on."""
+
+        def recv(self, *args: Any, **kwargs: Any) -> Any:
+            self._wait_for(zmq.POLLIN)
+            return super().recv(*args, **kwargs)
+
+        def send(self, *args: Any, **kwargs: Any) -> Any:
+            self._wait_for(zmq.POLLOUT)
+            return super().send(*args, **kwargs)
+
+        def _wait_for(self, event: int) -> None:
+            started = time.monotonic()
+            while not self.poll(_LOOK_MS, event):
+                reason = failure(time.monotonic() - started)
+                if reason is not None:
+                    raise WeightSyncError(reason)
+
+    return WatchedSocket

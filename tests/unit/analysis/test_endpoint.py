@@ -1,0 +1,368 @@
+"""An OpenAI-compatible endpoint, by a real HTTP server on this machine that fails when it is told to."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipe.skpo.analysis import implicit_advantage
+from recipe.skpo.analysis.endpoint import ChatRequest, EndpointConfig, Estimate, RateLimit, ask_stored, estimate
+from recipe.skpo.evaluation.output import AnalysisError
+from recipe.skpo.evaluation.sampling import Completion, read_completions
+from tests.unit.analysis.test_implicit_advantage import row, write
+
+KEY = "sk-very-secret-0123456789"
+Answer = tuple[int, dict[str, Any]]
+
+
+class Endpoint:
+    """A chat endpoint; ``script`` maps (number of the request, its body) to status and body, None to the usual one."""
+
+    def __init__(self, script: Callable[[int, dict[str, Any]], Answer | None]) -> None:
+        self.script = script
+        self.bodies: list[dict[str, Any]] = []
+        self.keys: set[str] = set()
+        self.times: list[float] = []
+        lock, outer = threading.Lock(), self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with lock:
+                    number = len(outer.bodies)
+                    outer.bodies.append(body)
+                    outer.times.append(time.monotonic())
+                    outer.keys.add(self.headers["authorization"])
+                assert self.path == "/v1/chat/completions"
+                status, answer = outer.script(number, body) or (200, usual(body))
+                content = json.dumps(answer).encode()
+                self.send_response(status)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(content)))
+                self.send_header("retry-after-ms", "5")
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def usual(body: dict[str, Any], choices: int | None = None) -> dict[str, Any]:
+    """``n`` continuations that give the answer 2."""
+    count = body["n"] if choices is None else choices
+    return {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": body["model"],
+        "choices": [
+            {"index": i, "finish_reason": "stop", "message": {"role": "assistant", "content": f"{i}\n#### 2"}}
+            for i in range(count)
+        ],
+    }
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Endpoint]]:
+    monkeypatch.setenv("ANALYSIS_KEY", KEY)
+    for proxy in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    started: list[Endpoint] = []
+
+    def start(script: Callable[[int, dict[str, Any]], Answer | None] = lambda number, body: None) -> Endpoint:
+        started.append(Endpoint(script))
+        return started[-1]
+
+    yield start
+    for endpoint in started:
+        endpoint.close()
+
+
+def config(url: str, **changes: Any) -> EndpointConfig:
+    values: dict[str, Any] = {"key_variable": "ANALYSIS_KEY", "requests_per_minute": 0, "concurrency": 3}
+    return EndpointConfig(url, "judge", **(values | {"max_retries": 3} | changes))
+
+
+def states(count: int = 6) -> list[ChatRequest]:
+    chat = ({"role": "system", "content": "S"}, {"role": "user", "content": "1 + 1?"})
+    return [ChatRequest(f"s{n}", chat, "one " * n, 40 - 4 * n, 1000 * n) for n in range(count)]
+
+
+def ask(setting: EndpointConfig, store: Path, requests: list[ChatRequest] | None = None, samples: int = 4) -> Any:
+    return ask_stored(
+        setting,
+        requests or states(),
+        store,
+        samples=samples,
+        temperature=0.5,
+        top_p=0.9,
+        max_tokens=32,
+        confirm=lambda _: None,
+    )
+
+
+# ---------------------------------------------------------------- what is sent
+
+
+def test_request_carries_settings_key_and_all_samples_at_once(serve: Any, tmp_path: Path) -> None:
+    endpoint = serve()
+    found = ask(config(endpoint.url), tmp_path / "c.jsonl")
+    assert list(found) == [f"s{n}" for n in range(6)]
+    assert found["s1"] == [Completion((), f"{i}\n#### 2", "stop") for i in range(4)]
+    assert endpoint.keys == {f"Bearer {KEY}"}
+    assert len(endpoint.bodies) == 6
+    body = next(body for body in endpoint.bodies if body["seed"] == 2000)
+    assert {key: body[key] for key in ("model", "n", "temperature", "top_p", "max_tokens")} == {
+        "model": "judge",
+        "n": 4,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "max_tokens": 32,
+    }
+    assert body["messages"][0] == {"role": "system", "content": "S"}
+    asked = body["messages"][1]["content"]
+    assert asked.startswith("1 + 1?") and asked.endswith("one one ") and "continue_final_message" not in body
+    empty = next(body for body in endpoint.bodies if body["seed"] == 0)
+    assert empty["messages"][1]["content"] == "1 + 1?"
+
+
+def test_prefill_sends_the_partial_response_as_the_assistants(serve: Any, tmp_path: Path) -> None:
+    endpoint = serve()
+    ask(config(endpoint.url, mode="prefill", max_tokens_field="max_completion_tokens"), tmp_path / "c.jsonl")
+    by_seed = {body["seed"]: body for body in endpoint.bodies}
+    assert by_seed[1000]["messages"][-1] == {"role": "assistant", "content": "one "}
+    assert by_seed[1000]["continue_final_message"] is True and by_seed[1000]["add_generation_prompt"] is False
+    assert by_seed[0]["messages"][-1]["role"] == "user" and "continue_final_message" not in by_seed[0]
+    assert by_seed[0]["max_completion_tokens"] == 32 and "max_tokens" not in by_seed[0]
+
+
+def test_endpoint_that_returns_fewer_choices_is_asked_again_with_other_seeds(serve: Any, tmp_path: Path) -> None:
+    endpoint = serve(lambda number, body: (200, usual(body, choices=1)))
+    found = ask(config(endpoint.url), tmp_path / "c.jsonl", states(1), samples=3)
+    assert len(found["s0"]) == 3
+    assert [(body["n"], body["seed"]) for body in endpoint.bodies] == [(3, 0), (2, 1), (1, 2)]
+
+
+def test_samples_per_request_bounds_n(serve: Any, tmp_path: Path) -> None:
+    endpoint = serve()
+    ask(config(endpoint.url, samples_per_request=2), tmp_path / "c.jsonl", states(1), samples=5)
+    assert [body["n"] for body in endpoint.bodies] == [2, 2, 1]
+
+
+# ---------------------------------------------------------------- failures
+
+
+def test_rate_limits_and_server_errors_are_retried(serve: Any, tmp_path: Path) -> None:
+    def script(number: int, body: dict[str, Any]) -> Answer | None:
+        return {0: (429, {"error": {"message": "slow down"}}), 2: (500, {"error": {}}), 3: (503, {})}.get(number)
+
+    endpoint = serve(script)
+    found = ask(config(endpoint.url), tmp_path / "c.jsonl")
+    assert all(len(completions) == 4 for completions in found.values())
+    assert len(endpoint.bodies) == 6 + 3
+
+
+def test_retries_are_bounded_and_what_was_completed_stays(serve: Any, tmp_path: Path) -> None:
+    broken = [True]
+
+    def script(number: int, body: dict[str, Any]) -> Answer | None:
+        return (429, {"error": {"message": "quota"}}) if body["seed"] == 3000 and broken[0] else None
+
+    endpoint = serve(script)
+    store = tmp_path / "c.jsonl"
+    setting = config(endpoint.url, max_retries=2, concurrency=1)
+    with pytest.raises(AnalysisError, match=r"quota.*; 3 of 6 states are in .*c\.jsonl"):
+        ask(setting, store)
+    assert sum(body["seed"] == 3000 for body in endpoint.bodies) == 1 + 2
+    assert set(read_completions(store)) == {"s0", "s1", "s2"}
+    broken[0] = False
+    asked = len(endpoint.bodies)
+    ask(setting, store)
+    assert [body["seed"] for body in endpoint.bodies[asked:]] == [3000, 4000, 5000]
+
+
+def test_wrong_key_stops_after_one_request_and_is_in_no_message(serve: Any, tmp_path: Path) -> None:
+    answer = {"error": {"message": f"Incorrect API key provided: {KEY}"}}
+    endpoint = serve(lambda number, body: (401, answer))
+    with pytest.raises(AnalysisError, match=r"Incorrect API key provided: \*\*\*") as caught:
+        ask(config(endpoint.url, concurrency=1), tmp_path / "c.jsonl")
+    assert KEY not in str(caught.value) and "\n" not in str(caught.value)
+    assert len(endpoint.bodies) == 1
+
+
+def test_answer_without_choices_is_an_error(serve: Any, tmp_path: Path) -> None:
+    endpoint = serve(lambda number, body: (200, {"choices": []}))
+    with pytest.raises(AnalysisError, match="without choices"):
+        ask(config(endpoint.url), tmp_path / "c.jsonl")
+
+
+def test_endpoint_that_is_not_there_is_one_line(serve: Any, tmp_path: Path) -> None:
+    endpoint = serve()
+    endpoint.close()
+    with pytest.raises(AnalysisError, match=r"127\.0\.0\.1.*0 of 6 states"):
+        ask(config(endpoint.url, max_retries=0), tmp_path / "c.jsonl")
+
+
+def test_key_that_is_not_set_is_named_by_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANALYSIS_KEY", raising=False)
+    with pytest.raises(AnalysisError, match="environment variable ANALYSIS_KEY is not set"):
+        ask(config("http://127.0.0.1:9/v1"), tmp_path / "c.jsonl")
+
+
+# ---------------------------------------------------------------- rate
+
+
+def test_rate_limit_spaces_attempts_whoever_asks() -> None:
+    now, waits = [100.0], []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async def four() -> None:
+        limit = RateLimit(30, clock=lambda: now[0], sleep=sleep)
+        for _ in range(3):
+            await limit.wait()
+        now[0] = 1000.0
+        await limit.wait()
+
+    asyncio.run(four())
+    # One every two seconds; after a pause there is nothing to wait for, and nothing saved up either.
+    assert waits == [2.0, 4.0]
+
+
+def test_no_limit_waits_for_nothing() -> None:
+    async def many() -> None:
+        limit = RateLimit(0)
+        for _ in range(100):
+            await limit.wait()
+
+    started = time.monotonic()
+    asyncio.run(many())
+    assert time.monotonic() - started < 1
+
+
+def test_every_attempt_passes_the_rate_limit(serve: Any, tmp_path: Path) -> None:
+    """Three requests of which one is retried: four attempts, 0.1 s apart."""
+    endpoint = serve(lambda number, body: (429, {}) if number == 0 else None)
+    ask(config(endpoint.url, requests_per_minute=600), tmp_path / "c.jsonl", states(3))
+    assert len(endpoint.times) == 4
+    assert endpoint.times[-1] - endpoint.times[0] >= 0.25
+
+
+# ---------------------------------------------------------------- cost
+
+
+def test_estimate_counts_requests_tokens_and_dollars() -> None:
+    requests = [ChatRequest("a", ({"role": "user", "content": "x" * 400},), "", 80, 0)]
+    setting = config("http://h/v1", prompt_price=2.0, completion_price=10.0)
+    found = estimate(setting, requests, samples=8, max_tokens=50)
+    # 100 prompt tokens, 20 tokens left of the response, 8 times.
+    assert found == Estimate(1, 100, 160, 400, (100 * 2 + 160 * 10) / 1e6, (100 * 2 + 400 * 10) / 1e6)
+    split = estimate(config("http://h/v1", samples_per_request=3), requests, samples=8, max_tokens=10)
+    assert (split.requests, split.prompt_tokens, split.completion_tokens, split.cost) == (3, 300, 80, None)
+    assert "--prompt-price" in str(split) and "US dollars" in str(found)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def command(url: str, folder: Path, *more: str) -> list[str]:
+    path = write(folder / "r.jsonl", [row("a"), row("b", response="it is #### 2")])
+    flags = ["measure", "--responses", str(path), "--base-url", url, "--evaluator", "judge", "--positions", "4"]
+    flags += ["--samples", "2", "--max-tokens", "16", "--key-variable", "ANALYSIS_KEY", "--requests-per-minute", "0"]
+    return [*flags, "--out", str(folder / "out"), *more]
+
+
+def test_command_without_yes_sends_nothing_where_nobody_can_be_asked(
+    serve: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = serve()
+    monkeypatch.setattr("sys.stdin", open(os.devnull, encoding="utf-8"))  # noqa: SIM115
+    assert implicit_advantage.main(command(endpoint.url, tmp_path)) == 1
+    captured = capsys.readouterr()
+    assert "estimate: 7 requests" in captured.out and captured.err.startswith("error: --yes")
+    assert endpoint.bodies == []
+
+
+@pytest.mark.parametrize(("typed", "sent"), [("y", 7), ("", 0), ("no", 0)])
+def test_command_asks_a_person(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, sent: int
+) -> None:
+    endpoint = serve()
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda _: typed)
+    assert implicit_advantage.main(command(endpoint.url, tmp_path)) == (0 if sent else 1)
+    assert len(endpoint.bodies) == sent
+
+
+def test_command_writes_no_key_anywhere_and_a_second_run_sends_nothing(
+    serve: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = serve()
+    assert implicit_advantage.main(command(endpoint.url, tmp_path, "--yes")) == 0
+    sent = len(endpoint.bodies)
+    assert sent == 7  # the empty beginning is one state for both methods
+    for path in (tmp_path / "out").iterdir():
+        assert KEY.encode() not in path.read_bytes(), path
+    captured = capsys.readouterr()
+    assert KEY not in captured.out + captured.err
+    monkeypatch.delenv("ANALYSIS_KEY")
+    assert implicit_advantage.main(command(endpoint.url, tmp_path, "--concurrency", "2")) == 0
+    assert len(endpoint.bodies) == sent
+    assert implicit_advantage.main([*command(endpoint.url, tmp_path, "--yes"), "--evaluator", "other"]) == 1
+    assert "endpoint.model='judge', now it is 'other'" in capsys.readouterr().err
+
+
+def test_killed_command_goes_on_and_ends_as_one_that_was_not(serve: Any, tmp_path: Path) -> None:
+    """SIGKILL after three answers; the fourth hangs until then."""
+    hanging, release = threading.Event(), threading.Event()
+
+    def script(number: int, body: dict[str, Any]) -> Answer | None:
+        if number == 3:
+            hanging.set()
+            release.wait(280)
+        return None
+
+    endpoint = serve(script)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "whole").mkdir()
+    flags = command(endpoint.url, tmp_path / "killed", "--yes", "--concurrency", "1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "recipe.skpo.analysis.implicit_advantage", *flags], stdout=subprocess.DEVNULL
+    )
+    try:
+        assert hanging.wait(240)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        release.set()
+    store = tmp_path / "killed/out/continuations.jsonl"
+    assert len(read_completions(store)) == 3
+    # As if the kill had come in the middle of a line.
+    with store.open("a") as file:
+        file.write('{"key": "half a li')
+    before = len(endpoint.bodies)
+    assert implicit_advantage.main(flags) == 0
+    assert len(endpoint.bodies) - before == 7 - 3
+    assert implicit_advantage.main(command(endpoint.url, tmp_path / "whole", "--yes")) == 0
+    for name in ("by_position.csv", "implicit_advantage.json", "implicit_advantage.png"):
+        assert (tmp_path / "killed/out" / name).read_bytes() == (tmp_path / "whole/out" / name).read_bytes()

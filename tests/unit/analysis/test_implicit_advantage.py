@@ -1,0 +1,305 @@
+"""Values along correct responses: states, numbers, local evaluator."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recipe.skpo.analysis import implicit_advantage
+from recipe.skpo.analysis.implicit_advantage import (
+    MeasureConfig,
+    Response,
+    SampleConfig,
+    State,
+    cut_lengths,
+    measure,
+    read_responses,
+    sample,
+    shared_problems,
+    state_values,
+    states_of,
+    summary,
+    tabulate,
+)
+from recipe.skpo.evaluation.output import AnalysisError
+from recipe.skpo.evaluation.problems import Problem, load_tokenizer
+from recipe.skpo.evaluation.sampling import Completion
+from tests.unit.analysis.conftest import SOURCE, FakeSampler, engine
+
+
+def problem(number: int = 1) -> Problem:
+    text = f"{number} + {number}?"
+    return Problem(f"id{number}", SOURCE, ({"role": "user", "content": text},), str(2 * number))
+
+
+def no_question(_: Any) -> None:
+    raise AssertionError("a local evaluator costs nothing, nobody is asked")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def row(method: str, number: int = 1, response: str | None = None, **changes: Any) -> dict[str, Any]:
+    text = response or f"{number} and {number} is {2 * number} .\n#### {2 * number}"
+    values = {"method": method, "id": f"id{number}", "data_source": SOURCE, "problem": f"{number} + {number}?"}
+    return values | {"answer": str(2 * number), "response": text} | changes
+
+
+# ---------------------------------------------------------------- states
+
+
+def test_cuts_are_at_word_ends_and_begin_with_nothing() -> None:
+    text = "5 cups + 6 = 11"
+    assert [text[:end] for end in cut_lengths(text, 6)] == ["", "5", "5 cups", "5 cups +", "5 cups + 6", "5 cups + 6 ="]
+    assert [text[:end] for end in cut_lengths(text, 3)] == ["", "5 cups", "5 cups + 6"]
+    assert ["one two"[:end] for end in cut_lengths("one two", 4)] == ["", "", "one", "one"]
+
+
+def test_marks_numbers_and_commands_are_not_torn() -> None:
+    text = "so \\frac{1}{2} is 0.5, 1,200 .\n#### 7"
+    pieces = ["so", " \\frac", "{", "1", "}{", "2", "}", " is", " 0.5", ",", " 1,200", " .", "\n####", " 7"]
+    assert "".join(pieces) == text
+    ends = [*cut_lengths(text, len(pieces)), len(text)]
+    assert [text[a:b] for a, b in itertools.pairwise(ends)] == pieces
+
+
+@given(st.text(max_size=60), st.integers(1, 120))
+def test_cuts_rise_and_stay_inside_any_text(text: str, positions: int) -> None:
+    lengths = cut_lengths(text, positions)
+    assert len(lengths) == positions and lengths[0] == 0
+    assert lengths == sorted(lengths) and lengths[-1] <= len(text)
+    words = text.split()
+    # Nothing is torn: what is kept of a run of letters and digits is all of it.
+    for end in lengths:
+        assert not (0 < end < len(text) and text[end - 1].isalnum() and text[end].isalnum())
+    assert not words or lengths[-1] < len(text)
+
+
+def test_same_text_of_the_same_problem_is_one_state() -> None:
+    first, second = State(problem(1), "1 and", 3), State(problem(1), "1 and", 9)
+    assert first.key == second.key
+    assert len({first.key, State(problem(2), "1 and", 3).key, State(problem(1), "1 an", 3).key}) == 3
+    chat = Problem("id1", SOURCE, ({"role": "user", "content": "Other words"},), "2")
+    assert State(chat, "1 and", 3).key != first.key
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_value_counts_the_partial_response_with_each_continuation() -> None:
+    state = State(problem(1), "#### ", 1)
+    completions = [Completion((), text, "stop") for text in ("2", "3", "2", "2")]
+    assert state_values([state], {state.key: completions}) == {state.key: 0.5}
+
+
+def test_advantage_is_the_difference_to_the_mean_over_methods_of_the_same_problem() -> None:
+    """Two methods, two problems, one position after the start; by hand."""
+    responses = [
+        Response("a", problem(1), "a1 x"),
+        Response("a", problem(1), "a2 x"),
+        Response("a", problem(2), "a3 x"),
+        Response("b", problem(1), "b1 x"),
+        Response("b", problem(2), "b2 x"),
+    ]
+    wanted = {"a1": 1.0, "a2": 0.0, "a3": 0.2, "b1": -0.5, "b2": 0.4}
+    values = {}
+    for response in responses:
+        start, middle = states_of(response, 2)
+        values[start.key] = 0.1 if response.problem.id == "id1" else 0.3
+        values[middle.key] = wanted[middle.partial]
+    table = tabulate(responses, 2, values).set_index(["method", "position"])
+    # Problem 1: a has the mean of its two responses, 0.5, and b -0.5; problem 2: 0.2 and 0.4.
+    assert table.loc[("a", 0.5), "value"] == pytest.approx(0.35)
+    assert table.loc[("b", 0.5), "value"] == pytest.approx(-0.05)
+    assert table.loc[("a", 0.5), "advantage"] == pytest.approx((0.5 - 0.1) / 2)
+    assert table.loc[("b", 0.5), "advantage"] == pytest.approx(-(0.5 - 0.1) / 2)
+    assert table.loc[("a", 0.5), "advantage_se"] == pytest.approx(np.std([0.5, -0.1], ddof=1) / np.sqrt(2))
+    assert table.loc[("a", 0.5), "value_se"] == pytest.approx(np.std([0.5, 0.2], ddof=1) / np.sqrt(2))
+    assert table.loc[("a", 0.0), "advantage"] == 0.0 and table.loc[("a", 0.0), "value"] == pytest.approx(0.2)
+    assert (table["problems"] == 2).all()
+
+
+def test_summary_says_in_which_quarter_the_advantage_lies() -> None:
+    rows = [("a", i / 8, 0.5, 1.0 if i >= 6 else 0.0, 0.0, 0.0, 3) for i in range(8)]
+    columns = ["method", "position", "value", "advantage", "value_se", "advantage_se", "problems"]
+    numbers = summary(pd.DataFrame(rows, columns=columns), 7)
+    assert numbers["a"]["advantage_by_quarter"] == [0.0, 0.0, 0.0, 1.0]
+    assert numbers["a"]["value"] == 0.5 and numbers["problems"] == 3 and numbers["states"] == 7
+
+
+def test_only_problems_with_a_response_of_every_method_count() -> None:
+    responses = [Response("a", problem(n), "x") for n in (1, 2)] + [Response("b", problem(n), "x") for n in (2, 3)]
+    assert [(item.method, item.problem.id) for item in shared_problems(responses)] == [("a", "id2"), ("b", "id2")]
+    with pytest.raises(AnalysisError, match=r"no problem has a correct response of every method \(a, b\)"):
+        shared_problems([responses[0], responses[3]])
+    with pytest.raises(AnalysisError, match="no problem"):
+        shared_problems([])
+
+
+# ---------------------------------------------------------------- prepared files
+
+
+def test_prepared_file_needs_four_columns(tmp_path: Path) -> None:
+    rows = [row("a")]
+    del rows[0]["id"]
+    (response,) = read_responses(write(tmp_path / "r.jsonl", rows))
+    assert response.problem.messages == ({"role": "user", "content": "1 + 1?"},)
+    assert len(response.problem.id) == 16
+    parquet = tmp_path / "r.parquet"
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "1 + 1?"}]
+    pq.write_table(pa.Table.from_pylist([row("a", prompt=chat)]), parquet)
+    assert read_responses(parquet)[0].problem.messages == tuple(chat)
+
+
+def test_data_source_of_the_command_is_for_rows_without_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.jsonl", [row("a", data_source=None)])
+    assert read_responses(path, SOURCE)[0].problem.data_source == SOURCE
+    with pytest.raises(AnalysisError, match="row 0: has no data_source"):
+        read_responses(path)
+
+
+def test_incorrect_responses_are_left_out_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "r.jsonl", [row("a"), row("a", response="#### 3")])
+    assert len(read_responses(path)) == 1
+    assert "1 of 2 responses are not correct" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"method": "a"}', "row 0: column 'problem' is None"),
+        (json.dumps(row("a", answer=7)), "row 0: column 'answer' is 7"),
+        (json.dumps(row("a", response="")) + "x", "cannot be read"),
+        ("[1]", "row 0: is no object"),
+        (json.dumps(row("a", prompt=["x"])), "row 0: column 'prompt'"),
+        (json.dumps(row("a", data_source="unknown/source")), "row 0: data_source 'unknown/source' has no reward"),
+    ],
+)
+def test_bad_file_is_named_with_row_and_column(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "r.jsonl").write_text(content)
+    with pytest.raises(AnalysisError, match=f"--responses .*r.jsonl: {message}"):
+        read_responses(tmp_path / "r.jsonl")
+
+
+# ---------------------------------------------------------------- sample and measure
+
+
+def test_sample_keeps_the_first_correct_responses_of_each_method(
+    tmp_path: Path, model_folder: Path, problems_file: Path
+) -> None:
+    tokenizer = load_tokenizer(str(model_folder))
+
+    def script(prompt: str, seed: int) -> str:
+        number = int(prompt.split("user\n")[1].split()[0])
+        return f"try {seed} #### {2 * number if seed % 2 else 'none'}"
+
+    opened: list[FakeSampler] = []
+
+    def open_sampler(folder: str) -> FakeSampler:
+        assert folder == str(model_folder)
+        opened.append(FakeSampler(tokenizer, script))
+        return opened[-1]
+
+    config = SampleConfig(
+        {"one": str(model_folder), "two": str(model_folder)}, problems_file, engine(), problems=3, responses=4, keep=2
+    )
+    (path,) = sample(config, tmp_path / "out", open_sampler)
+    responses = read_responses(path)
+    assert len(responses) == 2 * 3 * 2
+    assert [response.method for response in responses] == ["one"] * 6 + ["two"] * 6
+    assert all(response.problem.check(response.text).reward == 1 for response in responses)
+    assert len(opened) == 2 and all(sampler.closed for sampler in opened)
+    # The methods' draws are independent: same model, other seeds.
+    assert {r.text for r in responses if r.method == "one"} != {r.text for r in responses if r.method == "two"}
+    sample(config, tmp_path / "out", lambda folder: pytest.fail("everything is stored"))
+
+
+def measure_config(path: Path, model: Path, **changes: Any) -> MeasureConfig:
+    values: dict[str, Any] = {"responses": (path,), "positions": 5, "samples": 3, "max_tokens": 12}
+    return MeasureConfig(**(values | {"model": str(model), "engine": engine()} | changes))
+
+
+def test_measure_locally_continues_each_state_once(tmp_path: Path, model_folder: Path) -> None:
+    path = write(tmp_path / "r.jsonl", [row("a", n) for n in (1, 2)] + [row("b", n, f"#### {2 * n}") for n in (1, 2)])
+    tokenizer = load_tokenizer(str(model_folder))
+    # The evaluator knows the answer once the response has begun.
+    sampler = FakeSampler(tokenizer, lambda prompt, seed: "" if prompt.endswith("assistant\n") else "\n#### 2")
+    config = measure_config(path, model_folder)
+    files = measure(config, tmp_path / "out", no_question, lambda folder: sampler)
+    assert {f.name for f in files} == {
+        "implicit_advantage.png",
+        "implicit_advantage.svg",
+        "implicit_advantage.json",
+        "by_position.csv",
+        "config.json",
+    }
+    prompts = [tokenizer.decode(prompt) for call in sampler.calls for prompt in call["prompts"]]
+    assert len(prompts) == len(set(prompts))
+    assert prompts[0].endswith("assistant\n") and prompts[1].endswith("assistant\n1")
+    table = pd.read_csv(tmp_path / "out/by_position.csv").set_index(["method", "position"])
+    assert (table.loc[[("a", 0.0), ("b", 0.0)], "value"] == -1).all()
+    # Of the two problems' answers, 2 and 4, the evaluator knows one.
+    assert table.loc[("a", 0.2), "value"] == 0.0
+    assert (table.groupby("position")["advantage"].sum().abs() < 1e-9).all()
+
+
+def test_measure_again_with_more_positions_uses_what_is_stored(tmp_path: Path, model_folder: Path) -> None:
+    path = write(tmp_path / "r.jsonl", [row("a"), row("b", response="well , it is #### 2")])
+    tokenizer = load_tokenizer(str(model_folder))
+    first = FakeSampler(tokenizer, lambda prompt, seed: "#### 2")
+    measure(measure_config(path, model_folder, positions=2), tmp_path / "out", no_question, lambda _: first)
+    second = FakeSampler(tokenizer, lambda prompt, seed: "#### 2")
+    config = measure_config(path, model_folder, positions=4, engine=engine(prompts_per_call=1))
+    with pytest.raises(AnalysisError, match=r"engine\.prompts_per_call"):
+        measure(config, tmp_path / "out", no_question, lambda _: second)
+    stored = engine(prompts_per_call=1)
+    out = tmp_path / "other"
+    measure(measure_config(path, model_folder, positions=2, engine=stored), out, no_question, lambda _: first)
+    measure(config, out, no_question, lambda _: second)
+    asked = {tuple(prompt) for call in second.calls for prompt in call["prompts"]}
+    before = {tuple(prompt) for call in first.calls for prompt in call["prompts"]}
+    assert asked and not asked & before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        (["measure", "--responses", "x.jsonl"], "--model, --base-url: give one of them"),
+        (["measure", "--responses", "x.jsonl", "--model", "m", "--positions", "0"], "--positions"),
+        (["measure", "--responses", "x.jsonl", "--model", "m", "--temperature", "0"], "--temperature"),
+        (["measure", "--responses", "x.jsonl", "--model", "m"], "--responses x.jsonl: file not found"),
+        (["measure", "--responses", "x", "--base-url", "https://me:secret@host/v1", "--evaluator", "e"], "--base-url"),
+        (["measure", "--responses", "x", "--base-url", "ftp://host"], "--base-url: must be like"),
+        (["measure", "--responses", "x", "--base-url", "https://host/v1"], "--evaluator: is empty"),
+        (["sample", "--method", "a=x", "--method", "a=y", "--data", "d"], "--method: a name is there twice"),
+        (["sample", "--method", "a=x", "--data", "d", "--keep", "0"], "--keep"),
+    ],
+)
+def test_bad_flags_are_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    start: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert implicit_advantage.main([*arguments, "--out", "out"]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"error: {start}")
+    assert "secret" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_method_argument_must_have_a_name(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        implicit_advantage.main(["sample", "--method", "folder", "--data", "d", "--out", str(tmp_path)])

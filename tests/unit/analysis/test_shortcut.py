@@ -1,0 +1,291 @@
+"""Skip, continue or ignore a segment: requests, groups and numbers, with a sampler that has no model."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from recipe.skpo.analysis import shortcut
+from recipe.skpo.analysis.shortcut import (
+    Group,
+    Plan,
+    ShortcutConfig,
+    run,
+    split_position,
+    summary,
+    tabulate,
+    take_segment,
+)
+from recipe.skpo.evaluation.output import AnalysisError
+from recipe.skpo.evaluation.problems import canonical, load_tokenizer, read_problems
+from recipe.skpo.evaluation.sampling import Completion, read_completions
+from recipe.skpo.method.segments import skip_prompt
+from tests.unit.analysis.conftest import FakeSampler, engine
+
+
+def answer(prompt: str, seed: int) -> str:
+    """Counts up to the seed's last digit, so that length and answer vary."""
+    return "step " * (seed % 3 + 1) + f"#### {seed % 4}"
+
+
+def config(model: Path, data: Path, **changes: Any) -> ShortcutConfig:
+    values: dict[str, Any] = {
+        "model": str(model),
+        "data": data,
+        "engine": engine(),
+        "problems": 3,
+        "group_size": 4,
+        "positions": 2,
+        "max_tokens": 40,
+    }
+    return ShortcutConfig(**(values | changes))
+
+
+def plain(lengths: Sequence[int], deviations: Sequence[float] | None = None) -> list[Completion]:
+    deviations = deviations or [1.0] * len(lengths)
+    return [
+        Completion(tuple(range(10 * i, 10 * i + n)), "", "stop", (-d,) * n)
+        for i, (n, d) in enumerate(zip(lengths, deviations, strict=True))
+    ]
+
+
+# ---------------------------------------------------------------- segments
+
+
+def test_paper_setting_is_the_default() -> None:
+    setting = config(Path("m"), Path("d"), positions=6, group_size=8)
+    assert setting.shares == pytest.approx([1 / 6, 7 / 30, 3 / 10, 11 / 30, 13 / 30, 1 / 2])
+
+
+def test_split_position_is_a_share_of_the_mean_length_and_at_least_one() -> None:
+    assert split_position(0.5, plain([4, 9])) == 3
+    assert split_position(1 / 6, plain([2, 2])) == 1
+
+
+def test_segment_is_the_one_with_median_deviation_cut_at_the_split() -> None:
+    segment = take_segment(plain([6, 6, 6], [0.1, 0.9, 0.5]), 4)
+    assert segment.token_ids == (20, 21, 22, 23)
+
+
+def test_early_finisher_gives_the_first_half_of_what_it_wrote() -> None:
+    assert take_segment(plain([4]), 4).token_ids == (0, 1)
+    unfinished = [Completion((5, 6, 7, 8), "", "length", (-1.0,) * 4)]
+    assert take_segment(unfinished, 4).token_ids == (5, 6, 7, 8)
+
+
+# ---------------------------------------------------------------- prompts
+
+
+@pytest.fixture
+def plan_of(model_folder: Path, problems_file: Path) -> Any:
+    def make(folder: Path = model_folder, **changes: Any) -> tuple[Plan, list[Any]]:
+        setting = config(folder, problems_file, modes=shortcut.MODES, **changes)
+        return Plan(setting, load_tokenizer(str(folder))), read_problems(problems_file, setting.problems)
+
+    return make
+
+
+def test_each_mode_puts_the_segment_where_it_belongs(plan_of: Any, bos_model_folder: Path) -> None:
+    plan, problems = plan_of(bos_model_folder)
+    completions = {f"{p.id}/unconditional": plain([12, 12, 12, 12]) for p in problems}
+    # Ids of the plain responses are byte tokens of the tokenizer, so that they decode.
+    planned = plan.conditional(problems, completions)
+    assert len(planned) == 3 * 2 * 3
+    problem_ids = dict(zip([p.id for p in problems], [list(r.prompt_ids) for r in plan.plain(problems)], strict=True))
+    for item in planned:
+        question, s = problem_ids[item.problem.id], list(item.segment.token_ids)
+        prompt = list(item.request.prompt_ids)
+        assert len(s) == item.split
+        if item.mode == "skip":
+            assert prompt == skip_prompt(s, question, plan.bos) and prompt[0] == plan.bos
+            assert prompt[1 : 1 + len(s)] == s
+            assert item.request.max_tokens == 40
+        elif item.mode == "continual":
+            assert prompt == question + s
+            assert item.request.max_tokens == 40 - len(s)
+        else:
+            text = plan.decode(prompt)
+            assert item.problem.text in text and plan.decode(s) in text
+            assert text.index(plan.decode(s)) < text.index(item.problem.text)
+
+
+def test_every_request_has_a_key_and_seeds_of_its_own(plan_of: Any) -> None:
+    plan, problems = plan_of()
+    completions = {f"{p.id}/unconditional": plain([12, 12, 12, 12]) for p in problems}
+    requests = [*plan.plain(problems), *(item.request for item in plan.conditional(problems, completions))]
+    assert len({request.key for request in requests}) == len(requests) == 3 + 18
+    seeds = {request.seed + index for request in requests for index in range(4)}
+    assert len(seeds) == 4 * len(requests)
+
+
+def test_continual_response_is_the_segment_and_what_follows(plan_of: Any) -> None:
+    plan, problems = plan_of()
+    ids = plan.tokenizer("#### ", add_special_tokens=False)["input_ids"]
+    two = plan.tokenizer("2", add_special_tokens=False)["input_ids"]
+    group = plan.group(problems[1], [Completion(tuple(two), "2", "stop")], "continual", 0, 3, ids)
+    assert group.answers == ("2",) and group.rewards == (1.0,)
+    assert group.lengths == (len(ids) + 1,)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def make_group(mode: str = "skip", position: int | None = 0, **changes: Any) -> Group:
+    values: dict[str, Any] = {
+        "answers": ("1", "2", "", ""),
+        "rewards": (1.0, -1.0, -1.0, -1.0),
+        "lengths": (1, 2, 3, 6),
+    }
+    return Group("p", mode, position, 3, **(values | changes))
+
+
+def test_measures_of_a_group() -> None:
+    assert make_group().measures() == {
+        "distinct": 3.0,
+        "all_equal": 0.0,
+        "length": 3.0,
+        "accuracy": 0.25,
+        "well_formed": 0.5,
+    }
+
+
+@pytest.mark.parametrize("rewards", [(1.0,) * 4, (-1.0,) * 4])
+def test_all_right_and_all_wrong_are_equal(rewards: tuple[float, ...]) -> None:
+    assert make_group(rewards=rewards).measures()["all_equal"] == 1.0
+
+
+def test_same_number_written_differently_is_one_answer() -> None:
+    assert {canonical(text) for text in ("5", "5.0", "+5", " 5 ")} == {"5"}
+    assert canonical("100") == "100" and canonical("0.50") == "0.5" and canonical("-0") == "0"
+    assert (
+        canonical("\\boxed{x}") == "\\boxed{x}"
+        and canonical("sNaN") == "sNaN"
+        and canonical("inf") == "inf"
+        and canonical("") == ""
+    )
+
+
+def test_means_and_standard_errors_over_problems() -> None:
+    groups = [
+        make_group("unconditional", None, lengths=(2, 2, 2, 2)),
+        make_group("unconditional", None, lengths=(4, 4, 4, 4)),
+        make_group(lengths=(1, 1, 1, 1)),
+        make_group(lengths=(5, 5, 5, 5)),
+        make_group(position=1, lengths=(6, 6, 6, 6)),
+    ]
+    rows, means = tabulate(groups, [0.2, 0.5])
+    assert len(rows) == 5
+    by = means.set_index(["mode", "share"])
+    assert by.loc[("skip", 0.2), "length"] == 3.0
+    assert by.loc[("skip", 0.2), "length_se"] == pytest.approx(np.std([1, 5], ddof=1) / np.sqrt(2))
+    assert by.loc[("skip", 0.2), "problems"] == 2 and by.loc[("skip", 0.5), "problems"] == 1
+    plain_row = means[means["mode"] == "unconditional"].iloc[0]
+    assert np.isnan(plain_row["share"]) and plain_row["length"] == 3.0
+    numbers = summary(rows)
+    assert numbers["skip"]["length"] == 4.0 and numbers["skip"]["length_share"] == pytest.approx(4 / 3)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_run_draws_writes_and_a_second_run_draws_nothing(
+    tmp_path: Path, model_folder: Path, problems_file: Path
+) -> None:
+    setting = config(model_folder, problems_file)
+    sampler = FakeSampler(load_tokenizer(str(model_folder)), answer)
+    files = run(setting, tmp_path / "out", lambda: sampler)
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert written["engine"]["dtype"] == "bfloat16" and written["data"] == str(problems_file)
+    names = {"shortcut.png", "shortcut.svg", "shortcut.json", "means.csv", "groups.csv", "config.json"}
+    assert {path.name for path in files} == names
+    assert sampler.closed
+    groups = pd.read_csv(tmp_path / "out/groups.csv")
+    drawn = read_completions(tmp_path / "out/draws.jsonl")
+    for _, group in groups.iterrows():
+        position = "" if np.isnan(group["share"]) else f"/{setting.shares.index(group['share'])}"
+        new = np.mean([len(item.token_ids) for item in drawn[f"{group['problem']}/{group['mode']}{position}"]])
+        # A continual response begins with the segment; the others are what was drawn.
+        before = group["length"] - new
+        assert before > 0 if group["mode"] == "continual" else before == 0
+    assert groups["mode"].value_counts().to_dict() == {"unconditional": 3, "continual": 6, "skip": 6}
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in names}
+
+    def no_sampler() -> FakeSampler:
+        raise AssertionError("everything is stored")
+
+    run(setting, tmp_path / "out", no_sampler)
+    assert before == {name: (tmp_path / "out" / name).read_bytes() for name in names}
+
+
+def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path, model_folder: Path, problems_file: Path) -> None:
+    setting, tokenizer = config(model_folder, problems_file), load_tokenizer(str(model_folder))
+    killed = FakeSampler(tokenizer, answer, fail_after=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(setting, tmp_path / "killed", lambda: killed)
+    assert killed.closed
+    again = FakeSampler(tokenizer, answer)
+    run(setting, tmp_path / "killed", lambda: again)
+    whole = FakeSampler(tokenizer, answer)
+    run(setting, tmp_path / "whole", lambda: whole)
+    assert len(again.calls) == len(whole.calls) - 2
+    for name in ("shortcut.json", "groups.csv", "means.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_another_config_does_not_mix_with_stored_draws(tmp_path: Path, model_folder: Path, problems_file: Path) -> None:
+    sampler = FakeSampler(load_tokenizer(str(model_folder)), answer)
+    run(config(model_folder, problems_file), tmp_path / "out", lambda: sampler)
+    with pytest.raises(AnalysisError, match=r"made with temperature=1.0, now it is 0.5; give another --out"):
+        run(config(model_folder, problems_file, temperature=0.5), tmp_path / "out", lambda: sampler)
+    with pytest.raises(AnalysisError, match=r"engine.dtype"):
+        run(config(model_folder, problems_file, engine=engine(dtype="float32")), tmp_path / "out", lambda: sampler)
+    # Threads and memory change no draw that is stored.
+    run(config(model_folder, problems_file, engine=engine(num_threads=4)), tmp_path / "out", lambda: sampler)
+
+
+def test_context_that_is_too_short_is_refused_before_the_model(
+    tmp_path: Path, model_folder: Path, problems_file: Path
+) -> None:
+    setting = config(model_folder, problems_file, engine=engine(max_model_len=50))
+    with pytest.raises(AnalysisError, match="--max-model-len: 50 is below"):
+        run(setting, tmp_path / "out", lambda: pytest.fail("no model may be loaded"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start"),
+    [
+        (["--modes", "skip"], "--modes: unconditional is missing"),
+        (["--modes", "unconditional,jump"], "--modes: jump is none of"),
+        (["--temperature", "0"], "--temperature"),
+        (["--group-size", "1"], "--group-size"),
+        (["--split-high", "1"], "--split-low"),
+        (["--top-p", "0"], "--top-p"),
+        (["--positions", "0"], "--positions"),
+        (["--max-tokens", "1"], "--max-tokens"),
+        ([], "--data "),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], start: str
+) -> None:
+    missing = tmp_path / "nothing.parquet"
+    out = tmp_path / "out"
+    given = ["--model", "m", "--data", str(missing), "--out", str(out), "--platform", "cpu", *arguments]
+    assert shortcut.main(given) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.startswith(f"error: {start}")
+    assert not out.exists()
+
+
+def test_problem_whose_answer_cannot_be_checked_is_named(tmp_path: Path) -> None:
+    from data_prep.schema import Row, write_parquet
+
+    path = tmp_path / "bad.parquet"
+    write_parquet([Row("skpo/arithmetic", [{"role": "user", "content": "?"}], "seven", "math", "val", 0, "?")], path)
+    with pytest.raises(AnalysisError, match=r"row 0: ground_truth 'seven' is not a number"):
+        read_problems(path)

@@ -1,0 +1,580 @@
+"""The composed configs: the paper's values for the paper's models; what SKPO cannot train with is refused in one line.
+
+Bad values below ``skpo`` are in test_settings.py.
+"""
+
+import io
+import re
+from contextlib import redirect_stdout
+from functools import reduce
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from recipe.skpo.checks.config import check_config
+from recipe.skpo.checks.resolvers import context_length, rows_per_prompt
+from recipe.skpo.checks.reward import check_reward
+from recipe.skpo.checks.settings import RECORDS, ConfigError, SkpoSettings, TrackerSettings, known_keys
+from recipe.skpo.main import single_responses
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+FILES = ("data=files", "data.train_files=/data/train.parquet", "data.val_files=[/data/a.parquet,/data/b.parquet]")
+RUNS = {
+    "cpu": ("platform=cpu",),
+    "qwen": ("platform=gpu", "model=qwen2_5_math_7b", *FILES),
+    "llama": ("platform=gpu", "model=llama3_2_3b_instruct", *FILES),
+}
+PAPER = ["qwen", "llama"]
+MEGATRON = (*RUNS["qwen"], "model_engine=megatron")
+
+# SPEC section 7, and sections 2, 4 and 6 for what is SKPO's own.
+PAPER_VALUES = {
+    "data.train_batch_size": 128,
+    "data.max_prompt_length": 1024,
+    "data.max_response_length": 3072,
+    "trainer.total_training_steps": 500,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 32,
+    "actor_rollout_ref.actor.ppo_epochs": 1,
+    "actor_rollout_ref.actor.optim.clip_grad": 1.0,
+    "actor_rollout_ref.actor.optim.optimizer": "AdamW",
+    "actor_rollout_ref.actor.optim.lr": 1e-6,
+    "actor_rollout_ref.actor.optim.lr_warmup_steps": 10,
+    "actor_rollout_ref.actor.optim.lr_scheduler_type": "constant",
+    "actor_rollout_ref.actor.optim.weight_decay": 0.1,
+    "actor_rollout_ref.actor.optim.betas": [0.9, 0.999],
+    "actor_rollout_ref.actor.use_kl_loss": False,
+    "actor_rollout_ref.actor.entropy_coeff": 0,
+    "actor_rollout_ref.actor.fsdp_config.dtype": "bfloat16",
+    "actor_rollout_ref.rollout.dtype": "bfloat16",
+    "actor_rollout_ref.rollout.temperature": 1.0,
+    "actor_rollout_ref.rollout.top_p": 1,
+    "algorithm.adv_estimator": "skpo",
+    "algorithm.use_kl_in_reward": False,
+    "skpo.group_size": 8,
+    "skpo.split_low": 1 / 6,
+    "skpo.split_high": 1 / 2,
+    "skpo.selection": "median",
+    "skpo.skip": "concat",
+    "skpo.split": "adaptive",
+    "skpo.upstream_reward": "mc",
+    "skpo.downstream_aggregation": "group_token_mean",
+    "skpo.candidates": None,
+    "skpo.curriculum": {"enable": True, "epsilon": 0.05},
+    "skpo.initial_length": 1024,
+    "skpo.weight_up": 0.5,
+    "skpo.weight_down": 0.5,
+    "skpo.clip_low": 0.2,
+    "skpo.clip_high": 0.28,
+    "skpo.tracker": {"rho_min": 0.875, "rho_max": 0.96, "half_life": 8.0, "drift": "kl_steps"},
+}
+
+
+BARE_NULLS = {"skpo.candidates"}
+"""Values of the paper that are null in the config; of all others null would mean that the key is gone."""
+
+
+@pytest.fixture
+def run_config(compose_config):
+    """The config of one of RUNS, resolved."""
+    return lambda name, *overrides: compose_config(*RUNS[name], *overrides)
+
+
+# ---------------------------------------------------------------- composed values
+
+
+@pytest.mark.parametrize("run", PAPER)
+def test_the_paper_runs_have_the_papers_values(run_config, run: str) -> None:
+    config = run_config(run)
+    assert {path: OmegaConf.select(config, path, throw_on_missing=True) for path in PAPER_VALUES} == PAPER_VALUES
+    assert all(path in BARE_NULLS or OmegaConf.select(config, path) is not None for path in PAPER_VALUES)
+
+
+@pytest.mark.parametrize(
+    ("run", "model", "context"),
+    [
+        ("qwen", "Qwen/Qwen2.5-Math-7B", 4096),  # what the model has been trained for
+        ("llama", "meta-llama/Llama-3.2-3B-Instruct", 1024 + 1536 + 3072),
+    ],
+)
+def test_the_paper_runs_train_the_papers_models(run_config, run: str, model: str, context: int) -> None:
+    config = run_config(run)
+    assert config.actor_rollout_ref.model.path == model
+    assert config.actor_rollout_ref.rollout.max_model_len == context
+    assert config.trainer.device == "cuda" and config.platform.name == "gpu"
+    assert "embedded_model" not in config and "embedded" not in config.data, "nothing embedded is prepared"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_skpo_is_what_verl_is_told_to_run(run_config, run: str) -> None:
+    config = run_config(run)
+    rollout = config.actor_rollout_ref.rollout
+    assert rollout.n == config.skpo.group_size + 1
+    assert config.algorithm.adv_estimator == config.trainer.v1.trainer_mode == "skpo"
+    assert config.trainer.use_v1 is True
+    assert rollout.name == "vllm" and rollout.calculate_log_probs is True
+    assert rollout.agent.agent_loop_manager_class == "recipe.skpo.rollout.worker.SkpoAgentLoopManager"
+    assert config.reward.custom_reward_function.path == "pkg://reward_fns"
+    assert config.actor_rollout_ref.rollout.prompt_length == config.data.max_prompt_length
+    assert config.actor_rollout_ref.rollout.response_length == config.data.max_response_length
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_composed_config_passes_its_own_checks(run_config, run: str) -> None:
+    config = run_config(run)
+    check_config(config, SkpoSettings.from_config(config.skpo))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_verl_accepts_actor_and_rollout(run_config, run: str) -> None:
+    from verl.trainer.ppo.utils import need_critic, need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+    from verl.workers.config import FSDPActorConfig, RolloutConfig
+
+    config = run_config(run)
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    rollout = omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
+    assert isinstance(actor, FSDPActorConfig) and isinstance(rollout, RolloutConfig)
+    assert tuple(actor.optim.betas) == (0.9, 0.999)
+    assert rollout.n == config.skpo.group_size + 1
+    assert not need_critic(config) and not need_reference_policy(config)
+    validate_config(config, use_reference_policy=False, use_critic=False)
+
+
+def test_megatron_is_verls_own_engine_group(compose_config) -> None:
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.config import McoreActorConfig
+
+    config = compose_config(*MEGATRON)
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    assert isinstance(actor, McoreActorConfig) and actor.strategy == "megatron"
+    assert (actor.optim.lr, actor.optim.weight_decay, actor.optim.clip_grad) == (1e-6, 0.1, 1.0)
+    check_config(config, SkpoSettings.from_config(config.skpo))
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_no_padding_rows_in_the_default_shapes(run_config, run: str) -> None:
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    config = run_config(run)
+    trainer = SimpleNamespace(config=config, use_critic=False, global_steps=1)
+    ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
+    rows = config.data.train_batch_size * config.actor_rollout_ref.rollout.n
+    assert rows % PPOTrainer._get_required_batch_multiple(trainer, ranks) == 0
+    assert PPOTrainer._get_required_batch_multiple(trainer, ranks) % ranks == 0
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_the_default_actor_is_batched_by_tokens(run_config, run: str) -> None:
+    actor = run_config(run).actor_rollout_ref.actor
+    longest = run_config(run).actor_rollout_ref.rollout.max_model_len
+    assert actor.use_dynamic_bsz and actor.ppo_max_token_len_per_gpu >= longest
+    assert run_config(run).actor_rollout_ref.rollout.log_prob_use_dynamic_bsz
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_requests_that_queue_are_served_by_priority(run_config, run: str) -> None:
+    assert run_config(run).actor_rollout_ref.rollout.scheduling_policy == "priority"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_bypass_mode_passes_the_checks(run_config, run: str) -> None:
+    config = run_config(run, "algorithm.rollout_correction.bypass_mode=true")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+    assert config.algorithm.rollout_correction.bypass_mode is True
+
+
+def test_cpu_and_embedded_model_are_the_default(compose_config, monkeypatch) -> None:
+    monkeypatch.delenv("SKPO_PLATFORM", raising=False)
+    config = compose_config()
+    assert (config.platform.name, config.trainer.device) == ("cpu", "cpu")
+    assert config.actor_rollout_ref.model.path == config.embedded_model
+    assert config.data.train_files.startswith(config.data.embedded)
+    assert config.output_dir == "outputs/smollm2_135m-arithmetic-skpo"
+
+
+DATA_SETS = ("gsm8k", "math", "dapo_math")
+
+
+@pytest.mark.parametrize("data", DATA_SETS)
+@pytest.mark.parametrize("model", ["smollm2_135m", "qwen2_5_math_7b"])
+def test_a_data_set_is_prepared_into_a_folder_of_its_choices(compose_config, model: str, data: str) -> None:
+    config = compose_config(f"model={model}", f"data={data}")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+    assert config.data.prepare.name == data and "embedded" not in config.data
+    assert config.data.train_files == f"{config.data.prepared}/train.parquet"
+    assert config.data.val_files == f"{config.data.prepared}/val.parquet"
+    assert config.output_dir == f"outputs/{model}-{data}-skpo"
+    folders = {config.data.prepared}
+    for choice in ("source=/x", "template=boxed", "train_rows=9", "val_rows=9", "skip_bad=true", "prepare.seed=2"):
+        folders.add(compose_config(f"model={model}", f"data={data}", f"data.{choice}").data.prepared)
+    assert len(folders) == 7
+
+
+def test_gsm8k_with_the_embedded_model_has_sizes_of_its_own(compose_config) -> None:
+    config = compose_config("data=gsm8k")
+    sizes = (config.data.train_batch_size, config.data.max_prompt_length, config.data.max_response_length)
+    assert sizes == (4, 320, 160) and config.data.val_rows == 32
+    assert config.actor_rollout_ref.model.path == config.embedded_model
+    assert config.actor_rollout_ref.rollout.max_model_len == 320 + 80 + 160
+    paper = compose_config("platform=gpu", "model=qwen2_5_math_7b", "data=gsm8k")
+    assert (paper.data.train_batch_size, paper.data.max_prompt_length) == (128, 1024)
+    assert paper.data.val_rows == 256
+    assert compose_config("data=gsm8k", "data.max_prompt_length=400").data.max_prompt_length == 400
+
+
+def test_the_answer_format_reaches_the_reward(compose_config) -> None:
+    from verl.trainer.ppo.reward import get_custom_reward_fn
+
+    key = "reward.custom_reward_function.reward_kwargs.answer_format"
+    verdicts = []
+    for answer_format in ("any", "boxed"):
+        score = get_custom_reward_fn(compose_config(f"+{key}={answer_format}"))
+        assert score is not None
+        result = score(data_source="openai/gsm8k", solution_str="#### 7", ground_truth="7", extra_info={})
+        verdicts.append(result["score"])
+    assert verdicts == [1.0, -1.0]
+    kwargs = key.rpartition(".")[0]
+    for override, message in (
+        (f"+{key}=loose", f"{key}: 'loose' is unknown; known are any, boxed, hash, line"),
+        (f"+{kwargs}.thought_marks=[a]", f"{kwargs}.thought_marks: .* is unknown; give auto, none, or the opening"),
+        (
+            f"+{kwargs}.answer_formt=any",
+            f"{kwargs}.answer_formt: is unknown; known are answer_format, thought_marks",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_reward(compose_config(override))
+    check_reward(compose_config(f'+{kwargs}.thought_marks=["<plan>","</plan>"]'))
+
+
+def test_every_run_has_a_folder_of_its_own(run_config) -> None:
+    config = run_config("llama")
+    assert re.fullmatch(r"outputs/llama3_2_3b_instruct-train-[0-9a-f]{6}-skpo", config.output_dir)
+    assert config.trainer.default_local_dir == f"{config.output_dir}/checkpoints"
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_group_size_and_lengths_carry_over(run_config, run: str) -> None:
+    changed = ("skpo.group_size=4", "data.max_prompt_length=100", "data.max_response_length=60", "skpo.split_high=0.25")
+    config = run_config(run, *changed)
+    assert config.actor_rollout_ref.rollout.n == 5
+    if run != "qwen":  # which states its context
+        assert config.actor_rollout_ref.rollout.max_model_len == 100 + 15 + 60
+
+
+# ---------------------------------------------------------------- methods
+
+METHODS = ["skpo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
+
+# Per method: what its paper has, by the actor's keys as verl reads them; what is not named is GRPO's.
+GRPO = {
+    "policy_loss.loss_mode": "vanilla",
+    "loss_agg_mode": "seq-mean-token-mean",
+    "clip_ratio_low": 0.2,
+    "clip_ratio_high": 0.2,
+    "loss_scale_factor": None,
+}
+ACTORS = {
+    "grpo": {},
+    "dr_grpo": {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 3072},
+    "dapo": {"loss_agg_mode": "token-mean", "clip_ratio_high": 0.28},
+    "gspo": {"policy_loss.loss_mode": "gspo", "clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4},
+    "cispo": {
+        "policy_loss.loss_mode": "cispo",
+        "loss_agg_mode": "token-mean",
+        "clip_ratio_low": 10.0,
+        "clip_ratio_high": 0.28,
+    },
+    "sapo": {"policy_loss.loss_mode": "sapo", "tau_pos": 1.0, "tau_neg": 1.05},
+    "spo": {"loss_agg_mode": "token-mean", "clip_ratio_high": 0.28},
+    "rloo": {"loss_agg_mode": "token-mean"},
+}
+ESTIMATORS = {"skpo": "skpo", "spo": "skpo", "rloo": "rloo"}
+TRAINERS = {"skpo": "skpo", "spo": "skpo_spo"}
+
+
+def test_every_method_file_is_tested_here() -> None:
+    files = {path.stem for path in (REPOSITORY / "recipe/skpo/config/method").glob("*.yaml")}
+    assert files == set(METHODS) == {"skpo", *ACTORS}
+
+
+@pytest.mark.parametrize("run", ["cpu", "llama"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_composes_and_passes_the_checks(run_config, method: str, run: str) -> None:
+    from verl.utils.config import validate_config
+
+    config = run_config(run, f"method={method}")
+    single_responses(config)
+    check_config(config, SkpoSettings.from_config(config.skpo))
+    validate_config(config, use_reference_policy=False, use_critic=False)
+    assert config.method.name == method
+    assert config.algorithm.adv_estimator == ESTIMATORS.get(method, "grpo")
+    assert config.trainer.v1.trainer_mode == TRAINERS.get(method, "skpo_baseline")
+    assert config.output_dir.endswith(f"-{method}")
+    rollout, skpo = config.actor_rollout_ref.rollout, method == "skpo"
+    assert rollout.n == (9 if skpo else 1 if method == "spo" else 8)
+    worker = "SkpoAgentLoopManager" if skpo else "MeteredManager"
+    assert rollout.agent.agent_loop_manager_class == f"recipe.skpo.rollout.worker.{worker}"
+    longest = config.data.max_response_length + (config.data.max_response_length // 2 if skpo else 0)
+    assert rollout.max_model_len == config.data.max_prompt_length + longest
+
+
+@pytest.mark.parametrize("method", ACTORS)
+def test_verl_reads_the_methods_loss(run_config, method: str) -> None:
+    from verl.trainer.ppo.core_algos import get_policy_loss_fn
+    from verl.utils.config import omega_conf_to_dataclass
+
+    config = run_config("llama", f"method={method}")
+    actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+    wanted = GRPO | ACTORS[method]
+    found = {key: reduce(getattr, key.split("."), actor) for key in wanted}
+    assert found == wanted
+    get_policy_loss_fn(actor.policy_loss.loss_mode)
+    assert not actor.use_kl_loss and actor.entropy_coeff == 0
+    assert config.algorithm.norm_adv_by_std_in_grpo is (method != "dr_grpo")
+    assert config.algorithm.filter_groups.enable is (method == "dapo")
+
+
+def test_dapo_filters_groups_and_punishes_overlong_responses(run_config) -> None:
+    config = run_config("llama", "method=dapo")
+    assert config.algorithm.filter_groups.metric == "acc"
+    assert config.reward.reward_manager.name == "dapo"
+    overlong = config.reward.reward_kwargs.overlong_buffer_cfg
+    assert config.reward.reward_kwargs.max_resp_len == 3072
+    assert (overlong.enable, overlong.len, overlong.penalty_factor) == (True, 614, 1.0)
+
+
+def test_the_metric_that_dapo_filters_by_is_one_that_the_reward_reports(run_config) -> None:
+    from reward_fns import compute_score
+
+    metric = run_config("llama", "method=dapo").algorithm.filter_groups.metric
+    assert metric in compute_score("skpo/arithmetic", "#### 5", "5")
+
+
+def test_verls_overlong_punishment_is_built_from_the_config(run_config, model_folder) -> None:
+    """verl's DAPO reward manager refuses a config that it cannot use."""
+    from transformers import AutoTokenizer
+    from verl.experimental.reward_loop.reward_manager import get_reward_manager_cls
+
+    config = run_config("cpu", "method=dapo")
+    manager = get_reward_manager_cls("dapo")(
+        config=config, tokenizer=AutoTokenizer.from_pretrained(model_folder), compute_score=lambda **given: 1.0
+    )
+    assert manager.max_resp_len == 24
+    assert (manager.overlong_buffer_cfg.enable, manager.overlong_buffer_cfg.len) == (True, 4)
+
+
+def test_methods_differ_in_nothing_but_what_they_are(run_config) -> None:
+    """Data, model, schedule, budget of responses and logging are those of SKPO."""
+    # verl counts rows per prompt in the critic's node too, which nobody reads.
+    own = {"method", "output_dir", "algorithm", "actor_rollout_ref", "reward", "skpo", "critic"}
+    skpo = OmegaConf.to_container(run_config("llama"))
+    for method in ACTORS:
+        other = OmegaConf.to_container(run_config("llama", f"method={method}"))
+        for config in (other, skpo):
+            for key in ("experiment_name", "default_local_dir", "v1"):
+                config["trainer"].pop(key, None)
+        assert {k: v for k, v in other.items() if k not in own} == {k: v for k, v in skpo.items() if k not in own}
+        assert other["actor_rollout_ref"]["model"] == skpo["actor_rollout_ref"]["model"]
+        assert other["actor_rollout_ref"]["actor"]["optim"] == skpo["actor_rollout_ref"]["actor"]["optim"]
+        for key in ("temperature", "top_p", "response_length", "prompt_length", "val_kwargs"):
+            assert other["actor_rollout_ref"]["rollout"][key] == skpo["actor_rollout_ref"]["rollout"][key]
+        tracker = {"half_life": 0.06, "drift": "logratio"} if method == "spo" else {}
+        assert other["skpo"] == {**skpo["skpo"], "tracker": {**skpo["skpo"]["tracker"], **tracker}}
+
+
+@pytest.mark.parametrize(("drift", "half_life"), [("kl_steps", 8.0), ("nats", 8.0), ("logratio", 0.06)])
+def test_the_half_life_follows_the_drift_unless_it_is_given(run_config, drift: str, half_life: float) -> None:
+    config = run_config("cpu", f"skpo.tracker.drift={drift}")
+    assert SkpoSettings.from_config(config.skpo).tracker == TrackerSettings(drift=drift, half_life=half_life)
+
+
+def test_a_half_life_that_is_given_stays(run_config) -> None:
+    config = run_config("cpu", "skpo.tracker.drift=logratio", "skpo.tracker.half_life=3")
+    assert SkpoSettings.from_config(config.skpo).tracker == TrackerSettings(drift="logratio", half_life=3.0)
+
+
+def test_an_unknown_drift_is_refused_by_name(run_config) -> None:
+    with pytest.raises(ConfigError, match=r"skpo.tracker.drift: must be one of kl_steps, nats, logratio, got 'days'"):
+        SkpoSettings.from_config(run_config("cpu", "skpo.tracker.drift=days").skpo)
+
+
+@pytest.mark.parametrize("method", ["method=grpo_plus", "method=SKPO"])
+def test_an_unknown_method_is_refused_with_the_known_ones(compose_config, method: str) -> None:
+    from hydra.errors import MissingConfigException
+
+    with pytest.raises(MissingConfigException) as refused:
+        compose_config("platform=cpu", method)
+    assert all(f"\t{name}\n" in f"{refused.value}\n" for name in METHODS)
+
+
+def test_spo_gets_the_budget_of_the_others(run_config) -> None:
+    config = run_config("llama", "method=spo", "skpo.group_size=4")
+    single_responses(config)
+    assert config.data.train_batch_size == 4 * 128
+    assert config.actor_rollout_ref.actor.ppo_mini_batch_size == 4 * 32, "in as many updates"
+    assert config.actor_rollout_ref.rollout.n == 1
+
+
+@pytest.mark.parametrize("method", ["skpo", "grpo"])
+def test_other_methods_sample_groups(run_config, method: str) -> None:
+    config = run_config("llama", f"method={method}", "skpo.group_size=4")
+    single_responses(config)
+    assert (config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size) == (128, 32)
+    assert config.actor_rollout_ref.rollout.n == (5 if method == "skpo" else 4)
+
+
+def test_a_token_budget_is_no_limit_of_steps(run_config) -> None:
+    config = run_config("llama", "method=grpo", "budget=tokens", "budget.tokens=5000")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+    assert (config.budget.match, config.budget.tokens) == ("tokens", 5000)
+    assert config.trainer.total_training_steps == 1_000_000
+    config = run_config("llama", "method=grpo")
+    assert (config.budget.match, config.budget.tokens) == ("steps", None)
+
+
+def test_the_resolvers() -> None:
+    assert rows_per_prompt(8) == 9
+    assert context_length(1024, 3072, 0.5) == 1024 + 1536 + 3072
+    assert context_length(10, 7, 0.5) == 10 + 3 + 7
+
+
+# ---------------------------------------------------------------- yaml and dataclass do not drift apart
+
+
+def yaml_node() -> DictConfig:
+    """``skpo:`` of the recipe's main config file, as it is written there."""
+    return OmegaConf.load(REPOSITORY / "recipe/skpo/config/skpo_trainer.yaml").skpo
+
+
+def test_the_yaml_defaults_are_the_settings_defaults() -> None:
+    assert SkpoSettings.from_config(yaml_node()) == SkpoSettings()
+
+
+def test_the_yaml_names_every_setting() -> None:
+    node = OmegaConf.to_container(yaml_node())
+    nested = [f"{name}.{key}" for name in RECORDS for key in node.pop(name)]
+    assert sorted([*node, *nested]) == sorted(known_keys())
+
+
+def test_the_settings_survive_the_config(run_config) -> None:
+    config = run_config("cpu", "skpo.group_size=3", "skpo.tracker.drift=nats", "skpo.clip_high=0.3")
+    settings = SkpoSettings.from_config(config.skpo)
+    assert (settings.group_size, settings.tracker.drift, settings.clip_high) == (3, "nats", 0.3)
+    assert isinstance(settings.tracker, TrackerSettings)
+
+
+# ---------------------------------------------------------------- refused settings
+
+REJECTED = [
+    ("algorithm.adv_estimator", "grpo"),
+    ("algorithm.use_kl_in_reward", True),
+    ("algorithm.filter_groups.enable", True),
+    ("algorithm.rollout_correction.rollout_is", "token"),
+    ("algorithm.rollout_correction.rollout_rs", "sequence"),
+    ("actor_rollout_ref.actor.use_kl_loss", True),
+    ("actor_rollout_ref.actor.entropy_coeff", 0.01),
+    ("actor_rollout_ref.actor.shuffle", True),
+    ("actor_rollout_ref.rollout.n", 8),
+    ("actor_rollout_ref.rollout.calculate_log_probs", False),
+    ("data.dataloader_num_workers", 4),
+    ("reward.reward_model.enable", True),
+    ("trainer.use_v1", False),
+    ("trainer.v1.trainer_mode", "sync"),
+    ("trainer.v1.trainer_mode", "separate_async"),
+    ("data.train_batch_size", 100),
+    ("actor_rollout_ref.rollout.max_model_len", 1024 + 1536),
+    ("actor_rollout_ref.rollout.max_model_len", None),  # the rollout computes with it
+    ("budget.tokens", 5000),  # with budget=steps
+]
+
+REJECTED_OF_BASELINES = [
+    ("algorithm.use_kl_in_reward", True),
+    ("actor_rollout_ref.actor.use_kl_loss", True),
+    ("actor_rollout_ref.actor.entropy_coeff", 0.01),
+    ("trainer.v1.trainer_mode", "skpo"),
+    ("trainer.v1.trainer_mode", "sync"),
+    ("data.dataloader_num_workers", 2),
+    ("data.train_batch_size", 100),
+]
+
+
+@pytest.mark.parametrize("method", ["grpo", "spo"])
+@pytest.mark.parametrize(("path", "value"), REJECTED_OF_BASELINES, ids=str)
+def test_what_no_method_trains_with_is_refused_for_baselines_too(
+    run_config, method: str, path: str, value: object
+) -> None:
+    config = run_config("llama", f"method={method}")
+    OmegaConf.update(config, path, value)
+    with pytest.raises(ConfigError) as refused:
+        check_config(config, SkpoSettings.from_config(config.skpo))
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ") and str(value) in message and len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize("tokens", [None, 0, -5, 1.5, "many", True])
+def test_a_token_budget_needs_its_tokens(run_config, tokens: object) -> None:
+    config = run_config("llama", "method=grpo", "budget=tokens", "budget.tokens=5000")
+    config.budget.tokens = tokens
+    with pytest.raises(ConfigError, match=rf"^budget\.tokens: is {tokens}; give the number of tokens") as refused:
+        check_config(config, SkpoSettings.from_config(config.skpo))
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("data.gen_batch_size", 16), ("trainer.v1.sampler.sync_refill_failed_groups", True)]
+)
+def test_the_curriculum_draws_whole_batches(run_config, path: str, value: object) -> None:
+    config = run_config("llama")
+    OmegaConf.update(config, path, value)
+    with pytest.raises(ConfigError, match=rf"^skpo\.curriculum\.enable: must be false.*{path}"):
+        check_config(config, SkpoSettings.from_config(config.skpo))
+    config.skpo.curriculum.enable = False
+    check_config(config, SkpoSettings.from_config(config.skpo))
+    baseline = run_config("llama", "method=grpo")
+    OmegaConf.update(baseline, path, value)
+    check_config(baseline, SkpoSettings.from_config(baseline.skpo))
+
+
+def test_fetching_a_batch_at_a_time_is_fine(run_config) -> None:
+    config = run_config("llama")
+    config.data.gen_batch_size = config.data.train_batch_size
+    check_config(config, SkpoSettings.from_config(config.skpo))
+
+
+def test_baselines_need_no_room_for_a_skip_prompt(run_config) -> None:
+    config = run_config("llama", "method=grpo", "actor_rollout_ref.rollout.max_model_len=2000")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+
+
+def test_baselines_may_filter_groups(run_config) -> None:
+    config = run_config("llama", "method=grpo", "algorithm.filter_groups.enable=true")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+
+
+@pytest.mark.parametrize(("path", "value"), REJECTED, ids=[f"{path}={value}" for path, value in REJECTED])
+def test_what_skpo_cannot_train_with_is_refused_in_one_line(run_config, path: str, value: object) -> None:
+    config = run_config("qwen")
+    OmegaConf.update(config, path, value, force_add=True)
+    with pytest.raises(ConfigError) as refused:
+        check_config(config, SkpoSettings.from_config(config.skpo))
+    message = str(refused.value)
+    assert message.startswith(f"{path}: ") and str(value) in message
+    assert len(message.splitlines()) == 1
+
+
+def test_a_context_of_one_token_more_is_enough(run_config) -> None:
+    config = run_config("qwen", f"actor_rollout_ref.rollout.max_model_len={1024 + 1536 + 1}")
+    check_config(config, SkpoSettings.from_config(config.skpo))
+
+
+@pytest.mark.parametrize(("run", "said"), [("qwen", True), ("llama", False), ("cpu", False)])
+def test_a_shortened_response_budget_is_said(run_config, run: str, said: bool) -> None:
+    config = run_config(run)
+    out = io.StringIO()
+    with redirect_stdout(out):
+        check_config(config, SkpoSettings.from_config(config.skpo))
+    assert ("a response has 1536 of data.max_response_length=3072 tokens" in out.getvalue()) is said
+    assert len(out.getvalue().splitlines()) == int(said)

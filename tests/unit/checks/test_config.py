@@ -1,0 +1,604 @@
+"""Start-up checks on data, prompt lengths and the checkpoint to resume from: one clear line each, no model loaded.
+
+The checks of the config itself are in test_config.py, those of single rows in test_data_prep.py.
+"""
+
+import re
+import time
+from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data_prep.schema import DataError, Row, write_parquet
+from recipe.skpo.checks.config import (
+    METHOD_SETTINGS,
+    check_method_settings,
+    check_resume,
+    is_finished,
+    resume_folder,
+)
+from recipe.skpo.checks.data import check_data
+from recipe.skpo.checks.identity import fingerprint
+from recipe.skpo.checks.model import check_prompt_lengths
+from recipe.skpo.checks.reward import check_reward
+from recipe.skpo.checks.settings import RECORDS, ConfigError, SkpoSettings, known_keys
+from recipe.skpo.trainer.checkpoints import DATA_FILE, MARKER, repair_marker
+from recipe.skpo.trainer.state import FILE_NAME, SkpoState, StateError
+from tests.conftest import write_checkpoint
+
+
+def write_rows(path: Path, questions: list[str], split: str = "train") -> Path:
+    rows = [
+        Row("skpo/arithmetic", [{"role": "user", "content": question}], "5", "math", split, index, question)
+        for index, question in enumerate(questions)
+    ]
+    write_parquet(rows, path)
+    return path
+
+
+@pytest.fixture
+def train(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "train.parquet", [f"{n} + 1?" for n in range(8)])
+
+
+@pytest.fixture
+def val(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "val.parquet", ["20 + 1?"], "val")
+
+
+@pytest.fixture
+def config(compose_config, train: Path, val: Path, model_folder: Path):
+    """A config with which every check passes."""
+    config = compose_config("platform=cpu", "data=files")
+    config.data.train_files, config.data.val_files = str(train), str(val)
+    config.data.train_batch_size, config.data.max_prompt_length = 4, 96
+    config.actor_rollout_ref.model.path = str(model_folder)
+    return config
+
+
+def resume(config):
+    """``check_resume`` with the default settings."""
+    return check_resume(config, SkpoSettings(), lambda: fingerprint(config))
+
+
+def one_line(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert message and len(message.splitlines()) == 1
+    return message
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_data_source_without_a_reward_is_refused_unless_the_reward_is_ones_own(config, tmp_path: Path) -> None:
+    prompt = [{"role": "user", "content": "q"}]
+    rows = [Row("my/source", prompt, "5", "math", "train", index, f"q{index}") for index in range(4)]
+    write_parquet(rows, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train.parquet: row 0: data_source 'my/source' has no reward here") as error:
+        check_data(config)
+    one_line(error)
+    own_reward(config, tmp_path, "return 1.0")
+    check_data(config)
+
+
+def test_good_files_pass(config) -> None:
+    check_data(config)
+    check_prompt_lengths(config)
+    resume(config)
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+@pytest.mark.parametrize("value", [None, [], ""], ids=repr)
+def test_files_that_are_not_named(config, role: str, value: object) -> None:
+    config.data[f"{role}_files"] = value
+    with pytest.raises(ConfigError) as error:
+        check_data(config)
+    assert one_line(error).startswith(f"data.{role}_files: is not set; name a parquet file")
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+def test_a_file_that_is_no_parquet(config, tmp_path: Path, role: str) -> None:
+    bad = tmp_path / "bad.parquet"
+    bad.write_text("id,prompt\n1,hello\n")
+    config.data[f"{role}_files"] = str(bad)
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    assert one_line(error).startswith(f"data.{role}_files: {bad}: cannot be read as parquet")
+
+
+def test_a_file_that_is_not_there(config, tmp_path: Path) -> None:
+    config.data.val_files = [config.data.val_files, str(tmp_path / "none.parquet")]
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    assert one_line(error).startswith(f"data.val_files: {tmp_path}/none.parquet: file not found")
+
+
+def test_a_missing_column(config, train: Path) -> None:
+    pq.write_table(pq.read_table(train).drop_columns(["reward_model"]), train)
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    assert f"{train}: missing column(s) reward_model (it has id, data_source, prompt" in one_line(error)
+
+
+def test_another_prompt_column(config) -> None:
+    config.data.prompt_key = "question"
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    assert "missing column(s) question" in one_line(error)
+
+
+def test_fewer_rows_than_a_batch(config) -> None:
+    config.data.train_batch_size = 8
+    check_data(config)
+    config.data.train_batch_size = 9
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    assert one_line(error) == "data.train_files: 8 rows are fewer than data.train_batch_size=9"
+
+
+def test_rows_count_over_all_training_files(config, tmp_path: Path) -> None:
+    config.data.train_batch_size = 9
+    more = write_rows(tmp_path / "more.parquet", ["30 + 1?"])
+    config.data.train_files = [config.data.train_files, str(more)]
+    check_data(config)
+
+
+def test_an_id_in_two_training_files(config, tmp_path: Path, train: Path) -> None:
+    again = write_rows(tmp_path / "again.parquet", ["30 + 1?", "3 + 1?"])
+    config.data.train_files = [str(train), str(again)]
+    with pytest.raises(DataError) as error:
+        check_data(config)
+    message = one_line(error)
+    assert re.match(rf"{again}: id [0-9a-f]{{16}} is in {train} too; ids must be unique", message)
+
+
+def test_a_training_prompt_in_the_held_out_file_is_noted(config, train: Path, tmp_path: Path, capsys) -> None:
+    """Training accuracy is a fair thing to ask for; only the trackers need unique ids."""
+    check_data(config)
+    assert not capsys.readouterr().out, "nothing to say of good files"
+    both = write_rows(tmp_path / "both.parquet", ["3 + 1?", "20 + 1?", "5 + 1?"], "val")
+    for files, count in ((str(train), "8 of the 8"), (str(both), "2 of the 3")):
+        config.data.val_files = files
+        check_data(config)
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"note: {count} prompts of data.val_files are in data.train_files too")
+
+
+def table_of(path: Path) -> pa.Table:
+    return pq.read_table(path)
+
+
+def with_column(name: str, values: Callable[[int], Any]) -> Callable[[pa.Table], pa.Table]:
+    """Replace a column, or add it."""
+
+    def change(table: pa.Table) -> pa.Table:
+        column = values(table.num_rows)
+        column = column if isinstance(column, pa.Array) else pa.array(column)
+        if name in table.column_names:
+            return table.set_column(table.column_names.index(name), name, column)
+        return table.append_column(name, column)
+
+    return change
+
+
+GOOD_FILES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
+    "truths as integers": (with_column("reward_model", lambda n: [{"ground_truth": k} for k in range(n)]), ""),
+    "truths as floats": (with_column("reward_model", lambda n: [{"ground_truth": k / 2} for k in range(n)]), ""),
+    "truths as decimals": (with_column("reward_model", lambda n: [{"ground_truth": Decimal(k)} for k in range(n)]), ""),
+    "a category of pandas": (
+        with_column("data_source", lambda n: pa.array(["skpo/arithmetic"] * n).dictionary_encode()),
+        "",
+    ),
+    "large texts of polars": (with_column("id", lambda n: pa.array(map(str, range(n)), pa.large_string())), ""),
+    "an index of pandas": (with_column("__index_level_0__", lambda n: list(range(n))), ""),
+    "extra_info that is null": (with_column("extra_info", pa.nulls), ""),
+    "no extra_info": (lambda table: table.drop_columns(["extra_info", "ability"]), ""),
+    "images of no row": (with_column("images", lambda n: [[] for _ in range(n)]), ""),
+    "videos that are null": (with_column("videos", pa.nulls), ""),
+    "verl's one agent": (with_column("agent_name", lambda n: ["single_turn_agent"] * n), ""),
+    "a reference solution": (with_column("output", lambda n: ["5"] * n), "nobody reads the column(s) 'output' of"),
+    "reference answers": (with_column("responses", lambda n: [["5"]] * n), "nobody reads the column(s) 'responses' of"),
+    "a nested column": (with_column("meta", lambda n: [{"a": [1]}] * n), "nobody reads the column(s) 'meta' of"),
+    "dates and bytes": (with_column("day", lambda n: [date(2026, 1, 1)] * n), "nobody reads the column(s) 'day' of"),
+    "names of verl's": (with_column("trace", lambda n: [True] * n), "nobody reads the column(s) 'trace' of"),
+}
+"""What a file may be, and what is said of it."""
+
+
+@pytest.mark.parametrize("name", GOOD_FILES)
+def test_files_of_other_libraries_and_with_more_columns_pass(config, train: Path, name: str, capsys) -> None:
+    change, note = GOOD_FILES[name]
+    pq.write_table(change(table_of(train)), train)
+    check_data(config)
+    said = capsys.readouterr().out
+    assert said.startswith(f"note: {note}") and said.count("\n") == 1 if note else not said
+
+
+def test_files_that_differ_in_what_verl_can_join_pass(config, train: Path, tmp_path: Path) -> None:
+    """A field that is null in one, a column that one has not, columns in another order."""
+    other = write_rows(tmp_path / "other.parquet", ["30 + 1?", "31 + 1?"])
+    table = with_column("extra_info", lambda n: [{"index": None, "level": "hard"}] * n)(table_of(other))
+    pq.write_table(table.drop_columns(["ability"]).select(sorted(set(table.column_names) - {"ability"})), other)
+    config.data.train_files = [str(train), str(other)]
+    check_data(config)
+
+
+def test_a_file_that_verl_alone_cannot_read_is_refused(config, train: Path, monkeypatch) -> None:
+    import datasets
+
+    def full_disk(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", full_disk)
+    with pytest.raises(DataError, match=r"look at the free space .* \(HF_DATASETS_CACHE\)") as error:
+        check_data(config)
+    assert one_line(error).startswith(
+        f"data.train_files: {train}: verl's reader refuses it (OSError: [Errno 28] No space"
+    )
+
+
+# ---------------------------------------------------------------- the reward on real rows
+
+
+def own_reward(config, folder: Path, body: str, start: str = "def") -> None:
+    """Give the run a reward function that notes its calls in ``calls``."""
+    text = (
+        "import asyncio, decimal, fractions, numpy, torch\ncalls = []\n"
+        f"{start} compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        f"    calls.append((data_source, solution_str, ground_truth, extra_info))\n    {body}\n"
+    )
+    (folder / "mine.py").write_text(text)
+    config.reward.custom_reward_function.path = str(folder / "mine.py")
+
+
+@pytest.mark.parametrize("start", ["def", "async def"])
+@pytest.mark.parametrize(
+    "returned",
+    [
+        *("1.0", "-1", "True", "decimal.Decimal('0.5')", "fractions.Fraction(1, 2)", "{'score': 1.0, 'acc': 1.0}"),
+        *("numpy.float32(1)", "numpy.array([1.0])", "torch.tensor(-1.0)", "{'score': torch.tensor([1])}"),
+    ],
+)
+def test_a_reward_of_ones_own_may_return_any_one_number(config, tmp_path: Path, returned: str, start: str) -> None:
+    own_reward(config, tmp_path, f"return {returned}", start)
+    check_data(config)
+
+
+def test_a_reward_of_ones_own_is_called_once_per_data_source_and_file_list(config, tmp_path: Path, train: Path) -> None:
+    sources = ["a", "b", "a", "b", "a", "a", "a", "a"]
+    truths = with_column("reward_model", lambda n: [{"ground_truth": [k]} for k in range(n)])
+    pq.write_table(truths(with_column("data_source", lambda n: sources)(table_of(train))), train)
+    own_reward(config, tmp_path, "return 1.0")
+    check_data(config)
+    calls = check_reward(config)._function.__globals__["calls"]
+    # As verl gives it, the file's own types included.
+    given = {"num_turns": 2, "rollout_reward_scores": {}}
+    first = [{"split": "train", "index": k, "question": f"{k} + 1?", **given} for k in range(2)]
+    last = {"split": "val", "index": 0, "question": "20 + 1?", **given}
+    assert calls == [("a", "", [0], first[0]), ("b", "", [1], first[1]), ("skpo/arithmetic", "", "5", last)]
+
+
+@pytest.mark.parametrize(
+    ("method", "body"),
+    [
+        ("grpo", "return -3.0"),
+        ("dapo", "return {'score': torch.tensor(-3.0)}"),
+        ("skpo", "return 2.0 if extra_info['split'] == 'val' else 1.0"),
+    ],
+)
+def test_only_what_a_tracker_sees_is_bounded(compose_config, config, tmp_path: Path, method: str, body: str) -> None:
+    files = config.data
+    config = compose_config("platform=cpu", "data=files", f"method={method}")
+    config.data = files
+    own_reward(config, tmp_path, body)
+    check_data(config)
+
+
+def test_what_a_reward_returns_without_a_mean_is_said_once(config, tmp_path: Path, capsys) -> None:
+    own_reward(config, tmp_path, "return {'score': 1.0, 'steps': [1], 'reward': 1.0, 'word': 'x'}")
+    check_data(config)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" returns ")[1].split(",")[0] for line in lines] == [
+        "'steps' (a list)",
+        "'reward' (the name of the reward itself)",
+    ]
+
+
+def test_a_reward_manager_of_ones_own_may_call_as_it_likes(config, tmp_path: Path) -> None:
+    text = "from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase\n"
+    text += "class Mine(RewardManagerBase):\n    async def run_single(self, data): ...\ndef score(text): return None\n"
+    (tmp_path / "manager.py").write_text(text)
+    manager, reward = config.reward.reward_manager, config.reward.custom_reward_function
+    manager.source, manager.name, manager.module.path = "importlib", "Mine", str(tmp_path / "manager.py")
+    reward.path, reward.name = str(tmp_path / "manager.py"), "score"
+    check_data(config)
+
+
+def test_every_truth_of_20000_rows_is_tried_in_seconds(config, tmp_path: Path) -> None:
+    """Words and fractions, 20,000 of them different."""
+    rows = [
+        Row("math", [{"role": "user", "content": f"{n}?"}], rf"\\frac{{{n}}}{{7}}+x", "math", "train", n, f"{n}?")
+        for n in range(20_000)
+    ]
+    write_parquet(rows, tmp_path / "train.parquet")
+    started = time.process_time()
+    check_data(config)
+    assert time.process_time() - started < 10
+
+
+# ---------------------------------------------------------------- prompt lengths
+
+
+def tokens_of(question: str, model_folder: Path) -> int:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    messages = [{"role": "user", "content": question}]
+    return len(tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+
+
+@pytest.mark.parametrize("role", ["train", "val"])
+@pytest.mark.parametrize("folder", ["model_folder", "bos_model_folder"])
+def test_a_prompt_longer_than_the_limit(config, tmp_path: Path, request, role: str, folder: str) -> None:
+    model = request.getfixturevalue(folder)
+    question = "What is 2 plus 3, and why?"
+    file = write_rows(tmp_path / "long.parquet", ["1 + 1?", "2 + 2?", question])
+    config.actor_rollout_ref.model.path = str(model)
+    config.data[f"{role}_files"] = str(file)
+
+    config.data.max_prompt_length = length = tokens_of(question, model)  # as the rollout will count them
+    check_prompt_lengths(config)
+    config.data.max_prompt_length = length - 1
+    with pytest.raises(DataError) as error:
+        check_prompt_lengths(config)
+    message = one_line(error)
+    assert message.startswith(f"{file}: row 2: the prompt has {length} tokens, data.max_prompt_length is {length - 1}")
+    assert "data.filter_overlong_prompts=true" in message
+
+    config.data.filter_overlong_prompts, config.data.train_batch_size = True, 2
+    check_prompt_lengths(config)
+    config.data.train_batch_size = 3
+    if role == "train":
+        with pytest.raises(
+            DataError, match=r"data.train_files: 2 prompts of at most .* fewer than data.train_batch_size=3"
+        ):
+            check_prompt_lengths(config)
+
+
+def test_the_tokenizer_of_the_run_counts(config, tmp_path: Path, bos_model_folder: Path) -> None:
+    config.data.max_prompt_length = tokens_of("20 + 1?", Path(config.actor_rollout_ref.model.path))
+    check_prompt_lengths(config)
+    config.actor_rollout_ref.model.tokenizer_path = str(bos_model_folder)  # one token more: its BOS
+    with pytest.raises(DataError):
+        check_prompt_lengths(config)
+
+
+def test_a_template_that_opens_a_thought_is_told(config, capsys: pytest.CaptureFixture[str]) -> None:
+    model = config.actor_rollout_ref.model
+    check_prompt_lengths(config)
+    assert "thought" not in capsys.readouterr().out
+    model.custom_chat_template = "{{ messages[0]['content'] }}<think>\n"
+    check_prompt_lengths(config)
+    assert capsys.readouterr().out.startswith("note: prompts end inside a thought (the chat template opens it), so a ")
+    config.reward.custom_reward_function.reward_kwargs = {"thought_marks": "none"}
+    check_prompt_lengths(config)
+    assert "thought" not in capsys.readouterr().out
+
+
+def test_a_model_path_without_a_tokenizer(config, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config.actor_rollout_ref.model.path = str(tmp_path / "nothing")
+    with pytest.raises(ConfigError) as error:
+        check_prompt_lengths(config)
+    assert one_line(error).startswith(f"actor_rollout_ref.model.path: no tokenizer can be loaded from {tmp_path}")
+
+
+# ---------------------------------------------------------------- the checkpoint to resume from
+
+
+@pytest.fixture
+def checkpoints(config, tmp_path: Path) -> Path:
+    """A run's checkpoint folder with steps 5 and 10, state included; verl's marker names step 10."""
+    folder = tmp_path / "checkpoints"
+    for step in (5, 10):
+        write_checkpoint(folder / f"global_step_{step}")
+    (folder / "latest_checkpointed_iteration.txt").write_text("10")
+    config.trainer.default_local_dir = str(folder)
+    return folder
+
+
+def test_a_run_resumes_where_verl_will(config, checkpoints: Path) -> None:
+    from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+
+    assert config.trainer.resume_mode == "auto"
+    assert resume_folder(config) == Path(find_latest_ckpt_path(str(checkpoints))) == checkpoints / "global_step_10"
+    resume(config)
+
+
+def test_a_checkpoint_of_another_format_is_refused_before_anything_starts(config, checkpoints: Path) -> None:
+    path = checkpoints / "global_step_10" / FILE_NAME
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    arrays["meta"] = np.array(str(arrays["meta"]).replace('"format": 3', '"format": 2'))
+    np.savez(path, **arrays)
+    with pytest.raises(StateError) as error:
+        resume(config)
+    assert one_line(error).startswith(f"{path}: has format 2, this version of verl-skpo reads 3; resume with")
+
+
+def test_without_a_marker_verl_starts_anew(config, checkpoints: Path) -> None:
+    from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
+
+    (checkpoints / MARKER).unlink()
+    assert resume_folder(config) is None and find_latest_ckpt_path(str(checkpoints)) is None
+    resume(config)
+
+
+def test_a_marker_without_its_folder_is_refused(config, checkpoints: Path) -> None:
+    """verl would start anew, over the metrics of what was trained."""
+    (checkpoints / "global_step_10").rename(checkpoints / "elsewhere")
+    with pytest.raises(ConfigError) as error:
+        resume(config)
+    message = one_line(error)
+    assert message.startswith(
+        f"{checkpoints / MARKER}: names global_step_10, which is not there (there is global_step_5)"
+    )
+    assert "remove it to start anew" in message
+
+
+def test_a_checkpoint_without_our_state_is_refused(config, checkpoints: Path) -> None:
+    (checkpoints / "global_step_10" / FILE_NAME).unlink()
+    with pytest.raises(StateError) as error:
+        resume(config)
+    message = one_line(error)
+    assert message.startswith(f"{checkpoints}/global_step_10: holds no {FILE_NAME}")
+    assert "trainer.resume_mode=disable" in message
+
+    config.trainer.resume_mode = "disable"
+    assert resume_folder(config) is None
+    resume(config)
+
+
+def test_an_older_checkpoint_can_be_named(config, checkpoints: Path) -> None:
+    (checkpoints / "global_step_10" / FILE_NAME).unlink()
+    config.trainer.resume_mode = "resume_path"
+    config.trainer.resume_from_path = str(checkpoints / "global_step_5")
+    resume(config)
+    (checkpoints / "global_step_5" / FILE_NAME).unlink()
+    with pytest.raises(StateError) as error:
+        resume(config)
+    assert one_line(error).startswith(f"{checkpoints}/global_step_5: holds no")
+
+
+def test_resume_path_without_a_path_is_refused(config, checkpoints: Path) -> None:
+    config.trainer.resume_mode = "resume_path"
+    config.trainer.resume_from_path = None
+    with pytest.raises((ConfigError, StateError)) as error:
+        resume(config)
+    assert "trainer.resume_from_path" in one_line(error)
+
+
+def test_an_unknown_resume_mode_is_refused(config, checkpoints: Path) -> None:
+    """verl only logs it and then fails on a name that was never set."""
+    config.trainer.resume_mode = "always"
+    with pytest.raises((ConfigError, StateError)) as error:
+        resume(config)
+    assert "trainer.resume_mode" in one_line(error)
+
+
+@pytest.mark.parametrize("content", ["ten", "10 5", "-3", "1.5"])
+def test_a_damaged_marker_is_refused_by_name(config, checkpoints: Path, content: str) -> None:
+    (checkpoints / MARKER).write_text(content)
+    assert repair_marker(config) is None
+    with pytest.raises(ConfigError) as error:
+        resume(config)
+    assert one_line(error).startswith(f"{checkpoints / MARKER}: holds {content!r} and no step")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\0\0"], ids=repr)
+def test_a_marker_that_a_kill_left_empty_gets_the_last_whole_checkpoint(config, checkpoints: Path, content) -> None:
+    (checkpoints / MARKER).write_bytes(content)
+    # Left by an earlier kill in the middle of a save.
+    (write_checkpoint(checkpoints / "global_step_15") / DATA_FILE).write_bytes(b"PK")
+    assert repair_marker(config) == 10
+    assert (checkpoints / MARKER).read_text() == "10"
+    assert resume_folder(config) == checkpoints / "global_step_10"
+    assert repair_marker(config) is None, "done once"
+    assert not list(checkpoints.glob(f".{MARKER}*"))
+
+
+def test_an_empty_marker_without_a_whole_checkpoint_is_refused(config, checkpoints: Path) -> None:
+    for step in (5, 10):
+        (checkpoints / f"global_step_{step}" / DATA_FILE).unlink()
+    (checkpoints / MARKER).write_text("")
+    assert repair_marker(config) is None
+    with pytest.raises(ConfigError, match="holds '' and no step"):
+        resume(config)
+
+
+@pytest.mark.parametrize("mode", ["disable", "resume_path"])
+def test_a_marker_that_is_not_read_is_not_repaired(config, checkpoints: Path, mode: str) -> None:
+    (checkpoints / MARKER).write_text("")
+    config.trainer.resume_mode = mode
+    assert repair_marker(config) is None and (checkpoints / MARKER).read_text() == ""
+
+
+def test_the_state_written_by_a_trainer_is_what_is_asked_for(checkpoints: Path) -> None:
+    with np.load(checkpoints / "global_step_10" / FILE_NAME) as archive:
+        assert "meta" in archive.files
+
+
+# ---------------------------------------------------------------- is there anything left to do
+
+
+@pytest.mark.parametrize(("last", "finished"), [(9, True), (10, True), (11, False), (None, False)])
+def test_a_run_is_finished_at_its_last_step(config, checkpoints: Path, last: int | None, finished: bool) -> None:
+    config.trainer.total_training_steps = last
+    assert is_finished(config) is finished
+
+
+@pytest.mark.parametrize(("budget", "finished"), [(4999, True), (5000, True), (5001, False), (None, False)])
+def test_a_run_is_finished_when_its_tokens_are_spent(
+    config, checkpoints: Path, budget: int | None, finished: bool
+) -> None:
+    state = SkpoState(SkpoSettings(), 64)
+    state.tokens_generated = 5000
+    state.save(checkpoints / "global_step_10")
+    config.budget.tokens = budget
+    assert is_finished(config) is finished
+
+
+def test_a_fresh_run_is_not_finished(config, tmp_path: Path) -> None:
+    config.trainer.default_local_dir = str(tmp_path / "nothing")
+    config.trainer.total_training_steps, config.budget.tokens = 1, 1
+    assert not is_finished(config)
+
+
+# ---------------------------------------------------------------- settings that a method would ignore
+
+
+METHOD_PARTS = {
+    "skpo": {"rollout", "objective", "tracker", "curriculum"},
+    "spo": {"tracker", "curriculum"},
+    "grpo": set(),
+}
+
+
+@pytest.mark.parametrize("method", METHOD_PARTS)
+def test_a_setting_that_the_method_ignores_is_refused(compose_config, method: str) -> None:
+    config = compose_config("platform=cpu", f"method={method}")
+    for part, keys in METHOD_SETTINGS.items():
+        for key in keys:
+            for override in (f"skpo.{key}=1", f"+skpo.{key}.x=1", f"++skpo.{key}=1", f"~skpo.{key}"):
+                if part in METHOD_PARTS[method]:
+                    check_method_settings(config, [override])
+                else:
+                    with pytest.raises(ConfigError) as error:
+                        check_method_settings(config, ["data.seed=1", override])
+                    assert one_line(error) == f"skpo.{key}: has no effect with method={method}; leave it out"
+
+
+@pytest.mark.parametrize("method", METHOD_PARTS)
+def test_settings_of_every_method_and_other_options_pass(compose_config, method: str) -> None:
+    config = compose_config("platform=cpu", f"method={method}")
+    shared = ["group_size", "seed", "seed_requests", "poll_interval_s"]
+    shared += ["prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s", "start_timeout_s", "max_logprob_gap"]
+    check_method_settings(config, [f"skpo.{key}=1" for key in shared])
+    check_method_settings(config, ["data.skpo.skip=1", "trainer.nnodes=1", f"method={method}", "~hydra.run.dir"])
+
+
+def test_every_setting_has_a_part_or_is_read_by_every_method() -> None:
+    """A setting added later must be put into METHOD_SETTINGS, or here if all methods read it."""
+    listed = [key for keys in METHOD_SETTINGS.values() for key in keys]
+    assert len(listed) == len(set(listed))
+    top = {key for key in known_keys() if "." not in key} | set(RECORDS)
+    shared = {"group_size", "seed", "seed_requests", "poll_interval_s"}
+    shared |= {"prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s", "start_timeout_s", "max_logprob_gap"}
+    assert top - set(listed) == shared

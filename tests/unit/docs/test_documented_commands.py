@@ -1,0 +1,171 @@
+"""Every command line of README and docs is read by the program that it names, and its values arrive as they are meant.
+
+Nothing is started: a training goes up to its launch, the other programs up to the end of their own parsing.
+"""
+
+import argparse
+import importlib
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from tests.conftest import REPOSITORY
+
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+PYTHON = ("python", ".venv/bin/python", "/opt/verl-skpo/.venv/bin/python")
+SHELL = ("cd", "sleep", "#SBATCH", "export", "source")
+"""Words that begin a line of a shell script which starts no program of ours."""
+
+MEANT = {"skpo.boundaries": ["\n"]}
+"""Values that are not what their text looks like."""
+
+
+def lines_of(document: Path) -> Iterator[str]:
+    """Lines of the ``bash`` blocks, continued ones joined."""
+    for block in re.findall(r"^```bash\n(.*?)^```", document.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.strip() and not line.strip().startswith("#"):
+                yield " ".join(line.split())
+
+
+LINES = [(document.name, line) for document in DOCUMENTS for line in dict.fromkeys(lines_of(document))]
+
+
+def words_of(line: str) -> tuple[list[str], bool]:
+    """The words of a line as the shell gives them, and whether ``...`` leaves some out.
+
+    ``<name>`` becomes a name, ``[--option value]`` its content, ``a|b`` the first alternative.
+    """
+    line = re.sub(r"<(\w[\w .]*)>", lambda match: match[1].replace(" ", "_"), line)
+    line = re.sub(r"\[(--[^\]]*)\]", r"\1", line)
+    words = [re.sub(r"^(\w+)\|[\w|]+$", r"\1", word) for word in shlex.split(line, comments=True)]
+    return [word.replace("...", "left_out") for word in words if word != "..."], "..." in line
+
+
+class Parsed(Exception):
+    """Raised in place of going on behind a successful parse."""
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch):
+    """Run a module or script up to the end of its parsing; returns what it read."""
+    real = argparse.ArgumentParser.parse_args
+
+    def run(program: str, arguments: list[str], loose: bool) -> argparse.Namespace:
+        found: list[argparse.Namespace] = []
+
+        def parse(parser: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+            given = list(sys.argv[1:] if args is None else args)
+            if loose:  # what is required may be among what is left out
+                known = {option for action in every_action(parser) for option in action.option_strings}
+                unknown = [word for word in given if word.startswith("--") and word not in known]
+                assert not unknown, f"{program} does not know {unknown}"
+            else:
+                found.append(real(parser, given, namespace))
+            raise Parsed
+
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        monkeypatch.syspath_prepend(str(REPOSITORY))
+        with pytest.raises(Parsed):
+            if program.endswith(".py"):
+                runpy.run_path(str(REPOSITORY / program), run_name="__main__")
+            else:
+                runpy.run_module(program, run_name="__main__", alter_sys=True)
+        return found[0] if found else argparse.Namespace()
+
+    return run
+
+
+def every_action(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                yield from every_action(below)
+
+
+@pytest.mark.parametrize(("document", "line"), LINES, ids=[f"{name}: {line}"[:90] for name, line in LINES])
+def test_a_documented_line_is_read(document: str, line: str, command_line, parsed, monkeypatch) -> None:
+    words, loose = words_of(line)
+    while words and (words[0] == "--" or re.fullmatch(r"[A-Z_]+=.*", words[0])):
+        words = words[1:]
+    start = next((place for place, word in enumerate(words) if word in PYTHON), None)
+    if words[0] == "bash" and words[1] == "run_skpo.sh":
+        check_training(words[2:], command_line, monkeypatch)
+    elif words[0] == "bash":
+        assert (REPOSITORY / words[1]).is_file()
+    elif start is not None:
+        check_python(words[start + 1 :], loose, command_line, parsed, monkeypatch)
+    elif all("=" in word for word in words) and re.match(r"\+?[a-z_]+[.=]", words[0]) and "$(" not in line:
+        check_training(words, command_line, monkeypatch)
+    else:
+        assert line.startswith(SHELL) or "$(" in line or "ray start" in line, "a line that this test does not know"
+
+
+def check_python(words: list[str], loose: bool, command_line, parsed, monkeypatch) -> None:
+    if words[:2] == ["-m", "recipe.skpo.main"]:
+        check_training(words[2:], command_line, monkeypatch)
+    elif words[:2] == ["-m", "recipe.skpo.evaluation"]:
+        from recipe.skpo.evaluation.command import read_config
+
+        config = read_config([*words[2:], *(["benchmarks=[amc23]"] if loose else [])])
+        assert config.checkpoint and config.benchmarks
+    elif words[:2] == ["-m", "benchmarks"]:
+        assert set(words[2:]) <= {*importlib.import_module("benchmarks.__main__").PARTS, "--steps"}
+    elif words[0] == "-c":
+        compile(words[1], "<documentation>", "exec")
+    elif words[0] == "-m":
+        parsed(words[1], words[2:], loose)
+    else:
+        parsed(words[0], words[1:], loose)
+
+
+def check_training(words: list[str], command_line, monkeypatch) -> None:
+    """Every override is launched with the value that it names."""
+    monkeypatch.setattr("recipe.skpo.checks.model_engine.find_spec", lambda name: object())
+    # What a document leaves out, or only the reader has.
+    stands_for = {"/path/to/file.py": "pkg://reward_fns", "model=left_out": "model=qwen2_5_math_7b"}
+    for gap, own in stands_for.items():
+        words = [word.replace(gap, own) for word in words]
+    if "data=files" in words and not any(word.startswith("data.train_files=") for word in words):
+        words += ["data.train_files=train.parquet", "data.val_files=val.parquet"]
+    # The paper's models are for GPUs, which a real machine is asked for.
+    platform = "gpu" if any(word.startswith("model=") for word in words) else "cpu"
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    words = [re.sub(r"\$\{?(\w+)\}?", "2", word) if "$SLURM" in word or "$address" in word else word for word in words]
+    launched = command_line(*words, platform=platform)
+    assert launched.message is None, launched.message
+    if "--cfg" in words:
+        return
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        if "." in key or key == "output_dir":
+            wanted = MEANT.get(key, yaml.safe_load(value))
+            found = OmegaConf.select(launched.config, key)
+            found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+            if key == "skpo.boundaries":
+                from recipe.skpo.checks.settings import SkpoSettings
+
+                found = SkpoSettings.from_config(launched.config.skpo).boundaries
+            # Relative names are absolute by then.
+            assert found == wanted or last_parts(found) == last_parts(wanted), key
+
+
+def last_parts(value: Any) -> list[str]:
+    return [Path(str(item)).name for item in (value if isinstance(value, list) else [value])]
+
+
+def test_folders_of_the_default_run_are_called_as_it_calls_them(compose_config) -> None:
+    made = {compose_config().output_dir, compose_config("method=grpo").output_dir}
+    for document in DOCUMENTS:
+        named = set(re.findall(r"outputs/smollm2_135m[\w-]*", document.read_text(encoding="utf-8")))
+        assert named <= made, document.name

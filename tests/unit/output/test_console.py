@@ -1,0 +1,88 @@
+"""Texts under a console and a locale of another encoding: files are UTF-8, and nothing ends for a character."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipe.skpo.output.metrics import MetricsFile, read_lines
+from recipe.skpo.output.trees import FOLDER, TreeStore
+from tests.unit.output.test_summary import tree
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+SOURCE = "数学/题目"
+
+COMMAND = """\
+import locale, sys
+from pathlib import Path
+assert locale.getpreferredencoding().lower() not in ("utf-8", "utf8"), "the test's locale"
+from recipe.skpo.output.page import write_report
+from recipe.skpo.output.metrics import MetricsFile
+from recipe.skpo.output.console import replace_unprintable
+from recipe.skpo.output.summary import summary
+
+folder = Path(sys.argv[1])
+replace_unprintable()
+MetricsFile(folder / "metrics.jsonl", resumed_at=3)
+print(summary(folder))
+print(write_report(folder).name)
+"""
+
+
+@pytest.mark.parametrize("console", ["gbk", "iso-8859-1", "ascii"])
+def test_a_run_is_reported_under_any_encoding(tmp_path: Path, console: str) -> None:
+    """The locale C stands for the others, which need not be installed: its ASCII has none of the characters."""
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    metrics.log({f"val-core/{SOURCE}/acc/mean@1": 0.5}, 3)
+    TreeStore(tmp_path / FOLDER, 64.0, 0).write(3, [tree(problem="三加四 🙂?")])
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": console}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, str(tmp_path)],
+        env={**os.environ, **plain, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr.decode(errors="replace")[-2000:]
+    lines = done.stdout.decode(console).splitlines()
+    shown = SOURCE if console == "gbk" else SOURCE.replace("数学", "??").replace("题目", "??")
+    assert any(f"held-out {shown}" in line for line in lines), lines
+    assert lines[-1] == "report.html"
+    assert "三加四 🙂?" in (tmp_path / "sample_trees.txt").read_text(encoding="utf-8")
+    assert f"val-core/{SOURCE}/acc/mean@1" in read_lines(tmp_path / "metrics.jsonl")[0], "not damaged by the resume"
+
+
+def _locale_dependent(tree: ast.Module) -> list[int]:
+    """Lines that open a text, or read a process's, in the locale's encoding; ruff sees less where types are unknown."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {item.arg for item in node.keywords}
+        attribute = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        modes = [item.value for item in node.args[0 if attribute else 1 :][:1] if isinstance(item, ast.Constant)]
+        text = name in ("read_text", "write_text") or (
+            name == "open" and any(mode in ("r", "w", "a") for mode in modes)
+        )
+        text = text or (name == "open" and not attribute and len(node.args) == 1)
+        if (text or keywords & {"text", "universal_newlines"}) and "encoding" not in keywords:
+            found.append(node.lineno)
+    return found
+
+
+def test_every_text_has_an_encoding() -> None:
+    files = [
+        path
+        for folder in ("recipe", "data_prep", "data_prep", "reward_fns", "benchmarks", "scripts")
+        for path in (REPOSITORY / folder).rglob("*.py")
+    ]
+    found = {
+        f"{path.relative_to(REPOSITORY)}:{line}"
+        for path in files
+        for line in _locale_dependent(ast.parse(path.read_text(encoding="utf-8")))
+    }
+    # A method of importlib's, which reads what was installed.
+    assert {place for place in found if "distribution_alias" not in place} == set()

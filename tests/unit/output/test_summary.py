@@ -1,0 +1,216 @@
+"""The summary at the end of a run, from the files that the run wrote."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipe.skpo.output.metrics import MetricsFile
+from recipe.skpo.output.summary import decoding, held_out, render_tree, summary, write_sample_trees
+from recipe.skpo.output.trees import FOLDER, TreeStore
+
+SOURCE = "skpo/arithmetic"
+
+
+def validation(acc: float, well_formed: float | None = None, source: str = SOURCE) -> dict[str, float]:
+    """Names as verl writes them: the core variable apart from the others."""
+    line = {f"val-core/{source}/acc/mean@1": acc, f"val-aux/{source}/reward/mean@1": 2 * acc - 1}
+    return line if well_formed is None else line | {f"val-aux/{source}/well_formed/mean@1": well_formed}
+
+
+def tree(step: int = 3, **changes: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "prompt_id": "train-9",
+        "problem": "3 + 4?",
+        "answer": "7",
+        "split_position": 12,
+        "candidates": [
+            {"text": "first", "rest": "", "deviation": 0.125, "ended_early": False, "chosen": False},
+            {"text": "second\nline", "rest": " and more", "deviation": 0.25, "ended_early": True, "chosen": True},
+        ],
+        "segment": {"text": "second\nline", "reward": -0.5, "baseline": 0.75, "advantage": -1.25},
+        "skip_prompt": "second\nline3 + 4?",
+        "responses": [
+            {"text": "seven", "reward": 1.0, "advantage": 1.5, "length": 1, "answer": "7"},
+            {"text": "eight", "reward": -1.0, "advantage": -0.5, "length": 1, "answer": None},
+        ],
+    } | changes
+
+
+def store_trees(output_dir: Path, steps: Iterable[int]) -> None:
+    store = TreeStore(output_dir / FOLDER, max_mb=64.0, resumed_at=0)
+    for step in steps:
+        store.write(step, [tree(step)])
+
+
+# ---------------------------------------------------------------- held-out numbers
+
+
+def test_accuracy_and_share_of_well_formed_answers_are_told_apart() -> None:
+    found = held_out({"step": 4, "skpo/loss": 1.0, **validation(0.3, 0.6)})
+    assert found == {SOURCE: {"acc": 0.3, "well_formed": 0.6, "acc_of_well_formed": pytest.approx(0.5)}}
+
+
+def test_without_well_formed_only_the_accuracy_is_given() -> None:
+    assert held_out(validation(0.3)) == {SOURCE: {"acc": 0.3}}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {f"val-core/{SOURCE}/reward/mean@1": -0.5},
+        # As former releases wrote it.
+        {f"val-core/{SOURCE}/acc/mean@1": -0.5, f"val-aux/{SOURCE}/reward/mean@1": -0.5},
+        {f"val-core/{SOURCE}/reward/mean@4": -0.5, f"val-aux/{SOURCE}/score/mean@4": -0.5},
+    ],
+    ids=["number", "number of a former release", "record without acc"],
+)
+def test_the_mean_reward_is_given_where_no_acc_is_reported(line: dict[str, float], tmp_path: Path) -> None:
+    assert held_out(line) == {SOURCE: {"reward": -0.5}}
+    MetricsFile(tmp_path / "metrics.jsonl", resumed_at=0).log(line, step=0)
+    text = summary(tmp_path)
+    assert row(text, "mean reward") == ["-0.500", "-0.500"] and "accuracy" not in text
+
+
+def test_an_accuracy_of_one_that_equals_the_mean_reward_stays_one() -> None:
+    line = validation(1.0) | {f"val-aux/{SOURCE}/score/mean@1": 1.0}
+    assert held_out(line) == {SOURCE: {"acc": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"temperature": 0, "top_p": 1.0, "n": 1}, "greedy"),
+        ({"temperature": 0.6, "top_k": 1}, "greedy"),
+        ({"temperature": 0.6, "top_p": 0.95, "n": 4}, "temperature 0.6, top-p 0.95, mean of 4"),
+        ({"temperature": 1.0, "top_k": 20, "do_sample": False}, "temperature 1, top-k 20"),
+        ({"temperature": 0, "n": 2}, "greedy, mean of 2"),
+        ({"temperature": "hot"}, ""),
+        ({}, ""),
+        (None, ""),
+    ],
+    ids=str,
+)
+def test_the_words_for_decoding_follow_the_settings(tmp_path: Path, options: dict | None, words: str) -> None:
+    from omegaconf import OmegaConf
+
+    OmegaConf.save({"actor_rollout_ref": {"rollout": {"val_kwargs": options}}}, tmp_path / "config.yaml")
+    assert decoding(tmp_path) == words
+
+
+def test_without_a_config_nothing_is_said_of_the_decoding(tmp_path: Path) -> None:
+    assert decoding(tmp_path) == ""
+
+
+def test_no_well_formed_answer_at_all_gives_zero_accuracy_among_them() -> None:
+    assert held_out(validation(0.0, 0.0))[SOURCE]["acc_of_well_formed"] == 0.0
+
+
+def test_every_source_has_its_own_numbers() -> None:
+    line = validation(0.3, 0.6) | validation(0.75, source="math") | validation(0.5, source="a/b/c")
+    assert {source: values["acc"] for source, values in held_out(line).items()} == {
+        SOURCE: 0.3,
+        "math": 0.75,
+        "a/b/c": 0.5,
+    }
+
+
+def test_lines_of_training_hold_no_held_out_numbers() -> None:
+    line = {"step": 1, "critic/score/mean": 0.5, "acc/mean@1": 0.5, f"val-core/{SOURCE}/acc/best@8/mean": 0.9}
+    assert held_out(line) == {}
+
+
+def test_spread_of_the_accuracy_is_not_taken_for_the_accuracy() -> None:
+    line = validation(0.3) | {f"val-aux/{SOURCE}/acc/std@8": 0.46, f"val-aux/{SOURCE}/acc/best@8/mean": 0.9}
+    assert held_out(line) == {SOURCE: {"acc": 0.3}}
+
+
+# ---------------------------------------------------------------- the summary
+
+
+def run(output_dir: Path) -> Path:
+    """A run of 4 steps, validated before, in the middle and after."""
+    file = MetricsFile(output_dir / "metrics.jsonl", resumed_at=0)
+    file.log(validation(0.1, 0.2), step=0)
+    file.log({"skpo/loss": 0.1}, step=1)
+    file.log(validation(0.9, 0.9), step=2)
+    file.log({"skpo/loss": 0.1}, step=3)
+    file.log({"skpo/loss": 0.1, **validation(0.45, 0.9)}, step=4)
+    for step in (2, 4, 10):
+        (output_dir / "checkpoints" / f"global_step_{step}").mkdir(parents=True)
+    store_trees(output_dir, range(5))
+    (output_dir / "config.yaml").write_text("actor_rollout_ref: {rollout: {val_kwargs: {temperature: 0, n: 1}}}")
+    return output_dir
+
+
+def row(text: str, label: str) -> list[str]:
+    (line,) = (line for line in text.splitlines() if line.strip().startswith(label))
+    return line.strip().removeprefix(label).split()
+
+
+def test_summary_shows_the_numbers_before_and_after(tmp_path: Path) -> None:
+    text = summary(run(tmp_path), minutes=7.5)
+    assert f"{tmp_path.name}: 4 steps, 7.5 minutes" in text
+    assert row(text, f"held-out {SOURCE}, greedy") == ["step", "0", "step", "4"]
+    assert row(text, "accuracy among well-formed") == ["0.500", "0.500"]
+    assert row(text, "share of well-formed answers") == ["0.200", "0.900"]
+    assert row(text.replace("accuracy among", "among"), "accuracy") == ["0.100", "0.450"]
+
+
+def test_summary_says_where_everything_lies(tmp_path: Path) -> None:
+    text = summary(run(tmp_path), minutes=7.0)
+    assert row(text, "checkpoint") == [str(tmp_path / "checkpoints" / "global_step_10")]  # not by the alphabet
+    assert row(text, "metrics") == [str(tmp_path / "metrics.jsonl")]
+    assert row(text, "three trees") == [str(tmp_path / "sample_trees.txt")]
+    assert (tmp_path / "sample_trees.txt").is_file()
+
+
+def test_a_source_that_was_not_there_before_has_no_number_before(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", resumed_at=0)
+    file.log(validation(0.1), step=0)
+    file.log(validation(0.5, source="math"), step=1)
+    assert row(summary(tmp_path, 1.0), "accuracy") == ["nan", "0.500"]
+
+
+def test_a_run_that_wrote_nothing_still_has_a_summary(tmp_path: Path) -> None:
+    text = summary(tmp_path, minutes=0.0)
+    assert f"{tmp_path.name}: 0 steps" in text
+    assert "held-out" not in text and "checkpoint" not in text and "trees" not in text
+
+
+# ---------------------------------------------------------------- trees
+
+
+def test_tree_reads_from_problem_to_responses() -> None:
+    assert render_tree(tree()).splitlines() == [
+        "step 3   problem: 3 + 4?   answer: 7",
+        "  upstream candidates, cut at t_q = 12",
+        "     d=0.125  'first'",
+        "  -> d=0.250  'second\\nline'  (ended early)",
+        "  segment reward -0.50, advantage -1.25",
+        "  downstream responses to [segment, problem]",
+        "     +1  A=+1.50  'seven'",
+        "     -1  A=-0.50  'eight'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"), [(7, ["1", "4", "7"]), (3, ["1", "2", "3"]), (2, ["1", "2"]), (1, ["1"])]
+)
+def test_trees_from_first_to_last_are_written(tmp_path: Path, written: int, shown: list[str]) -> None:
+    store_trees(tmp_path, range(1, written + 1))
+    target = write_sample_trees(tmp_path, count=3)
+    assert target is not None
+    assert [line.split()[1] for line in target.read_text().splitlines() if line.startswith("step")] == shown
+
+
+def test_an_empty_folder_of_trees_gives_none(tmp_path: Path) -> None:
+    store_trees(tmp_path, [])
+    assert write_sample_trees(tmp_path) is None
+
+
+def test_without_trees_nothing_is_written(tmp_path: Path) -> None:
+    assert write_sample_trees(tmp_path) is None
+    assert list(tmp_path.iterdir()) == []

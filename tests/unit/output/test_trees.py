@@ -1,0 +1,346 @@
+"""Rollout trees: what is stored of a rollout, what happens on a resume, and the bound of the folder."""
+
+import logging
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recipe.skpo.output.trees import (
+    FOLDER,
+    LONGEST_TEXT,
+    TREE_SCHEMA,
+    TreeStore,
+    read_trees,
+    rollout_tree,
+    sample_rows,
+    spread,
+    stored_steps,
+    tree_index,
+)
+
+
+def a_tree(step: int = 1, text: str = "text") -> dict[str, Any]:
+    return {
+        "step": step,
+        "prompt_id": text,
+        "problem": text,
+        "answer": text,
+        "split_position": 4,
+        "candidates": [{"text": text, "rest": text, "deviation": 0.5, "ended_early": True, "chosen": True}],
+        "segment": {"text": text, "reward": 0.25, "baseline": -0.5, "advantage": 1.5},
+        "skip_prompt": text,
+        "responses": [{"text": text, "reward": 1.0, "advantage": -0.5, "length": 3, "answer": None}],
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / FOLDER
+
+
+def all_trees(output_dir: Path) -> list[dict[str, Any]]:
+    return list(read_trees(tree_index(output_dir)))
+
+
+# ---------------------------------------------------------------- one tree
+
+
+def letters(token_ids: list[int]) -> str:
+    return "".join(chr(token) for token in token_ids)
+
+
+def the_tree(candidates: list[dict[str, Any]], chosen: int, decode=letters) -> dict[str, Any]:
+    return rollout_tree(
+        step=12,
+        prompt_id="train-3",
+        problem="3 + 4?",
+        answer="7",
+        record={"split_position": 2, "chosen": chosen, "candidates": candidates},
+        segment={"reward": 1.0, "baseline": 0.5, "advantage": -0.25},
+        skip_prompt="c3 + 4?",
+        responses=[{"text": "é 7", "reward": 1.0, "advantage": 0.5, "length": 3, "answer": "7"}],
+        decode=decode,
+    )
+
+
+CANDIDATES = [
+    {"token_ids": [97, 98], "rest_ids": [], "deviation": 0.1, "ended_early": False},
+    {"token_ids": [99], "rest_ids": [100], "deviation": 0.4, "ended_early": True},
+]
+
+
+def test_tree_shows_candidates_chosen_segment_and_responses() -> None:
+    assert the_tree(CANDIDATES, chosen=1) == {
+        "step": 12,
+        "prompt_id": "train-3",
+        "problem": "3 + 4?",
+        "answer": "7",
+        "split_position": 2,
+        "candidates": [
+            {"text": "ab", "rest": "", "deviation": 0.1, "ended_early": False, "chosen": False},
+            {"text": "c", "rest": "d", "deviation": 0.4, "ended_early": True, "chosen": True},
+        ],
+        "segment": {"text": "c", "reward": 1.0, "baseline": 0.5, "advantage": -0.25},
+        "skip_prompt": "c3 + 4?",
+        "responses": [{"text": "é 7", "reward": 1.0, "advantage": 0.5, "length": 3, "answer": "7"}],
+    }
+
+
+def test_the_rest_is_what_stands_behind_the_kept_text() -> None:
+    """Decoded alone, sentencepiece drops a leading space; a cut inside of a character spells it differently."""
+    strip = lambda ids: letters(ids).lstrip(" ")  # noqa: E731
+    (tree,) = the_tree([CANDIDATES[1] | {"rest_ids": [32, 100]}], 0, decode=strip)["candidates"]
+    assert (tree["text"], tree["rest"]) == ("c", " d")
+
+    def utf8(token_ids: list[int]) -> str:
+        return bytes(token_ids).decode("utf-8", "replace")
+
+    (tree,) = the_tree([CANDIDATES[1] | {"token_ids": [99, 0xC3], "rest_ids": [0xA9, 100]}], 0, utf8)["candidates"]
+    assert (tree["text"], tree["rest"]) == ("c\ufffd", "\ufffdd")
+
+
+def test_the_schema_says_what_every_column_is(folder: Path) -> None:
+    def described(fields: list[pa.Field]) -> None:
+        for field in fields:
+            assert field.metadata[b"description"], field.name
+            inner = field.type.value_type if pa.types.is_list(field.type) else field.type
+            described(list(inner)) if pa.types.is_struct(inner) else None
+
+    TreeStore(folder, 64.0, 0).write(1, [a_tree()])
+    (path,) = stored_steps(folder).values()
+    assert pq.read_schema(path).equals(TREE_SCHEMA, check_metadata=False)
+    described(list(pq.read_schema(path)))
+
+
+# ---------------------------------------------------------------- what the trainer stores
+
+
+def test_the_trainer_stores_what_was_rolled_out(monkeypatch, folder: Path) -> None:
+    from recipe.skpo.trainer import skpo as module
+
+    rows = {
+        "s": {"responses": [99], "prompts": [113], "extra_fields": {"skpo": None, "reward_extra_info": {}}},
+        "a": {"responses": [55], "prompts": [99, 113], "extra_fields": {"reward_extra_info": {"pred": 7}}},
+        "b": {"responses": [56, 57], "prompts": [99, 113], "extra_fields": {}},
+    }
+    rows["s"]["extra_fields"]["skpo"] = {"split_position": 2, "chosen": 1, "candidates": CANDIDATES}
+
+    class Data(dict):
+        def get(self, name: str) -> Any:
+            return SimpleNamespace(tolist=lambda: self[name])
+
+    def kv_batch_get(keys: list[str], partition_id: str, select_fields: list[str]) -> Data:
+        constant = {
+            "id": "p-1",
+            "raw_prompt": [{"content": "?"}, {"content": "q"}],
+            "reward_model": {"ground_truth": 7},
+        }
+        data = Data({name: [constant[name]] * len(keys) for name in constant})
+        data["extra_fields"] = [rows[key]["extra_fields"] for key in keys]
+        for name in ("prompts", "responses"):
+            tensors = [torch.tensor(rows[key][name]) for key in keys]
+            data[name] = torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
+        assert set(data) == set(select_fields)
+        return data
+
+    monkeypatch.setattr(module, "tq", SimpleNamespace(kv_batch_get=kv_batch_get))
+    trainer = object.__new__(module.SkpoTrainer)
+    trainer.global_steps, trainer.trees = 5, TreeStore(folder, 64.0, 0)
+    trainer.tokenizer = SimpleNamespace(
+        decode=lambda ids, skip_special_tokens: letters(ids) if skip_special_tokens else f"<s>{letters(ids)}"
+    )
+    values = {
+        "reward": [9, 0, 1, -1],
+        "advantage": [9, 0.5, 2, -2],
+        "baseline": [9, 0.25, 0, 0],
+        "length": [9, 1, 1, 2],
+    }
+    numbers = {name: torch.tensor(value) for name, value in values.items()}
+    batch = SimpleNamespace(keys=["other", "s", "a", "b"], partition_id="train")
+    trainer._write_trees(batch, [(1, torch.tensor([False, False, True, True]))], numbers)
+
+    assert all_trees(folder.parent) == [
+        the_tree(CANDIDATES, chosen=1)
+        | {"step": 5, "prompt_id": "p-1", "problem": "q", "answer": "7", "skip_prompt": "<s>cq"}
+        | {"segment": {"text": "c", "reward": 0.0, "baseline": 0.25, "advantage": 0.5}}
+        | {
+            "responses": [
+                {"text": "7", "reward": 1.0, "advantage": 2.0, "length": 1, "answer": "7"},
+                {"text": "89", "reward": -1.0, "advantage": -2.0, "length": 2, "answer": None},
+            ]
+        }
+    ]
+
+
+def test_the_sample_of_a_step_depends_on_seed_and_step_alone() -> None:
+    rows = list(range(100, 200))
+    first = sample_rows(rows, 8, seed=1, step=3)
+    assert first == sample_rows(rows, 8, seed=1, step=3) == sorted(set(first)) and set(first) <= set(rows)
+    others = [sample_rows(rows, 8, seed, step) for seed, step in ((1, 4), (2, 3), (13, 0))]
+    assert all(first != other for other in others)
+    firsts = {sample_rows(rows, 1, 1, step)[0] for step in range(200)}
+    assert len(firsts) > 60, "every prompt has its chance"
+
+
+def test_no_more_rows_are_sampled_than_there_are() -> None:
+    assert sample_rows([5, 7], 8, 1, 1) == [5, 7]
+    assert sample_rows([], 8, 1, 1) == sample_rows([5], 0, 1, 1) == []
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_trees_come_back_as_they_were(folder: Path) -> None:
+    store = TreeStore(folder, 64.0, 0)
+    store.write(12, [a_tree(12, 'null \x00 quote " é 😀'), a_tree(12, "")])
+    store.write(3, [a_tree(3)])
+    assert [path.name for path in sorted(folder.iterdir())] == ["step_000003.parquet", "step_000012.parquet"]
+    assert all_trees(folder.parent) == [a_tree(3), a_tree(12, 'null \x00 quote " é 😀'), a_tree(12, "")]
+
+
+def test_steps_are_in_the_order_of_numbers(folder: Path) -> None:
+    store = TreeStore(folder, 64.0, 0)
+    for step in (1_000_000, 999_999, 7):
+        store.write(step, [a_tree(step)])
+    assert [tree["step"] for tree in all_trees(folder.parent)] == [7, 999_999, 1_000_000]
+
+
+def test_only_the_places_that_are_asked_for_are_read(folder: Path) -> None:
+    store = TreeStore(folder, 64.0, 0)
+    for step in (1, 2):
+        store.write(step, [a_tree(step, str(number)) for number in range(3)])
+    index = tree_index(folder.parent)
+    found = [(tree["step"], tree["problem"]) for tree in read_trees([index[0], index[2], index[4]])]
+    assert found == [(1, "0"), (1, "2"), (2, "1")]
+
+
+def test_a_step_without_trees_writes_nothing(folder: Path) -> None:
+    TreeStore(folder, 64.0, 0).write(1, [])
+    assert list(folder.iterdir()) == []
+
+
+def test_a_longer_text_is_cut_with_a_mark(folder: Path) -> None:
+    store = TreeStore(folder, 64.0, 0)
+    store.write(1, [a_tree(1, "x" * LONGEST_TEXT), a_tree(1, "y" * 1_000_000)])
+    whole, cut = all_trees(folder.parent)
+    assert whole == a_tree(1, "x" * LONGEST_TEXT)
+    assert cut["responses"][0]["text"] == "y" * LONGEST_TEXT + " [cut here: 1000000 characters in all]"
+    assert cut["candidates"][0]["rest"] == cut["problem"] == cut["responses"][0]["text"]
+
+
+def test_half_a_surrogate_pair_is_stored_as_an_escape(folder: Path) -> None:
+    TreeStore(folder, 64.0, 0).write(1, [a_tree(1, "a\ud83db")])
+    assert all_trees(folder.parent) == [a_tree(1, "a\\ud83db")]
+
+
+@pytest.mark.parametrize("resumed_at", [0, 2, 9])
+def test_steps_after_the_checkpoint_are_removed_on_a_resume(folder: Path, resumed_at: int) -> None:
+    store = TreeStore(folder, 64.0, 0)
+    for step in range(1, 6):
+        store.write(step, [a_tree(step)])
+    (folder / ".step_000004.parquet.4711").write_bytes(b"left by a kill")
+    (folder / "notes.txt").write_text("mine")
+    store = TreeStore(folder, 64.0, resumed_at)
+    assert list(stored_steps(folder)) == list(range(1, min(resumed_at, 5) + 1))
+    assert {path.name for path in folder.iterdir() if path.suffix != ".parquet"} == {"notes.txt"}
+    store.write(4, [a_tree(4, "again")])
+    assert all_trees(folder.parent)[min(resumed_at, 3)]["problem"] == "again"
+
+
+def test_a_file_is_whole_or_absent(folder: Path, monkeypatch) -> None:
+    store = TreeStore(folder, 64.0, 0)
+    store.write(1, [a_tree(1, "before")])
+
+    def killed(table: pa.Table, where: Any, **options: Any) -> None:
+        where.write(b"PAR1 half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("recipe.skpo.output.trees.pq.write_table", killed)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(1, [a_tree(1, "after")])
+    assert all_trees(folder.parent) == [a_tree(1, "before")]
+
+
+@pytest.mark.parametrize("kept", [0, 200])
+def test_a_damaged_file_is_left_out_and_said(folder: Path, caplog, kept: int) -> None:
+    store = TreeStore(folder, 64.0, 0)
+    for step in (1, 2, 3):
+        store.write(step, [a_tree(step)])
+    path = stored_steps(folder)[2]
+    content = path.read_bytes()
+    # Cut off, or with a good footer and spoilt data.
+    path.write_bytes(
+        content[:100] if kept else content[:4] + b"\xff" * (len(content) // 3) + content[4 + len(content) // 3 :]
+    )
+    with caplog.at_level(logging.WARNING):
+        assert [tree["step"] for tree in all_trees(folder.parent)] == [1, 3]
+    assert str(path) in caplog.text
+
+
+def test_a_run_without_trees_has_none(tmp_path: Path) -> None:
+    assert tree_index(tmp_path) == []
+
+
+# ---------------------------------------------------------------- the bound
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def test_over_the_bound_the_steps_that_are_left_stay_even(folder: Path) -> None:
+    store = TreeStore(folder, 64.0, 0)
+    store.write(1, [a_tree()])
+    bound = 20.5 * size(folder) / 1e6
+    store = TreeStore(folder, bound, 0)
+    for step in range(1, 201):
+        store.write(step, [a_tree(step)])
+        assert size(folder) <= bound * 1e6
+    steps = list(stored_steps(folder))
+    gaps = [later - earlier for earlier, later in pairwise(steps)]
+    assert (steps[0], steps[-1], len(steps)) == (1, 200, 20)
+    assert max(gaps) <= 2 * 199 / 19, f"{steps} leave a hole"
+    assert min(gaps[:-1]) >= 199 / 19 / 2, f"{steps} crowd"
+
+
+def test_no_more_is_removed_than_the_bound_asks_for(folder: Path) -> None:
+    store = TreeStore(folder, 64.0, 0)
+    for step in range(1, 41):
+        store.write(step, [a_tree(step)])
+    TreeStore(folder, 20.5 * size(folder) / 40 / 1e6, resumed_at=40).write(41, [a_tree(41)])
+    assert len(stored_steps(folder)) == 20
+
+
+def test_below_the_bound_nothing_is_removed(folder: Path) -> None:
+    store = TreeStore(folder, 0.5, 0)
+    for step in range(1, 21):
+        store.write(step, [a_tree(step)])
+    assert list(stored_steps(folder)) == list(range(1, 21))
+
+
+def test_the_newest_step_is_kept_whatever_its_size(folder: Path) -> None:
+    store = TreeStore(folder, 1e-6, 0)
+    for step in (1, 2, 3):
+        store.write(step, [a_tree(step)])
+        assert list(stored_steps(folder)) == [step]
+
+
+@settings(max_examples=200, deadline=None)
+@given(total=st.integers(0, 300), count=st.integers(1, 50))
+def test_a_spread_goes_evenly_from_first_to_last(total: int, count: int) -> None:
+    shown = spread(total, count)
+    assert len(shown) == min(total, count) and shown == sorted(set(shown))
+    if total > 0:
+        assert shown[0] == 0
+    if total > 0 and count > 1:
+        assert shown[-1] == total - 1
+        gaps = [later - earlier for earlier, later in pairwise(shown)]
+        assert not gaps or max(gaps) - min(gaps) <= 1

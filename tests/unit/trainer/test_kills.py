@@ -1,0 +1,396 @@
+"""A run killed at every point of a save, against the same run never killed; without Ray and models.
+
+Real here: our trainer's saving, loading, prompts, trackers and metrics file, verl's part of a checkpoint and its data
+loader, the start-up checks.  Made up: what the actor writes, and rewards, which depend on the weight, the prompt, the
+split position and the seed, so that a difference anywhere shows in all that follows.  Every launch is a fork of this
+process and ends by SIGKILL or by ``os._exit``.  ``tests/e2e/test_resume.py`` does a few of them with everything real.
+"""
+
+import json
+import os
+import re
+import signal
+import traceback
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ray.exceptions import RayTaskError
+
+from data_prep.schema import Row, write_parquet
+from recipe.skpo.checks.config import check_resume, is_finished
+from recipe.skpo.checks.identity import fingerprint
+from recipe.skpo.checks.resume import FILE_NAME as FINGERPRINT
+from recipe.skpo.checks.settings import SkpoSettings
+from recipe.skpo.ending import way_on
+from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.rollout.worker import SEED_FIELD, SPLIT_FIELD
+from recipe.skpo.trainer.checkpoints import (
+    MARKER,
+    METRICS_FILE,
+    SaveError,
+    mark,
+    marked_step,
+    repair_marker,
+    stored_checkpoints,
+)
+from recipe.skpo.trainer.state import FILE_NAME
+from tests.e2e.killed import POINTS, install
+
+pytestmark = pytest.mark.resume
+
+STEPS, SAVE_EVERY = 7, 2
+ROWS, BATCH = 12, 4  # three steps per epoch
+
+
+class Actor:
+    """One number for a model; its files have the names of verl's FSDP engine."""
+
+    def __init__(self) -> None:
+        self.weight = 0.0
+
+    def save_checkpoint(self, path: str, remote: None, step: int, max_ckpt_to_keep: None) -> None:
+        assert remote is None and max_ckpt_to_keep is None, "verl removes nothing"
+        Path(path).mkdir(parents=True, exist_ok=True)
+        for start in ("model", "optim", "extra_state"):
+            torch.save({"weight": self.weight}, Path(path) / f"{start}_world_size_1_rank_0.pt")
+
+    def load_checkpoint(self, local_path: str, del_local_after_load: bool) -> None:
+        self.weight = torch.load(Path(local_path) / "model_world_size_1_rank_0.pt")["weight"]
+
+
+def make_trainer(config: Any) -> Any:
+    from recipe.skpo.trainer.skpo import SkpoTrainer
+
+    trainer = SkpoTrainer(config)
+    trainer.tokenizer, trainer.processor = None, None
+    trainer.use_critic, trainer.actor_rollout_wg = False, Actor()
+    trainer.checkpoint_callback = SimpleNamespace(on_save=lambda **options: None)
+    trainer.logger = SimpleNamespace(logger={})
+    trainer._init_dataloader()
+    trainer._load_checkpoint()
+    trainer._open_metrics_file()
+    return trainer
+
+
+def train(config: Any) -> None:
+    """What ``main`` and verl's loop do, from what is in the run's folder to its last step."""
+    repair_marker(config)
+    check_resume(config, SkpoSettings.from_config(config.skpo), lambda: fingerprint(config))
+    if is_finished(config):
+        return
+    fingerprint(config).write(Path(config.output_dir))
+    trainer = make_trainer(config)
+    while trainer.global_steps < STEPS:
+        trainer.global_steps += 1
+        metrics: dict[str, float] = {}
+        trainer.step(metrics, {})
+        if trainer.global_steps % SAVE_EVERY == 0 or trainer.global_steps == STEPS:
+            trainer._save_checkpoint()
+        trainer.logger.logger["metrics_file"].log(metrics, trainer.global_steps)
+
+
+def made_up_step(trainer: Any, metrics: dict[str, float], timing_raw: dict[str, float]) -> None:
+    """In place of verl's: what it changes, without a model."""
+    batch = trainer._next_train_batch()
+    trainer.on_sample_begin()
+    visits = zip(batch.get("id").tolist(), batch[SPLIT_FIELD].tolist(), batch[SEED_FIELD].tolist(), strict=True)
+    for index, (prompt_id, split, seed) in enumerate(visits):
+        key = zlib.crc32(f"{prompt_id} {split} {seed} {trainer.actor_rollout_wg.weight}".encode())
+        trainer.state.observe(prompt_id, key % 9 / 4 - 1, 4 + key % 40)
+        trainer.actor_rollout_wg.weight += key / 2**32 - 0.5
+        numbers = {"prompt": zlib.crc32(prompt_id.encode()), "split": split, "seed": seed, "key": key}
+        metrics |= {f"{name}/{index}": value for name, value in numbers.items()}
+    trainer.state.clock.advance(abs(trainer.actor_rollout_wg.weight))
+    trainer.state.tokens_generated += 10
+
+
+def launch(work: Callable[[], None], log: Path) -> int:
+    """Run ``work`` in a fork; 0, or minus the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            torch.set_num_threads(1)
+            work()
+            code = 0
+        except BaseException:
+            log.write_text(traceback.format_exc(), encoding="utf-8")
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def killed(config: Any, point: str, step: int) -> None:
+    install(point, step, os.getpid())
+    train(config)
+
+
+@pytest.fixture
+def make_config(compose_config, model_folder: Path, tmp_path: Path, monkeypatch) -> Callable[..., Any]:
+    """The config of a run in a folder of its own; ``curriculum`` on or off."""
+    from transformers import AutoTokenizer
+    from verl.trainer.ppo.v1 import trainer_base
+    from verl.utils.dataset.rl_dataset import RLHFDataset
+
+    import recipe.skpo.trainer.skpo  # noqa: F401  once, before the first fork
+
+    files = {}
+    for role, size in {"train": ROWS, "val": ROWS, "other": ROWS, "small": BATCH}.items():
+        files[role] = tmp_path / f"{role}.parquet"
+        rows = [
+            Row("t", [{"role": "user", "content": f"{role} {n}"}], "1", "none", role, n, f"{role} {n}")
+            for n in range(size)
+        ]
+        write_parquet(rows, files[role])
+    monkeypatch.setattr(trainer_base.PPOTrainer, "step", made_up_step)
+    # Read once for all forks.
+    data = compose_config("platform=cpu", "data=files").data
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    read = {str(file): RLHFDataset(str(file), tokenizer, data) for file in files.values()}
+    monkeypatch.setattr(trainer_base, "create_rl_dataset", lambda file, *arguments, **options: read[file])
+
+    def make(name: str, curriculum: bool, keep: int | None = 2) -> Any:
+        config = compose_config("platform=cpu", "data=files", "skpo.group_size=2")
+        config.data.train_files, config.data.val_files = str(files["train"]), str(files["val"])
+        config.data.train_batch_size, config.data.max_response_length = BATCH, 64
+        config.actor_rollout_ref.model.path = str(model_folder)
+        config.skpo.curriculum.enable = curriculum
+        config.output_dir = str(tmp_path / name)
+        config.trainer.default_local_dir = str(tmp_path / name / "checkpoints")
+        config.trainer.total_training_steps, config.trainer.max_actor_ckpt_to_keep = STEPS, keep
+        return config
+
+    return make
+
+
+def result(config: Any) -> dict[str, Any]:
+    last = Path(config.trainer.default_local_dir) / f"global_step_{STEPS}"
+    with np.load(last / FILE_NAME) as archive:
+        state = {name: archive[name].tolist() for name in archive.files if name != "meta"}
+        state["meta"] = json.loads(str(archive["meta"]))
+    return {
+        "metrics": read_lines(Path(config.output_dir) / "metrics.jsonl"),
+        "state": state,
+        "weight": torch.load(last / "actor/model_world_size_1_rank_0.pt"),
+    }
+
+
+@pytest.fixture
+def unbroken(make_config, tmp_path: Path) -> Callable[[bool], dict[str, Any]]:
+    def run(curriculum: bool) -> dict[str, Any]:
+        config = make_config("unbroken", curriculum)
+        assert launch(lambda: train(config), tmp_path / "log") == 0, (tmp_path / "log").read_text()
+        return result(config)
+
+    return run
+
+
+@pytest.mark.parametrize("curriculum", [True, False], ids=["curriculum", "shuffled"])
+def test_a_run_killed_at_every_point_is_the_run_that_never_was(
+    make_config, unbroken, tmp_path: Path, curriculum: bool
+) -> None:
+    expected = unbroken(curriculum)
+    assert [line["step"] for line in expected["metrics"]] == list(range(1, STEPS + 1))
+    config, log = make_config("broken", curriculum), tmp_path / "log"
+    checkpoints = Path(config.trainer.default_local_dir)
+    # All but the last point let the same save be tried again.
+    for step, points in (
+        (2, POINTS[:-1]),
+        (3, ["generation"]),
+        (4, POINTS[1:-1]),
+        (STEPS, ["torn_state", "torn_data", "torn_marker"]),
+    ):
+        saved = (step - 1) // SAVE_EVERY * SAVE_EVERY or None
+        for point in points:
+            assert launch(lambda point=point, step=step: killed(config, point, step), log) == -signal.SIGKILL, (
+                f"{point} at {step}: {log.read_text() if log.exists() else 'it ended well'}"
+            )
+            if point == "torn_marker":
+                assert (checkpoints / MARKER).read_text() == ""
+            else:
+                assert marked_step(checkpoints) == saved, f"{point} at {step}"
+    # The last kill came after everything was trained: nothing is left to do, and the line of the step was not logged.
+    assert repair_marker(config) == STEPS and is_finished(config)
+    found = result(config)
+    assert found.pop("metrics") == expected.pop("metrics")[:-1]
+    assert found == expected
+    assert list(stored_checkpoints(checkpoints)) == [6, 7]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["global_step_6", "global_step_7", MARKER]
+    for step in (6, 7):
+        names = sorted(path.name for path in (checkpoints / f"global_step_{step}").iterdir())
+        assert names == ["actor", "data.pt", FINGERPRINT, FILE_NAME, METRICS_FILE]
+
+
+@pytest.mark.parametrize("curriculum", [True, False], ids=["curriculum", "shuffled"])
+def test_a_kill_right_after_a_save(make_config, unbroken, tmp_path: Path, curriculum: bool) -> None:
+    expected, config = unbroken(curriculum), make_config("broken", curriculum)
+    for step in (2, 4, 6, STEPS):
+        assert launch(lambda step=step: killed(config, "after_marker", step), tmp_path / "log") == -signal.SIGKILL
+        assert marked_step(Path(config.trainer.default_local_dir)) == step
+    assert is_finished(config)
+    # The kill came before the step was logged.  Nobody has opened the file since the last one.
+    found = result(config)
+    assert found["metrics"] == expected["metrics"][:-1]
+    assert {name: found[name] for name in ("state", "weight")} == {name: expected[name] for name in ("state", "weight")}
+
+
+def test_one_checkpoint_is_enough_to_survive_a_kill(make_config, unbroken, tmp_path: Path) -> None:
+    """With one to keep, the old one goes when the new one counts and not before."""
+    expected, config = unbroken(True), make_config("broken", True, keep=1)
+    folder = Path(config.trainer.default_local_dir)
+    for point in POINTS[:-1]:
+        assert launch(lambda point=point: killed(config, point, 4), tmp_path / "log") == -signal.SIGKILL
+        assert 2 in stored_checkpoints(folder)
+    assert launch(lambda: train(config), tmp_path / "log") == 0
+    assert result(config) == expected
+    assert list(stored_checkpoints(folder)) == [STEPS]
+
+
+def test_all_checkpoints_are_kept_where_no_number_is_given(make_config, tmp_path: Path) -> None:
+    config = make_config("all", True, keep=None)
+    assert launch(lambda: train(config), tmp_path / "log") == 0
+    assert list(stored_checkpoints(Path(config.trainer.default_local_dir))) == [2, 4, 6, 7]
+
+
+def test_going_back_to_an_older_checkpoint_makes_it_the_one_that_counts(make_config, unbroken, tmp_path: Path) -> None:
+    """A kill while step 6 is saved for the second time must not leave a mark on half of the old and half of the new."""
+    expected, config = unbroken(True), make_config("back", True, keep=None)
+    folder = Path(config.trainer.default_local_dir)
+    assert launch(lambda: train(config), tmp_path / "log") == 0
+    back = config.copy()
+    back.trainer.resume_mode, back.trainer.resume_from_path = "resume_path", str(folder / "global_step_4")
+    assert launch(lambda: killed(back, "torn_actor", 6), tmp_path / "log") == -signal.SIGKILL
+    assert marked_step(folder) == 4
+    assert launch(lambda: train(config), tmp_path / "log") == 0
+    assert result(config) == expected
+
+
+@pytest.mark.parametrize("curriculum", [True, False], ids=["curriculum", "shuffled"])
+@pytest.mark.parametrize("other", ["other", "small"])
+def test_other_training_data_are_read_from_their_beginning(
+    make_config, tmp_path: Path, other: str, curriculum: bool
+) -> None:
+    """The checkpoint is two batches into the epoch; the other file is as large, or has one batch."""
+    config, fresh = make_config("changed", curriculum), make_config("fresh", curriculum)
+    assert launch(lambda: killed(config, "after_marker", 2), tmp_path / "log") == -signal.SIGKILL
+    for changed in (config, fresh):
+        changed.data.train_files = str(tmp_path / f"{other}.parquet")
+        assert launch(lambda changed=changed: train(changed), tmp_path / "log") == 0, (tmp_path / "log").read_text()
+
+    def prompts(run: Any, steps: range) -> list[list[float]]:
+        found = {line["step"]: [line[f"prompt/{n}"] for n in range(BATCH)] for line in result(run)["metrics"]}
+        return [found[step] for step in steps]
+
+    assert len(result(config)["metrics"]) == STEPS
+    if not curriculum:
+        assert prompts(config, range(3, 6)) == prompts(fresh, range(1, 4))
+
+
+@pytest.mark.parametrize("rate", [1e-5, 2e-5])
+def test_a_changed_learning_rate_reaches_every_worker(make_config, tmp_path: Path, monkeypatch, rate: float) -> None:
+    from recipe.skpo.trainer import base as base_trainer
+
+    calls = tmp_path / "calls"
+    remote = SimpleNamespace(remote=lambda function: calls.write_text(function.__name__))
+    monkeypatch.setattr(base_trainer.ray, "get", list)
+    monkeypatch.setattr(Actor, "workers", [SimpleNamespace(__ray_call__=remote)], raising=False)
+    config = make_config("rate", True)
+    assert launch(lambda: killed(config, "after_marker", 2), tmp_path / "log") == -signal.SIGKILL
+    config.actor_rollout_ref.actor.optim.lr = rate
+    assert launch(lambda: train(config), tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert calls.exists() is (rate != 1e-5)
+
+
+def test_starting_anew_forgets_the_old_mark(make_config, tmp_path: Path) -> None:
+    config = make_config("anew", True)
+    assert launch(lambda: train(config), tmp_path / "log") == 0
+    config.trainer.resume_mode = "disable"
+    assert launch(lambda: killed(config, "generation", 1), tmp_path / "log") == -signal.SIGKILL
+    folder = Path(config.trainer.default_local_dir)
+    assert marked_step(folder) is None and list(stored_checkpoints(folder)) == [6, 7]
+
+
+def test_a_mark_in_another_runs_folder_stays(make_config, tmp_path: Path) -> None:
+    """A run that goes on from somebody else's checkpoint marks its own folder alone."""
+    source, fork = make_config("source", True, keep=None), make_config("fork", True)
+    assert launch(lambda: train(source), tmp_path / "log") == 0
+    theirs, ours = Path(source.trainer.default_local_dir), Path(fork.trainer.default_local_dir)
+    fork.trainer.resume_mode, fork.trainer.resume_from_path = "resume_path", str(theirs / "global_step_4")
+    ours.mkdir(parents=True)
+    mark(ours, 99)
+    assert launch(lambda: killed(fork, "generation", 5), tmp_path / "log") == -signal.SIGKILL
+    assert marked_step(theirs) == STEPS and marked_step(ours) is None
+
+
+# ---------------------------------------------------------------- a full disk
+
+
+def full_disk(place: str, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Make the next save fail in one place, as a full disk does; returns what its message says of the cause."""
+    if place == "no room":
+        monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+        return " has no room: "
+    if place == "actor":  # torch hides the cause
+        error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 228224 vs 228112\nmore")
+
+        def save(*arguments: Any, **options: Any) -> None:
+            Actor().save_checkpoint(*arguments, **options)
+            raise RayTaskError("save_checkpoint", "Traceback ...", error)
+
+        monkeypatch.setattr(trainer.actor_rollout_wg, "save_checkpoint", save)
+        return " could not be written (RuntimeError: [enforce fail at inline_container.cc:672]"
+    file = {"trackers": FILE_NAME, "data": "data.pt", "mark": MARKER}[place]
+    real = os.open if place == "trackers" else open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> Any:
+        if file in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        return real(path, *arguments, **options)
+
+    if place == "trackers":
+        monkeypatch.setattr(trainer.state, "save", lambda folder: refuse(folder / FILE_NAME))
+    elif place == "data":
+        real_save = torch.save
+        monkeypatch.setattr(
+            torch, "save", lambda what, path: refuse(path) if file in str(path) else real_save(what, path)
+        )
+    else:
+        monkeypatch.setattr("builtins.open", refuse)
+    return " could not be written (OSError: [Errno 28] No space left on device"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("place", ["no room", "trackers", "actor", "data", "mark"])
+def test_a_full_disk_is_named_and_the_run_goes_on_from_the_last_whole_checkpoint(
+    make_config, unbroken, monkeypatch, place: str
+) -> None:
+    config = make_config("full", True)
+    folder = Path(config.trainer.default_local_dir)
+    trainer = make_trainer(config)
+    with monkeypatch.context() as patch:
+        with pytest.raises(SaveError) as error:
+            while trainer.global_steps < STEPS:
+                trainer.global_steps += 1
+                metrics: dict[str, float] = {}
+                trainer.step(metrics, {})
+                if trainer.global_steps == 4:
+                    said = full_disk(place, trainer, patch)
+                if trainer.global_steps % SAVE_EVERY == 0:
+                    trainer._save_checkpoint()
+                trainer.logger.logger["metrics_file"].log(metrics, trainer.global_steps)
+        message = str(error.value)
+        assert message.startswith(f"the checkpoint of step 4{said}")
+        assert re.search(rf"{folder} has [\d,]+ bytes free, a checkpoint takes about [\d,]+; make room$", message)
+        assert len(message.splitlines()) == 1
+        if place != "mark":
+            assert way_on(config) == "the same command resumes from step 2"
+            assert list(stored_checkpoints(folder)) == [2], "the half of one takes no room"
+    train(config)
+    assert result(config) == unbroken(True)

@@ -1,0 +1,976 @@
+"""The trainers' own logic without Ray: order of rows, baselines and trackers, log-ratios, token budget, metrics.
+
+Real here: our trainer classes and what they inherit from verl, its advantage estimators and its row functions.  In
+place of a process border: TransferQueue is a dictionary of rows that answers as TransferQueue does (jagged tensors,
+one partition after another), the workers are objects that note what they are asked.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensordict import NonTensorStack, TensorDict
+
+from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.output.trees import FOLDER, TreeStore, tree_index
+from tests.support.reference import reference_group_relative, reference_single_stream
+
+G = 2
+EOS = 2
+
+# ---------------------------------------------------------------- the borders
+
+
+def packed(values: list[Any]) -> Any:
+    """One field of several rows, as TransferQueue hands it out: jagged, scalars dense, all else as a stack."""
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        return NonTensorStack(*values)
+    if all(value.dim() == 0 for value in values):
+        return torch.stack(values)
+    return torch.nested.as_nested_tensor(values, layout=torch.jagged)
+
+
+class Queue:
+    """Rows of every partition by key; what ``transfer_queue``'s synchronous functions do to them."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, dict[str, Any]]] = {}
+        self.tags: dict[str, dict[str, dict[str, Any]]] = {}
+        self.cleared: list[str] = []
+
+    def kv_batch_put(self, keys, partition_id, fields=None, tags=None, data_parser=None):
+        from transfer_queue import KVBatchMeta
+
+        for index, key in enumerate(keys):
+            row = self.rows.setdefault(partition_id, {}).setdefault(key, {})
+            for name in fields.keys() if fields is not None else ():
+                value = fields.get(name)[index]
+                row[name] = value if isinstance(value, torch.Tensor) else getattr(value, "data", value)
+            if tags is not None:
+                self.tags.setdefault(partition_id, {})[key] = tags[index]
+        known = self.tags.get(partition_id, {})
+        return KVBatchMeta(partition_id=partition_id, keys=list(keys), tags=[known[key] for key in keys])
+
+    def kv_batch_get(self, keys, partition_id, select_fields=None):
+        rows = [self.rows[partition_id][key] for key in keys]
+        names = [name for name in rows[0] if select_fields is None or name in select_fields]
+        return TensorDict({name: packed([row[name] for row in rows]) for name in names}, batch_size=len(rows))
+
+    def kv_clear(self, keys, partition_id):
+        for key in keys:
+            self.rows[partition_id].pop(key, None)
+        self.cleared.append(partition_id)
+
+
+@pytest.fixture
+def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
+    import transfer_queue
+
+    queue = Queue()
+    for name in ("kv_batch_put", "kv_batch_get", "kv_clear"):
+        monkeypatch.setattr(transfer_queue, name, getattr(queue, name))
+    return queue
+
+
+class ActorWorkers:
+    """Stands for the actor's worker group.
+
+    Attributes:
+        asked: the batch of every ``compute_log_prob``.
+        score: token ids and position of a row's tokens to the log-prob of each, prompt included.
+    """
+
+    def __init__(self, queue: Queue, ranks: int = 1) -> None:
+        self._dispatch_info = {"actor": list(range(ranks))}
+        self.queue = queue
+        self.asked: list[Any] = []
+        self.score: Callable[[torch.Tensor], torch.Tensor] = lambda ids: -ids.float() / 100
+        self.loss_function: Any = None
+        self.fails = False
+
+    def set_loss_fn(self, function: Any) -> None:
+        self.loss_function = function
+
+    def compute_log_prob(self, batch):
+        self.asked.append(batch)
+        if self.fails:
+            raise RuntimeError("a worker died")
+        for key in batch.keys:
+            row = self.queue.rows[batch.partition_id][key]
+            # As the engine: position t holds the log-prob of token t + 1.
+            row["log_probs"] = torch.cat([self.score(row["input_ids"])[1:], torch.zeros(1)])
+        return batch
+
+
+class Manager:
+    """Stands for the rollout manager: counts that were noted since they were last taken."""
+
+    def __init__(self) -> None:
+        self.counts = {"generated": 0, "prefilled": 0, "cached": 0}
+        self.failures: dict[str, int] = {}
+
+    def take_failures(self) -> dict[str, int]:
+        taken, self.failures = self.failures, {}
+        return taken
+
+    def take_tokens(self) -> dict[str, int]:
+        taken, self.counts = self.counts, dict.fromkeys(self.counts, 0)
+        return taken
+
+
+@pytest.fixture
+def make_trainer(compose_config, model_folder, tmp_path: Path, queue: Queue, monkeypatch) -> Callable[..., Any]:
+    """Make a trainer by its real constructor, at step 1, with 4 prompts per step in mini-batches of 2."""
+
+    def make(method: str = "skpo", ranks: int = 1, **skpo: Any) -> Any:
+        from verl.trainer.ppo.v1 import get_trainer_cls
+
+        import recipe.skpo.trainer.baselines  # noqa: F401
+        import recipe.skpo.trainer.skpo  # noqa: F401
+        from recipe.skpo.main import single_responses
+
+        config = compose_config("platform=cpu", f"method={method}", f"skpo.group_size={G}")
+        for key, value in skpo.items():
+            config.skpo[key] = value
+        config.output_dir = str(tmp_path)
+        config.trainer.default_local_dir = str(tmp_path / "checkpoints")
+        config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size = 4, 2
+        single_responses(config)
+        trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
+        trainer.global_steps, trainer.total_training_steps, trainer.timing_raw = 1, 10, {}
+        trainer.curr_step_profile = False
+        trainer.actor_rollout_wg = ActorWorkers(queue, ranks)
+        trainer.agent_loop_manager = Manager()
+        trainer.checkpoint_manager = SimpleNamespace(update_weights=lambda step: None, sleep_replicas=lambda: None)
+        trainer.trees = TreeStore(tmp_path / FOLDER, 1.0, 0)
+        trainer.tokenizer = SimpleNamespace(
+            eos_token_id=EOS, decode=lambda ids, **options: " ".join(str(int(token)) for token in ids)
+        )
+        return trainer
+
+    return make
+
+
+def row(
+    uid: str,
+    session: int,
+    reward: float,
+    responses: list[int],
+    phase: int = DOWNSTREAM,
+    prompt_id: str | None = None,
+    opening: int = 0,
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Key, fields and tag of a stored row; the first ``opening`` response tokens are not trained."""
+    ids = torch.tensor(responses)
+    prompts = torch.tensor([7, 8])
+    scores = torch.zeros(len(ids))
+    scores[-1] = reward
+    mask = torch.ones(len(ids), dtype=torch.int64)
+    mask[:opening] = 0
+    record: dict[str, Any] = {"generated": len(ids) - opening, "prefilled": 2, "cached": 1}
+    if phase == UPSTREAM:
+        candidate = {"token_ids": responses, "rest_ids": [], "deviation": 0.5, "ended_early": False}
+        record |= {"split_position": len(ids), "candidates": [candidate], "chosen": 0, "deviation": 0.5}
+        record |= {"ended_early": 0.0, "seconds": 0.1, "downstream_seconds": 0.2}
+    fields = {
+        "id": prompt_id or f"id-{uid}",
+        "uid": uid,
+        "prompts": prompts,
+        "responses": ids,
+        "input_ids": torch.cat([prompts, ids]),
+        "position_ids": torch.arange(len(ids) + 2),
+        "response_mask": mask,
+        "loss_mask": mask,
+        "rm_scores": scores,
+        "rollout_log_probs": -ids.float() / 90,
+        "old_log_probs": -ids.float() / 100,
+        "skpo_phase": torch.tensor(phase),
+        "extra_fields": {"skpo": record, "num_cached_tokens": 1},
+        "raw_prompt": [{"role": "user", "content": f"question of {uid}"}],
+        "reward_model": {"ground_truth": "5"},
+        "multi_modal_inputs": {},
+        "num_turns": 2,
+    }
+    tag = {"seq_len": len(ids) + 2, "prompt_len": 2, "response_len": len(ids), "status": "success"}
+    return f"{uid}_{session}_0", fields, tag
+
+
+def stored(queue: Queue, rows: list[tuple[str, dict[str, Any], dict[str, Any]]]):
+    """Put rows into the queue, in this order, and return their batch."""
+    from transfer_queue import KVBatchMeta
+
+    for key, fields, tag in rows:
+        queue.rows.setdefault("train", {})[key] = fields
+        queue.tags.setdefault("train", {})[key] = tag
+    keys, tags = [key for key, _, _ in rows], [tag for _, _, tag in rows]
+    return KVBatchMeta(partition_id="train", keys=keys, tags=copy.deepcopy(tags), extra_info={"temperature": 0.6})
+
+
+def groups(count: int, seed: int = 0) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Whole SKPO groups: siblings in sessions 1 to G, the segment in session 0."""
+    rng, rows = np.random.default_rng(seed), []
+    for number in range(count):
+        uid, rewards = f"v{number:010d}", rng.choice([-1.0, 1.0], G)
+        rows.append(row(uid, 0, float(rewards.mean()), rng.integers(9, 60, 3).tolist(), UPSTREAM))
+        for session, reward in enumerate(rewards, 1):
+            rows.append(row(uid, session, reward, rng.integers(9, 60, int(rng.integers(1, 9))).tolist()))
+    return rows
+
+
+# ---------------------------------------------------------------- order of rows
+
+
+@pytest.mark.parametrize("method", ["skpo", "grpo"])
+def test_rows_come_in_one_order_whichever_prompt_finished_first(make_trainer, queue: Queue, method: str) -> None:
+    orders = []
+    for seed in range(3):
+        rows = groups(4)
+        np.random.default_rng(seed).shuffle(rows)  # type: ignore[arg-type]
+        trainer = make_trainer(method)
+        if method != "skpo":
+            rows = [item for item in rows if not item[0].endswith("_0_0")]
+        orders.append(trainer._balance_batch(stored(queue, rows), {}).keys)
+    assert orders[0] == orders[1] == orders[2]
+    assert sorted(orders[0]) == sorted(key for key, _, _ in rows)
+
+
+def test_sessions_are_sorted_as_numbers(make_trainer, queue: Queue, monkeypatch) -> None:
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    monkeypatch.setattr(PPOTrainerSync, "_balance_batch", lambda self, batch, metrics: batch)
+    rows = [row(uid, session, 1.0, [9]) for uid in ("v1", "v0") for session in (10, 2, 1)]
+    ordered = make_trainer("grpo")._balance_batch(stored(queue, rows), {})
+    assert ordered.keys == [f"{uid}_{session}_0" for uid in ("v0", "v1") for session in (1, 2, 10)]
+    assert [tag["seq_len"] for tag in ordered.tags] == [3] * 6
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_update_sees_whole_prompts_and_padding_comes_last(make_trainer, queue: Queue, ranks: int) -> None:
+    trainer = make_trainer(ranks=ranks)
+    batch = trainer._balance_batch(stored(queue, groups(3)[::-1]), {})
+    size = 2 * (G + 1)
+    assert len(batch) == 2 * size, "filled up to whole mini-batches"
+    per_rank = len(batch) // ranks
+    updates: list[list[str]] = [[], []]
+    for position, key in enumerate(batch.keys):
+        updates[(position % per_rank) // (size // ranks)].append(key.split("_")[0])
+    assert sorted(updates[0]) == sorted([f"v{number:010d}" for number in (0, 1)] * (G + 1))
+    assert sum(uid.startswith("pad") for uid in updates[1]) == G + 1
+
+
+def test_the_step_counts_its_tokens_and_adds_them_up_over_the_run(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer()
+    trainer.agent_loop_manager.counts = {"generated": 999, "prefilled": 9, "cached": 9}  # of validation
+    trainer.on_step_begin()
+    totals = []
+    for _ in range(2):
+        trainer.agent_loop_manager.counts = {"generated": 30, "prefilled": 500, "cached": 400}
+        metrics: dict[str, float] = {}
+        trainer._balance_batch(stored(queue, groups(4)), metrics)
+        assert [metrics[f"skpo/tokens/{name}"] for name in ("generated", "prefilled", "cached")] == [30, 500, 400]
+        totals.append(metrics["skpo/tokens/generated_so_far"])
+    assert totals == [30, 60]
+    assert trainer.state.tokens_generated == 60
+
+
+# ---------------------------------------------------------------- prompts out
+
+
+def prompts(*ids: str) -> TensorDict:
+    from verl.utils import tensordict_utils as tu
+
+    objects = np.empty(len(ids), dtype=object)
+    objects[:] = [[{"role": "user", "content": key}] for key in ids]
+    return tu.get_tensordict(
+        {"id": np.array(ids, dtype=object), "uid": np.array(ids, dtype=object), "raw_prompt": objects}
+    )
+
+
+@pytest.mark.parametrize("method", ["skpo", "grpo"])
+def test_every_prompt_gets_its_own_uid_split_seed_and_the_step(make_trainer, monkeypatch, method: str) -> None:
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    from recipe.skpo.rollout.worker import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD
+    from recipe.skpo.trainer.state import SkpoState
+
+    monkeypatch.setattr(PPOTrainerSync, "_fetch_one_gen_batch", lambda self: prompts("a", "b", "a"))
+    trainer = make_trainer(method)
+    trainer.global_steps = 5
+    twin = SkpoState(trainer.settings, trainer.config.data.max_response_length)
+    for state in (trainer.state, twin):
+        state.observe("a", 1.0, 12.4)
+    for first in (0, 3):
+        batch = trainer._fetch_one_gen_batch()
+        assert batch[LENGTH_FIELD].tolist() == [12, round(twin.lengths.value("b")), 12]
+        visits = [twin.next_visit(key, 5) for key in ("a", "b", "a")]
+        assert list(batch["uid"]) == [f"v{first + index:010d}" for index in range(3)]
+        assert batch[SPLIT_FIELD].tolist() == [visit.split_position for visit in visits]
+        assert batch[SEED_FIELD].tolist() == [visit.seed for visit in visits]
+        assert batch[STEP_FIELD].tolist() == [5, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("method", "enable", "prioritised"),
+    [("skpo", True, True), ("skpo", False, False), ("grpo", True, False), ("spo", True, True)],
+)
+def test_the_curriculum_is_for_methods_that_use_it_and_can_be_switched_off(
+    make_trainer, monkeypatch, method: str, enable: bool, prioritised: bool
+) -> None:
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    from recipe.skpo.method.curriculum import PrioritisedBatches
+
+    ids = [f"p{number}" for number in range(20)]
+
+    def init_dataloader(self) -> None:
+        self.train_dataset = SimpleNamespace(dataframe={"id": ids}, __len__=lambda: 20)
+        self.train_dataloader = "verl's own"
+
+    monkeypatch.setattr(PPOTrainerSync, "_init_dataloader", init_dataloader)
+    trainer = make_trainer(method, curriculum={"enable": enable, "epsilon": 0.25})
+    trainer._init_dataloader()
+    assert trainer.curriculum is prioritised
+    if not prioritised:
+        assert trainer.train_dataloader == "verl's own"
+        return
+    batches = trainer.train_dataloader.batch_sampler
+    assert isinstance(batches, PrioritisedBatches)
+    assert (batches.ids, batches.epsilon) == (ids, 0.25)
+    assert batches.batch_size == trainer.config.data.train_batch_size == (4 * G if method == "spo" else 4)
+    assert batches.rng() is trainer.state.rng
+    trainer.state.observe("p3", 1.0, 10)
+    assert (batches.value("p3"), batches.value("p4")) == (1.0, 0.5)
+    assert trainer.train_dataloader.num_workers == 0, "a prefetched batch would be lost to a checkpoint"
+
+
+# ---------------------------------------------------------------- SKPO's advantages
+
+
+def test_skpo_advantages_are_the_references_and_baselines_are_read_before_any_update(
+    make_trainer, queue: Queue
+) -> None:
+    trainer = make_trainer()
+    # The same prompt twice in one batch, and one that was seen before.
+    rows = groups(4)
+    for key, fields, _ in rows:
+        if key.startswith(("v0000000000", "v0000000001")):
+            fields["id"] = "twice"
+    trainer.state.observe("id-v0000000002", 0.5, 10)
+    batch = trainer._balance_batch(stored(queue, rows), {})
+    metrics: dict[str, Any] = {}
+    trainer._compute_advantage(batch, metrics)
+
+    written = [queue.rows["train"][key] for key in batch.keys]
+    rewards = [float(item["rm_scores"].sum()) for item in written]
+    upstream = [int(item["skpo_phase"]) == UPSTREAM for item in written]
+    baselines = [0.5 if item["id"] == "id-v0000000002" else 0.0 for item in written]
+    uids = sorted({item["uid"] for item in written})
+    numbers = [uids.index(item["uid"]) for item in written]
+    up = reference_single_stream(rewards, baselines, upstream)
+    down = reference_group_relative(rewards, numbers, [not first for first in upstream])
+    assert len(batch) == 4 * (G + 1) and sum(upstream) == 4
+    for item, first, up_value, down_value in zip(written, upstream, up, down, strict=True):
+        expected = up_value if first else down_value
+        assert float(item["skpo_advantage"]) == pytest.approx(expected, abs=1e-5)
+        assert item["advantages"].tolist() == pytest.approx([expected] * len(item["responses"]), abs=1e-5)
+        share = (
+            0.5 / 2
+            if first
+            else 0.5
+            / 2
+            / sum(
+                len(other["responses"])
+                for other, other_first in zip(written, upstream, strict=True)
+                if other["uid"] == item["uid"] and not other_first
+            )
+        )
+        assert float(item["skpo_row_scale"]) == pytest.approx(share)
+
+    assert metrics["skpo/upstream/baseline/mean"] == pytest.approx(0.5 / 4)
+    assert metrics["skpo/tracker/prompts_seen"] == 3
+    assert metrics["skpo/prompts_dropped"] == 0
+    assert metrics["skpo/rollout_actor_logprob_gap/mean"] > 0
+    assert len(tree_index(Path(trainer.output_dir))) == 1
+    # A prompt's length is that of its own siblings.
+    uid = "v0000000003"
+    own = [len(item["responses"]) for item in written if item["uid"] == uid and int(item["skpo_phase"]) == DOWNSTREAM]
+    assert trainer.state.lengths.value(f"id-{uid}") == pytest.approx(sum(own) / G)
+
+
+@pytest.mark.faults
+def test_trees_that_cannot_be_written_do_not_end_the_training(make_trainer, queue: Queue, monkeypatch, caplog) -> None:
+    from recipe.skpo.output.best_effort import BestEffort
+    from recipe.skpo.trainer import skpo as module
+
+    def full(step: int, trees: list[dict[str, Any]]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "EFFORT", BestEffort())
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer.trees, "write", full)
+    batch, metrics = stored(queue, groups(4)), {}
+    for _ in range(2):
+        trainer._compute_advantage(batch, metrics)
+    assert metrics["skpo/prompts_dropped"] == 0 and not tree_index(Path(trainer.output_dir))
+    assert [text for text in caplog.messages if "trees" in text] == [
+        "trees: not written (OSError: [Errno 28] No space left on device); the training goes on, and later failures "
+        "of it are not logged"
+    ]
+
+
+def test_a_hard_beginning_is_part_of_the_length_and_not_of_the_tokens_that_share_the_objective(
+    make_trainer, queue: Queue
+) -> None:
+    trainer = make_trainer(skip="continual", trees_per_step=0)
+    rows = []
+    for number in range(4):
+        uid = f"v{number:010d}"
+        rows.append(row(uid, 0, 0.0, [9, 10, 11], UPSTREAM))
+        rows += [row(uid, session, 1.0 - 2 * (session % 2), [9, 10, 11, 20, 21], opening=3) for session in (1, 2)]
+    batch = trainer._balance_batch(stored(queue, rows), {})
+    trainer._compute_advantage(batch, {})
+    response = queue.rows["train"]["v0000000000_1_0"]
+    assert float(response["skpo_row_scale"]) == pytest.approx(0.5 / 2 / 4), "two trained tokens in each of two siblings"
+    assert response["advantages"].tolist() == pytest.approx([0, 0, 0, -1, -1], abs=1e-5)
+    assert trainer.state.lengths.value("id-v0000000000") == 5
+
+
+def test_token_mean_pools_the_responses_of_an_update(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer(downstream_aggregation="token_mean", trees_per_step=0)
+    batch = trainer._balance_batch(stored(queue, groups(4, seed=5)), {})
+    trainer._compute_advantage(batch, {})
+    half = len(batch) // 2
+    for keys in (batch.keys[:half], batch.keys[half:]):
+        responses = [queue.rows["train"][key] for key in keys if not key.endswith("_0_0")]
+        tokens = sum(len(item["responses"]) for item in responses)
+        assert [float(item["skpo_row_scale"]) for item in responses] == pytest.approx([0.5 / tokens] * len(responses))
+
+
+def test_padding_moves_no_tracker(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer(trees_per_step=0)
+    batch = trainer._balance_batch(stored(queue, groups(3)), {})
+    metrics: dict[str, Any] = {}
+    trainer._compute_advantage(batch, metrics)
+    assert len(trainer.state.values) == 3 and metrics["skpo/prompts_dropped"] == 1
+    padding = [queue.rows["train"][key] for key in batch.keys if key.startswith("pad")]
+    assert len(padding) == G + 1
+    assert all(float(item["skpo_row_scale"]) == float(item["skpo_advantage"]) == 0.0 for item in padding)
+
+
+# ---------------------------------------------------------------- log-ratios
+
+
+LOGRATIO = {"rho_min": 0.875, "rho_max": 0.96, "half_life": 0.06, "drift": "logratio"}
+
+
+def test_the_log_ratio_is_the_mean_move_on_what_the_prompt_was_last_trained_on(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer(tracker=LOGRATIO)
+    trainer.state.segments.put("id-v1", [30, 40, 50], [-0.2, -0.5, -0.4])
+    trainer.state.segments.put("id-v2", [60], [-0.1])
+    batch = stored(queue, [row(uid, 0, 1.0, [9, 9], UPSTREAM) for uid in ("v0", "v1", "v2")])
+    measured = trainer._log_ratios(batch, [0, 1, 2], ["id-v0", "id-v1", "id-v2"])
+    # The actor gives token k the log-prob -k / 100.
+    assert measured == {
+        "id-v1": pytest.approx((0.1 + 0.1 + 0.1) / 3, abs=1e-6),
+        "id-v2": pytest.approx(0.5, abs=1e-6),
+    }
+    (asked,) = trainer.actor_rollout_wg.asked
+    assert asked.extra_info == {
+        "calculate_entropy": False,
+        "compute_loss": False,
+        "temperature": trainer.config.actor_rollout_ref.rollout.temperature,
+    }
+    assert [tag["seq_len"] for tag in asked.tags] == [5, 3]
+    assert asked.partition_id not in ("train", "val")
+    assert queue.cleared == [asked.partition_id] and not queue.rows[asked.partition_id]
+    assert queue.rows["train"].keys() == {"v0_0_0", "v1_0_0", "v2_0_0"}
+
+
+def test_the_stored_tokens_are_read_after_the_prompts_own_question(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer(tracker=LOGRATIO)
+    trainer.state.segments.put("id-v1", [30, 40], [0.0, 0.0])
+    seen: list[dict[str, Any]] = []
+    compute = trainer.actor_rollout_wg.compute_log_prob
+
+    def spy(batch):
+        seen.extend(copy.deepcopy(queue.rows[batch.partition_id][key]) for key in batch.keys)
+        return compute(batch)
+
+    trainer.actor_rollout_wg.compute_log_prob = spy
+    rows = [row("v1", 0, 1.0, [9, 9, 9], UPSTREAM)]
+    rows[0][1]["prompts"] = torch.tensor([71, 72, 73])
+    trainer._log_ratios(stored(queue, rows), [0], ["id-v1"])
+    assert len(seen) == 1
+    assert seen[0]["prompts"].tolist() == [71, 72, 73]
+    assert seen[0]["input_ids"].tolist() == [71, 72, 73, 30, 40]
+    assert seen[0]["responses"].tolist() == [30, 40] and seen[0]["responses"].dtype == torch.int64
+    assert seen[0]["position_ids"].tolist() == [0, 1, 2, 3, 4]
+    assert seen[0]["response_mask"].tolist() == seen[0]["loss_mask"].tolist() == [1, 1]
+    assert "rm_scores" not in seen[0] and "old_log_probs" not in seen[0]
+
+
+def test_a_policy_that_did_not_move_has_log_ratio_zero(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer(tracker=LOGRATIO)
+    trainer.state.segments.put("id-v1", [30, 40], [-0.3, -0.4])
+    batch = stored(queue, [row("v1", 0, 1.0, [9], UPSTREAM)])
+    assert trainer._log_ratios(batch, [0], ["id-v1"])["id-v1"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_ranks_get_equal_parts(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer(ranks=4, tracker=LOGRATIO)
+    for number in range(5):
+        trainer.state.segments.put(f"id-v{number}", [30 + number], [0.0])
+    batch = stored(queue, [row(f"v{number}", 0, 1.0, [9], UPSTREAM) for number in range(5)])
+    measured = trainer._log_ratios(batch, list(range(5)), [f"id-v{number}" for number in range(5)])
+    assert len(trainer.actor_rollout_wg.asked[0]) == 8
+    assert measured == {f"id-v{number}": pytest.approx((30 + number) / 100) for number in range(5)}
+
+
+@pytest.mark.parametrize("drift", ["kl_steps", "nats"])
+def test_other_drifts_ask_for_no_forward_and_store_nothing(make_trainer, queue: Queue, drift: str) -> None:
+    trainer = make_trainer(tracker={**LOGRATIO, "drift": drift}, trees_per_step=0)
+    batch = trainer._balance_batch(stored(queue, groups(4)), {})
+    for _ in range(2):
+        trainer._compute_advantage(batch, {})
+    assert not trainer.actor_rollout_wg.asked and len(trainer.state.segments) == 0
+
+
+def test_rows_are_cleared_also_when_the_actor_fails(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer(tracker=LOGRATIO)
+    trainer.state.segments.put("id-v1", [30], [0.0])
+    trainer.actor_rollout_wg.fails = True
+    with pytest.raises(RuntimeError, match="a worker died"):
+        trainer._log_ratios(stored(queue, [row("v1", 0, 1.0, [9], UPSTREAM)]), [0], ["id-v1"])
+    assert len(queue.cleared) == 1
+
+
+def test_trackers_use_the_measured_ratio_and_the_next_visit_measures_what_was_trained_now(
+    make_trainer, queue: Queue
+) -> None:
+    trainer = make_trainer(tracker=LOGRATIO, trees_per_step=0)
+    batch = trainer._balance_batch(stored(queue, groups(4)), {})
+    first: dict[str, Any] = {}
+    trainer._compute_advantage(batch, first)
+    assert first["skpo/tracker/drift/mean"] == 0.0 and not trainer.actor_rollout_wg.asked
+    tokens, logprobs = trainer.state.segments.get("id-v0000000001")
+    segment = queue.rows["train"]["v0000000001_0_0"]
+    assert tokens.tolist() == segment["responses"].tolist()
+    np.testing.assert_allclose(logprobs, segment["old_log_probs"].numpy())
+    # Now the policy moves by 0.03 per token, the half-life is 0.06: rho = 2 ** -0.5, held at rho_min.
+    trainer.actor_rollout_wg.score = lambda ids: -ids.float() / 100 + 0.03
+    second: dict[str, Any] = {}
+    trainer._compute_advantage(batch, second)
+    assert second["skpo/tracker/drift/mean"] == pytest.approx(0.03, abs=1e-6)
+    assert trainer.state.values.count("id-v0000000001") == pytest.approx(0.875 + 1)
+    assert 2 ** (-0.03 / 0.06) < 0.875
+
+
+# ---------------------------------------------------------------- baselines
+
+
+BASELINE_METRICS = {
+    f"skpo/downstream/{name}"
+    for name in (
+        "reward/mean",
+        "advantage/mean",
+        "advantage/std",
+        "length/mean",
+        "tokens_generated",
+        "tokens_prefilled",
+        "prefix_cache/hit_rate",
+        "all_equal_share",
+    )
+} | {"skpo/prompts_dropped", "skpo/rollout_actor_logprob_gap/mean"}
+
+
+def responses_of(count: int, sessions: int = G) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """Plain groups of a baseline: right and wrong responses of different lengths, the first group all right."""
+    rows = []
+    for number in range(count):
+        for session in range(sessions):
+            reward = 1.0 if number == 0 or (number + session) % 2 else -1.0
+            rows.append(row(f"v{number:010d}", session, reward, list(range(10, 11 + number + 2 * session))))
+    return rows
+
+
+def test_a_baseline_keeps_verls_advantages_and_logs_them_like_skpo(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer("grpo")
+    batch = trainer._balance_batch(stored(queue, responses_of(4)), {})
+    metrics: dict[str, Any] = {}
+    batch = trainer._compute_advantage(batch, metrics)
+    rows = [queue.rows["train"][key] for key in batch.keys]
+    uids = sorted({item["uid"] for item in rows})
+    rewards = [float(item["rm_scores"].sum()) for item in rows]
+    expected = reference_group_relative(rewards, [uids.index(item["uid"]) for item in rows], [True] * len(rows))
+    for item, value in zip(rows, expected, strict=True):
+        # verl divides by the sample standard deviation, which is larger by the square root of two for two.
+        assert item["advantages"].tolist() == pytest.approx([value / math.sqrt(2)] * len(item["responses"]), abs=1e-4)
+
+    assert {name for name in metrics if name.startswith("skpo/")} == BASELINE_METRICS
+    assert metrics["skpo/downstream/reward/mean"] == pytest.approx(sum(rewards) / 8)
+    assert metrics["skpo/downstream/length/mean"] == pytest.approx(sum(len(item["responses"]) for item in rows) / 8)
+    assert metrics["skpo/downstream/all_equal_share"] == 0.25
+    assert metrics["skpo/downstream/advantage/std"] == pytest.approx(math.sqrt(6 / 8 / 2), abs=1e-4)
+    assert metrics["skpo/downstream/tokens_generated"] == sum(len(item["responses"]) for item in rows)
+    assert metrics["skpo/downstream/tokens_prefilled"] == 16
+    assert metrics["skpo/downstream/prefix_cache/hit_rate"] == 0.5
+    assert metrics["skpo/prompts_dropped"] == 0
+    assert len(trainer.state.values) == 0, "no tracker"
+
+
+def test_a_baselines_padding_is_in_no_metric(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer("grpo")
+    batch = trainer._balance_batch(stored(queue, responses_of(3)), {})
+    assert len(batch) == 8
+    metrics: dict[str, Any] = {}
+    trainer._compute_advantage(batch, metrics)
+    real = [queue.rows["train"][key] for key in batch.keys if not key.startswith("pad")]
+    assert len(real) == 6
+    assert metrics["skpo/downstream/length/mean"] == pytest.approx(sum(len(item["responses"]) for item in real) / 6)
+    assert metrics["skpo/prompts_dropped"] == 1
+
+
+def test_spo_compares_with_the_tracker_read_before_any_update(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer("spo")
+    rows = responses_of(8, sessions=1)
+    rows[1][1]["id"] = rows[0][1]["id"] = "twice"
+    trainer.state.observe("id-v0000000002", 0.5, 10)
+    before = trainer.state.values.count("id-v0000000002")
+    batch = trainer._balance_batch(stored(queue, rows), {})
+    metrics: dict[str, Any] = {}
+    batch = trainer._compute_advantage(batch, metrics)
+    written = [queue.rows["train"][key] for key in batch.keys]
+    rewards = [float(item["rm_scores"].sum()) for item in written]
+    baselines = [0.5 if item["id"] == "id-v0000000002" else 0.0 for item in written]
+    expected = reference_single_stream(rewards, baselines, [True] * 8)
+    for item, value in zip(written, expected, strict=True):
+        assert item["advantages"].tolist() == pytest.approx([value] * len(item["responses"]), abs=1e-5)
+        assert item["returns"].tolist() == item["advantages"].tolist()
+    assert metrics["skpo/upstream/baseline/mean"] == pytest.approx(0.5 / 8)
+    assert metrics["skpo/tracker/prompts_seen"] == 7
+    assert metrics["skpo/prompts_dropped"] == 0
+    assert {name for name in metrics if name.startswith("skpo/")} > BASELINE_METRICS
+    assert trainer.state.values.count("id-v0000000002") > before
+    assert trainer.state.lengths.value("id-v0000000003") == 4, "a response's length is what its prompt's is"
+    assert trainer.state.values.value("twice") == pytest.approx(1.0), "both were right"
+    assert "id-v0000000003" in trainer.state.segments, "SPO's own drift needs what was trained"
+
+
+def test_spo_padding_moves_no_tracker(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer("spo")
+    batch = trainer._balance_batch(stored(queue, responses_of(6, sessions=1)), {})
+    assert len(batch) == 8
+    trainer._compute_advantage(batch, {})
+    assert len(trainer.state.values) == len(trainer.state.segments) == 6
+    padding = [queue.rows["train"][key] for key in batch.keys if key.startswith("pad")]
+    assert all(not item["advantages"].any() for item in padding)
+
+
+@pytest.mark.parametrize(
+    ("reported", "steps", "total"), [({"actor/ppo_kl": 0.25}, 1, 0.25), ({"actor/ppo_kl": -0.5}, 1, 0.0), ({}, 1, 0.0)]
+)
+def test_spos_clock_moves_by_verls_kl(make_trainer, monkeypatch, reported: dict, steps: int, total: float) -> None:
+    from transfer_queue import KVBatchMeta
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    monkeypatch.setattr(PPOTrainerSync, "_update_actor", lambda self, batch, metrics: metrics.update(reported) or batch)
+    trainer = make_trainer("spo")
+    batch = KVBatchMeta(keys=["v0_1_0"], tags=[{}], partition_id="train", extra_info={})
+    assert trainer._update_actor(batch, {}) is batch
+    assert (trainer.state.clock.steps, trainer.state.clock.total_kl) == (steps, total)
+
+
+def test_prompts_that_fail_in_every_visit_are_counted_and_named(make_trainer, queue: Queue, caplog) -> None:
+    trainer = make_trainer()
+    trainer.curriculum = True
+    for _ in range(3):
+        trainer._visited = {f"v{number:010d}": f"id {number}" for number in range(5)}
+        trainer._balance_batch(stored(queue, groups(3)), {})
+    assert trainer.state.failures == {"id 3": 3, "id 4": 3}
+    (line,) = [record.getMessage() for record in caplog.records if "failed in each" in record.getMessage()]
+    assert line.endswith(
+        "2 prompts have failed in each of their last 3 visits or more, and are drawn less often: id 3, id 4"
+    )
+    trainer._visited = {"v0000000000": "id 3"}
+    trainer._balance_batch(stored(queue, groups(3)), {})
+    assert trainer.state.failures == {"id 4": 3}
+
+
+def test_only_skpo_replaces_verls_loss(make_trainer) -> None:
+    for method in ("skpo", "grpo", "spo"):
+        trainer = make_trainer(method)
+        trainer.on_init_end()
+        loss = trainer.actor_rollout_wg.loss_function
+        if method == "skpo":
+            assert loss.keywords == {"clip_low": 0.2, "clip_high": 0.28}
+        else:
+            assert loss is None
+
+
+# ---------------------------------------------------------------- the token budget
+
+
+def spending(trainer, calls: list[str]) -> None:
+    """Note what the last step does; saving and validating do nothing else."""
+    trainer._save_checkpoint = lambda: calls.append(f"save {trainer.global_steps}")
+    trainer._validate = lambda: calls.append(f"validate {trainer.global_steps}") or {"val": 1.0}
+    trainer.on_validate_begin = lambda: calls.append("begin")
+    trainer.on_validate_end = lambda: calls.append("end")
+    trainer.logger = SimpleNamespace(log=lambda data, step: calls.append(f"log {sorted(data)} {step}"))
+
+
+def run_loop(trainer, tokens_per_step: int) -> int:
+    """The steps of verl's loop that matter here; returns the number of steps that were trained."""
+    trained, config = 0, trainer.config.trainer
+    while trainer.global_steps <= trainer.total_training_steps:
+        last = trainer.global_steps >= trainer.total_training_steps
+        trainer.state.tokens_generated += tokens_per_step
+        trained += 1
+        if config.save_freq > 0 and (last or trainer.global_steps % config.save_freq == 0):
+            trainer._save_checkpoint()
+        trainer.on_step_end()
+        if config.test_freq > 0 and (last or trainer.global_steps % config.test_freq == 0):
+            trainer._validate()
+        trainer.global_steps += 1
+        if last:
+            return trained
+    trainer.on_train_end()
+    return trained
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (100, 1), (101, 2), (250, 3)])
+def test_training_ends_with_the_step_that_spends_the_budget(make_trainer, tokens: int, steps: int) -> None:
+    trainer, calls = make_trainer("grpo"), []
+    trainer.config.budget.tokens = tokens
+    trainer.config.trainer.save_freq, trainer.config.trainer.test_freq = 50, 50
+    spending(trainer, calls)
+    assert run_loop(trainer, 100) == steps
+    assert calls == [f"save {steps}", "begin", f"validate {steps}", f"log ['val'] {steps}", "end"]
+    assert trainer.global_steps == steps
+
+
+def test_what_the_last_step_did_anyway_is_not_done_again(make_trainer) -> None:
+    trainer, calls = make_trainer("grpo"), []
+    trainer.config.budget.tokens = 300
+    trainer.config.trainer.save_freq, trainer.config.trainer.test_freq = 3, 1
+    spending(trainer, calls)
+    assert run_loop(trainer, 100) == 3
+    assert calls == ["validate 1", "validate 2", "save 3", "validate 3"]
+
+
+def test_a_run_that_never_saves_or_tests_does_not_do_so_at_its_end(make_trainer) -> None:
+    trainer, calls = make_trainer("grpo"), []
+    trainer.config.budget.tokens = 100
+    trainer.config.trainer.save_freq = trainer.config.trainer.test_freq = -1
+    spending(trainer, calls)
+    assert run_loop(trainer, 100) == 1
+    assert calls == []
+
+
+@pytest.mark.parametrize("tokens", [None, 1_000_000])
+def test_without_a_spent_budget_verl_ends_the_run(make_trainer, tokens: int | None) -> None:
+    trainer, calls = make_trainer("grpo"), []
+    trainer.config.budget.tokens = tokens
+    trainer.config.trainer.save_freq, trainer.config.trainer.test_freq = 50, 50
+    spending(trainer, calls)
+    assert not trainer._budget_spent()
+    assert run_loop(trainer, 100) == 10
+    assert calls == ["save 10", "validate 10"]
+    trainer.on_train_end()
+    assert calls == ["save 10", "validate 10"]
+
+
+def test_the_budget_counts_over_a_resume(make_trainer, tmp_path: Path) -> None:
+    first = make_trainer("grpo")
+    first.state.tokens_generated = 900
+    first.state.save(tmp_path / "checkpoint")
+    resumed = make_trainer("grpo")
+    resumed.state.load(tmp_path / "checkpoint")
+    resumed.config.budget.tokens = 1000
+    assert not resumed._budget_spent()
+    resumed.state.tokens_generated += 100
+    assert resumed._budget_spent()
+
+
+# ---------------------------------------------------------------- faults
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("method", ["skpo", "grpo"])
+def test_failed_requests_of_the_step_are_a_metric(make_trainer, queue: Queue, method: str) -> None:
+    trainer = make_trainer(method)
+    trainer.agent_loop_manager.failures = {"session: of validation": 9}
+    trainer.on_step_begin()
+    metrics: dict[str, float] = {}
+    trainer.agent_loop_manager.failures = {"candidate: A": 2, "sibling: B": 3, "prompt: all failed": 1}
+    trainer._balance_batch(stored(queue, groups(4)), metrics)
+    assert metrics["skpo/requests_failed"] == 5, "a prompt is no request, and is in skpo/prompts_dropped"
+    trainer._balance_batch(stored(queue, groups(4)), metrics)
+    assert metrics["skpo/requests_failed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("step", "resumed_at", "share", "stopped"),
+    [(1, 0, 0.0, True), (1, 0, 0.25, False), (2, 0, 0.0, False), (6, 5, 0.0, True)],
+)
+def test_boundaries_that_nobody_writes_stop_the_first_step(
+    make_trainer, queue: Queue, step: int, resumed_at: int, share: float, stopped: bool
+) -> None:
+    trainer = make_trainer(split="boundary_token", boundaries=["\\n"])
+    trainer.global_steps, trainer.resumed_at = step, resumed_at
+    rows = groups(4)
+    for _, fields, _ in rows:
+        fields["extra_fields"]["skpo"]["at_boundary"] = share
+    batch = trainer._balance_batch(stored(queue, rows), {})
+    if not stopped:
+        trainer._compute_advantage(batch, {})
+        return
+    with pytest.raises(ConfigError) as error:
+        trainer._compute_advantage(batch, {})
+    message = f"skpo.boundaries: none of ['\\n'] is in any candidate of step {step}, so that skpo.split=boundary_token "
+    assert str(error.value) == f"{message}cuts as skpo.split=adaptive does; name what the model writes"
+
+
+@pytest.mark.faults
+def test_a_reason_to_stop_ends_the_run_before_the_step_is_trained(make_trainer, queue: Queue) -> None:
+    from recipe.skpo.rollout.worker import RolloutError
+
+    trainer = make_trainer()
+    trainer.agent_loop_manager.failures = {"sibling: B": 3, "stop: the reward is 2; scale it": 1}
+    with pytest.raises(RolloutError, match=r"^the reward is 2; scale it$"):
+        trainer._balance_batch(stored(queue, groups(4)), {})
+
+
+@pytest.mark.faults
+def test_a_dropped_prompt_is_counted_and_its_trackers_stay(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer()
+    metrics: dict[str, float] = {}
+    trainer._compute_advantage(trainer._balance_batch(stored(queue, groups(3)), metrics), metrics)
+    assert metrics["skpo/prompts_dropped"] == 1
+    assert len(trainer.state.values) == 3
+
+
+@pytest.mark.faults
+def test_an_unknown_prompt_id_is_a_first_visit(make_trainer, queue: Queue) -> None:
+    """Of data that was changed between two launches, for example."""
+    trainer = make_trainer()
+    trainer.state.observe("id-v0000000000", 0.5, 10.0)
+    assert trainer.state.baseline("never seen") == 0.0
+    trainer._compute_advantage(trainer._balance_batch(stored(queue, groups(4)), {}), {})
+    assert trainer.state.values.count("id-v0000000001") == 1.0
+    assert trainer.state.values.count("id-v0000000000") > 1.0
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("method", ["skpo", "grpo", "spo"])
+def test_other_weights_in_the_servers_stop_the_run(make_trainer, queue: Queue, method: str) -> None:
+    from recipe.skpo.rollout.worker import RolloutError
+
+    for gap, stops in ((0.4, False), (0.6, True), (math.nan, True)):
+        trainer = make_trainer(method)
+        rows = groups(4) if method == "skpo" else responses_of(8 if method == "spo" else 4, 1 if method == "spo" else G)
+        for _, fields, _ in rows:
+            fields["rollout_log_probs"] = fields["old_log_probs"] + gap
+        batch = trainer._balance_batch(stored(queue, rows), {})
+        metrics: dict[str, Any] = {}
+        if stops:
+            with pytest.raises(RolloutError, match=rf"in step 1 .* by {gap:g} .* skpo\.max_logprob_gap=0\.5 allows"):
+                trainer._compute_advantage(batch, metrics)
+        else:
+            trainer._compute_advantage(batch, metrics)
+            assert metrics["skpo/rollout_actor_logprob_gap/mean"] == pytest.approx(gap)
+
+
+@pytest.mark.parametrize(
+    ("rollout", "bound"),
+    [
+        ({}, 0.5),
+        ({"top_p": 0.9}, 0.5 - math.log(0.9)),
+        ({"temperature": 0.6}, 0.5),
+        ({"top_k": 20}, None),
+        ({"logprobs_mode": "raw_logprobs"}, None),
+        ({"calculate_log_probs": False}, None),
+    ],
+)
+def test_the_bound_on_the_gap_knows_what_the_log_probs_are_of(compose_config, rollout, bound, caplog) -> None:
+    from recipe.skpo.trainer.logprob_gap import allowed_gap
+
+    config = compose_config("platform=cpu").actor_rollout_ref.rollout
+    config.update(rollout)
+    assert allowed_gap(None, config) is None and not caplog.records
+    assert allowed_gap(0.5, config) == bound
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == (
+        [] if bound else ["skpo.max_logprob_gap is not checked"]
+    )
+
+
+@pytest.mark.parametrize("error", [None, TimeoutError("its own")], ids=["hangs", "fails"])
+def test_a_replica_that_does_not_fall_asleep_is_not_waited_for_without_end(make_trainer, error) -> None:
+    import asyncio
+
+    from verl.checkpoint_engine import CheckpointEngineManager
+
+    from recipe.skpo.rollout.worker import RolloutError
+
+    async def sleep() -> None:
+        await (asyncio.Event().wait() if error is None else asyncio.sleep(0))
+        raise error
+
+    trainer = make_trainer(weight_sync_timeout_s=1)
+    synchronised = []
+    engine = SimpleNamespace(backend="naive", custom_backend_module=None)
+    trainer.checkpoint_manager = CheckpointEngineManager(engine, None, [SimpleNamespace(sleep=sleep)])
+    trainer.checkpoint_manager.update_weights = synchronised.append
+    trainer.on_init_end()
+    assert synchronised == [1], "as verl's"
+    with pytest.raises(RolloutError if error is None else TimeoutError) as raised:
+        trainer.on_sample_end()
+    if error is None:
+        assert str(raised.value) == (
+            "a rollout server is alive and has not answered within skpo.weight_sync_timeout_s=1 s"
+        )
+    else:
+        assert raised.value is error
+
+
+@pytest.mark.faults
+def test_every_trainer_waits_with_a_bound(make_trainer) -> None:
+    from recipe.skpo.trainer.replay import BoundedReplayBuffer
+
+    for method in ("skpo", "grpo", "spo", "dapo"):
+        trainer = make_trainer(method, prompt_timeout_s=7.0, max_dropped_share=0.25)
+        buffer = trainer.replay_buffer
+        assert isinstance(buffer, BoundedReplayBuffer)
+        assert (buffer.patience_s, buffer.max_dropped_share) == (67.0, 0.25)
+        assert buffer.poll_interval == trainer.settings.poll_interval_s
+        assert (buffer.filter_groups_metric is not None) == (method == "dapo")
+        trainer.agent_loop_manager.failures = {"prompt: A": 1}
+        assert buffer.causes() == {"prompt: A": 1}
+
+
+# ---------------------------------------------------------------- names of the held-out numbers
+
+
+def test_a_plain_number_of_a_reward_function_is_a_mean_reward_and_not_an_accuracy(make_trainer) -> None:
+    # As verl's reward managers and validation file them: two samples with a record, two with a number alone.
+    infos = {
+        "reward": [1.0, -1.0, 1.0, -1.0],
+        "score": [1.0, -1.0, None, None],
+        "acc": [1.0, 0.0, 1.0, -1.0],
+    }
+    sources, uids = ["record", "record", "number", "number"], ["a", "b", "c", "d"]
+    expected = {(source, uid): 1 for source, uid in zip(sources, uids, strict=True)}
+    found = make_trainer()._val_metrics_update(sources, uids, infos, [2] * 4, expected_acc_counts=expected)
+    assert found["val-core/record/acc/mean@1"] == 0.5
+    assert found["val-core/number/reward/mean@1"] == 0.0
+    assert not [name for name in found if name.startswith(("val-core/number/acc", "val-aux/number/acc"))]
+    alone = {"reward": [1.0, -1.0], "acc": [1.0, -1.0]}
+    only = make_trainer()._val_metrics_update(["number"] * 2, ["c", "d"], alone, [2] * 2)
+    assert [name for name in only if name.startswith("val-core")] == ["val-core/number/reward/mean@1"]

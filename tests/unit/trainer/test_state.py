@@ -1,0 +1,459 @@
+"""What crosses steps: visits, baselines, trackers, and the checkpoint file that carries them (SPEC section 4)."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recipe.skpo.checks.settings import SkpoSettings, TrackerSettings
+from recipe.skpo.trainer.state import FILE_NAME, SkpoState, StateError, StoredSegments, require_state_file, saved_tokens
+from tests.support.reference import reference_tracker
+
+seeds = st.integers(0, 2**32)
+
+
+def fresh(response_budget: int = 200, **changes: Any) -> SkpoState:
+    return SkpoState(SkpoSettings(**changes), response_budget)
+
+
+def train(state: SkpoState, rng: np.random.Generator, steps: int) -> list[tuple[Any, ...]]:
+    """Some steps of a made-up run; everything that the state decided or said in them."""
+    said: list[tuple[Any, ...]] = []
+    for step in range(1, steps + 1):
+        for number in rng.integers(0, 6, 4):
+            key = f"prompt-{number}"
+            said.append((state.next_visit(key, step), state.baseline(key)))
+            reward, mean_length = float(rng.integers(-8, 9)) / 8, float(rng.uniform(1, 200))
+            said.append((state.observe(key, reward, mean_length), state.lengths.value(key), state.values.count(key)))
+            size = int(rng.integers(1, 9))
+            state.segments.put(key, rng.integers(0, 99, size), rng.normal(size=size))
+            state.tokens_generated += size
+        state.clock.advance(float(rng.exponential(0.01)))
+    return said
+
+
+def content(state: SkpoState) -> str:
+    parts = (state.prompts, state.values, state.lengths, state.clock, state.segments)
+    counters = (state.visits, state.tokens_generated)
+    return repr(([part.state_dict() for part in parts], state.rng.bit_generator.state, counters))
+
+
+# ---------------------------------------------------------------- visits and baselines
+
+
+def test_first_visit_uses_zero_baseline() -> None:
+    assert fresh().baseline("a") == 0.0
+
+
+def test_baseline_is_the_tracked_value_in_reward_units() -> None:
+    state = fresh()
+    state.observe("a", reward=-0.5, mean_length=10)
+    assert state.values.value("a") == 0.25  # kept in [0, 1]
+    assert state.baseline("a") == -0.5
+    assert state.baseline("b") == 0.0
+
+
+def test_second_visit_is_compared_with_the_first_and_not_with_itself() -> None:
+    state = fresh()
+    baselines = []
+    for reward in (1.0, -1.0):
+        baselines.append(state.baseline("a"))
+        state.observe("a", reward, 10)
+    assert baselines == [0.0, 1.0]
+
+
+def test_both_trackers_follow_the_reference_with_the_drift_of_the_clock() -> None:
+    state = fresh(tracker=TrackerSettings(rho_min=0.5, rho_max=0.9, half_life=2.0))
+    rewards, lengths, drifts = [1.0, -1.0, 0.5, 0.5], [20.0, 40.0, 60.0, 10.0], []
+    for reward, length in zip(rewards, lengths, strict=True):
+        drifts.append(state.observe("a", reward, length))
+        state.clock.advance(0.01)
+    assert drifts == pytest.approx([0.0, 1.0, 1.0, 1.0])
+    constants = (0.5, 0.9, 2.0)
+    values = reference_tracker([((r + 1) / 2, d) for r, d in zip(rewards, drifts, strict=True)], 0.5, *constants)
+    counted = reference_tracker(list(zip(lengths, drifts, strict=True)), 200.0, *constants)
+    assert (state.values.value("a"), state.values.count("a")) == pytest.approx(values[-1])
+    assert (state.lengths.value("a"), state.lengths.count("a")) == pytest.approx(counted[-1])
+
+
+def test_drift_is_counted_since_the_previous_visit_of_the_same_prompt() -> None:
+    state = fresh(tracker=TrackerSettings(drift="nats"))
+    state.observe("a", 1.0, 10)
+    state.clock.advance(0.5)
+    assert state.observe("b", 1.0, 10) == 0.0
+    state.clock.advance(0.25)
+    assert state.observe("a", 1.0, 10) == 0.75
+    assert state.observe("b", 1.0, 10) == 0.25
+
+
+def test_visits_are_numbered_over_the_run() -> None:
+    state = fresh()
+    assert [state.next_visit(key, 1).ordinal for key in ("a", "b", "a")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("initial_length", "budget", "assumed"), [(1024, 120, 120), (60, 120, 60)])
+def test_assumed_length_is_bounded_by_the_response_budget(initial_length: int, budget: int, assumed: int) -> None:
+    state = fresh(budget, initial_length=initial_length)
+    assert state.lengths.value("a") == assumed
+    splits = {state.next_visit("a", 1).split_position for _ in range(600)}
+    assert (min(splits), max(splits)) == (assumed // 6, assumed // 2)
+
+
+def test_split_position_follows_the_tracked_length_of_its_prompt() -> None:
+    state = fresh(1000)
+    state.observe("a", 1.0, 12)
+    assert {state.next_visit("a", 1).split_position for _ in range(100)} == {2, 3, 4, 5, 6}
+    assert min(state.next_visit("b", 1).split_position for _ in range(100)) > 100
+
+
+def test_split_range_of_the_settings_is_used() -> None:
+    state = fresh(100, split_low=0.3, split_high=0.32)
+    assert {state.next_visit("a", 1).split_position for _ in range(100)} == {30, 31, 32}
+
+
+def test_draws_depend_on_the_seed_alone() -> None:
+    first, same, other = (fresh(seed=seed).next_visit("a", 1) for seed in (3, 3, 4))
+    assert first == same != other
+
+
+def test_visits_get_different_request_seeds() -> None:
+    state = fresh()
+    drawn = [state.next_visit("a", 1).seed for _ in range(1000)]
+    assert len(set(drawn)) == 1000 and all(0 <= seed < 2**31 for seed in drawn)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(1, 10), (2, 30), (3, 10)])
+def test_a_fixed_split_takes_both_ends_in_turn_and_draws_only_the_seed(step: int, expected: int) -> None:
+    state, plain = fresh(60, split="fixed", seed=3), np.random.default_rng(3)
+    visit = state.next_visit("a", step)
+    assert visit.split_position == expected
+    assert visit.seed == plain.integers(2**31 - 1)
+    assert state.rng.bit_generator.state == plain.bit_generator.state
+
+
+def test_a_boundary_split_is_drawn_like_the_adaptive_one() -> None:
+    adaptive, boundary = fresh(seed=3), fresh(seed=3, split="boundary_token", boundaries=["."])
+    assert [boundary.next_visit("a", 1) for _ in range(20)] == [adaptive.next_visit("a", 1) for _ in range(20)]
+
+
+def test_the_adaptive_split_does_not_depend_on_the_step() -> None:
+    assert fresh(seed=3).next_visit("a", 1) == fresh(seed=3).next_visit("a", 2)
+
+
+def test_a_measured_log_ratio_takes_the_place_of_the_clock() -> None:
+    constants = {"rho_min": 0.5, "rho_max": 0.99, "half_life": 0.06}
+    state = fresh(tracker=TrackerSettings(drift="logratio", **constants))
+    state.observe("a", 1.0, 20)
+    state.clock.advance(5.0)
+    assert state.observe("a", -1.0, 40, log_ratio=0.03) == 0.03
+    values = reference_tracker([(1.0, 0.0), (0.0, 0.03)], 0.5, *constants.values())
+    lengths = reference_tracker([(20.0, 0.0), (40.0, 0.03)], 200.0, *constants.values())
+    assert (state.values.value("a"), state.values.count("a")) == pytest.approx(values[-1])
+    assert (state.lengths.value("a"), state.lengths.count("a")) == pytest.approx(lengths[-1])
+
+
+def test_without_a_measurement_logratio_counts_steps() -> None:
+    state = fresh(tracker=TrackerSettings(drift="logratio", half_life=0.06))
+    state.observe("a", 1.0, 20)
+    state.clock.advance(0.0)
+    assert state.observe("a", 1.0, 20) == 1.0
+
+
+# ---------------------------------------------------------------- stored segments
+
+
+def test_a_stored_segment_is_the_last_one_of_its_prompt() -> None:
+    segments = StoredSegments()
+    assert "a" not in segments and len(segments) == 0
+    segments.put("a", [1, 2, 3], [-1.0, -2.0, -3.0])
+    segments.put("b", [9], [-0.5])
+    segments.put("a", [7, 8], [-0.25, -0.75])
+    assert "a" in segments and len(segments) == 2
+    tokens, logprobs = segments.get("a")
+    assert (tokens.tolist(), logprobs.tolist()) == ([7, 8], [-0.25, -0.75])
+    assert (tokens.dtype, logprobs.dtype) == (np.int32, np.float32)
+
+
+@pytest.mark.parametrize(("tokens", "logprobs"), [([], []), ([1, 2], [-1.0]), ([1], [-1.0, -2.0])])
+def test_a_stored_segment_needs_one_log_prob_per_token(tokens: list[int], logprobs: list[float]) -> None:
+    segments = StoredSegments()
+    with pytest.raises(ValueError, match=f"{len(tokens)} tokens with {len(logprobs)} log-probs for prompt a"):
+        segments.put("a", tokens, logprobs)
+    assert "a" not in segments
+
+
+@settings(max_examples=30)
+@given(st.dictionaries(st.text(min_size=1, max_size=4).filter(lambda key: "\0" not in key), st.integers(1, 5)), seeds)
+def test_stored_segments_survive_a_checkpoint(rows: dict[str, int], seed: int) -> None:
+    rng, stored, loaded = np.random.default_rng(seed), StoredSegments(), StoredSegments()
+    loaded.put("what it held is replaced", [1], [-1.0])
+    for key, size in rows.items():
+        stored.put(key, rng.integers(0, 2**31, size), rng.normal(size=size))
+    loaded.load_state_dict(stored.state_dict())
+    assert len(loaded) == len(rows)
+    for key in rows:
+        for mine, theirs in zip(loaded.get(key), stored.get(key), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_generated_tokens_are_read_without_a_state(tmp_path: Path) -> None:
+    state = fresh()
+    state.tokens_generated = 12345678901
+    state.save(tmp_path)
+    assert saved_tokens(tmp_path) == 12345678901
+    resumed = fresh(group_size=8)
+    resumed.load(tmp_path)
+    assert resumed.tokens_generated == 12345678901
+
+
+def test_failures_are_kept_and_absent_from_older_checkpoints(tmp_path: Path) -> None:
+    state = fresh()
+    for trained in (False, False):
+        state.note_outcome("p", trained)
+    path = state.save(tmp_path)
+    resumed = fresh()
+    resumed.load(tmp_path)
+    assert resumed.failures == {"p": 2}
+    rewrite(path, lambda meta, arrays: meta.pop("failures"))
+    resumed.load(tmp_path)
+    assert resumed.failures == {}
+    rewrite(path, lambda meta, arrays: meta.update(failures={"p": -1}))
+    with pytest.raises(StateError, match="cannot be read"):
+        resumed.load(tmp_path)
+
+
+def test_generated_tokens_of_a_damaged_checkpoint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StateError, match="holds no"):
+        saved_tokens(tmp_path)
+    (tmp_path / FILE_NAME).write_bytes(b"PK nothing")
+    with pytest.raises(StateError, match="cannot be read"):
+        saved_tokens(tmp_path)
+    path, _ = saved_bytes(tmp_path)
+    rewrite(path, lambda meta, arrays: meta.pop("tokens_generated"))
+    with pytest.raises(StateError, match=r"cannot be read.*tokens_generated"):
+        saved_tokens(tmp_path)
+
+
+# ---------------------------------------------------------------- checkpoint
+
+
+@settings(max_examples=25)
+@given(seed=seeds, steps=st.integers(0, 6))
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(
+    tmp_path_factory: pytest.TempPathFactory, seed: int, steps: int
+) -> None:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    unbroken, stopped = fresh(seed=5), fresh(seed=5)
+    train(unbroken, np.random.default_rng(seed), steps)
+    train(stopped, np.random.default_rng(seed), steps)
+    assert stopped.save(folder) == folder / FILE_NAME
+    resumed = fresh(seed=99)
+    train(resumed, np.random.default_rng(1), 2)  # what it holds is replaced
+    resumed.load(folder)
+    assert content(resumed) == content(unbroken)
+    rest = np.random.default_rng(seed + 1)
+    assert train(resumed, rest, 5) == train(unbroken, np.random.default_rng(seed + 1), 5)
+
+
+def test_saving_makes_the_folder_and_leaves_nothing_beside_the_file(tmp_path: Path) -> None:
+    fresh().save(tmp_path / "checkpoints" / "global_step_1")
+    assert [path.name for path in (tmp_path / "checkpoints" / "global_step_1").iterdir()] == [FILE_NAME]
+
+
+def test_saving_does_not_draw_from_the_generator(tmp_path: Path) -> None:
+    saved, plain = fresh(), fresh()
+    saved.save(tmp_path)
+    assert saved.next_visit("a", 1) == plain.next_visit("a", 1)
+
+
+def test_state_file_holds_no_pickle(tmp_path: Path) -> None:
+    state = fresh()
+    train(state, np.random.default_rng(0), 2)
+    with np.load(state.save(tmp_path), allow_pickle=False) as archive:
+        assert {archive[name].dtype.kind for name in archive.files} <= {"U", "f", "i", "u"}
+        assert json.loads(str(archive["meta"]))["group_size"] == 8
+
+
+@pytest.mark.parametrize("fails_at", ["numpy.savez", "os.fsync"])
+def test_a_failing_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str) -> None:
+    state = fresh()
+    train(state, np.random.default_rng(0), 1)
+    state.save(tmp_path)
+    kept = content(state)
+    train(state, np.random.default_rng(1), 1)
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        if hasattr(args[0], "write"):
+            args[0].write(b"PK half of a file")
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fails_at, full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            state.save(tmp_path)
+    loaded = fresh()
+    loaded.load(tmp_path)
+    assert content(loaded) == kept
+    state.save(tmp_path)  # and what was left over does not disturb the next one
+    loaded.load(tmp_path)
+    assert content(loaded) == content(state)
+
+
+def test_a_checkpoint_without_state_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    for call in (lambda: fresh().load(tmp_path), lambda: require_state_file(tmp_path)):
+        with pytest.raises(StateError, match=rf"{tmp_path}: holds no {FILE_NAME}.*trainer.resume_mode=disable"):
+            call()
+    (tmp_path / FILE_NAME).mkdir()
+    with pytest.raises(StateError, match="holds no"):
+        require_state_file(tmp_path)
+
+
+def saved_bytes(tmp_path: Path) -> tuple[Path, bytes]:
+    state = fresh()
+    train(state, np.random.default_rng(0), 2)
+    path = state.save(tmp_path)
+    return path, path.read_bytes()
+
+
+def test_text_is_refused_as_state(tmp_path: Path) -> None:
+    (tmp_path / FILE_NAME).write_text("not an archive")
+    with pytest.raises(StateError, match=r"cannot be read as SKPO state.*resume_from_path"):
+        fresh().load(tmp_path)
+
+
+def test_a_file_cut_off_is_refused(tmp_path: Path) -> None:
+    path, whole = saved_bytes(tmp_path)
+    for size in range(4, len(whole), 97):  # the empty file: see test_any_damage_is_refused_as_state_error
+        path.write_bytes(whole[:size])
+        with pytest.raises(StateError, match="cannot be read"):
+            fresh().load(tmp_path)
+
+
+def test_a_flipped_byte_never_changes_the_state_silently(tmp_path: Path) -> None:
+    path, whole = saved_bytes(tmp_path)
+    reference = fresh()
+    reference.load(tmp_path)
+    refused = 0
+    for position in range(0, len(whole), 13):
+        damaged = bytearray(whole)
+        damaged[position] ^= 0x10
+        path.write_bytes(damaged)
+        loaded = fresh()
+        try:
+            loaded.load(tmp_path)
+        except Exception:
+            refused += 1
+        else:
+            assert content(loaded) == content(reference), f"byte {position}"
+    assert refused > 50
+
+
+def test_any_damage_is_refused_as_state_error(tmp_path: Path) -> None:
+    path, whole = saved_bytes(tmp_path)
+    version = whole.index(b"PK\x01\x02") + 6  # "version needed" in the first entry of the directory
+    for damaged in (b"", whole[:version] + b"\xff" + whole[version + 1 :]):
+        path.write_bytes(damaged)
+        with pytest.raises(StateError, match="cannot be read"):
+            fresh().load(tmp_path)
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> None:
+    """Save the file again with changed metadata or arrays."""
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    meta = json.loads(str(arrays.pop("meta")))
+    change(meta, arrays)
+    with path.open("wb") as file:
+        np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+
+
+def swap_lengths(lengths: np.ndarray) -> None:
+    """Shift the first row's tokens to the second: the total stays."""
+    lengths[1] += lengths[0]
+    lengths[0] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda meta, arrays: meta.pop("visits"), "cannot be read.*visits"),
+        (lambda meta, arrays: meta.pop("rng"), "cannot be read.*rng"),
+        (lambda meta, arrays: meta["rng"].update(bit_generator="MT19937"), "cannot be read"),
+        (lambda meta, arrays: meta.pop("tokens_generated"), "cannot be read.*tokens_generated"),
+        (lambda meta, arrays: meta.update(format=2), "format 2.*reads 3; resume with the version that wrote it"),
+        (lambda meta, arrays: arrays.pop("values.counts"), "cannot be read.*lacks.*counts"),
+        (lambda meta, arrays: arrays.pop("clock.total_kl"), "cannot be read.*lacks.*total_kl"),
+        (lambda meta, arrays: arrays.pop("prompts.text"), "cannot be read.*lack.*text"),
+        (lambda meta, arrays: arrays.update({"lengths.values": np.zeros(1)}), "cannot be read.*different lengths"),
+        (lambda meta, arrays: arrays["values.values"].fill(math.nan), "cannot be read.*not a number"),
+        (lambda meta, arrays: arrays.pop("segments.keys"), "cannot be read.*keys"),
+        (lambda meta, arrays: arrays.pop("segments.logprobs"), "cannot be read.*logprobs"),
+        (
+            lambda meta, arrays: arrays.update({"segments.token_ids": np.zeros(1, np.int32)}),
+            "cannot be read.*different lengths",
+        ),
+        (
+            lambda meta, arrays: arrays.update({"segments.lengths": np.zeros(0, np.int64)}),
+            "cannot be read.*different lengths",
+        ),
+        (lambda meta, arrays: arrays.update({"segments.keys": np.array(["a"])}), "cannot be read.*different lengths"),
+        (lambda meta, arrays: swap_lengths(arrays["segments.lengths"]), "cannot be read.*0 tokens"),
+        (lambda meta, arrays: arrays["values.values"].fill(1.5), "cannot be read.*outside 0 to 1"),
+        (lambda meta, arrays: arrays["lengths.values"].fill(2.0**62), "cannot be read.*outside 0 to 1e"),
+        (lambda meta, arrays: arrays["lengths.values"].fill(-3), "cannot be read.*outside 0 to"),
+        (lambda meta, arrays: arrays["values.counts"].fill(-1), "cannot be read.*not a number in range"),
+        (lambda meta, arrays: arrays["clock.visit_steps"].fill(10**9), "cannot be read.*not a number in range"),
+        (lambda meta, arrays: arrays["clock.visit_kl"].fill(math.inf), "cannot be read.*not a number in range"),
+        (lambda meta, arrays: arrays["segments.token_ids"].fill(-1), "cannot be read.*out of range"),
+        (lambda meta, arrays: arrays["segments.logprobs"].fill(math.nan), "cannot be read.*out of range"),
+        (lambda meta, arrays: meta.update(visits=-1), "cannot be read.*visits is -1"),
+        (lambda meta, arrays: meta.update(visits=math.inf), "cannot be read.*visits is inf"),
+        (lambda meta, arrays: meta.update(tokens_generated=10**80), "cannot be read.*tokens_generated is 1"),
+        (lambda meta, arrays: meta["rng"]["state"].update(state=10**80), "cannot be read"),
+        (lambda meta, arrays: arrays.update({"values.values": np.ones(2, np.int64)}), "cannot be read.*another kind"),
+        (lambda meta, arrays: arrays.update(more=np.zeros(1)), "cannot be read.*has more"),
+    ],
+)
+def test_a_foreign_or_incomplete_file_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None], message: str
+) -> None:
+    path, _ = saved_bytes(tmp_path)
+    rewrite(path, change)
+    with pytest.raises(StateError, match=message) as caught:
+        fresh().load(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / FILE_NAME).open("wb") as file:
+        np.savez(file, weights=np.zeros(3))
+    with pytest.raises(StateError, match="cannot be read as SKPO state"):
+        fresh().load(tmp_path)
+
+
+def test_state_of_another_group_size_is_refused_with_both_numbers(tmp_path: Path) -> None:
+    fresh(group_size=8).save(tmp_path)
+    with pytest.raises(StateError, match=r"group_size=8, this run has 4.*resume_mode=disable"):
+        fresh(group_size=4).load(tmp_path)
+
+
+def test_state_in_another_drift_unit_is_refused_with_both(tmp_path: Path) -> None:
+    fresh().save(tmp_path)
+    with pytest.raises(StateError, match=r"drift=kl_steps, this run has nats"):
+        fresh(tracker=TrackerSettings(drift="nats")).load(tmp_path)
+
+
+def test_other_settings_may_change_between_runs(tmp_path: Path) -> None:
+    saved = fresh()
+    saved.observe("a", 0.5, 30)
+    saved.save(tmp_path)
+    resumed = fresh(clip_high=0.3, split_high=0.4, tracker=TrackerSettings(half_life=2.0))
+    resumed.load(tmp_path)
+    assert resumed.baseline("a") == 0.5
+    assert resumed.values.half_life == 2.0

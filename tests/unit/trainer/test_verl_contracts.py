@@ -1,0 +1,933 @@
+"""What we rely on in verl 0.9.1, pinned: signatures of all we override or call, and facts read from its source.
+
+When one fails after an upgrade of verl: read the change upstream, then what the message names on our side, adapt it,
+and only then the table.  docs/verl_seams.md tells the reason of each override.
+"""
+
+import importlib
+import inspect
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import verl
+
+BASE = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
+SYNC = "verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync"
+WORKER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_actor_class__"
+BUFFER = "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer"
+REPLICAS = "verl.checkpoint_engine:CheckpointEngineManager"
+LOOPS = "verl.experimental.agent_loop.agent_loop"
+DATASET = "verl.utils.dataset.rl_dataset"
+MANAGER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ"
+ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
+
+# (where it is upstream, its signature without annotations, where and how we rely on it).  Ray adds _ray_trace_ctx to
+# the methods of an actor class; it is left out here.
+SEAMS = [
+    # rollout.py: overridden
+    (f"{WORKER}.__init__", "(self, *args, **kwargs)", "rollout.MeteredWorker.__init__ puts its client around verl's"),
+    (
+        f"{WORKER}._run_agent_loop",
+        "async (self, sampling_params, trajectory, *, agent_name, trace=True, **kwargs)",
+        "rollout.MeteredWorker._run_agent_loop adds a seed to the sampling parameters of a session",
+    ),
+    (
+        f"{WORKER}._run_prompt",
+        "async (self, prompt, sampling_params, trajectory, trace=False)",
+        "rollout.SkpoAgentLoopWorker._run_prompt overrides it",
+    ),
+    (f"{MANAGER}.__init__", "(self, *args, **kwargs)", "rollout.MeteredManager.__init__ extends it"),
+    # rollout.py: called, or what calls us
+    (
+        f"{WORKER}.generate_sequences",
+        "async (self, batch)",
+        "it starts one rollout._run_prompt per prompt, in the background",
+    ),
+    (f"{MANAGER}.generate_sequences", "(self, prompts)", "rollout.MeteredManager leaves out columns that nobody reads"),
+    (
+        f"{DATASET}:RLHFDataset.__init__",
+        "(self, data_files, tokenizer, config, processor=None, max_samples=-1)",
+        "checks.data reads the files by it, without a tokenizer",
+    ),
+    (f"{DATASET}:get_dataset_class", "(data_config)", "checks.data finds data.custom_cls by it"),
+    (
+        "verl.trainer.ppo.reward:resolve_reward_manager_cls",
+        "(config)",
+        "checks.reward finds the reward manager by it",
+    ),
+    (
+        f"{WORKER}._agent_loop_postprocess",
+        "async (self, output, validate, **kwargs)",
+        "rollout._run_prompt stores each row by it",
+    ),
+    (
+        f"{WORKER}._compute_score",
+        "async (self, outputs, kwargs)",
+        "rollout.MeteredWorker._compute_score bounds it in time and checks the reward; rollout._respond gets a "
+        "sibling's reward by it, rollout._complete that of a candidate's own response",
+    ),
+    (
+        f"{MANAGER}._init_agent_loop_workers",
+        "async (self)",
+        "it starts self.agent_loop_workers_class, which rollout.MeteredManager sets, as self.agent_loop_workers, whose "
+        "counts take_tokens adds up",
+    ),
+    (
+        "verl.workers.rollout.llm_server:LLMServerClient._acquire_server",
+        "async (self, request_id, **extra)",
+        "rollout.MeteredClient replaces it by one whose server aborts what is cancelled",
+    ),
+    (
+        "verl.workers.rollout.llm_server:LLMServerClient.generate",
+        "async (self, request_id, *, prompt_ids, sampling_params, image_data=None, video_data=None, audio_data=None, "
+        "mm_processor_kwargs=None, **kwargs)",
+        "rollout.MeteredClient wraps it for verl's agent loop and for rollout._generate; "
+        "tests/conftest.py:FakeLLMClient stands for it",
+    ),
+    (
+        "verl.utils.tokenizer.continuous_token_wiring:create_continuous_token_builder",
+        "(tokenizer, *, model_family='auto', hf_model_type=None, chat_template_kwargs=None, mm_processor_kwargs=None, "
+        "processor=None, **builder_kwargs)",
+        "rollout.SkpoAgentLoopWorker.__init__ builds the tokens of q as verl's agent loops do",
+    ),
+    (
+        "verl.utils.tokenizer.continuous_token:ContinuousTokenBuilder.build_initial_tokens",
+        "(self, messages, *, tools=None, images=None, videos=None, audios=None, mm_inputs_out=None)",
+        "rollout._tokenize calls it with the messages alone",
+    ),
+    (f"{LOOPS}:AgentLoopOutput.as_dict", "(self)", "rollout._row: the fields that are set become the stored fields"),
+    (
+        "transfer_queue:async_kv_put",
+        "async (key, partition_id, fields=None, tag=None, data_parser=None)",
+        "rollout._run_prompt puts a prompt's status by it",
+    ),
+    (
+        "transfer_queue:async_kv_batch_put",
+        "async (keys, partition_id, fields=None, tags=None, data_parser=None)",
+        "verl stores our rows by it; tests/unit/rollout/test_worker.py stands in for it",
+    ),
+    # isolation/messages.py: replaced, or called
+    ("transfer_queue.utils.serial_utils:encode", "(obj)", "isolation.messages puts a signature behind the frames"),
+    ("transfer_queue.utils.serial_utils:decode", "(frames)", "isolation.messages checks the signature before it"),
+    ("transfer_queue.utils.zmq_utils:get_node_ip_address", "()", "isolation.messages answers 127.0.0.1 on one node"),
+    (
+        "ray.experimental.internal_kv:_internal_kv_put",
+        "(key, value, overwrite=True, *, namespace=None)",
+        "isolation.messages.create_key stores the run's key",
+    ),
+    (
+        "ray.experimental.internal_kv:_internal_kv_get",
+        "(key, *, namespace=None)",
+        "isolation.messages.stored_key reads the run's key",
+    ),
+    # base_trainer.py, trainer.py, baselines.py: overridden
+    (f"{SYNC}.__init__", "(self, config)", "base_trainer.BaseTrainer.__init__ extends it"),
+    (f"{SYNC}._build_replay_buffer", "(self)", "base_trainer.BaseTrainer sets trainer_mode before it runs"),
+    (f"{SYNC}._init_dataloader", "(self)", "base_trainer.BaseTrainer replaces train_dataloader after it"),
+    (
+        f"{SYNC}.on_init_end",
+        "(self)",
+        "base_trainer.BaseTrainer bounds the manager's waits there, trainer.SkpoTrainer sets the loss function",
+    ),
+    (
+        f"{REPLICAS}.sleep_replicas",
+        "(self)",
+        "replicas.BoundedCheckpointManager gives it a time-out",
+    ),
+    (f"{SYNC}._load_checkpoint", "(self)", "base_trainer.BaseTrainer loads its state after it"),
+    (f"{SYNC}._save_checkpoint", "(self)", "base_trainer.BaseTrainer saves its state before it; on_train_end calls it"),
+    (
+        f"{SYNC}.on_validate_begin",
+        "(self)",
+        "base_trainer.BaseTrainer adds its metrics file at the first hook of fit(); on_train_end calls it",
+    ),
+    (f"{SYNC}.on_train_begin", "(self)", "base_trainer.BaseTrainer adds its metrics file at the first hook of fit()"),
+    (
+        f"{BUFFER}.sample",
+        "(self, global_steps, partition_id, batch_size)",
+        "replay.BoundedReplayBuffer.sample counts the prompts that are missing",
+    ),
+    (
+        f"{BUFFER}._wait_for_next_poll",
+        "(self, partition_id, last_debug_time)",
+        "replay.BoundedReplayBuffer._wait_for_next_poll gives up",
+    ),
+    (
+        "verl.workers.rollout.base:get_rollout_class",
+        "(rollout_name, mode='async')",
+        "it finds weight_sync.BoundedServerAdapter by the name that weight_sync_registration puts into its registry",
+    ),
+    (
+        f"{SYNC}._write_generations",
+        "(inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path, global_steps)",
+        "base_trainer.BaseTrainer skips a dump that cannot be written",
+    ),
+    (f"{SYNC}.on_step_begin", "(self)", "base_trainer.BaseTrainer starts the token counts of the step there"),
+    (f"{SYNC}.on_step_end", "(self)", "base_trainer.BaseTrainer ends training there when the budget is spent"),
+    (f"{SYNC}.on_train_end", "(self)", "base_trainer.BaseTrainer saves and validates there when the budget is spent"),
+    (
+        f"{SYNC}.step",
+        "(self, metrics, timing_raw)",
+        "base_trainer.BaseTrainer keeps the step's metrics, which it saves with the checkpoint",
+    ),
+    (
+        f"{SYNC}._fetch_one_gen_batch",
+        "(self)",
+        "base_trainer.BaseTrainer adds uid, split position, seed and step to its batch",
+    ),
+    (
+        f"{SYNC}._balance_batch",
+        "(self, batch, metrics, logging_prefix='global_seqlen', keep_minibatch=False)",
+        "base_trainer.BaseTrainer sorts the rows before it, trainer.SkpoTrainer orders them after it",
+    ),
+    (
+        f"{SYNC}._compute_old_log_prob",
+        "(self, batch, metrics)",
+        "base_trainer.BaseTrainer says how many rows belong together",
+    ),
+    (
+        f"{SYNC}._compute_advantage",
+        "(self, batch, metrics)",
+        "trainer.SkpoTrainer and baselines.SpoTrainer replace it, baselines.BaselineTrainer logs after it",
+    ),
+    (
+        f"{SYNC}._update_actor",
+        "(self, batch, metrics)",
+        "trainer.SkpoTrainer turns sums into shares after it, baselines.SpoTrainer reads the KL",
+    ),
+    # base_trainer.py, trainer.py, baselines.py and loss.py: called
+    (
+        f"{SYNC}._val_metrics_update",
+        "(self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, expected_acc_counts=None)",
+        "base_trainer.BaseTrainer takes the acc of plain numbers out before it",
+    ),
+    (f"{SYNC}._validate", "(self)", "base_trainer.on_train_end calls it and logs what it returns"),
+    (f"{SYNC}.on_validate_end", "(self)", "base_trainer.on_train_end calls it after validation"),
+    (
+        "torchdata.stateful_dataloader:StatefulDataLoader.__init__",
+        "(self, dataset, batch_size=1, shuffle=None, sampler=None, batch_sampler=None, num_workers=0, collate_fn=None, "
+        "pin_memory=False, drop_last=False, timeout=0, worker_init_fn=None, multiprocessing_context=None, "
+        "generator=None, *, prefetch_factor=None, persistent_workers=False, pin_memory_device='', in_order=True, "
+        "snapshot_every_n_steps=1)",
+        "base_trainer._init_dataloader gives it curriculum.PrioritisedBatches as batch_sampler",
+    ),
+    (
+        "verl.utils.dataset.rl_dataset:collate_fn",
+        "(data_list)",
+        "base_trainer._init_dataloader collates prompts by it, as verl's own loader",
+    ),
+    (
+        "verl.workers.engine_workers:ActorRolloutRefWorker.compute_log_prob",
+        "(self, data)",
+        "base_trainer._log_ratios asks for the log-probs of stored segments by it",
+    ),
+    (
+        "verl.utils.tensordict_utils:list_of_dict_to_tensordict",
+        "(list_of_dicts)",
+        "base_trainer._log_ratios makes the rows that it puts by it",
+    ),
+    (
+        "verl.workers.utils.padding:response_from_nested",
+        "(tensor, response_mask)",
+        "base_trainer._log_ratios cuts the responses' log-probs out by it",
+    ),
+    (
+        "transfer_queue:kv_clear",
+        "(keys, partition_id)",
+        "base_trainer._log_ratios empties its own partition by it",
+    ),
+    (
+        "verl.workers.engine_workers:ActorRolloutRefWorker.set_loss_fn",
+        "(self, loss_fn)",
+        "trainer.on_init_end sets loss.skpo_loss by it",
+    ),
+    (
+        "transfer_queue:kv_batch_get",
+        "(keys, partition_id, select_fields=None)",
+        "trainer and baselines read rows by it in _compute_advantage, base_trainer._log_ratios all fields at once",
+    ),
+    (
+        "transfer_queue:kv_batch_put",
+        "(keys, partition_id, fields=None, tags=None, data_parser=None)",
+        "trainer and baselines write advantages by it, base_trainer._log_ratios rows with tags",
+    ),
+    ("transfer_queue:KVBatchMeta.reorder", "(self, indexes)", "both _balance_batch order rows by it"),
+    # prefix_engine.py
+    (f"{ENGINE}.prepare_model_inputs", "(self, micro_batch)", "prefix_engine.SharedPrefixEngine packs rows there"),
+    (
+        f"{ENGINE}.prepare_model_outputs",
+        "(self, output, output_args, micro_batch, logits_processor_func)",
+        "prefix_engine.SharedPrefixEngine unpacks log-probs and entropies there",
+    ),
+    # engine/fsdp.py
+    (f"{ENGINE}._build_module", "(self)", "PackedEngine chooses the attention of the module that it returns"),
+    (
+        f"{ENGINE}.forward_backward_batch",
+        "(self, data, loss_function, forward_only=False)",
+        "PackedEngine keeps a prompt's rows together before it",
+    ),
+    (
+        f"{ENGINE}.forward_step",
+        "(self, micro_batch, loss_function, forward_only)",
+        "PackedEngine counts the positions that it computed",
+    ),
+    (
+        "verl.utils.seqlen_balancing:rearrange_micro_batches",
+        "(batch, max_token_len, dp_group=None, num_batches_divided_by=None, same_micro_num_in_dp=True, "
+        "min_num_micro_batch=None, use_dynamic_bsz_balance=True, force_group_size=1)",
+        "PackedEngine and base_trainer set force_group_size",
+    ),
+    (
+        "verl.workers.engine.base:EngineRegistry.register",
+        "(model_type, backend, device='cuda', vendor=None)",
+        "prefix_engine registers SharedPrefixEngine for the device shared_prefix",
+    ),
+    (
+        "verl.utils.torch_functional:logprobs_from_logits",
+        "(logits, labels, inplace_backward=True)",
+        "prefix_engine computes log-probs by it",
+    ),
+    ("verl.utils.torch_functional:entropy_from_logits", "(logits)", "prefix_engine computes entropies by it"),
+    (
+        "verl.trainer.ppo.core_algos:register_adv_est",
+        "(name_or_enum)",
+        "trainer registers advantage.skpo_advantage as 'skpo'",
+    ),
+    (
+        "verl.trainer.ppo.core_algos:get_adv_estimator_fn",
+        "(name_or_enum)",
+        "trainer._compute_advantage looks 'skpo' up",
+    ),
+    (
+        "verl.trainer.ppo.v1.trainer_base:register_trainer",
+        "(name)",
+        "trainer registers SkpoTrainer as 'skpo', baselines theirs as 'skpo_baseline' and 'skpo_spo'",
+    ),
+    (
+        "verl.utils.seqlen_balancing:get_seqlen_balanced_partitions",
+        "(seqlen_list, k_partitions, equal_size)",
+        "trainer._balance_batch shares rows out to ranks by it",
+    ),
+    (
+        "verl.workers.utils.padding:no_padding_2_padding",
+        "(tensor, data)",
+        "loss.skpo_loss cuts the response's log-probs out by it",
+    ),
+    (
+        "verl.utils.metric:Metric.from_dict",
+        "(data, aggregation)",
+        "loss.skpo_loss hands its sums over by it",
+    ),
+    # main.py
+    ("verl.trainer.main_ppo:run_ppo", "(config, task_runner_class)", "main.launch calls it"),
+    (
+        "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run",
+        "(self, config)",
+        "main.SkpoTaskRunner.run extends it: it imports our trainers first",
+    ),
+    (
+        "verl.utils.config:validate_config",
+        "(config, use_reference_policy, use_critic)",
+        "main.launch calls it before Ray starts",
+    ),
+    ("verl.trainer.ppo.utils:need_critic", "(config)", "main.launch calls it"),
+    ("verl.trainer.ppo.utils:need_reference_policy", "(config)", "main.launch calls it"),
+]
+
+
+def locate(place: str) -> Any:
+    module, _, path = place.partition(":")
+    return reduce(getattr, path.split("."), importlib.import_module(module))
+
+
+def signature(function: Any) -> str:
+    """Names, kinds and defaults of the parameters; annotations say nothing about a call."""
+    full = inspect.signature(function)
+    own = [p.replace(annotation=p.empty) for name, p in full.parameters.items() if name != "_ray_trace_ctx"]
+    text = str(full.replace(parameters=own, return_annotation=inspect.Signature.empty)).replace(", *)", ")")
+    return f"async {text}" if inspect.iscoroutinefunction(function) else text
+
+
+def changed(what: str, ours: str) -> str:
+    return f"verl {verl.__version__} is not the 0.9.1 we know: {what}.\nWhere we rely on it: {ours}."
+
+
+def test_verl_is_the_pinned_release() -> None:
+    assert verl.__version__ == "0.9.1", "another verl: run this file, repair what it names, then pin the new version"
+
+
+@pytest.mark.parametrize(("place", "pinned", "ours"), SEAMS, ids=[place for place, _, _ in SEAMS])
+def test_signature_is_the_pinned_one(place: str, pinned: str, ours: str) -> None:
+    try:
+        found = signature(locate(place))
+    except (ImportError, AttributeError) as error:
+        pytest.fail(changed(f"{place} is gone ({error})", ours))
+    assert found == pinned, changed(f"{place} has another signature\n  0.9.1: {pinned}\n  now:   {found}", ours)
+
+
+def our_classes() -> dict[str, tuple[type, str]]:
+    """Every class of ours that stands below one of verl's, with the latter's place."""
+    from recipe.skpo.engine import fsdp, prefix_engine
+    from recipe.skpo.rollout import worker as rollout
+    from recipe.skpo.trainer import base as base_trainer
+    from recipe.skpo.trainer import baselines, replay, replicas
+    from recipe.skpo.trainer import skpo as trainer
+
+    found = {}
+    for module in (rollout, replay, replicas, base_trainer, trainer, baselines, prefix_engine, fsdp):
+        for name, value in vars(module).items():
+            if inspect.isclass(value) and value.__module__ == module.__name__:
+                for place in (WORKER, MANAGER, SYNC, BUFFER, REPLICAS, ENGINE):
+                    if issubclass(value, locate(place)):
+                        found[name] = (value, place)
+    return found
+
+
+OURS = ["MeteredWorker", "SkpoAgentLoopWorker", "MeteredManager", "SkpoAgentLoopManager"]
+OURS += [
+    "BoundedReplayBuffer",
+    "BoundedCheckpointManager",
+    "BaseTrainer",
+    "SkpoTrainer",
+    "BaselineTrainer",
+    "SpoTrainer",
+    "SharedPrefixEngine",
+    "PackedEngine",
+]
+
+
+def overridden(name: str) -> dict[str, Any]:
+    """What a class of ours overrides of verl's, by name."""
+    ours, place = our_classes()[name]
+    base = locate(place)
+    found = {key: value for key, value in vars(ours).items() if callable(value) and hasattr(base, key)}
+    if name.startswith("Bounded"):
+        del found["__init__"]  # it takes over what verl's has built, and calls none
+    return found
+
+
+def test_every_class_below_one_of_verls_is_known_here() -> None:
+    assert sorted(our_classes()) == sorted(OURS)
+    # It only names another worker class.
+    assert [name for name in OURS if not overridden(name)] == ["SkpoAgentLoopManager"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_override_is_in_the_table(name: str) -> None:
+    place = our_classes()[name][1]
+    missing = {f"{place}.{key}" for key in overridden(name)} - {seam for seam, _, _ in SEAMS}
+    assert not missing, f"pin the signature of {', '.join(sorted(missing))} in SEAMS"
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_every_override_can_be_called_as_upstream_calls_it(name: str) -> None:
+    base = locate(our_classes()[name][1])
+    for key, value in overridden(name).items():
+        upstream = inspect.signature(getattr(base, key))
+        positional = [p.name for p in upstream.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        keywords = {p.name: None for p in upstream.parameters.values() if p.kind is p.KEYWORD_ONLY}
+        keywords.pop("_ray_trace_ctx", None)  # Ray's own, handed over by its wrapper alone
+        positional = [parameter for parameter in positional if parameter != "_ray_trace_ctx"]
+        mine = inspect.signature(value)
+        mine.bind(*positional, **keywords)  # raises TypeError where it cannot
+        mine.bind("self", **{parameter: None for parameter in positional[1:]}, **keywords)
+        assert inspect.iscoroutinefunction(value) == inspect.iscoroutinefunction(getattr(base, key)), key
+
+
+def test_the_fake_llm_client_has_the_interface_of_verls(fake_llm) -> None:
+    real = locate("verl.workers.rollout.llm_server:LLMServerClient.generate")
+    assert signature(type(fake_llm()).generate) == signature(real)
+
+
+# ---------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize(
+    ("place", "needed", "ours"),
+    [
+        (
+            f"{LOOPS}:AgentLoopOutput",
+            "prompt_ids response_ids response_mask response_logprobs reward_score num_turns metrics extra_fields",
+            "rollout._row sets them",
+        ),
+        (
+            "verl.workers.rollout.replica:TokenOutput",
+            "token_ids log_probs extra_fields",
+            "rollout reads them from every answer",
+        ),
+    ],
+    ids=["AgentLoopOutput", "TokenOutput"],
+)
+def test_record_has_the_fields_we_use(place: str, needed: str, ours: str) -> None:
+    missing = set(needed.split()) - set(locate(place).model_fields)
+    assert not missing, changed(f"{place} has lost {sorted(missing)}", ours)
+
+
+def test_transfer_queue_unpickles_nothing_that_came_by_another_way() -> None:
+    """Besides ``decode``, which the run's key guards, it loads files that it wrote itself."""
+    import transfer_queue
+
+    package = Path(transfer_queue.__file__).parent
+    texts = {str(path.relative_to(package)): path.read_text() for path in package.rglob("*.py")}
+    assert {name for name, text in texts.items() if "pickle.loads(" in text} == {
+        "utils/serial_utils.py",
+        "storage/simple_storage.py",
+    }
+    assert not [name for name, text in texts.items() if "recv_pyobj" in text]
+
+
+def test_batch_meta_can_be_reordered_and_counted() -> None:
+    from transfer_queue import KVBatchMeta
+
+    batch = KVBatchMeta(keys=["a", "b", "c"], tags=[{"n": 0}, {"n": 1}, {"n": 2}], partition_id="train")
+    batch.reorder([2, 0, 1])
+    assert (batch.keys, [tag["n"] for tag in batch.tags], len(batch)) == (["c", "a", "b"], [2, 0, 1], 3)
+
+
+def test_a_metric_sum_adds_up_over_micro_batches() -> None:
+    from verl.utils.metric import Metric
+
+    metric = Metric.from_dict({"skpo/loss": 2.0}, aggregation="sum")["skpo/loss"]
+    metric.append(3.0)
+    assert metric.aggregate() == 5.0
+
+
+# ---------------------------------------------------------------- actor classes, registries
+
+
+@pytest.mark.parametrize("place", [WORKER, "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__"])
+def test_the_plain_class_behind_an_actor_class_can_be_subclassed(place: str) -> None:
+    plain = locate(place)
+    assert inspect.isclass(plain), changed(f"{place} is no class", "rollout and main subclass it")
+    assert issubclass(type("Sub", (plain,), {}), plain)
+
+
+def test_our_names_are_registered_with_verl() -> None:
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    from recipe.skpo.method.advantage import skpo_advantage
+    from recipe.skpo.trainer.baselines import BaselineTrainer, SpoTrainer
+    from recipe.skpo.trainer.skpo import SkpoTrainer
+
+    assert get_trainer_cls("skpo") is SkpoTrainer
+    assert get_trainer_cls("skpo_baseline") is BaselineTrainer
+    assert get_trainer_cls("skpo_spo") is SpoTrainer
+    assert get_adv_estimator_fn("skpo") is skpo_advantage
+
+
+# ---------------------------------------------------------------- facts of the source
+
+
+def source(place: str) -> str:
+    return " ".join(inspect.getsource(locate(place)).split())
+
+
+FACTS = [
+    (
+        f"{BASE}._get_required_batch_multiple",
+        "actor_global_mini_batch_size *= self.config.actor_rollout_ref.rollout.n",
+        "rollout.n = G + 1: verl multiplies the mini-batch by it, trainer._rows_per_minibatch does the same",
+    ),
+    (
+        f"{BASE}._update_actor",
+        "ppo_mini_batch_size = ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n",
+        "rollout.n = G + 1: verl multiplies the mini-batch by it, trainer._rows_per_minibatch does the same",
+    ),
+    (
+        f"{BASE}._update_actor",
+        'rename_dict(output["metrics"], "actor/")',
+        "trainer._update_actor takes the prefix 'actor/' off our metrics",
+    ),
+    (
+        f"{BASE}._balance_batch",
+        "dp_size = max(dp_rank_mapping) + 1",
+        "base_trainer._data_parallel_size computes it in the same way, from the same _dispatch_info['actor']",
+    ),
+    (
+        "verl.experimental.agent_loop.single_turn_agent_loop:SingleTurnAgentLoop.run",
+        'request_id = f"det-{priority}" if getattr(self.rollout_config, "full_determinism", False)',
+        "rollout.MeteredWorker names requests there; it need not where verl does",
+    ),
+    (
+        "verl.workers.rollout.llm_server:LLMServerClient.generate",
+        "await server.generate.remote(",
+        "admission.AbortingHandle stands for the server",
+    ),
+    (
+        "verl.workers.rollout.llm_server:LLMServerClient.generate",
+        'priority = kwargs.pop("priority", 0)',
+        "rollout._generate hands a priority to every request",
+    ),
+    (
+        f"{BASE}._compute_old_log_prob",
+        'data["old_log_probs"] = data.pop("rollout_log_probs")',
+        "docs/performance.md: in bypass mode the rollout's log-probs are the old ones",
+    ),
+    (
+        f"{BASE}._balance_batch",
+        "worker_group._dispatch_info[role] = dp_rank_mapping",
+        "base_trainer._data_parallel_size reads it",
+    ),
+    (
+        f"{BASE}._step_once",
+        "batch = self._balance_batch(batch, metrics=metrics)",
+        "rows are ordered and tokens counted once per step, before log-probs and advantages",
+    ),
+    (
+        f"{BASE}.__init__",
+        "self.replay_buffer = self._build_replay_buffer()",
+        "base_trainer._build_replay_buffer sets trainer_mode = 'sync' before anything compares it",
+    ),
+    (
+        f"{BASE}._build_replay_buffer",
+        'ReplayBuffer if self.trainer_mode == "sync" else ReplayBufferAsync',
+        "base_trainer._build_replay_buffer sets trainer_mode = 'sync'",
+    ),
+    (
+        f"{BASE}._load_checkpoint",
+        "self.global_steps = 0",
+        "base_trainer._load_checkpoint knows a fresh start by it",
+    ),
+    (
+        f"{BASE}._load_checkpoint",
+        "find_latest_ckpt_path(checkpoint_folder)",
+        "preflight.resume_folder finds the same folder by the same marker file",
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        'self.config.trainer.default_local_dir, "latest_checkpointed_iteration.txt"',
+        "base_trainer._save_checkpoint: our state is written before this marker",
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        'self.config.trainer.default_local_dir, f"global_step_{self.global_steps}"',
+        "base_trainer._checkpoint_folder names the same folder",
+    ),
+    *(
+        (
+            "verl.utils.checkpoint.fsdp_checkpoint_manager:FSDPCheckpointManager.save_checkpoint",
+            f'f"{start}_world_size_{{self.world_size}}_rank_{{self.rank}}.pt"',
+            "checkpoints.missing_piece looks for these files",
+        )
+        for start in ("model", "optim", "extra_state")
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        'dataloader_local_path = os.path.join(local_global_step_folder, "data.pt")',
+        "checkpoints.missing_piece looks for it, checkpoints.remove_older knows a killed save by its absence",
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        'self.config.trainer.get("max_actor_ckpt_to_keep", None)',
+        "base_trainer.__init__ sets it to None, so that verl removes nothing",
+    ),
+    (
+        f"{BASE}.fit",
+        "batch = self.step(metrics, self.timing_raw)",
+        "base_trainer.step keeps the dictionary, which is complete but for verl's own metrics when the step is saved",
+    ),
+    (
+        f"{BASE}.fit",
+        "self.logger = Tracking(",
+        "base_trainer._open_metrics_file adds ours to Tracking.logger in the first hook after it",
+    ),
+    ("verl.utils.tracking:Tracking.__init__", "self.logger = {}", "base_trainer._open_metrics_file adds ours to it"),
+    (
+        "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer",
+        "time.sleep(self.poll_interval)",
+        "base_trainer._build_replay_buffer sets poll_interval",
+    ),
+    (
+        "verl.trainer.ppo.padding_utils:upsample_batch_to_divisible_size",
+        'pad_keys.append(f"{pad_uid}_{local_idx}_0")',
+        "trainer._balance_batch takes uid and session from every key, padding included",
+    ),
+    (
+        "verl.trainer.ppo.padding_utils:construct_minimal_padding_template",
+        "is_padding=True",
+        "trainer and baselines tell padding rows by this tag",
+    ),
+    (
+        f"{WORKER}._agent_loop_postprocess",
+        'keys.append(f"{uid}_{session_id}_{i}")',
+        "base_trainer._balance_batch takes uid and session from the keys",
+    ),
+    (
+        f"{BASE}.fit",
+        "self.on_step_begin() self._start_profiling() batch = self.step(",
+        "base_trainer.on_step_begin starts the token counts before the step's prompts are submitted",
+    ),
+    (
+        f"{BASE}.fit",
+        "self.global_steps <= self.total_training_steps:",
+        "base_trainer.on_step_end ends the loop by lowering total_training_steps",
+    ),
+    (
+        f"{BASE}.fit",
+        "self.global_steps += 1 SkipManager.set_step(self.global_steps) current_epoch",
+        "base_trainer.on_train_end takes the step back that verl has counted on",
+    ),
+    (f"{BASE}.fit", "self.on_train_end() # Ensure", "base_trainer.on_train_end runs when the loop ends of itself"),
+    (
+        f"{BASE}._step_once",
+        "batch = self._compute_old_log_prob(batch, metrics=metrics)",
+        "base_trainer._log_ratios and trainer._compute_advantage read old_log_probs",
+    ),
+    (
+        f"{BASE}._compute_old_log_prob",
+        '{ "calculate_entropy": True, "compute_loss": False, "temperature":',
+        "base_trainer._log_ratios asks for log-probs by the same options",
+    ),
+    (
+        f"{BASE}._compute_old_log_prob",
+        'response_from_nested(data.pop("log_probs"), data["response_mask"])',
+        "base_trainer._log_ratios reads the same field in the same way",
+    ),
+    (
+        f"{BASE}._init_dataloader",
+        "self.train_dataloader_it = None",
+        "base_trainer._init_dataloader replaces the loader before anything iterates over it",
+    ),
+    (
+        f"{BASE}._init_dataloader",
+        "self.steps_per_epoch = len(self.train_dataset) // self.config.data.train_batch_size",
+        "curriculum.PrioritisedBatches has as many batches per epoch",
+    ),
+    (
+        f"{BASE}._load_checkpoint",
+        "self.train_dataloader.load_state_dict(dataloader_state_dict)",
+        "curriculum.PrioritisedBatches is resumed by it",
+    ),
+    (
+        f"{BASE}._save_checkpoint",
+        "torch.save(self.train_dataloader.state_dict(), dataloader_local_path)",
+        "curriculum.PrioritisedBatches is saved by it",
+    ),
+    (
+        f"{WORKER}._run_prompt",
+        "run_sampling_params, trajectory=trajectory, trace=trace, session_id=i, **prompt",
+        "rollout.MeteredWorker._run_agent_loop finds session_id and the prompt's seed among its keywords",
+    ),
+    (
+        f"{LOOPS}:AgentLoopWorker._run_agent_loop",
+        "server_manager=self.llm_client,",
+        "rollout.MeteredWorker counts the requests of verl's agent loop by the client that it puts there",
+    ),
+    (
+        f"{WORKER}._agent_loop_postprocess",
+        'field["loss_mask"] = field["response_mask"]',
+        "rollout._missing_sibling zeroes the response mask alone",
+    ),
+    (
+        f"{WORKER}._agent_loop_postprocess",
+        "field.update(kwargs)",
+        "columns.GENERATED names what a column of the user's would replace",
+    ),
+    *(
+        (
+            f"verl.experimental.reward_loop.reward_manager.{manager}:{name}RewardManager.run_single",
+            f"{keyword}=",
+            "rewards.VERLS_ARGUMENTS are the keywords of a reward function",
+        )
+        for manager, name in (("naive", "Naive"), ("dapo", "DAPO"))
+        for keyword in ("data_source", "solution_str", "ground_truth", "extra_info")
+    ),
+    (
+        f"{DATASET}:RLHFDataset._read_files_and_tokenize",
+        'parquet_file.endswith(".parquet")',
+        "checks.data refuses other endings",
+    ),
+    (
+        f"{WORKER}._compute_score",
+        "if final_output.reward_score is None and enable_async_reward",
+        "rollout._roll_out sets the segment's reward before its row is stored, so that it is not scored",
+    ),
+    (
+        f"{MANAGER}._init_agent_loop_workers",
+        "self.agent_loop_workers_class.options(",
+        "rollout.MeteredManager names our worker class there",
+    ),
+    (
+        "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run",
+        "get_trainer_cls(config.trainer.v1.trainer_mode)",
+        "trainer.v1.trainer_mode chooses among our trainers",
+    ),
+    (
+        "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.init_agent_loop_manager",
+        'rollout.get("agent", {}).get("agent_loop_manager_class")',
+        "config/method/*.yaml name rollout.SkpoAgentLoopManager or rollout.MeteredManager there",
+    ),
+    (
+        "verl.trainer.main_ppo:run_ppo",
+        "runner = task_runner_class.remote() ray.get(runner.run.remote(config))",
+        "ending.WatchedRunner stands for the class there: what it does comes between ray.init and the runner's start",
+    ),
+    (
+        "verl.single_controller.ray.base:ResourcePoolManager",
+        "max_colocate_count: int = 3",
+        "checks.environment counts the CPUs that verl reserves with every device",
+    ),
+    (
+        "verl.single_controller.ray.base:RayResourcePool.get_placement_groups",
+        'bundle = {"CPU": self.max_colocate_count}',
+        "checks.environment counts the CPUs that verl reserves with every device",
+    ),
+]
+
+
+FACTS += [
+    (
+        f"{BUFFER}.sample",
+        "selected terminal groups with no materializable trajectories",
+        "replay.BoundedReplayBuffer tells a batch without rows by these words",
+    ),
+    (
+        f"{BUFFER}.sample",
+        "last_debug_time = self._wait_for_next_poll(partition_id, last_debug_time)",
+        "replay.BoundedReplayBuffer watches progress there",
+    ),
+    (
+        f"{SYNC}.on_sample_end",
+        "self.checkpoint_manager.sleep_replicas()",
+        "replicas.BoundedCheckpointManager gives up there on a replica that hangs",
+    ),
+]
+
+# isolation/: what keeps runs apart
+FACTS += [
+    (
+        "transfer_queue.utils.zmq_utils:ZMQMessage.serialize",
+        "return encode(msg_dict)",
+        "isolation.messages signs every message there",
+    ),
+    (
+        "transfer_queue.utils.zmq_utils:ZMQMessage.deserialize",
+        "try: result = decode(frames) except Exception as e: raise ZMQMessageDecodeError",
+        "isolation.messages checks every message there, and TransferQueue's servers survive a refusal",
+    ),
+    (
+        "ray._private.runtime_env.setup_hook:load_and_execute_setup_hook_module",
+        "setup_func = load_class(worker_process_setup_hook_key) setup_func()",
+        "isolation.worker.set_up runs in every process that Ray starts for the run",
+    ),
+]
+
+# Read from the files, because importing them imports vLLM.
+VLLM_ROLLOUT = "workers/rollout/vllm_rollout"
+WEIGHT_FACTS = [
+    (
+        f"{VLLM_ROLLOUT}/bucketed_weight_transfer.py",
+        "self.zmq_context = zmq.Context.instance() self.socket = None",
+        "weight_sync.BoundedServerAdapter gives that context sockets that give up",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/bucketed_weight_transfer.py",
+        "self.socket = self.zmq_context.socket(zmq.REQ)",
+        "the sender's socket is made from that context, after the time-out is set",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/bucketed_weight_transfer.py",
+        'self.socket.send_pyobj({"bucket_meta": bucket_meta, "is_last": True}) self.socket.recv() finally: '
+        "self._cleanup()",
+        "what recv raises reaches weight_sync.BoundedServerAdapter, and socket and shared memory are released",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        'future = await self._execute_method( "update_weights_from_ipc", non_block=True,',
+        "weight_sync.BoundedServerAdapter._execute_method keeps what the receiver answers",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        "async def update_weights( self, weights: Generator[tuple[str, torch.Tensor], None, None], "
+        'global_steps: int = None, wire_format: str = "named_tensors", **kwargs, ):',
+        "weight_sync.BoundedServerAdapter.update_weights overrides it",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        "async def _execute_method( self, method: str, non_block: bool = False,",
+        "weight_sync.BoundedServerAdapter._execute_method overrides it",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        "def _ensure_server_handle(self) -> bool:",
+        "weight_sync.BoundedServerAdapter._ensure_server_handle bounds the handle's waits",
+    ),
+    *(
+        (
+            f"{VLLM_ROLLOUT}/vllm_rollout.py",
+            f"if self.config.free_cache_engine and self._ensure_server_handle(): await self.server_handle.{call}",
+            "weight_sync.BoundedServerAdapter._ensure_server_handle runs before the handle is used",
+        )
+        for call in ("wake_up.remote(tags=tags)", "sleep.remote()")
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        'self.zmq_handle = f"ipc:///tmp/rl-colocate-zmq-{job_id}-replica-{self.replica_rank}-rank-{local_rank}.sock"',
+        "weight_sync.BoundedServerAdapter moves that socket into the run's folder",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_rollout.py",
+        "sender = BucketedWeightSender( zmq_handle=self.zmq_handle,",
+        "weight_sync.BoundedServerAdapter moves that socket into the run's folder",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/utils.py",
+        "receiver = BucketedWeightReceiver( zmq_handle=self._get_zmq_handle(),",
+        "isolation.receiver.PrivateReceiver overrides it",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/utils.py",
+        'return f"ipc:///tmp/rl-colocate-zmq-{job_id}-replica-{replica_rank}-rank-{trainer_rank}.sock"',
+        "isolation.receiver.PrivateReceiver moves that socket into the run's folder",
+    ),
+    (
+        f"{VLLM_ROLLOUT}/vllm_async_server.py",
+        '"worker_extension_cls": self._get_worker_extension_cls(),',
+        "engine_kwargs.vllm, which comes after it, names isolation.receiver.PrivateReceiver",
+    ),
+    (
+        "workers/rollout/base.py",
+        '("vllm", "async"): "verl.workers.rollout.vllm_rollout.ServerAdapter"',
+        "weight_sync_registration replaces this entry by a class below that one",
+    ),
+    (
+        "workers/config/model.py",
+        "import_external_libs(self.external_lib)",
+        "main.apply_platform has weight_sync_registration imported there, in the actor's process",
+    ),
+    (
+        "workers/config/rollout.py",
+        "custom: Optional[dict] = None",
+        "rollout.custom.weight_sync_timeout_s carries the setting to weight_sync.BoundedServerAdapter",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "fact", "ours"), WEIGHT_FACTS, ids=[f"{file}: {fact[:40]}" for file, fact, _ in WEIGHT_FACTS]
+)
+def test_file_still_says_so(file: str, fact: str, ours: str) -> None:
+    path = Path(verl.__file__).parent / file
+    if not path.is_file():
+        pytest.fail(changed(f"{path} is gone", ours))
+    assert fact in " ".join(path.read_text().split()), changed(f"{file} no longer says `{fact}`", ours)
+
+
+@pytest.mark.parametrize(
+    ("place", "fact", "ours"), FACTS, ids=[f"{place.split(':')[1]}: {fact[:40]}" for place, fact, _ in FACTS]
+)
+def test_source_still_says_so(place: str, fact: str, ours: str) -> None:
+    try:
+        text = source(place)
+    except (ImportError, AttributeError) as error:
+        pytest.fail(changed(f"{place} is gone ({error})", ours))
+    assert fact in text, changed(f"{place} no longer says `{fact}`", ours)
+
+
+def test_the_synchronous_trainer_overrides_nothing_that_the_facts_were_read_in() -> None:
+    base, sync = locate(BASE), locate(SYNC)
+    read = {place.rpartition(".")[2] for place, _, _ in FACTS if place.startswith(BASE)}
+    assert not {name for name in read if getattr(sync, name) is not getattr(base, name)}
