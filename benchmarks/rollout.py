@@ -32,7 +32,7 @@ class Workload:
     """A batch of prompts for a model whose response lengths are long-tailed.
 
     A response to prompt q has exp(mu_q + response_sigma * z) tokens, at most the budget, with a standard normal z and
-    mu_q ~ Normal(log(median_length), prompt_sigma); one after [s, q] is ``skip_factor`` as long (SPEC section 9).  The
+    mu_q ~ Normal(log(median_length), prompt_sigma); one after [s, q] is ``skip_factor`` as long.  The
     prompt's tracked mean length is the mean of G such responses, as after its first visit.  Problems have a uniform
     number of tokens.
     """

@@ -1,4 +1,4 @@
-"""Answer checking: `compute_score` is the one entry that verl calls (SPEC section 3, R = 2 * 1[correct] - 1).
+"""Answer checking: `compute_score` is the one entry that verl calls (R = 2 * 1[correct] - 1).
 
 It is routed by `data_source` to a room per kind of answer: numbers (`hash_answer`), mathematics (`math_answer`),
 multiple choice (`choice_answer`); `thoughts` takes the thought off the response, `forms` finds the answer in the rest.

@@ -122,7 +122,7 @@ def with_old_log_probs(visits: list[Visit], score: Score, seed: int) -> None:
 
 
 def naive_objective(visits: list[Visit], everything: list[Visit], score: Score) -> torch.Tensor:
-    """SPEC section 6 over the prompts of one update; advantages over the whole batch, from the rewards."""
+    """Equations 5 and 6 over the prompts of one update; advantages over the whole batch, from the rewards."""
     clipped = (1 - CLIPS[0], 1 + CLIPS[1])
     upstream = reference_single_stream(
         [visit.segment.reward for visit in everything], [visit.baseline for visit in everything], [True] * 3

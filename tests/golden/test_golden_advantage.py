@@ -1,4 +1,4 @@
-"""Both advantages of a whole batch against the plain loops of SPEC sections 4 and 5, in both precisions."""
+"""Both advantages of a whole batch against the plain loops of docs/method.md, sections 7 and 8, in both precisions."""
 
 import numpy as np
 import pytest

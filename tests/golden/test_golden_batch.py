@@ -1,4 +1,4 @@
-"""Eq. 5 and eq. 6 (SPEC section 6) over whole batches, gradient by gradient, through what verl calls.
+"""Equations 5 and 6 over whole batches, gradient by gradient, through what verl calls.
 
 Random G, lengths, padding, missing siblings, updates, micro-batches and ranks; the gradient of every update must be
 that of the plain loops, whatever the split.

@@ -1,4 +1,4 @@
-"""SPEC section 2 with its ablations (split, cut, selection, skip prompt) and the sampling of prompts."""
+"""Sections 1 to 4 of docs/method.md with the ablations (split, cut, selection, skip prompt); sampling of prompts."""
 
 import math
 from collections import Counter

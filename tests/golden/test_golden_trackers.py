@@ -1,4 +1,4 @@
-"""Trackers over whole runs, SPEC section 4: hundreds of visits of many prompts, drift in every unit.
+"""Trackers over whole runs, docs/method.md section 6: hundreds of visits of many prompts, drift in every unit.
 
 The reference keeps the history alone and computes each number anew from the first visit on.
 """

@@ -1,4 +1,4 @@
-"""Slow, obvious float64 references of SPEC sections 2 to 6 as plain loops; they share no formula with recipe.skpo.
+"""Slow, obvious float64 references of docs/method.md, sections 1 to 9: plain loops without a formula of recipe.skpo.
 
 Importing this module also sets how the property tests run: the same examples every time, and no deadline per example,
 because a busy machine is no fault of the code.
@@ -36,7 +36,7 @@ class Prompt:
 
 
 def reference_split_positions(mean_length: float, low: float, high: float) -> list[int]:
-    """Every integer >= 1 inside [low * L, high * L], SPEC section 2."""
+    """Every integer >= 1 inside [low * L, high * L], docs/method.md section 1."""
     positions, position = [], 1
     while position <= high * mean_length:
         if position >= low * mean_length:
@@ -46,7 +46,7 @@ def reference_split_positions(mean_length: float, low: float, high: float) -> li
 
 
 def reference_selection(deviations: Sequence[float]) -> int:
-    """Index of the candidate closest to the median, the lowest on a tie, SPEC section 2."""
+    """Index of the candidate closest to the median, the lowest on a tie, docs/method.md section 3."""
     ordered = sorted(deviations)
     middle = (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
     best = 0
@@ -59,7 +59,7 @@ def reference_selection(deviations: Sequence[float]) -> int:
 def reference_segment(
     token_ids: Sequence[int], logprobs: Sequence[float], split_position: int, finished: bool
 ) -> tuple[list[int], float]:
-    """Kept tokens of a candidate and their deviation d, SPEC section 2."""
+    """Kept tokens of a candidate and their deviation d, docs/method.md sections 2 and 3."""
     if finished and len(token_ids) <= split_position:
         length = len(token_ids) // 2
     else:
@@ -74,7 +74,7 @@ def reference_segment(
 
 
 def reference_skip_prompt(segment: Sequence[int], problem: Sequence[int], bos: int | None) -> list[int]:
-    """[s, q] with the BOS of q, if it has one, in front, SPEC section 2."""
+    """[s, q] with the BOS of q, if it has one, in front, docs/method.md section 4."""
     tokens = []
     if bos is not None and problem[0] == bos:
         tokens.append(bos)
@@ -96,14 +96,14 @@ def reference_extreme(deviations: Sequence[float], step: int) -> int:
 
 
 def reference_weight(value: float, epsilon: float) -> float:
-    """Weight of a prompt in prioritised sampling, SPEC section 4."""
+    """Weight of a prompt in prioritised sampling, docs/method.md section 13."""
     return (value * (1 - value)) ** 0.5 + epsilon
 
 
 def reference_tracker(
     visits: Sequence[tuple[float, float]], initial_value: float, rho_min: float, rho_max: float, half_life: float
 ) -> list[tuple[float, float]]:
-    """(V, N) of one prompt after each visit (observation, drift), SPEC section 4."""
+    """(V, N) of one prompt after each visit (observation, drift), docs/method.md section 6."""
     value, count = initial_value, 0.0
     trajectory = []
     for observation, drift in visits:
@@ -120,7 +120,7 @@ def reference_tracker(
 
 
 def reference_drift(step_kls: Sequence[float], visited_after: int, unit: str) -> float:
-    """Drift since a visit after the first ``visited_after`` of these steps, SPEC section 4."""
+    """Drift since a visit after the first ``visited_after`` of these steps, docs/method.md section 6."""
     since = 0.0
     for kl in step_kls[visited_after:]:
         since += kl
@@ -184,7 +184,7 @@ class ReferenceRun:
 def reference_single_stream(
     rewards: Sequence[float], baselines: Sequence[float], valid: Sequence[bool], epsilon: float = 1e-8
 ) -> list[float]:
-    """A~ of SPEC section 4, population standard deviation."""
+    """A~ of docs/method.md section 7, population standard deviation."""
     raw = [reward - baseline for reward, baseline, ok in zip(rewards, baselines, valid, strict=True) if ok]
     if not raw:
         return [0.0] * len(rewards)
@@ -197,7 +197,7 @@ def reference_single_stream(
 
 
 def reference_group_relative(rewards: Sequence[float], groups: Sequence[int], valid: Sequence[bool]) -> list[float]:
-    """A_i of SPEC section 5, population standard deviation."""
+    """A_i of docs/method.md section 8, population standard deviation."""
     result = []
     for reward, group, ok in zip(rewards, groups, valid, strict=True):
         siblings = [
@@ -256,7 +256,7 @@ def reference_downstream_objective(
 def reference_update_objective(
     prompts: Sequence[Prompt], weight_up: float, weight_down: float, clip_low: float, clip_high: float
 ) -> tuple[float, list[tuple[Gradient, list[Gradient]]]]:
-    """SPEC section 6 over the prompts of one update: value to maximise; per prompt, gradients of segment, responses."""
+    """Equations 5 and 6 over one update: the value to maximise; per prompt, gradients of segment and responses."""
     value, gradients = 0.0, []
     for prompt in prompts:
         up, up_gradient = reference_upstream_objective(prompt.segment, clip_low, clip_high)
@@ -358,7 +358,7 @@ def reference_batch_objective(
     clips: tuple[float, float],
     aggregation: str = "group_token_mean",
 ) -> tuple[dict[int, float], list[Gradient]]:
-    """SPEC section 6 over a batch: value per update that has a real prompt, and the gradient of every row."""
+    """Equations 5 and 6 over a batch: value per update that has a real prompt, and the gradient of every row."""
     objective = {
         "group_token_mean": reference_update_objective,
         "token_mean": reference_token_mean_objective,

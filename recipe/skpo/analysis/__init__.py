@@ -1,4 +1,4 @@
-"""The paper's figures as commands (SPEC section 9), described in docs/analysis.md.
+"""The paper's figures as commands, described in docs/analysis.md.
 
     python -m recipe.skpo.analysis.sign_consistency     signs of Monte-Carlo advantages, by simulation
     python -m recipe.skpo.analysis.shortcut             what a model does with a segment: skip, continue, ignore

@@ -1,4 +1,4 @@
-"""Training curves of any number of runs, method by method.  SPEC section 9.4, the paper's figures 9 to 11.
+"""Training curves of any number of runs, method by method.  The paper's figures 9 to 11.
 
 Read from each run's ``metrics.jsonl``.  Per step and method the mean over the method's runs (seeds) that logged it; the
 band goes from the lowest to the highest run (min to max, not a confidence interval).  Two lines of one step are one:

@@ -1,4 +1,4 @@
-"""Where in a correct response does one method's lead arise?  SPEC section 9.3, the paper's figure 4.
+"""Where in a correct response does one method's lead arise?  The paper's figure 4.
 
 Correct responses of several methods (checkpoints) are cut at N relative positions; from each an evaluator that is none
 of them continues K times. With the reward in {-1, +1}:

@@ -1,4 +1,4 @@
-"""Does a model copy its answer from a segment it is given?  SPEC section 9.2, the paper's figure 3.
+"""Does a model copy its answer from a segment it is given?  The paper's figure 3.
 
 For each problem q: G plain responses, their mean length L.  At six positions t from L/6 to L/2 one segment s is taken
 from them as training takes it (cut at t, median deviation), and G responses are drawn in each mode:

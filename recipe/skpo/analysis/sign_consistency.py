@@ -1,6 +1,6 @@
 """Do Monte-Carlo advantages have the right sign?  A simulation with known success probabilities.
 
-SPEC section 9.1, the paper's figures 1, 5, 6 and 8.  The generative model is ours, the paper's data are not public:
+The paper's figures 1, 5, 6 and 8.  The generative model is ours, the paper's data are not public:
 
     prompt     value mu ~ Beta(a, b)                        what pi(.|q) gets right
                concentration c, log-uniform                 how much its segments differ

@@ -71,7 +71,7 @@ def check_data(config: DictConfig) -> None:
     train = [file for file in files if file.role == "train"]
     val = [file for file in files if file.role == "val"]
     _check_counts(config, train)
-    _check_unique_over_files(train)
+    _check_ids_unique_across_files(train)
     if not OmegaConf.select(config, "data.custom_cls.path"):
         for part in (train, val):
             _check_readable(config, part)
@@ -156,7 +156,7 @@ def _check_counts(config: DictConfig, train: Sequence[DataFile]) -> None:
         )
 
 
-def _check_unique_over_files(files: Iterable[DataFile]) -> None:
+def _check_ids_unique_across_files(files: Iterable[DataFile]) -> None:
     seen: dict[str, DataFile] = {}
     for file in files:
         for prompt_id in file.table["id"].to_pylist():

@@ -1,4 +1,4 @@
-"""The ``skpo:`` node of the config: typed, validated when it is read, defaults as in the paper (SPEC sections 2 to 7).
+"""The ``skpo:`` node of the config: typed, validated when it is read, defaults as in the paper.
 
 Read once at each border (``main``, the trainer, a rollout worker) and passed on as a frozen record, so that a
 misspelt key or a degenerate combination stops the run before anything is loaded.
@@ -79,7 +79,7 @@ def _require_finite(record: Any, prefix: str) -> None:
 
 @dataclass(frozen=True)
 class TrackerSettings:
-    """Constants of the KL-adaptive trackers, SPEC section 4.
+    """Constants of the KL-adaptive trackers (docs/method.md, section 6).
 
     Attributes:
         rho_min, rho_max: bounds of the retention per visit.
@@ -105,7 +105,7 @@ class TrackerSettings:
 
 @dataclass(frozen=True)
 class CurriculumSettings:
-    """Prioritised sampling of prompts, SPEC section 4.
+    """Prioritised sampling of prompts (docs/method.md, section 13).
 
     Attributes:
         enable: draw prompts by weight; off means verl's shuffled epochs.

@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on benchmarks with plain pi(.|q), no split and no skip (SPEC section 2).
+"""Evaluate a checkpoint on benchmarks with plain pi(.|q), no split and no skip (docs/evaluation.md).
 
     python -m recipe.skpo.evaluation checkpoint=outputs/<run> benchmarks=[aime24,math500] [key=value ...]
 

@@ -1,6 +1,6 @@
 """Advantages of both phases, per row.
 
-SPEC sections 4 and 5.  Upstream is single-stream: one segment per prompt against its own temporal baseline,
+docs/method.md, sections 7 and 8.  Upstream is single-stream: one segment per prompt against its own temporal baseline,
 normalised over the batch.  Downstream is group-relative: the G siblings of one skip prompt against each other.
 
     upstream    A = R_I - V_before           A~ = (A - mean_B A) / (std_B A + eps)
@@ -30,7 +30,7 @@ def _checked_mask(rewards: torch.Tensor, valid: torch.Tensor | None) -> torch.Te
 def single_stream_advantage(
     rewards: torch.Tensor, baselines: torch.Tensor, valid: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Batch-normalised advantage of the upstream segments, SPEC section 4.
+    """Batch-normalised advantage of the upstream segments, docs/method.md section 7.
 
     Args:
         rewards: R_I in [-1, 1], float (rows,).
@@ -57,7 +57,7 @@ def single_stream_advantage(
 def group_relative_advantage(
     rewards: torch.Tensor, group_ids: torch.Tensor, valid: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Advantage of each downstream response among its siblings, SPEC section 5.
+    """Advantage of each downstream response among its siblings, docs/method.md section 8.
 
     Args:
         rewards: R_II, float (rows,).

@@ -1,6 +1,6 @@
 """Prioritised sampling: which prompts are rolled out next.
 
-SPEC section 4.  Prompts whose value V in [0, 1] is near 1/2 teach most, because their responses differ:
+docs/method.md, section 13.  Prompts whose value V in [0, 1] is near 1/2 teach most, because their responses differ:
 
     weight(q) = sqrt(V_q (1 - V_q)) + epsilon           drawn without replacement per batch
 

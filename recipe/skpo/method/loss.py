@@ -1,6 +1,7 @@
 """Both objectives of SKPO over one micro-batch, as losses to minimise.
 
-SPEC section 6, paper eq. 5 and 6.  r_t = exp(log pi(token) - log pi_old(token)), clip range [1 - e_low, 1 + e_high]:
+Paper (arXiv 2604.08690), equations 5 and 6; docs/method.md, section 9.  With the ratio
+r_t = exp(log pi(token) - log pi_old(token)) and the clip range [1 - e_low, 1 + e_high]:
 
     upstream    per prompt   (1 / |s|) sum_t min(r_t A~, clip(r_t) A~)
     downstream  per prompt   (1 / sum_i |o_i|) sum_i sum_t sg(clip(r_it)) A_i log pi(o_it | [s, q], o_i,<t)

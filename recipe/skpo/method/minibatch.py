@@ -1,9 +1,9 @@
 """Which rows share an update, and what share of the objective each row carries.
 
-SPEC section 6: both objectives are means over the prompts of a mini-batch, and eq. 5 normalises by the tokens of a
-whole group.  verl splits rows into mini-batches by position: a data-parallel rank trains a contiguous chunk of the
-batch, in equal contiguous parts, one per update.  So rows are ordered such that an update sees whole prompts, and
-every row gets a factor that does not depend on the micro-batch it lands in.
+docs/method.md, section 9: both objectives are means over the prompts of a mini-batch, and equation 5 normalises by the
+tokens of a whole group.  verl splits rows into mini-batches by position: a data-parallel rank trains a contiguous chunk
+of the batch, in equal contiguous parts, one per update.  So rows are ordered such that an update sees whole prompts,
+and every row gets a factor that does not depend on the micro-batch it lands in.
 """
 
 from collections import Counter
@@ -121,7 +121,7 @@ def row_scales(
     weight_down: float,
     aggregation: str = "group_token_mean",
 ) -> torch.Tensor:
-    """The per-row factor that turns row losses into the objective of SPEC section 6.
+    """The per-row factor that turns row losses into the objective of the paper, equations 5 and 6.
 
     Args:
         phase: UPSTREAM or DOWNSTREAM, (rows,).

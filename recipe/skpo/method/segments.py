@@ -1,14 +1,15 @@
 """Upstream segments: where to cut, which candidate to keep, how the skip prompt ``[s, q]`` is put together.
 
-SPEC section 2, paper section 3.  Per prompt q, G candidates s_1..s_G ~ pi(.|q) stop at t_q tokens, with
+Paper, section 3; docs/method.md, sections 1 to 4.  Per prompt q, G candidates s_1..s_G ~ pi(.|q) stop at t_q
+tokens, with
 
     t_q ~ Uniform[L_q / 6, L_q / 2],  integer >= 1,                L_q = the prompt's tracked mean response length
     d(s) = (1 / |s|) * sum_t -log pi(s_t | q, s_<t)                the deviation of a candidate
     s    = the candidate whose d is closest to the median of the G values (lowest index on a tie)
 
-The ablations of SPEC section 8 that concern a segment are here too: other split positions (``fixed_split_position``,
-``last_boundary``) and other selections.  What the paper leaves open (even G, an end exactly at t_q) is decided where
-it comes up.
+Ablations that concern a segment (docs/method.md, section 12) are here too: other split positions
+(``fixed_split_position``, ``last_boundary``) and other selections.  What the paper leaves open (even G, an end exactly
+at t_q) is decided where it comes up.
 """
 
 import math

@@ -1,7 +1,7 @@
 """KL-adaptive per-prompt trackers and the clock that measures the policy's drift between visits.
 
-SPEC section 4 (SPO, arXiv 2509.13232).  For one prompt, with N its effective count and D the drift since it was
-last acted on:
+docs/method.md, section 6 (SPO, arXiv 2509.13232).  For one prompt, with N its effective count and D the drift since
+its last visit:
 
     rho  = clip(2 ** (-D / half_life), rho_min, rho_max)
     eta  = 1 / (rho * N + 1)

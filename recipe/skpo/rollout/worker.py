@@ -1,7 +1,7 @@
 """The rollout hook: one coroutine per prompt, from q to the G + 1 rows of verl's TransferQueue.
 
-SPEC section 2.  Per prompt: G candidates of at most t_q tokens under q; the median one is kept as s; G responses
-under [s, q]; their rewards while others still generate; then the rows are stored:
+docs/method.md, sections 1 to 5.  Per prompt: G candidates of at most t_q tokens under q; the median one is kept
+as s; G responses under [s, q]; their rewards while others still generate; then the rows are stored:
 
     session 0        the segment under q              reward = mean of the siblings     phase UPSTREAM
     session 1..G     the responses under [s, q]       reward of each                    phase DOWNSTREAM
@@ -15,9 +15,9 @@ and stores nothing.  Validation is verl's own path, plain pi(.|q).
 No request is tried again: its siblings are the reserve, and what failed once under a seed fails again.  Answers of the
 server and rewards are checked where they arrive, for every method; docs/operations.md has every fault and its policy.
 
-The ablations of SPEC section 8 change what the siblings continue (``skip``), where candidates are cut (``split``),
-which one is kept (``selection``) and whose reward the segment gets (``upstream_reward``).  The baselines use the worker
-``MeteredWorker``: verl's own rollout with counted tokens and a seed per request.
+The ablations (docs/method.md, section 12) change what the siblings continue (``skip``), where candidates are cut
+(``split``), which one is kept (``selection``) and whose reward the segment gets (``upstream_reward``).  The baselines
+use the worker ``MeteredWorker``: verl's own rollout with counted tokens and a seed per request.
 """
 
 import asyncio
@@ -424,7 +424,7 @@ class SkpoAgentLoopWorker(MeteredWorker):
         return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     async def _skip_prompt(self, messages: list[dict], problem_ids: list[int], segment: Segment) -> SkipPrompt:
-        """What the siblings continue, SPEC sections 2 and 8."""
+        """The prompt that the siblings continue (docs/method.md, sections 4 and 12)."""
         tokens = list(segment.token_ids)
         if self.settings.skip == "unconditional":
             return SkipPrompt(problem_ids, problem_ids)

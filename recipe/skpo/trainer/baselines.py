@@ -1,4 +1,4 @@
-"""The methods SKPO is compared with, on the same prompts, budget, state and logging (SPEC section 7).
+"""The methods SKPO is compared with, on the same prompts, budget, state and logging (docs/method.md, section 14).
 
 ``BaselineTrainer`` leaves advantages and objective to verl; which ones is the business of ``config/method/*.yaml``.
 ``SpoTrainer`` is Single-stream Policy Optimization (arXiv 2509.13232) on our tracker: one response per prompt and G

@@ -1,8 +1,8 @@
 """The SKPO trainer: advantages, trackers and the objective of one step.
 
 On top of ``base_trainer``, per step: after the old log-probs are known, baselines are read, both advantages and every
-row's share of the objective are written, the trackers are updated (SPEC sections 4 to 6); the update reports how far
-the policy moved.
+row's share of the objective are written, the trackers are updated (docs/method.md, sections 6 to 9).  The update
+reports how far the policy moved.
 """
 
 from collections.abc import Mapping, Sequence

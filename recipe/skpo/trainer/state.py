@@ -1,8 +1,8 @@
 """What crosses training steps, and the one file of a checkpoint that carries it.
 
-SPEC section 4.  Trackers, drift clock, random generator and counters live in the trainer process alone; workers are
-stateless and are handed each prompt's split position and seed.  The file is an ``.npz`` read without pickle, written
-under a temporary name and renamed, so that it is whole or absent.
+docs/method.md, sections 6, 7 and 13.  Trackers, drift clock, random generator and counters live in the trainer process
+alone; workers are stateless and are handed each prompt's split position and seed.  The file is an ``.npz`` read without
+pickle, written under a temporary name and renamed, so that it is whole or absent.
 """
 
 import json
@@ -59,7 +59,7 @@ class Visit:
 
 
 class StoredSegments:
-    """Each prompt's last trained tokens with their log-probs, for the drift ``logratio`` (SPEC section 4)."""
+    """Each prompt's last trained tokens with their log-probs, for the drift ``logratio`` (docs/method.md, 12)."""
 
     def __init__(self) -> None:
         self._rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -128,7 +128,7 @@ class SkpoState:
             "half_life": settings.tracker.half_life,
         }
         self.prompts = PromptRows()
-        # 0.5 in [0, 1] is reward 0: the baseline of a first visit (SPEC section 4).
+        # 0.5 in [0, 1] is reward 0: the baseline of a first visit (docs/method.md, section 7).
         self.values = KLAdaptiveTracker(0.5, **constants, rows=self.prompts, highest=1.0)
         first_length = min(settings.initial_length, response_budget)
         self.lengths = KLAdaptiveTracker(first_length, **constants, rows=self.prompts, highest=_LONGEST_RESPONSE)

@@ -29,7 +29,7 @@ RUNS = {
 PAPER = ["qwen", "llama"]
 MEGATRON = (*RUNS["qwen"], "model_engine=megatron")
 
-# SPEC section 7, and sections 2, 4 and 6 for what is SKPO's own.
+# The paper's training set-up and its constants of the method.
 PAPER_VALUES = {
     "data.train_batch_size": 128,
     "data.max_prompt_length": 1024,

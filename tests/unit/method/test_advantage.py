@@ -1,4 +1,4 @@
-"""Both advantages (SPEC sections 4 and 5) against plain loops."""
+"""Both advantages (docs/method.md, sections 7 and 8) against plain loops."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Which prompts come next: weights, draws without replacement, and batches that a resume continues (SPEC section 4)."""
+"""Which prompts come next: weights, draws without replacement, and batches that a resume continues."""
 
 import itertools
 import math

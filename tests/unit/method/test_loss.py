@@ -1,4 +1,4 @@
-"""Eq. 5 and eq. 6 (SPEC section 6) against plain loops with hand-written derivatives, and what verl calls."""
+"""Equations 5 and 6 against plain loops with hand-written derivatives, and what verl calls."""
 
 import math
 from typing import Any

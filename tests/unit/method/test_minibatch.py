@@ -1,4 +1,4 @@
-"""Rows in order, and each row's share of the objective (SPEC section 6), against plain loops."""
+"""Rows in order, and each row's share of the objective (docs/method.md, section 9), against plain loops."""
 
 from collections import Counter
 from collections.abc import Callable

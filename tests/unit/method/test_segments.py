@@ -1,4 +1,4 @@
-"""Where a segment ends, which candidate is kept, how [s, q] is put together (SPEC section 2)."""
+"""Where a segment ends, which candidate is kept, how [s, q] is put together (docs/method.md, sections 1 to 4)."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""The KL-adaptive tracker and the drift clock (SPEC section 4) against plain loops."""
+"""The KL-adaptive tracker and the drift clock (docs/method.md, section 6) against plain loops."""
 
 import math
 from typing import Any

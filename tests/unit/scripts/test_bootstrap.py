@@ -637,7 +637,11 @@ def test_both_platforms_are_tested_with_the_same_tools():
 
 def test_required_verl_names_the_release_that_is_pinned():
     text = (ROOT / "recipe/skpo/REQUIRED_VERL.txt").read_text()
-    assert f"VERSION={pins('cpu.txt')['verl']}\n" in text
+    fields = dict(line.split("=", 1) for line in text.splitlines() if not line.startswith("#"))
+    release = pins("cpu.txt")["verl"]
+    # What verl-recipe's install_verl.sh reads.
+    assert fields["MODE"] == "pinned_tag" and fields["TAG"] == f"v{release}" and len(fields["COMMIT"]) == 40
+    assert fields["PIP_INSTALL"] == f"pip install verl=={release}"
     assert pins("cuda.txt")["verl"] == pins("cpu.txt")["verl"]
 
 

@@ -1,4 +1,4 @@
-"""What crosses steps: visits, baselines, trackers, and the checkpoint file that carries them (SPEC section 4)."""
+"""What crosses steps: visits, baselines, trackers, and the checkpoint file that carries them."""
 
 import json
 import math
