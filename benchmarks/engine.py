@@ -99,7 +99,7 @@ async def _measure(
     from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 
     from benchmarks.workers import Prompt, compose, roll_out, variants
-    from recipe.skpo.checks.settings import SkpoSettings
+    from recipe.skpo.settings import SkpoSettings
     from recipe.skpo.trainer.state import SkpoState
 
     def composed(method: str, candidates: int) -> Any:

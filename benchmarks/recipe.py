@@ -59,9 +59,9 @@ def prompt_parts() -> dict[str, Callable[[], Any]]:
     """What the recipe does for one prompt on top of verl, by name; what it computes on is made beforehand."""
     from verl.workers.rollout.replica import TokenOutput
 
-    from recipe.skpo.checks.settings import SkpoSettings
     from recipe.skpo.method.segments import cut_segment, select_segment, skip_prompt
     from recipe.skpo.rollout.worker import Candidate, SkpoAgentLoopWorker
+    from recipe.skpo.settings import SkpoSettings
     from recipe.skpo.trainer.state import SkpoState
 
     rng = np.random.default_rng(1)
@@ -121,8 +121,8 @@ def training_step(prompts: int = PROMPTS) -> Callable[[], dict[str, float]]:
     from tensordict import NonTensorData, NonTensorStack, TensorDict
     from transfer_queue import KVBatchMeta
 
-    from recipe.skpo.checks.settings import SkpoSettings
     from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+    from recipe.skpo.settings import SkpoSettings
     from recipe.skpo.trainer.skpo import SkpoTrainer
     from recipe.skpo.trainer.state import SkpoState
 
@@ -197,7 +197,7 @@ def prompt_key(number: int) -> str:
 
 def visited_state(count: int) -> Any:
     """A run's state after one visit of every prompt."""
-    from recipe.skpo.checks.settings import SkpoSettings
+    from recipe.skpo.settings import SkpoSettings
     from recipe.skpo.trainer.state import SkpoState
 
     state = SkpoState(SkpoSettings(), RESPONSE_TOKENS)
@@ -221,7 +221,7 @@ def million(count: int = MILLION) -> dict[str, float]:
     """
     import psutil
 
-    from recipe.skpo.checks.settings import SkpoSettings
+    from recipe.skpo.settings import SkpoSettings
     from recipe.skpo.trainer.state import SkpoState
 
     process = psutil.Process()

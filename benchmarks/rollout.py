@@ -21,7 +21,7 @@ from benchmarks.report import parser_of
 from benchmarks.simulated_server import Cluster, LocalHandle, ServerConstants
 from benchmarks.virtual_time import run_virtual
 from benchmarks.workers import Prompt, RolloutCost, Variant, compose, quiet, roll_out, variants
-from recipe.skpo.checks.settings import SkpoSettings
+from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.state import SkpoState
 
 # ---------------------------------------------------------------- the simulated model and task

@@ -308,7 +308,7 @@ def write_checkpoint(folder: Path, state: Any = None, ranks: int = 1) -> Path:
     """
     import torch
 
-    from recipe.skpo.checks.settings import SkpoSettings
+    from recipe.skpo.settings import SkpoSettings
     from recipe.skpo.trainer.checkpoints import ACTOR_FILES, DATA_FILE
     from recipe.skpo.trainer.state import SkpoState
 

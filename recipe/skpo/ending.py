@@ -1,12 +1,11 @@
-"""How a run ends early: by a signal, by a process of it that died, by a start that does not come to its end.
+"""How a run ends early: by a signal, by a process of it that died, by a start that never finishes.
 
-Whatever it is, the command's last line says in one sentence what happened and how to go on.  ``Ending`` turns signals
-into an exit, ``Watch`` looks after the run's processes from the command's own, ``describe`` puts an error into words.
+The command's last line says in one sentence what happened and how to continue.  ``Ending`` turns signals into an exit,
+``Watch`` looks after the run's processes from the command's own.
 """
 
 import logging
 import os
-import re
 import signal
 import sys
 import threading
@@ -14,16 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import psutil
 from omegaconf import DictConfig
 
 from data_prep.untrusted import error_line
-from recipe.skpo.checks.settings import ConfigError
-
-if TYPE_CHECKING:
-    from ray.exceptions import RayActorError
+from recipe.skpo.errors import ConfigError, describe
 
 logger = logging.getLogger(__name__)
 
@@ -42,84 +38,8 @@ _END_S = 5.0
 _NOTE_S = 60.0
 """Seconds after which a start says what it waits for."""
 
-_PROCESSES = {
-    "vLLMHttpServer": "a vLLM server",
-    "AgentLoopWorker": "a rollout worker",
-    "MeteredWorker": "a rollout worker",
-    "RewardLoopWorker": "a reward worker",
-    "RewardComputeWorker": "a reward worker",
-    "WorkerDict": "an actor rank",
-    "TransferQueueController": "TransferQueue's controller",
-    "StorageUnit": "a storage unit of TransferQueue",
-    "TaskRunner": "the trainer",
-    "LoadBalancer": "the load balancer of the vLLM servers",
-}
-"""Part of a Ray actor's class name to what the process is for a user."""
-
 _ON_PURPOSE = ("ray.kill", "references to the actor were removed", "owner has died")
 """Parts of what Ray says about an actor that was ended by the run itself."""
-
-_ENGINE = "EngineDeadError"
-_VLLM_SAYS = re.compile(rf"{_ENGINE}: EngineCore encountered an issue\.[^;]*?root cause\.")
-
-
-class RunError(RuntimeError):
-    """A run that cannot go on; the message is one sentence that says what happened, and where."""
-
-
-def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what led to it, the last one first; across the borders of Ray's processes too."""
-    # Here, and not above: the command imports this module before it has looked at its packages.
-    from ray.exceptions import RayTaskError
-
-    seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        # Ray's wrapper has the type of what it wraps, too, and a traceback as its message.
-        remote = found.cause if isinstance(found, RayTaskError) else None
-        if remote is None:
-            yield found
-        hidden = found.__suppress_context__
-        found = remote or found.__cause__ or (None if hidden else found.__context__)
-
-
-def first_line(error: BaseException) -> str:
-    """``Type: first line of the message``."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def describe(error: BaseException) -> str:
-    """What ended a run, in one sentence: our own words if there are some, else which process died, else the error."""
-    from ray.exceptions import RayActorError
-
-    chain = list(causes(error))
-    ours = next((found for found in chain if isinstance(found, RunError)), None)
-    if ours is not None:
-        said = " ".join(str(ours).split())
-        return f"a vLLM engine died: {_VLLM_SAYS.sub(_ENGINE, said)}" if _ENGINE in said else said
-    if any(type(found).__name__ == _ENGINE for found in chain):
-        return "a vLLM engine died"
-    # The one that died first is at the end.
-    died = [found for found in chain if isinstance(found, RayActorError)]
-    if died:
-        return _death(died[-1])
-    return first_line(chain[0])
-
-
-def _death(error: "RayActorError") -> str:
-    text = str(error)
-    if error.actor_init_failed:
-        return f"a process of the run could not be started: {text.strip().splitlines()[-1].strip()}"
-    told = dict(re.findall(r"^\s*(class_name|pid|ip|name): (\S.*)$", text, re.MULTILINE))
-    class_name = told.get("class_name", "")
-    who = next((who for part, who in _PROCESSES.items() if part in class_name), "a process of the run")
-    details = [class_name.rpartition(".")[2], f"pid {told['pid']}" if "pid" in told else "", told.get("ip", "")]
-    where = ", ".join(filter(None, details)) or text.splitlines()[0]
-    if re.search(r"node (has )?died", text):
-        return f"{who} died with its node ({where})"
-    return f"{who} died ({where})"
 
 
 def last_words(error: BaseException, died: str | None, config: DictConfig) -> str:

@@ -7,9 +7,7 @@ Everything that can be known to be wrong before a model is loaded stops the run 
 
 import logging
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -49,19 +47,18 @@ from recipe.skpo.checks.paths import own_folder, readable, resolve_environment, 
 from recipe.skpo.checks.resume import lines
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.checks.run_folder import run_folders
-from recipe.skpo.checks.settings import ConfigError, SkpoSettings
+from recipe.skpo.devices import detect_platform
 from recipe.skpo.ending import (
     Ending,
-    RunError,
     Watch,
     WatchedRunner,
     begun,
     clean_shared_memory,
-    describe,
     last_words,
     shutting_down,
     way_on,
 )
+from recipe.skpo.errors import ConfigError, RunError, describe
 from recipe.skpo.isolation.folder import FolderError
 from recipe.skpo.isolation.run import IsolationError, choose_cluster, isolated
 from recipe.skpo.output.console import CleanFormatter, replace_unprintable
@@ -69,6 +66,7 @@ from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.page import write_report
 from recipe.skpo.output.redaction import reject_secret_overrides, reject_secrets
 from recipe.skpo.output.summary import summary
+from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.checkpoints import check_room, repair_marker
 
 logger = logging.getLogger(__name__)
@@ -78,14 +76,6 @@ SHOWING = ("--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i")
 
 ENDING = Ending()
 """Why this command is to end, if it is."""
-
-
-def detect_platform() -> str:
-    """``gpu`` where an NVIDIA driver lists a GPU, else ``cpu``."""
-    if shutil.which("nvidia-smi") is None:
-        return "cpu"
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", errors="replace", check=False)
-    return "gpu" if listed.returncode == 0 and "GPU" in listed.stdout else "cpu"
 
 
 def chosen_platform(arguments: list[str]) -> str:

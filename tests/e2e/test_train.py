@@ -11,10 +11,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from recipe.skpo.checks.settings import SkpoSettings
 from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments, segments
 from recipe.skpo.output.metrics import read_lines
 from recipe.skpo.output.trees import read_trees, tree_index
+from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.state import SkpoState
 from tests.e2e.tiny import overrides
 

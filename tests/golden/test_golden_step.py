@@ -17,9 +17,9 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
-from recipe.skpo.checks.settings import SkpoSettings, TrackerSettings
 from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
 from recipe.skpo.rollout.worker import SEED_FIELD, SPLIT_FIELD
+from recipe.skpo.settings import SkpoSettings, TrackerSettings
 from recipe.skpo.trainer.state import SkpoState
 from tests.golden.batches import nested
 from tests.support.reference import ReferenceRun, reference_group_relative, reference_single_stream

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipe.skpo.checks.settings import SkpoSettings, TrackerSettings
 from recipe.skpo.method.tracker import DriftClock, KLAdaptiveTracker
+from recipe.skpo.settings import SkpoSettings, TrackerSettings
 from recipe.skpo.trainer.state import SkpoState
 from tests.support.reference import ReferenceRun, reference_drift, reference_tracker
 

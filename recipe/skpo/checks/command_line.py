@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from recipe.skpo.checks.known_keys import nearest, reference_keys, unknown_key
-from recipe.skpo.checks.settings import RECORDS, ConfigError, known_keys
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.settings import RECORDS, known_keys
 
 _TRACEBACK = "HYDRA_FULL_ERROR"
 """Hydra's variable: with it errors are raised, without it Hydra prints several lines of its own and exits."""

@@ -15,7 +15,8 @@ from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
 from recipe.skpo.checks.gpus import check_ranks, check_token_budgets
 from recipe.skpo.checks.pickles import check_pickles
 from recipe.skpo.checks.resume import Difference, Fingerprint, differences, refuse
-from recipe.skpo.checks.settings import ConfigError, SkpoSettings
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.checkpoints import (
     ACTOR_FILES,
     DATA_FILE,

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from data_prep.schema import PARQUET_SCHEMA, DataError, check_parquet
 from recipe.skpo.checks.reward import Sample, check_reward, is_ours, try_every_truth, try_reward
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.task.columns import GENERATED, OURS, SENT, STEERING, sends_all
 
 Role = Literal["train", "val"]

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[3]
 """The project: where ``recipe`` lies."""

@@ -2,8 +2,6 @@
 
 import math
 import os
-import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,18 +9,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from recipe.skpo.checks.engine import sequence_parallel_size
-from recipe.skpo.checks.settings import ConfigError
-
-
-def list_gpus() -> list[int]:
-    """Total memory in bytes of every NVIDIA GPU of this machine; empty without a driver."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    listed = subprocess.run(query, capture_output=True, text=True, encoding="utf-8", check=False)
-    lines = listed.stdout.split() if listed.returncode == 0 else []
-    # Some devices report "[N/A]": a GPU of unknown memory is a GPU all the same.
-    return [int(line) * 2**20 if line.isdecimal() else 0 for line in lines]
+from recipe.skpo.devices import list_gpus
+from recipe.skpo.errors import ConfigError
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:

@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 GROUPS = ("platform", "method", "model", "data", "budget", "model_engine")

@@ -5,9 +5,10 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from recipe.skpo.checks.gpus import actor_ranks, list_gpus
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.checks.gpus import actor_ranks
+from recipe.skpo.devices import list_gpus
 from recipe.skpo.engine.sizes import LOGIT_BYTES, LOGIT_CHUNK
+from recipe.skpo.errors import ConfigError
 
 GB = 10**9
 _RESERVE = 4 * GB

@@ -16,7 +16,7 @@ from data_prep.untrusted import UntrustedError, one_line, read_json
 from recipe.skpo.checks.child import LOAD_SECONDS, PROMPT_SECONDS, Place, Stopped, in_child
 from recipe.skpo.checks.data import prompt_files
 from recipe.skpo.checks.paths import caller
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.task.thoughts import configured_marks
 from reward_fns import OUR_REWARD
 

@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 from omegaconf import DictConfig
 
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 
 ENGINES = {"megatron": "megatron.core", "torchtitan": "torchtitan", "veomni": "veomni"}
 """verl's engines that need a package, to its module."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from data_prep.untrusted import one_line
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 
 _LARGEST_PICKLE = 2**30
 """Bytes; that of a model with 100,000 tensors has 30 MB."""

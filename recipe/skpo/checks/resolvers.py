@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from recipe.skpo.checks.gpus import gpus_to_use, visible_gpus
 from recipe.skpo.checks.paths import run_name, scratch_folder
-from recipe.skpo.checks.settings import HALF_LIVES, ConfigError
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.settings import HALF_LIVES
 
 CPU_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 """vLLM's name of what the CPU platform computes in, to verl's."""

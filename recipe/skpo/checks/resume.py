@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.untrusted import one_line, read_json
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.output.files import write_atomic
 
 FILE_NAME = "fingerprint.json"

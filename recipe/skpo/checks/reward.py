@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.task.rewards import VERLS_ARGUMENTS, RewardCall, RewardError, Verdict
 from reward_fns import OUR_REWARD, check_options
 

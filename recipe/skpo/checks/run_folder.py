@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from data_prep.untrusted import parse_json
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.output.files import write_atomic
 
 LOCK = ".lock"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.untrusted import UntrustedError, read_json
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 
 META = "lora_train_meta.json"
 """verl's file with the adapter's rank and alpha, beside the weights of the ranks."""

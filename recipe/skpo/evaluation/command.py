@@ -37,7 +37,7 @@ from data_prep.schema import DataError, check_parquet
 from data_prep.untrusted import UntrustedError, one_line, read_json
 from recipe.skpo.checks.child import PROMPT_SECONDS, Place, Stopped, in_child
 from recipe.skpo.checks.pickles import check_pickles
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.adapters import META, has_adapter
 from recipe.skpo.evaluation.options import FREE, EngineConfig
 from recipe.skpo.evaluation.output import AnalysisError, claim, guarded, plain, write_atomic

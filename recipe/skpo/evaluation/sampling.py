@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from recipe.skpo.devices import detect_platform
 from recipe.skpo.output.metrics import json_lines
 
 SEED_BOUND = 2**31 - 1
@@ -123,8 +124,6 @@ class VllmOptions:
 
 def detected_platform() -> str:
     """``SKPO_PLATFORM`` where it is set, else ``gpu`` where an NVIDIA driver lists a GPU, else ``cpu``."""
-    from recipe.skpo.main import detect_platform  # brings Hydra, which nothing else here needs
-
     return os.environ.get("SKPO_PLATFORM") or detect_platform()
 
 

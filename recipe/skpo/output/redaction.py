@@ -16,7 +16,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 
 HIDDEN = "(hidden)"
 """In the place of a secret on a page."""

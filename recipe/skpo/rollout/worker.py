@@ -42,11 +42,11 @@ from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorke
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl.workers.rollout.replica import TokenOutput
 
-from recipe.skpo.checks.settings import SkpoSettings
-from recipe.skpo.ending import RunError
+from recipe.skpo.errors import RunError
 from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
 from recipe.skpo.method.segments import Segment, cut_segment, last_boundary, select_segment, skip_prompt
 from recipe.skpo.rollout.admission import AbortingHandle, Admission, Clock, slots_of_worker
+from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.task.columns import sends_all, sent
 from recipe.skpo.task.prompts import automatic_bos
 from recipe.skpo.task.rewards import finite_number, shown, split_record

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.untrusted import UntrustedError, read_yaml
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 
 CONFIG = "config.yaml"
 _ABOVE = 4

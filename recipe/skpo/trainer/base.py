@@ -29,9 +29,8 @@ from verl.workers.utils.padding import response_from_nested
 
 from data_prep.untrusted import one_line
 from recipe.skpo.checks.resume import Fingerprint, differences, restarts_epoch
-from recipe.skpo.checks.settings import SkpoSettings
-from recipe.skpo.ending import describe
 from recipe.skpo.engine.optimizer import use_own_settings_in_worker
+from recipe.skpo.errors import describe
 from recipe.skpo.method.curriculum import PrioritisedBatches
 from recipe.skpo.method.minibatch import minibatch_order, prompts_fit_ranks, slots
 from recipe.skpo.output.best_effort import BestEffort, BestEffortLogger
@@ -47,6 +46,7 @@ from recipe.skpo.rollout.worker import (
     RolloutError,
     stop_reason,
 )
+from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.checkpoints import (
     METRICS_FILE,
     SaveError,

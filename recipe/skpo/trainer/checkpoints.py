@@ -15,8 +15,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.skpo.checks.resume import FILE_NAME as FINGERPRINT
-from recipe.skpo.checks.settings import ConfigError
-from recipe.skpo.ending import RunError
+from recipe.skpo.errors import ConfigError, RunError
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.trainer.state import FILE_NAME
 

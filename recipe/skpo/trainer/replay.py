@@ -12,7 +12,7 @@ from typing import Any
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-from recipe.skpo.ending import RunError
+from recipe.skpo.errors import RunError
 from recipe.skpo.rollout.worker import stop_reason
 
 _GRACE_S = 60.0

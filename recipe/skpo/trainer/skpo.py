@@ -17,7 +17,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.method.advantage import skpo_advantage
 from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM, skpo_loss
 from recipe.skpo.method.minibatch import counted_rows, minibatch_of_rows, row_scales

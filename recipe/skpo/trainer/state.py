@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.untrusted import one_line, parse_json
-from recipe.skpo.checks.settings import SkpoSettings
 from recipe.skpo.method.segments import fixed_split_position, sample_split_position
 from recipe.skpo.method.tracker import DriftClock, KLAdaptiveTracker, PromptRows
 from recipe.skpo.output.files import replacing
+from recipe.skpo.settings import SkpoSettings
 
 FILE_NAME = "skpo_state.npz"
 _FORMAT = 3

@@ -17,7 +17,7 @@ from typing import Any
 import zmq
 from verl.workers.rollout.vllm_rollout import ServerAdapter
 
-from recipe.skpo.ending import RunError, describe
+from recipe.skpo.errors import RunError, describe
 from recipe.skpo.isolation.folder import socket_address
 from recipe.skpo.trainer.bounds import answer_within
 

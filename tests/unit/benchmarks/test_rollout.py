@@ -44,7 +44,7 @@ def test_the_variants_are_those_promised() -> None:
 
 def test_grpo_generates_what_the_model_writes_within_the_budget() -> None:
     # The same numbers from the model alone, with the seeds that the trainer's state draws.
-    from recipe.skpo.checks.settings import SkpoSettings
+    from recipe.skpo.settings import SkpoSettings
     from recipe.skpo.trainer.state import SkpoState
 
     model, state, expected = LongTailedModel(WORKLOAD, 1), SkpoState(SkpoSettings(group_size=4), 300), 0

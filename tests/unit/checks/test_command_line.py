@@ -10,7 +10,8 @@ import pytest
 from recipe.skpo.checks.command_line import reject_unknown_settings, sentence
 from recipe.skpo.checks.known_keys import MOVED, OPTIONAL
 from recipe.skpo.checks.model_engine import check_model_engine
-from recipe.skpo.checks.settings import ConfigError, known_keys
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.settings import known_keys
 
 ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{name}" for name in ("actor", "rollout", "model"))
 DTYPE = f"{ROLLOUT}.dtype: is {{}}, must be bfloat16 or float32 on the CPU platform"

@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from recipe.skpo.checks.config import check_config
 from recipe.skpo.checks.resolvers import context_length, rows_per_prompt
 from recipe.skpo.checks.reward import check_reward
-from recipe.skpo.checks.settings import RECORDS, ConfigError, SkpoSettings, TrackerSettings, known_keys
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.main import single_responses
+from recipe.skpo.settings import RECORDS, SkpoSettings, TrackerSettings, known_keys
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = ("data=files", "data.train_files=/data/train.parquet", "data.val_files=[/data/a.parquet,/data/b.parquet]")

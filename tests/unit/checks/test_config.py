@@ -28,7 +28,8 @@ from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.identity import fingerprint
 from recipe.skpo.checks.model import check_prompt_lengths
 from recipe.skpo.checks.reward import check_reward
-from recipe.skpo.checks.settings import RECORDS, ConfigError, SkpoSettings, known_keys
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.settings import RECORDS, SkpoSettings, known_keys
 from recipe.skpo.trainer.checkpoints import DATA_FILE, MARKER, repair_marker
 from recipe.skpo.trainer.state import FILE_NAME, SkpoState, StateError
 from tests.conftest import write_checkpoint

@@ -22,7 +22,7 @@ from recipe.skpo.checks.environment import (
     check_temporary_folder,
     needed_cpus,
 )
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

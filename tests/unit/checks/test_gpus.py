@@ -10,7 +10,8 @@ from recipe.skpo.checks import gpus, memory
 from recipe.skpo.checks.config import check_config
 from recipe.skpo.checks.engine import choose_engine
 from recipe.skpo.checks.gpus import actor_ranks, check_token_budgets, visible_gpus
-from recipe.skpo.checks.settings import ConfigError, SkpoSettings
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.settings import SkpoSettings
 from tests.conftest import _composed
 
 ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"

@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf, open_dict
 
 from recipe.skpo.checks.options import UNREAD, UNREAD_BY_SKPO, Unread, check_options
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 
 OTHER = {bool: lambda value: not value, float: lambda value: value + 0.5, int: lambda value: value + 1}
 METHODS = ["skpo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]

@@ -20,7 +20,7 @@ from recipe.skpo.checks.paths import (
     resolve_environment,
     resolve_paths,
 )
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from tests.conftest import REPOSITORY
 
 OTHERS = {

@@ -31,7 +31,8 @@ from recipe.skpo.checks.resume import (
     shown,
 )
 from recipe.skpo.checks.run_folder import locked
-from recipe.skpo.checks.settings import ConfigError, SkpoSettings, known_keys
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.settings import SkpoSettings, known_keys
 from recipe.skpo.trainer.checkpoints import mark, marked_step
 from recipe.skpo.trainer.state import SkpoState
 from tests.conftest import REPOSITORY, _write_model_folder, write_checkpoint

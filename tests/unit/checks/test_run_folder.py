@@ -15,7 +15,7 @@ import pytest
 
 from recipe.skpo.checks import run_folder
 from recipe.skpo.checks.run_folder import HELD, LINKS, LOCK, Holder, check_owner, locked, run_folders
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 
 HOLDER = """\
 import os, subprocess, sys, time

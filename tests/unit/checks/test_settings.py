@@ -8,15 +8,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from recipe.skpo.checks.settings import (
-    HALF_LIVES,
-    ConfigError,
-    CurriculumSettings,
-    SkpoSettings,
-    TrackerSettings,
-    known_keys,
-    unknown_keys,
-)
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.settings import HALF_LIVES, CurriculumSettings, SkpoSettings, TrackerSettings, known_keys, unknown_keys
 
 
 def test_defaults_are_those_of_the_paper() -> None:
@@ -263,7 +256,7 @@ def test_candidates_are_as_many_as_the_group_unless_said_otherwise(candidates: i
 
 
 def test_every_drift_has_a_default_half_life() -> None:
-    from recipe.skpo.checks.settings import DRIFTS
+    from recipe.skpo.settings import DRIFTS
 
     assert set(HALF_LIVES) == set(DRIFTS)
     assert HALF_LIVES["kl_steps"] == TrackerSettings().half_life == 8.0

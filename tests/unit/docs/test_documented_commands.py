@@ -153,7 +153,7 @@ def check_training(words: list[str], command_line, monkeypatch) -> None:
             found = OmegaConf.select(launched.config, key)
             found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
             if key == "skpo.boundaries":
-                from recipe.skpo.checks.settings import SkpoSettings
+                from recipe.skpo.settings import SkpoSettings
 
                 found = SkpoSettings.from_config(launched.config.skpo).boundaries
             # Relative names are absolute by then.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.adapters import ADAPTER, META, has_adapter, merge_adapter
 
 

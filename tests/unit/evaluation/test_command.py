@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from data_prep.schema import Row, write_parquet
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation import command as evaluate
 from recipe.skpo.evaluation.command import find_checkpoint, main, merged_model, read_config
 from tests.conftest import thinking_run

@@ -14,8 +14,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from recipe.skpo import main
-from recipe.skpo.checks.settings import ConfigError, SkpoSettings
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.output.redaction import hide_secrets, reject_secret_overrides, reject_secrets
+from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.state import FILE_NAME, SkpoState, StateError, saved_tokens
 from tests.conftest import COMMAND
 

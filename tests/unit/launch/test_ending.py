@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from recipe.skpo import ending, main
-from recipe.skpo.checks.settings import ConfigError
-from recipe.skpo.ending import Ending, RunError, Watch, describe, last_words, way_on
+from recipe.skpo.ending import Ending, Watch, last_words, way_on
+from recipe.skpo.errors import ConfigError, RunError, describe
 from recipe.skpo.rollout.worker import RolloutError
 from recipe.skpo.trainer.checkpoints import mark
 from recipe.skpo.trainer.replay import BatchError

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from recipe.skpo.checks.settings import SkpoSettings
 from recipe.skpo.method.curriculum import PrioritisedBatches, draw_prompts, prompt_weights
+from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.state import SkpoState
 from tests.support import reference  # noqa: F401  sets how property tests run
 

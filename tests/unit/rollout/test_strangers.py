@@ -28,13 +28,13 @@ from data_prep.untrusted import error_line, one_line, parse_json, read_yaml
 from recipe.skpo.analysis.endpoint import EndpointConfig, read_key
 from recipe.skpo.checks import model as model_checks
 from recipe.skpo.checks.pickles import check_pickles
-from recipe.skpo.checks.settings import SkpoSettings
 from recipe.skpo.evaluation.command import find_checkpoint
 from recipe.skpo.evaluation.output import claim
 from recipe.skpo.output.console import CleanFormatter
 from recipe.skpo.output.metrics import read_lines
 from recipe.skpo.output.page import page
 from recipe.skpo.output.summary import summary
+from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.state import FILE_NAME, SkpoState, saved_tokens
 
 BELL = "\x1b]0;title\x07\r\n\u202e  held-out forged 1.000"

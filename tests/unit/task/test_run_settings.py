@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.options import add_model_flags, model_settings
 from recipe.skpo.evaluation.problems import load_tokenizer
 from recipe.skpo.task.prompts import problem_tokens

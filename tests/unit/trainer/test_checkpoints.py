@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.trainer.checkpoints import (
     DATA_FILE,
     MARKER,

@@ -26,10 +26,10 @@ from data_prep.schema import Row, write_parquet
 from recipe.skpo.checks.config import check_resume, is_finished
 from recipe.skpo.checks.identity import fingerprint
 from recipe.skpo.checks.resume import FILE_NAME as FINGERPRINT
-from recipe.skpo.checks.settings import SkpoSettings
 from recipe.skpo.ending import way_on
 from recipe.skpo.output.metrics import read_lines
 from recipe.skpo.rollout.worker import SEED_FIELD, SPLIT_FIELD
+from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.checkpoints import (
     MARKER,
     METRICS_FILE,

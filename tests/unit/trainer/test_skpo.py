@@ -17,7 +17,7 @@ import pytest
 import torch
 from tensordict import NonTensorStack, TensorDict
 
-from recipe.skpo.checks.settings import ConfigError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
 from recipe.skpo.output.trees import FOLDER, TreeStore, tree_index
 from tests.support.reference import reference_group_relative, reference_single_stream

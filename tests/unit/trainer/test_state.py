@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipe.skpo.checks.settings import SkpoSettings, TrackerSettings
+from recipe.skpo.settings import SkpoSettings, TrackerSettings
 from recipe.skpo.trainer.state import FILE_NAME, SkpoState, StateError, StoredSegments, require_state_file, saved_tokens
 from tests.support.reference import reference_tracker
 

@@ -14,20 +14,16 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe.skpo.method.tracker import DriftClock
+from recipe.skpo.errors import ConfigError
 
 SELECTIONS = ("median", "extreme", "first", "random")
 SKIPS = ("concat", "chat", "continual", "unconditional")
 SPLITS = ("adaptive", "fixed", "boundary_token")
 UPSTREAM_REWARDS = ("mc", "own")
 AGGREGATIONS = ("group_token_mean", "token_mean")
-DRIFTS = (*DriftClock.UNITS, "logratio")
 HALF_LIVES = {"kl_steps": 8.0, "nats": 8.0, "logratio": 0.06}
 """Default half-life per unit of the drift: the paper's, and SPO's own for its log-ratio."""
-
-
-class ConfigError(ValueError):
-    """A config value that cannot work; the message names its path and the fix in one line."""
+DRIFTS = tuple(HALF_LIVES)
 
 
 def _require(holds: bool, message: str) -> None:
