@@ -10,7 +10,7 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
@@ -216,6 +216,31 @@ CHOICES = {
 }
 COMMAND = {"hydra": {"overrides": {"task": []}, "runtime": {"choices": CHOICES}}}
 """What Hydra has noted of the command line."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hydra_parses_each_file_once() -> Iterator[None]:
+    """Keep Hydra's parsed YAML files and interpolations: a composition then takes 0.2 s instead of 0.8 s."""
+    import omegaconf.base
+    from hydra._internal.hydra import Hydra
+    from omegaconf import OmegaConf
+
+    load, files = OmegaConf.load, {}
+
+    def load_once(file: Any) -> Any:
+        name = getattr(file, "name", None)  # Hydra passes an open file
+        if name is None:
+            return load(file)
+        if name not in files:
+            files[name] = load(file)
+        return deepcopy(files[name])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(OmegaConf, "load", staticmethod(load_once))
+        patch.setattr(omegaconf.base, "parse", cache(omegaconf.base.parse))
+        # Without --multirun, Hydra composes a first time only to ask for the mode.
+        patch.setattr(Hydra, "get_mode", lambda self, config_name, overrides: None)
+        yield
 
 
 @cache
