@@ -1,9 +1,10 @@
 """What another release of verl would break here: python scripts/check_verl_version.py 0.9.0
 
 Installs that release without its dependencies into a temporary folder, puts the folder first on the path and runs
-tests/unit/trainer/test_verl_contracts.py against it.  Prints one block per contract that does not hold: what changed
-upstream, with the old and the new signature, and where we rely on it.  The environment itself is not touched.  Exit
-code 0 if all hold, 1 if some do not, 2 if the release cannot be installed or the tests cannot be run.
+tests/unit/trainer/test_verl_contracts.py (signatures) and scripts/verl_facts.py (what the source says) against it.
+Prints one block per contract that does not hold: what changed upstream, with the old and the new signature, and where
+we rely on it.  The environment itself is not touched.  Exit code 0 if all hold, 1 if some do not, 2 if the release
+cannot be installed or the tests cannot be run.
 
 The other packages stay as they are installed: what a release needs of them is not checked here.
 """
@@ -19,6 +20,7 @@ from xml.etree import ElementTree
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONTRACTS = "tests/unit/trainer/test_verl_contracts.py"
+FACTS = "scripts/verl_facts.py"
 PIN = f"{CONTRACTS}::test_verl_is_the_pinned_release"
 """Fails with every other release, which is known."""
 
@@ -49,7 +51,7 @@ def install(version: str, folder: Path) -> None:
 
 def run_contracts(folder: Path, report: Path) -> subprocess.CompletedProcess[str]:
     """The contract tests with ``folder`` first on the path; their results go to ``report`` as JUnit XML."""
-    command = [sys.executable, "-m", "pytest", CONTRACTS, f"--deselect={PIN}", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", CONTRACTS, FACTS, f"--deselect={PIN}", "-p", "no:cacheprovider"]
     return subprocess.run(
         # -vv: shorter messages would be cut.
         [*command, "-vv", "--tb=short", f"--junitxml={report}", "-o", "junit_logging=no"],
