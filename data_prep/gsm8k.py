@@ -11,14 +11,14 @@ from typing import Any
 
 from data_prep import command
 from data_prep.pipeline import Problem, RowError, Source, text_field
-from reward_fns import hash_answer
+from reward_fns import numeric_answer
 
 DATA_SOURCE = "openai/gsm8k"
 
 
 def convert(fields: Mapping[str, Any]) -> Problem:
     """Fields `question` and `answer` (the worked solution)."""
-    answer = hash_answer.extract(text_field(fields, "answer"))
+    answer = numeric_answer.extract(text_field(fields, "answer"))
     if not answer:
         raise RowError("field 'answer' does not end in '#### number'")
     return Problem(DATA_SOURCE, text_field(fields, "question"), answer)

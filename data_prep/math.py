@@ -34,7 +34,7 @@ def boxed_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
 def whole(value: float) -> str:
     """A number as text, 27.0 as "27"; raises RowError for a boolean, NaN or infinity."""
     if isinstance(value, bool) or value != value or value in (float("inf"), float("-inf")):
-        raise RowError(f"the answer {value!r} is no number")
+        raise RowError(f"the answer {value!r} is not a number")
     return str(int(value)) if value == int(value) else str(value)
 
 

@@ -1,23 +1,24 @@
-"""Answer checking: `compute_score` is the one entry that verl calls (R = 2 * 1[correct] - 1).
+"""Answer checking: `compute_score` is the entry point that verl calls (R = 2 * 1[correct] - 1).
 
-It is routed by `data_source` to a room per kind of answer: numbers (`hash_answer`), mathematics (`math_answer`),
-multiple choice (`choice_answer`); `thoughts` takes the thought off the response, `forms` finds the answer in the rest.
-Sources that verl checks by running model text as code (`codecontests`, `numina_*`, `geometry3k`, ...) are refused: text
-written by a model is never executed here. Time and memory are bounded, see `judge`.
+`data_source` selects the check: numbers (`numeric_answer`), mathematics (`math_answer`), numbers with a tolerance
+(`near_answer`) or multiple choice (`choice_answer`). `thoughts` removes the thought from the response, `forms` finds
+the answer in the rest. Sources that verl checks by running model text as code (`codecontests`, `numina_*`,
+`geometry3k`, ...) are refused: text written by a model is never executed here. Time and memory are bounded, see
+`judge`.
 """
 
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
-from reward_fns import choice_answer, hash_answer, math_answer, near_answer
-from reward_fns.forms import check_format
+from reward_fns import choice_answer, math_answer, near_answer, numeric_answer
+from reward_fns.forms import read_format
 from reward_fns.thoughts import AFTER_THOUGHT, after_thought, read_marks
 
 OUR_REWARD = "pkg://reward_fns"
 """The value of ``reward.custom_reward_function.path`` that names this package."""
 
-# Answers stand at the end; looking at no more than this keeps a runaway response from costing time.
+# Answers are at the end. Reading only this much keeps a runaway response from costing time.
 TAIL_CHARACTERS = 2000
 
 NUMBER_SOURCES = frozenset({"openai/gsm8k"})
@@ -42,15 +43,16 @@ Check = Callable[[str, str, str], tuple[str, bool]]
 
 
 def route(data_source: str) -> Check:
-    """The check for a data source: (end of the response, ground truth, answer format) -> (answer, whether correct).
+    """Return the check for a data source: (end of the response, ground truth, answer format) -> (answer, correct).
 
-    Raises ValueError for a source that has none.
+    Raises:
+        ValueError: the source has no check.
     """
     if data_source == "skpo/arithmetic":
-        # Its form is part of the task, so `answer_format` does not loosen it.
-        return lambda text, truth, _: hash_answer.check(text, truth)
+        # The form is part of this task, so `answer_format` does not loosen it.
+        return lambda text, truth, _: numeric_answer.check(text, truth)
     if data_source in NUMBER_SOURCES:
-        return hash_answer.check_any
+        return numeric_answer.check_any
     if data_source == "olympiadbench":
         return near_answer.check
     if data_source in MATH_SOURCES or data_source.startswith("aime"):
@@ -65,20 +67,25 @@ def route(data_source: str) -> Check:
 
 
 def check_options(answer_format: str = "any", thought_marks: str | Sequence[str] = "auto", **unknown: Any) -> None:
-    """Raise ValueError for an unknown option of `compute_score` or an unknown value: a fault of the configuration."""
+    """Refuse unknown options of `compute_score` and unknown values.
+
+    Raises:
+        ValueError: an unknown option or value; the configuration is wrong.
+    """
     if unknown:
         raise ValueError(
             f"reward.custom_reward_function.reward_kwargs.{next(iter(unknown))}: is unknown; known are answer_format, "
             "thought_marks"
         )
-    check_format(answer_format)
+    read_format(answer_format)
     read_marks(thought_marks)
 
 
 def truth_text(ground_truth: object) -> str:
-    """Return a ground truth as text: a number as it is written, 5.0 as "5" since pandas makes floats of integers.
+    """Return a ground truth as text: numbers as written, 5.0 as "5" because pandas turns integers into floats.
 
-    Raises ValueError for everything else, which is a fault of the data.
+    Raises:
+        ValueError: the ground truth is neither text nor a number; the data are wrong.
     """
     if isinstance(ground_truth, str):
         return ground_truth
@@ -101,18 +108,29 @@ def compute_score(
 ) -> dict[str, float | str]:
     """Check one response.
 
-    Two options are set through ``reward.custom_reward_function.reward_kwargs``. `answer_format` (`forms.AnswerFormat`):
-    "any" takes the answer from a box, after "####" or from a statement "Answer: ..."; "boxed", "hash" and "line" take
-    that form alone. `thought_marks` (`thoughts.read_marks`): "auto", "none", or the opening and the closing mark.
-    What follows the last thought counts: `extra_info["response_after_thought"]` where it is there, because whoever
-    decoded the response saw its prompt and special tokens, else what the marks in `solution_str` leave.
+    The two options are set through ``reward.custom_reward_function.reward_kwargs``. The text after the last thought
+    counts. It is taken from `extra_info["response_after_thought"]` if present, because the code that decoded the
+    response saw its prompt and special tokens; otherwise it is found by the marks in `solution_str`.
 
-    Returns `score` (+1.0 correct, -1.0 not), `acc` (1.0 or 0.0), `well_formed` (1.0 if an answer in the
-    expected form was found, right or wrong) and `pred` (that answer, "" if none). `kwargs` are verl's
-    and not used. Raises ValueError for an unknown data source or option, or a ground truth that is not an answer, never
-    because of `solution_str`.
+    Args:
+        data_source: selects the check, see `route`.
+        solution_str: the response; only its last `TAIL_CHARACTERS` characters are read.
+        ground_truth: the right answer.
+        extra_info: see above.
+        answer_format: "any" takes the answer from a box, after "####" or from a statement "Answer: ..."; "boxed",
+            "gsm8k" and "line" accept only that form (`forms.AnswerFormat`).
+        thought_marks: "auto", "none", or the opening and the closing mark (`thoughts.read_marks`).
+        kwargs: verl's other arguments, unused.
+
+    Returns:
+        `score` (+1.0 correct, -1.0 not), `acc` (1.0 or 0.0), `well_formed` (1.0 if an answer in the expected form was
+        found, right or wrong) and `pred` (that answer, "" if none).
+
+    Raises:
+        ValueError: an unknown data source or option, or a ground truth that is not an answer; never because of
+            `solution_str`.
     """
-    check_options(answer_format, thought_marks)
+    answer_format = read_format(answer_format)
     truth = truth_text(ground_truth)
     told = (extra_info or {}).get(AFTER_THOUGHT)
     text = told if isinstance(told, str) else after_thought(solution_str, thought_marks)

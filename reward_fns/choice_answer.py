@@ -1,8 +1,8 @@
-"""Multiple choice with up to ten options, A to J (MMLU-Pro): the letter is the answer.
+r"""Multiple choice with up to ten options, A to J (MMLU-Pro): the letter is the answer.
 
-Read from wherever `forms` finds the final answer: "C", "(C)", "C.", "C) because", "\\text{(C)}", "Option C". Two
-letters ("C, D") are not an answer. Without an answer in these forms, the format `any` takes "(C) is correct", or a last
-line with the letter alone.
+The letter is read where `forms` finds the final answer: "C", "(C)", "C.", "C) because", "\text{(C)}", "Option C". Two
+letters ("C, D") are not an answer. If no form is found, the format `any` accepts "(C) is correct", or a last line with
+the letter alone.
 """
 
 import re
@@ -27,13 +27,14 @@ _ALONE = re.compile(rf"\s*{_NAMED}?[(\[]?([A-J])[)\]]?[.\s]*")
 
 
 def check(text: str, ground_truth: str, answer_format: str = "any") -> tuple[str, bool]:
-    """The letter ("" if none) and whether it is the right one.
+    """Return the letter ("" if none) and whether it is the right one.
 
-    Raises ValueError if `ground_truth` is no letter from A to J, which is a fault of the data.
+    Raises:
+        ValueError: `ground_truth` is not a letter from A to J; the data are wrong.
     """
     truth = ground_truth.strip()
     if not re.fullmatch("[A-J]", truth):
-        raise ValueError(f"ground_truth {ground_truth!r} is no option; write a letter from A to J")
+        raise ValueError(f"ground_truth {ground_truth!r} is not an option; write a letter from A to J")
     answer = answer_text(text, answer_format)[:200]
     pred = _letter(_WRAPPING.sub("", answer)) if answer or answer_format != "any" else _said(text)
     return pred, pred == truth
@@ -45,7 +46,7 @@ def _letter(answer: str) -> str:
 
 
 def _said(text: str) -> str:
-    """The letter of a response without an answer in any form."""
+    """Return the letter of a response whose answer is in none of the forms."""
     alone = _ALONE.fullmatch(_WRAPPING.sub("", text.rstrip().rpartition("\n")[2][-40:]))
     if alone:
         return alone[1]

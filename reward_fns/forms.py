@@ -1,15 +1,18 @@
-r"""Where the final answer stands in a response: in ``\boxed{}``, after ``####``, or in a statement "the answer is ...".
+r"""Find the final answer in a response: in ``\boxed{}``, after ``####``, or in a statement "the answer is ...".
 
-Every form counts by its last occurrence, see docs/data.md for the rules. A ``\boxed{`` that is never closed is not an
-answer: the response was cut, and an earlier box may be a step on the way. All functions are linear in the text and
-return "" where there is no answer.
+The last occurrence of each form counts; docs/data.md has the rules. A ``\boxed{`` that is never closed is not an
+answer: the response was cut, and an earlier box may be an intermediate step. All functions are linear in the text and
+return "" if there is no answer.
 """
 
 import re
 from typing import Literal, get_args
 
-AnswerFormat = Literal["any", "boxed", "hash", "line"]
-"""`any`: the later one of boxed and hash, else a statement, else a last line in bold. The others are strict."""
+AnswerFormat = Literal["any", "boxed", "gsm8k", "line"]
+"""`any`: the later one of boxed and gsm8k ("####"), else a statement, else a bold last line. The others are strict."""
+
+OLD_FORMATS = {"hash": "gsm8k"}
+"""Former names, accepted for one release."""
 
 HASH = "####"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*")
@@ -18,7 +21,7 @@ _HASH_LINE = re.compile(r"#{4,}([^\n]*)")
 _HEADING = re.compile(r"[^\w\\$(]*(?:[0-9]{1,2}[.):]\s+)?[A-Z][a-z]{2,}")
 _EMPHASIS = re.compile(r"(\*{1,3})([^*]+)\1")
 
-# Between boxes that are one list: "and", "or", a comma, "x =", and what typesets them.
+# Between boxes that form one list: "and", "or", a comma, "x =", and what typesets them.
 _JOINED = re.compile(
     r"(?:[\s$,;&]|\\[()\[\],;: !\\]|\\q?quad|\\(?:text|mbox|textrm|mathrm)\s*\{\s*(?:and|or)\s*\}"
     r"|\b(?:and|or)\b|[a-zA-Z](?:_\{?[0-9a-zA-Z]{1,3}\}?)?\s*=)*+"
@@ -76,42 +79,48 @@ _COMMENT = re.compile(
     r"(?:correct|right|reasonable|clear|obvious|valid|consistent|verified|confirmed|below|above|unique|known|found"
     r"|obtained|supported|based|in|as follows|wrong|incorrect)\b"
 )
-# What "the answer must be" has to be followed by: a number, mathematics, or an option.
+# "the answer must be" counts only before a number, mathematics or an option.
 _VALUE = re.compile(r"[-+]?[$\\(\[€£]*[-+]?(?:[0-9.\\]|[a-zA-J](?![a-zA-Z ]))")
 _CONDITION = re.compile(r"\b(?:if|unless|otherwise|without|had|instead)\b", re.IGNORECASE)
 _PROSE = re.compile(r"[a-z]{2,}(?:[\s,'-]+[a-zA-Z]+){4,}+[^0-9\\$]*")
 
 
-def check_format(name: str) -> None:
-    """Raises ValueError for a name that is no `AnswerFormat`: a fault of the configuration."""
+def read_format(name: str) -> str:
+    """Return the `AnswerFormat` of a name in a configuration.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    name = OLD_FORMATS.get(name, name)
     if name not in get_args(AnswerFormat):
         raise ValueError(
             f"reward.custom_reward_function.reward_kwargs.answer_format: {name!r} is unknown; "
             f"known are {', '.join(get_args(AnswerFormat))}"
         )
+    return name
 
 
 def last_boxed(text: str) -> str:
-    r"""The content of the last ``\boxed{...}`` or ``\fbox{...}``, braces balanced; ``\boxed 5`` counts too."""
+    r"""Return the content of the last ``\boxed{...}`` or ``\fbox{...}`` with balanced braces; ``\boxed 5`` counts."""
     boxes, _ = _last_boxes(text)
     return boxes[-1] if boxes else ""
 
 
 def answer_text(text: str, answer_format: str = "any") -> str:
-    """The final answer as it was written, stripped; several boxes that are one list are joined by commas."""
+    """Return the final answer as written, stripped; several boxes that form one list are joined by commas."""
     return ", ".join(answer_parts(text, answer_format))
 
 
 def answer_parts(text: str, answer_format: str = "any") -> list[str]:
-    """The final answer as it was written: one text, several where several boxes are one list, none if there is none."""
+    """Return the final answer as written: one text, one per box if several boxes form a list, or none."""
     boxes, box = _last_boxes(text) if answer_format in ("any", "boxed") else ([], -1)
     if answer_format == "boxed":
         return boxes
-    if answer_format in ("any", "hash"):
+    if answer_format in ("any", "gsm8k"):
         hashed, mark = _last_hash(text, box)
-        if answer_format == "hash":
+        if answer_format == "gsm8k":
             return list(filter(None, [hashed]))
-        # A box after "####" is read as a box; the other way round the box was a step.
+        # A box after "####" is the answer; a box before it was an intermediate step.
         if box >= 0 or hashed:
             return boxes if box > mark else list(filter(None, [hashed]))
     stated = _last_statement(text)
@@ -121,9 +130,9 @@ def answer_parts(text: str, answer_format: str = "any") -> list[str]:
 
 
 def _last_boxes(text: str) -> tuple[list[str], int]:
-    """The contents of the last box and of those that are one list with it, and where the last one starts, or -1.
+    """Return the contents of the last box and of the boxes that form a list with it, and the start of the last (or -1).
 
-    An incomplete or empty last box is no answer, whatever stands before it.
+    An incomplete or empty last box is not an answer, even if a complete box stands before it.
     """
     start = _box_before(text, len(text))
     if start < 0:
@@ -145,13 +154,13 @@ def _last_boxes(text: str) -> tuple[list[str], int]:
 
 
 def _box_before(text: str, end: int) -> int:
-    """Where the last box that starts before `end` starts, or -1."""
+    """Return the start of the last box that starts before `end`, or -1."""
     start = max(text.rfind("\\boxed", 0, end), text.rfind("\\fbox", 0, end))
     return start if start >= 0 and _BOX.match(text, start) else -1
 
 
 def _box_at(text: str, start: int) -> tuple[str, int]:
-    """The content of the box at `start` and where it ends; -1 for a box that is never closed."""
+    """Return the content and the end of the box at `start`; the end is -1 if the box is never closed."""
     match = _BOX.match(text, start)
     assert match is not None
     begin = match.end()
@@ -178,9 +187,9 @@ def _box_at(text: str, start: int) -> tuple[str, int]:
 
 
 def _last_hash(text: str, box: int) -> tuple[str, int]:
-    """What stands after the last "####" that is no heading, and where, or -1.
+    """Return the text after the last "####" that is not a heading, and its place, or -1.
 
-    A heading starts with a word and has text behind it or a box before it; `box` is where the last one starts.
+    A heading starts with a word and is followed by text or preceded by a box; `box` is the start of the last box.
     """
     written = len(text.rstrip())
     for match in reversed(list(_HASH_LINE.finditer(text))):
@@ -193,9 +202,9 @@ def _last_hash(text: str, box: int) -> tuple[str, int]:
 
 
 def _last_statement(text: str) -> str | None:
-    """What the last statement of an answer says; "" if it was cut or taken back, None if there is none.
+    """Return the content of the last statement of an answer; "" if it was cut or taken back, None if there is none.
 
-    A remark in five or more words ("The answer is supported by the fact that ...") counts only where nothing else does.
+    A remark of five or more words ("The answer is supported by the fact that ...") counts only if there is no other.
     """
     stated: str | None = None
     remark: str | None = None
@@ -219,9 +228,9 @@ def _last_statement(text: str) -> str | None:
 
 
 def _statement(rest: str) -> str | None:
-    """The answer in what follows a cue: the rest of its sentence, of the next line if its own is empty.
+    """Return the answer after a cue: the rest of its sentence, or of the next line if its own is empty.
 
-    None for a question.
+    A question returns None.
     """
     lead = _LEAD.match(rest)
     line = rest[lead.end() if lead else 0 :].split("\n", 1)[0].split("</answer>", 1)[0]
@@ -234,7 +243,7 @@ def _statement(rest: str) -> str | None:
 
 
 def _bold_line(text: str) -> str | None:
-    """The content of a last line that is nothing but bold, at most three words or with a digit."""
+    """Return the content of a last line that is all bold and has at most three words or a digit."""
     line = text.rstrip().rpartition("\n")[2].strip().rstrip(".")
     match = re.fullmatch(r"(\*{2,3}|__)([^*]{1,200})\1", line)
     content = _bare(match[2]) if match else ""
@@ -244,6 +253,6 @@ def _bold_line(text: str) -> str | None:
 
 
 def _bare(line: str) -> str:
-    """Without emphasis and quotes around it and without the full stop of the sentence."""
+    """Strip emphasis and quotes, and the full stop of the sentence."""
     line = line.strip(' \t\r*`"“”')
     return line[:-1].rstrip(' \t*`"“”') if line.endswith(".") else line

@@ -1,9 +1,9 @@
-"""This side of `math_worker`: one worker per process, started when first needed, asked by any thread.
+"""Client of `math_worker`: one worker per process, started at first use, shared by all threads.
 
-The kernel stops the worker after `SECONDS` of wall-clock time per comparison or at `MEMORY` bytes; should even that
-fail, it is killed after `GRACE` more and started again. Threads wait for each other: the bound holds from the
-moment it is this comparison's turn. A stopped pair is remembered and not tried again. A worker that cannot be started
-is a fault of the installation and raises; a comparison never does.
+The kernel stops the worker after `SECONDS` of wall-clock time per comparison, or at `MEMORY` bytes. If even that fails,
+the worker is killed after `GRACE` more seconds and restarted. Threads take turns: the bound holds from the moment a
+comparison starts. A stopped pair is remembered and not tried again. A worker that cannot be started is a fault of the
+installation and raises; a comparison never raises.
 """
 
 import atexit
@@ -25,24 +25,25 @@ from pathlib import Path
 SECONDS = 1.2
 GRACE = 5.0
 MEMORY = 512 * 2**20
-"""Of address space; a worker that has just started takes 65 MiB."""
+"""Address space in bytes; a fresh worker takes 65 MiB."""
 START_SECONDS = 60.0
 WORKER = Path(__file__).with_name("math_worker.py")
 MOST_STOPPED = 4096
-"""Stopped pairs that are remembered; the oldest is forgotten first."""
+"""Stopped pairs to remember; the oldest is dropped first."""
 KEPT_VARIABLES = ("PATH", "LANG", "LANGUAGE", "LD_LIBRARY_PATH")
-"""What the worker gets of the environment, and the names that start with LC_; keys and tokens stay here."""
+"""Environment variables passed to the worker, besides LC_*; keys and tokens are not passed."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Counts:
-    """What happened to the comparisons of this process that ended without a verdict of their own.
+    """Comparisons of this process that ended without a regular verdict.
 
-    stopped: comparisons that ran out of time or memory, those remembered from before included.
-    failed: comparisons that ended in an exception.
-    refused: comparisons in which the worker's guard refused something, which sympy may have taken for "not equal".
+    Attributes:
+        stopped: comparisons that ran out of time or memory, remembered ones included.
+        failed: comparisons that ended in an exception.
+        refused: comparisons in which the worker's guard refused an operation; sympy may have read that as "not equal".
     """
 
     stopped: int = 0
@@ -51,9 +52,10 @@ class Counts:
 
 
 class Judge:
-    """A worker process and the lock around the conversation with it."""
+    """A worker process, its connection, and the lock that serialises requests."""
 
     def __init__(self) -> None:
+        """Start without a worker."""
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
@@ -62,11 +64,11 @@ class Judge:
         self.counts = Counts()
 
     def equal(self, answer: str, truth: str) -> bool | None:
-        """Whether the two tidy answers are equal; None if the comparison had to be stopped, now or before."""
-        # What is read and computed is the same with the two exchanged.
+        """Return whether two tidy answers are equal; None if the comparison was stopped, now or earlier."""
+        # The comparison is symmetric.
         pair = frozenset((answer, truth))
         with self._lock:
-            # Asked inside the lock: all threads that wait with the same pair find what the first one learned.
+            # Inside the lock, so that threads waiting with the same pair see the result of the first.
             if pair in self._stopped:
                 self.counts.stopped += 1
                 return None
@@ -83,7 +85,7 @@ class Judge:
         try:
             return self._ask(answer, truth)
         except (EOFError, OSError):
-            # The worker had gone, killed from outside for instance: a new one gets the question, once.
+            # The worker died, for example killed from outside: ask a new one, once.
             self._stop()
         try:
             return self._ask(answer, truth)
@@ -92,13 +94,13 @@ class Judge:
             return None
 
     def close(self) -> None:
-        """End the worker."""
+        """Stop the worker."""
         with self._lock:
             self._stop()
 
     @property
     def pid(self) -> int | None:
-        """Of the worker that runs, None if there is none."""
+        """Process id of the running worker, None if there is none."""
         return self._process.pid if self._process else None
 
     def _ask(self, answer: str, truth: str) -> bool | None:
@@ -157,7 +159,7 @@ class Judge:
             try:
                 os.killpg(self._process.pid, signal.SIGKILL)
             except (ProcessLookupError, PermissionError):
-                pass  # it has gone already
+                pass  # it has already ended
             self._process.wait()
         self._connection = self._process = None
 
@@ -167,7 +169,7 @@ def _environment() -> dict[str, str]:
 
 
 def _import_path() -> list[str]:
-    """The folder of this package, then this process's own, so that the worker finds the same packages."""
+    """Return the folder of this package and this process's path, so that the worker finds the same packages."""
     return [str(Path(__file__).parents[1]), *(entry for entry in sys.path if entry)]
 
 
@@ -175,7 +177,7 @@ _judge = Judge()
 
 
 def _forget_worker() -> None:
-    """In a fork of this process: the worker, and perhaps the lock, belong to the other one."""
+    """Drop the worker in a fork of this process: worker and lock belong to the parent."""
     global _judge
     _judge = Judge()
 
@@ -185,22 +187,22 @@ atexit.register(lambda: _judge.close())
 
 
 def worker_pid() -> int | None:
-    """The process id of this process's worker, None before the first comparison."""
+    """Return the process id of this process's worker, None before the first comparison."""
     return _judge.pid
 
 
 def close() -> None:
-    """End this process's worker; the next comparison starts another."""
+    """Stop this process's worker; the next comparison starts another."""
     _judge.close()
 
 
 def counts() -> Counts:
-    """The counts of this process."""
+    """Return the counts of this process."""
     return _judge.counts
 
 
 def equal(answer: str, truth: str) -> bool:
-    """Whether the two tidy answers are equal; False if that could not be found out, which is counted. Never raises."""
+    """Return whether two tidy answers are equal; False, and counted, if that cannot be decided. Never raises."""
     return bool(_equal(answer, truth))
 
 

@@ -1,13 +1,13 @@
-r"""Mathematical answers: numbers, fractions, expressions, sets, intervals, tuples, text.
+"""Mathematical answers: numbers, fractions, expressions, sets, intervals, tuples, text.
 
-Three steps, cheapest first; each either decides or goes on to the next.
+There are three steps, cheapest first. Each either decides or passes to the next.
 
-1. The text without what only typesets it (`math_text`): equal text is an equal answer. Two plain numbers (integers,
-   decimals, fractions, powers of ten; thousands separators, units, a percent or degree sign and dollars passed over)
-   are compared exactly, and that decides.
-2. `refusal`: an answer that is too long, too deep, or whose numbers, powers or factorials are too large, is wrong. No
-   answer of a benchmark is anywhere near these bounds, and they keep most of what could make sympy run away from it.
-3. Structure and values (`math_compare`) in a process of its own with a timer and a memory limit (`judge`).
+1. Text without its typesetting (`math_text`): equal text is an equal answer. Two plain numbers (integers, decimals,
+   fractions, powers of ten) are compared exactly, and that decides. Thousands separators, units, dollars and a percent
+   or degree sign are ignored.
+2. `refusal`: an answer that is too long, too deep, or has too large numbers, powers or factorials is wrong. Answers of
+   benchmarks are far below these bounds, which stop most inputs on which sympy would not finish.
+3. Structure and values (`math_compare`), in a separate process with a timer and a memory limit (`judge`).
 
 An answer is never evaluated as code, see `math_worker`.
 """
@@ -23,7 +23,7 @@ from reward_fns.math_text import plain, tidy, without_sign
 LONGEST = 400
 """Characters; the longest answer of MATH-500 has 53."""
 MOST_WAYS = 3
-"""Boxes of one list that may be the same value; a comparison can take a second."""
+"""Boxes of one list that are compared one by one; a comparison can take a second."""
 DEEPEST = 12
 MOST_DIGITS = 40
 LARGEST_POWER = 9999
@@ -42,22 +42,23 @@ _DIGITS = re.compile(rf"[0-9]{{{MOST_DIGITS + 1},}}")
 
 
 def check(text: str, ground_truth: str, answer_format: str = "any") -> tuple[str, bool]:
-    """The answer as written ("" if none) and whether it equals `ground_truth`.
+    """Return the answer as written ("" if none) and whether it equals `ground_truth`.
 
-    Raises ValueError for an empty or overlong ground truth, which is a fault of the data, not of the response.
+    Raises:
+        ValueError: the ground truth is empty or too long; the data are wrong, not the response.
     """
     if not ground_truth.strip() or len(ground_truth) > LONGEST:
-        raise ValueError(f"ground_truth {ground_truth!r:.60} is no answer: it has {len(ground_truth)} characters")
+        raise ValueError(f"ground_truth {ground_truth!r:.60} is not an answer: it has {len(ground_truth)} characters")
     parts = answer_parts(text, answer_format)
     pred = ", ".join(parts)
     right = bool(pred) and equal(pred, ground_truth)
-    if not right and 1 < len(parts) <= MOST_WAYS:  # one value in several ways of writing it
+    if not right and 1 < len(parts) <= MOST_WAYS:  # the same value written in several ways
         right = all(equal(part, ground_truth) for part in parts)
     return pred, right
 
 
 def equal(answer: str, truth: str) -> bool:
-    """Whether the two answers are mathematically the same; False where that cannot be found out within the bounds."""
+    """Return whether two answers are mathematically the same; False if the bounds do not allow to decide."""
     if answer.strip() == truth.strip():
         return True
     if len(answer) > LONGEST:
@@ -76,7 +77,7 @@ def equal(answer: str, truth: str) -> bool:
 
 
 def number(text: str) -> Fraction | None:
-    """The exact value of a tidy plain number or fraction, its unit passed over; None for anything else."""
+    """Return the exact value of a tidy plain number or fraction without its unit; None for other text."""
     text, factor, _ = units.split_unit(text)
     text = without_sign(text)
     match = _NUMBER.fullmatch(text)
@@ -92,7 +93,7 @@ def number(text: str) -> Fraction | None:
 
 
 def refusal(answer: str) -> str:
-    """Why an answer is not given to sympy, "" if it may be."""
+    """Return why an answer must not be given to sympy, "" if it may."""
     if any(unicodedata.category(character) in ("Cc", "Cs", "Co", "Cn") for character in answer):
         return "control characters"
     depth = deepest = 0

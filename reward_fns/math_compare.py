@@ -1,8 +1,8 @@
-"""Whether two tidy answers are equal, by their structure (`math_reading`) and, at its leaves, by value (`math_values`).
+"""Compare two tidy answers by structure (`math_reading`) and, at the leaves, by value (`math_values`).
 
 Lists are equal in any order, tuples in theirs, sets without repetition. Two equations are equal if the differences of
-their sides have a constant quotient, two inequalities if that constant is positive. What has no value is equal only to
-the same text, so a text that can be read only in part never makes two answers equal.
+their sides have a constant quotient, two inequalities if that constant is positive. Text without a value is equal only
+to the same text, so two answers that can be read only in part are never equal because of that part.
 """
 
 import re
@@ -39,12 +39,12 @@ _WORDY_NAME = re.compile(
 
 
 def equal(answer: str, truth: str) -> bool:
-    """Whether two tidy answers are equal."""
+    """Return whether two tidy answers are equal."""
     return same(read(answer), read(truth))
 
 
 def same(given: Node, truth: Node) -> bool:
-    """Whether two structures are equal; an assignment counts by its value where the truth has no name."""
+    """Return whether two structures are equal; an assignment counts by its value if the truth has no name."""
     if given == truth:
         return True
     if isinstance(given, Chain) and isinstance(truth, Chain):
@@ -75,7 +75,7 @@ def same(given: Node, truth: Node) -> bool:
 
 
 def _subject(chain: Chain) -> Symbol | None:
-    """What a relation is about: the variable that it is solved for, or that is in a set."""
+    """Return the variable that a relation is solved for, or that is in a set."""
     place = 0 if chain.operators == ("in",) else _unknown(chain)
     return None if place is None else _variable(chain.members[place])
 
@@ -85,13 +85,13 @@ def _assigns(chain: Chain) -> bool:
 
 
 def _names_something(chain: Chain) -> bool:
-    """Whether a chain gives a value to a name, or an approximation to a value."""
+    """Return whether a chain assigns a value to a name, or an approximation to a value."""
     reversed_ = len(chain.members) == 2 and _is_name(chain.members[1])
     return _is_name(chain.members[0]) or reversed_ or "~" in chain.operators
 
 
 def _is_name(node: Node) -> bool:
-    """A variable, a function of something, a product of variables, or words: what a value can be given to."""
+    """Return whether a value can be assigned to a node: a variable, a function, a product of variables, or words."""
     if isinstance(node, Group):
         return node.kind == "()" and all(_is_name(item) for item in node.items)
     if isinstance(node, Ratio):
@@ -110,9 +110,9 @@ def _is_name(node: Node) -> bool:
 
 
 def candidates(chain: Chain) -> list[Node]:
-    """The values that an assignment gives: its last member, which all other constants in it must agree with.
+    """Return the values that an assignment gives: its last member, with which every other constant must agree.
 
-    After an approximation sign the exact value in front counts as well.
+    After an approximation sign, the exact value before it counts too.
     """
     if chain.operators == ("in",):
         return [chain.members[1]] if _is_name(chain.members[0]) else []
@@ -130,7 +130,7 @@ def candidates(chain: Chain) -> list[Node]:
 
 
 def _is_unsolved(node: Node) -> bool:
-    """An expression like 2x or x + 1: an equation with it is not an answer yet, while "x + y = 7" may be."""
+    """Return whether a node is like 2x or x + 1: an equation with it is not yet an answer ("x + y = 7" may be)."""
     value = reading(node.text).value if isinstance(node, Leaf) else None
     if not isinstance(value, Expr) or len(variables(value)) != 1 or _is_name(node):
         return False
@@ -145,7 +145,7 @@ def _is_constant(node: Node) -> bool:
 
 
 def _roughly(exact: Node, decimal: Node) -> bool:
-    """Whether a constant rounds to a decimal."""
+    """Return whether a constant rounds to a decimal."""
     if not isinstance(exact, Leaf) or not isinstance(decimal, Leaf):
         return False
     left, right = reading(exact.text), reading(decimal.text)
@@ -166,7 +166,7 @@ _SYMMETRIC = {"=", "~", "==", "!=", "cong", "sim", "iff", "perp", "parallel"}
 
 
 def same_chain(given: Chain, truth: Chain) -> bool:
-    """Relations: member by member in either direction, or as equations and inequalities."""
+    """Compare relations member by member in either direction, or as equations and inequalities."""
     given, truth = _shortened(_forward(given)), _shortened(_forward(truth))
     if given.operators == truth.operators and _pairwise(given.members, truth.members):
         return True
@@ -183,7 +183,7 @@ def same_chain(given: Chain, truth: Chain) -> bool:
 
 
 def _forward(chain: Chain) -> Chain:
-    """Ascending, an approximate value being given like an exact one."""
+    """Return the chain in ascending order, with approximate values treated as exact."""
     chain = Chain(chain.members, tuple("=" if operator == "~" else operator for operator in chain.operators))
     if set(chain.operators) <= {">", ">="}:
         return Chain(chain.members[::-1], tuple(_FLIPPED[operator] for operator in chain.operators[::-1]))
@@ -191,7 +191,7 @@ def _forward(chain: Chain) -> Chain:
 
 
 def _shortened(chain: Chain) -> Chain:
-    """x = 1 + 1 = 2 is x = 2."""
+    """Reduce x = 1 + 1 = 2 to x = 2."""
     named = len(chain.members) > 2 and set(chain.operators) == {"="} and _is_name(chain.members[0])
     if named and all(same(member, chain.members[-1]) for member in chain.members[1:-1]):
         return Chain((chain.members[0], chain.members[-1]), ("=",))
@@ -219,7 +219,7 @@ def _same_inequality(given: Inequality, truth: Inequality) -> bool:
 
 
 def _matched(given: Sequence[Any], truth: Sequence[Any], equal_: Callable[[Any, Any], bool]) -> bool:
-    """Whether the two hold the same things, in any order, each as often."""
+    """Return whether both hold the same elements, in any order and equally often."""
     if len(given) != len(truth):
         return False
     left = list(truth)
@@ -232,7 +232,7 @@ def _matched(given: Sequence[Any], truth: Sequence[Any], equal_: Callable[[Any, 
 
 
 def same_group(given: Group, truth: Group) -> bool:
-    """Lists in any order, sets without repetition, tuples and intervals in order and with their brackets."""
+    """Compare lists in any order, sets without repetition, tuples and intervals in order and with their brackets."""
     items, others = given.items, truth.items
     if any(_is_ellipsis(item) for item in (*items, *others)):
         return given.kind == truth.kind and _pairwise(items, others)
@@ -270,7 +270,7 @@ def _names_sorted(items: Sequence[Node]) -> bool:
 
 
 def _names_in_order(items: Sequence[Node], others: Sequence[Node]) -> bool:
-    """Different names for the elements of a plain list must be in its order: "y = 2, x = 1" is not "1, 2" reversed."""
+    """Require names in the order of a plain list: "y = 2, x = 1" does not match "1, 2"."""
     if _names(items) and _names(others):
         return True
     names = _names(items) or _names(others)
@@ -290,7 +290,7 @@ def _distinct(items: Sequence[Node]) -> list[Node]:
 
 
 def same_ratio(given: Node, truth: Node) -> bool:
-    """a:b equals c:d if a/b = c/d, and the number a/b; times of day are equal digit by digit."""
+    """Compare ratios: a:b equals c:d if a/b = c/d, and the number a/b; times of day digit by digit."""
     if isinstance(given, Ratio) and isinstance(truth, Ratio):
         if len(given.parts) != len(truth.parts):
             return False
@@ -322,7 +322,7 @@ def _values(ratio: Ratio) -> list[Any] | None:
 
 
 def quotient(left: tuple[Node, Node], right: tuple[Node, Node]) -> Any:
-    """The constant that the difference of the left two sides is of the right two's; None if it is not constant."""
+    """Return the constant quotient of the differences of both pairs of sides; None if it is not constant."""
     sides = []
     for one, other in (left, right):
         if not (isinstance(one, Leaf) and isinstance(other, Leaf)):
@@ -360,7 +360,7 @@ def _same_operation(given: Operation, truth: Operation) -> bool:
 
 
 def _same_set(given: Node, truth: Node) -> bool:
-    """Whether both are the same set of numbers, written as intervals, unions or conditions on one variable."""
+    """Return whether both are the same set of numbers, written as intervals, unions or conditions on one variable."""
     try:
         left, right = as_set(given), as_set(truth)
     except (Unread, TypeError, ValueError, NotImplementedError, AttributeError):
@@ -371,7 +371,11 @@ def _same_set(given: Node, truth: Node) -> bool:
 
 
 def as_set(node: Node) -> Set:
-    """A set of numbers; raises `Unread` for what is not one."""
+    """Return the set of numbers that a node describes.
+
+    Raises:
+        Unread: the node is not a set of numbers.
+    """
     if isinstance(node, Leaf):
         value = reading(node.text).value
         if isinstance(value, Set):
@@ -425,7 +429,7 @@ def _conditioned(node: Builder) -> Set:
 
 
 def _unknown(chain: Chain) -> int | None:
-    """Where the variable stands in a relation that is solved for it, all other members being constants, else None."""
+    """Return the index of the variable in a relation solved for it (all other members are constants), else None."""
     places = [number for number, member in enumerate(chain.members) if not _is_constant(member)]
     if len(places) != 1 or _variable(chain.members[places[0]]) is None:
         return None
@@ -433,14 +437,14 @@ def _unknown(chain: Chain) -> int | None:
 
 
 def _variable(node: Node) -> Symbol | None:
-    """x, or f(x) as a whole."""
+    """Return x, or f(x) as a whole."""
     value = reading(node.text).value if isinstance(node, Leaf) else None
     value = without_calls(value) if isinstance(value, Expr) else None
     return value if isinstance(value, Symbol) else None
 
 
 def _solved(chain: Chain) -> Set:
-    """The numbers of a variable that constants bound, or that is taken from a set."""
+    """Return the numbers allowed by constant bounds on a variable, or by membership in a set."""
     if chain.operators == ("in",) and _is_name(chain.members[0]):
         return as_set(chain.members[1])
     place = _unknown(chain)

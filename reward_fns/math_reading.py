@@ -1,7 +1,7 @@
-r"""The structure of a tidy answer: lists, sets, tuples and intervals, relations, ratios; what is left is a `Leaf`.
+"""Parse the structure of a tidy answer: lists, sets, tuples and intervals, relations, ratios; the rest is a `Leaf`.
 
-Only text is looked at here. Nothing is dropped: every character ends up in a leaf, an operator or a bracket, so that
-`math_compare` can demand that what it cannot compute with is equal as text.
+Only text is looked at here. Nothing is dropped: every character ends up in a leaf, an operator or a bracket. So
+`math_compare` can require that text without a value is equal as text.
 """
 
 import re
@@ -24,7 +24,13 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Group:
-    r"""Several answers. `kind` is "list", "set" or the two brackets, as in "[)"; `joined` is the last separator."""
+    """Several answers.
+
+    Attributes:
+        kind: "list", "set" or the two brackets, as in "[)".
+        items: the answers.
+        joined: the last separator.
+    """
 
     kind: str
     items: tuple["Node", ...]
@@ -33,7 +39,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Chain:
-    """Members with a relation between each two: one operator fewer than members."""
+    """Members with a relation between neighbours: one operator fewer than members."""
 
     members: tuple["Node", ...]
     operators: tuple[str, ...]
@@ -56,7 +62,7 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Builder:
-    """A set of all `element` with `condition`."""
+    """The set of all `element` with `condition`."""
 
     element: "Node"
     condition: "Node"
@@ -104,13 +110,13 @@ _END_BRACKETS = {")": ")", "]": "]", "\\}": "}", "\\rangle": ")"}
 
 
 def read(text: str) -> Node:
-    """The structure of a tidy answer."""
+    """Parse the structure of a tidy answer."""
     return _read_list(text, 0)
 
 
 @lru_cache(maxsize=1024)
 def _tokens(text: str) -> tuple[tuple[str, int], ...]:
-    """Tokens and the depth of brackets that each stands at; a bracket has the depth outside of it."""
+    """Return the tokens and the bracket depth of each; a bracket itself has the depth outside of it."""
     found = []
     depth = 0
     environment = 0
@@ -130,7 +136,7 @@ def _tokens(text: str) -> tuple[tuple[str, int], ...]:
 def _split(
     text: str, separator: "re.Pattern[str] | frozenset[str]", thousands: bool = True
 ) -> tuple[list[str], list[str]]:
-    """Parts at depth 0 and the separators between them."""
+    """Split at depth 0; return the parts and the separators between them."""
     parts, separators = [""], []
     for token, depth in _tokens(text):
         if depth == 0 and not thousands and _THOUSANDS.fullmatch(token):
@@ -174,7 +180,7 @@ def _read_list(text: str, depth: int, thousands: bool = True) -> Node:
 
 
 def _read_element(text: str, depth: int) -> Iterator[Node]:
-    """An element, once for each choice of its plus-minus signs: all together if one is a minus-plus."""
+    """Yield an element once per choice of its plus-minus signs, all together if one is a minus-plus."""
     if _bracketed(text) and text.startswith("\\{"):
         yield _read_single(text, depth)
         return
@@ -216,7 +222,7 @@ def _read_single(text: str, depth: int) -> Node:
 
 
 def _bracketed(text: str) -> bool:
-    """Whether the first token opens a bracket that the last one closes."""
+    """Return whether the first token opens a bracket that the last one closes."""
     tokens = _tokens(text)
     if len(tokens) < 2 or tokens[0][0] not in _BRACKETS | {"{": ""} or tokens[-1][0] not in _CLOSING:
         return False

@@ -1,9 +1,9 @@
-r"""LaTeX of an answer without what only typesets it, in one spelling of each command.
+r"""LaTeX of an answer without typesetting, with one spelling per command.
 
-`tidy` is what the comparison reads: sizes, spaces, dollars, colours and emphasis are gone, arguments are in braces
-(``\frac12`` -> ``\frac{1}{2}``), synonyms are one command (``\leq`` -> ``\le``); texts keep their wrapper. `plain` goes
-on to what is compared as text: wrappers, units and signs behind a number removed, words without their case. Both are
-linear in the text but for a bounded number of passes.
+`tidy` returns the text that is compared: sizes, spaces, dollars, colours and emphasis are removed, arguments are in
+braces (``\frac12`` -> ``\frac{1}{2}``), synonyms are one command (``\leq`` -> ``\le``); texts keep their wrapper.
+`plain` goes further, for comparison as text: it removes wrappers, units and signs behind a number, and the case of
+words. Both are linear in the text up to a bounded number of passes.
 """
 
 import re
@@ -110,12 +110,12 @@ _WORDS = re.compile(r"[a-zA-Z]{2,}(?: [a-zA-Z]+)*")
 
 ARGUMENTS = {"frac": 2, "binom": 2, "sqrt": 1} | dict.fromkeys(["vec", "overline", "bar", "hat", "tilde", "mathbf"], 1)
 DEEPEST = 40
-"""Of nested arguments; deeper text stays as it is (and is refused by `math_answer`)."""
+"""Depth of nested arguments; deeper text stays as it is, and `math_answer` refuses it."""
 
 
 @lru_cache(maxsize=4096)
 def tidy(answer: str) -> str:
-    """The answer in the spelling that is compared."""
+    """Return the answer in the spelling that is compared."""
     answer = answer.translate(_TRANSLATION)
     answer = _OPERATOR.sub(lambda match: "\\" + _FUNCTIONS.get(match[1], match[1]), answer)
     answer = _UPRIGHT.sub(r"\1", _COLOUR.sub("", answer)).strip()
@@ -155,7 +155,7 @@ def tidy(answer: str) -> str:
 
 @lru_cache(maxsize=4096)
 def plain(answer: str) -> str:
-    """A tidy answer as text: equal texts are equal answers."""
+    """Return a tidy answer as text: equal texts are equal answers."""
     answer = " ".join(_TEXT.sub(r" \1 ", _SIGN.sub("", answer)).split())
     answer = _SPACE.sub("", answer).rstrip(".")
     letter = _LONE_LETTER.fullmatch(answer)
@@ -166,12 +166,12 @@ def plain(answer: str) -> str:
 
 
 def without_sign(text: str) -> str:
-    """Without a percent or degree sign at its end."""
+    """Remove a percent or degree sign at the end."""
     return _SIGN.sub("", text).rstrip()
 
 
 def _listed(match: re.Match[str]) -> str:
-    """Equations below each other as a list; a function that is defined by cases stays as it is."""
+    """Turn equations below each other into a list; a function defined by cases stays as it is."""
     rows = re.sub(r"&\s*(?==)|(?<==)\s*&", "", match[1]).split("\\\\")
     return match[0] if "&" in "".join(rows) else ", ".join(row.strip() for row in rows if row.strip())
 
@@ -180,12 +180,12 @@ def _synonym(match: re.Match[str]) -> str:
     replacement = _SYNONYMS.get(match[1] or "")
     if replacement is None:
         return match[0]
-    # "\left x" and "\lt x" leave their space to what was in front.
+    # "\left x" and "\lt x" pass their space to the text before them.
     return replacement + (" " if match[2] or replacement[-1:].isalpha() else "")
 
 
 def _periodic(match: re.Match[str]) -> str:
-    r"""``0.1\overline{6}`` as a fraction."""
+    r"""Turn ``0.1\overline{6}`` into a fraction."""
     whole, once, period = match[1] or "0", match[2], match[3]
     if len(whole + once) > 20:
         return match[0]
@@ -196,7 +196,7 @@ def _periodic(match: re.Match[str]) -> str:
 
 
 def _whole_group(text: str) -> str | None:
-    """What is in the braces if one pair of them is around everything, also of a box."""
+    """Return the content if one pair of braces, or one box, surrounds the whole text."""
     start = len("\\boxed") if text.startswith("\\boxed{") else 0
     if not text.startswith("{", start) or not text.endswith("}") or text.endswith("\\}"):
         return None
@@ -205,7 +205,7 @@ def _whole_group(text: str) -> str | None:
 
 
 def _group_end(text: str, start: int) -> int:
-    """Behind the brace that closes the one at `start`; the end of the text if there is none."""
+    """Return the position behind the brace that closes the one at `start`; the end of the text if there is none."""
     depth, position = 0, start
     while position < len(text):
         character = text[position]
@@ -222,7 +222,7 @@ def _group_end(text: str, start: int) -> int:
 
 
 def _braced(text: str, depth: int) -> str:
-    """Arguments of fractions, roots, binomials, powers and indices in braces."""
+    """Put arguments of fractions, roots, binomials, powers and indices in braces."""
     if depth > DEEPEST:
         return text
     out: list[str] = []
@@ -278,7 +278,7 @@ def _arguments(text: str, position: int, name: str, depth: int, out: list[str]) 
 
 
 def _argument(text: str, position: int, depth: int, out: list[str]) -> int:
-    """One argument as LaTeX reads it: a group, a command with its own arguments, or a character."""
+    """Read one argument as LaTeX does: a group, a command with its own arguments, or a character."""
     while text.startswith(" ", position):
         position += 1
     if position >= len(text):
@@ -301,7 +301,7 @@ def _argument(text: str, position: int, depth: int, out: list[str]) -> int:
 
 
 def _script(text: str, position: int, depth: int, out: list[str]) -> int:
-    r"""What follows ``^`` or ``_``: "x^10" and "10^-3" are read as people mean them, and "x^(1/2)" too."""
+    """Read the text after ``^`` or ``_``: "x^10", "10^-3" and "x^(1/2)" are read as people mean them."""
     match = re.compile(r"\s*(-?\s*[0-9]+)").match(text, position)
     if match:
         end = match.end()
@@ -322,7 +322,7 @@ def _script(text: str, position: int, depth: int, out: list[str]) -> int:
 
 
 def _closing(text: str, start: int) -> int:
-    """Behind the parenthesis that closes the one at `start`, 0 if there is none."""
+    """Return the position behind the parenthesis that closes the one at `start`, 0 if there is none."""
     depth = 0
     for position in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[position], 0)

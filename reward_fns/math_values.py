@@ -1,9 +1,9 @@
-r"""Values of expressions: LaTeX read by the grammar of math-verify, whole or not at all, and compared by value.
+"""Values of expressions: LaTeX parsed completely or not at all, by math-verify's grammar, and compared by value.
 
 Two expressions are equal if they have equal values: exact ones for rational numbers, 60 digits for other constants, and
-for variables at twelve points, positive and negative, where both are real. A text that was not read has no value.
+with variables at twelve points, positive and negative, where both are real. Text that cannot be parsed has no value.
 
-Used by `math_worker` alone: sympy may run forever on what a model writes.
+Only `math_worker` uses this module: sympy may run forever on a model's text.
 """
 
 import hashlib
@@ -87,18 +87,18 @@ class Unread(Exception):
 
 
 class _Parser(_Latex2Sympy):
-    """The LaTeX grammar with the readings of math-verify that would make different answers equal put right."""
+    """The LaTeX grammar, without the readings of math-verify that would make different answers equal."""
 
     def __init__(self) -> None:
-        # One kind of symbol: whether a letter is real must not depend on how the rest is typeset.
+        """Use one kind of symbol: whether a letter is real must not depend on how the rest is typeset."""
         super().__init__(is_real=None, config=ConversionConfig(lowercase_symbols=False))
 
     def parse(self, latex_str: str) -> Any:
-        """The value of one expression, the text being read to its end."""
+        """Return the value of one expression; the whole text must be consumed."""
         latex_str = _POWER_OF_NAME.sub(r"{\1}", latex_str)
         try:
-            tree = self._tree(latex_str, PredictionMode.SLL)  # several times faster, and mostly enough
-        except Exception:  # the grammar raises nothing more special
+            tree = self._tree(latex_str, PredictionMode.SLL)  # several times faster, and usually enough
+        except Exception:  # the grammar raises plain Exception
             tree = self._tree(latex_str, PredictionMode.LL)
         return self.convert_expr(tree)
 
@@ -111,7 +111,7 @@ class _Parser(_Latex2Sympy):
         return tree
 
     def convert_postfix_list(self, arr: list[Any], i: int = 0) -> Any:
-        r"""A product; ``3\frac{1}{2}`` is a mixed number, "1 2" and "3(4)" are not sums."""
+        r"""Multiply; ``3\frac{1}{2}`` is a mixed number, "1 2" and "3(4)" are not sums."""
         texts = [each.getText() for each in arr]
         if any(left[-1].isdigit() and right[0].isdigit() for left, right in pairwise(texts)):
             raise Unread("two numbers side by side")
@@ -134,7 +134,7 @@ class _Parser(_Latex2Sympy):
         return sympy.Mul(*factors, evaluate=False)
 
     def convert_func(self, func: Any) -> Any:
-        """Odd roots of negative numbers are real."""
+        """Make odd roots of negative numbers real."""
         if func.FUNC_SQRT() and func.root:
             degree = self.convert_expr(func.root)
             base = self.convert_expr(func.base)
@@ -145,7 +145,15 @@ class _Parser(_Latex2Sympy):
 
 @dataclass(frozen=True)
 class Reading:
-    """A leaf: its value if it was read, its unit, its text, and whether it is a plain decimal with how many places."""
+    """A parsed leaf.
+
+    Attributes:
+        value: its value, None if it could not be parsed.
+        unit: its unit as written.
+        text: its text.
+        places: decimal places of a plain decimal, else -1.
+        significant: significant digits of a plain decimal.
+    """
 
     value: Any
     unit: str
@@ -156,7 +164,7 @@ class Reading:
 
 @lru_cache(maxsize=2048)
 def reading(text: str) -> Reading:
-    """What the text of a leaf means."""
+    """Parse the text of a leaf."""
     body, factor, unit = units.split_unit(text)
     stripped = without_sign(body)
     decimal = stripped.replace(" ", "").replace("\\!", "")
@@ -171,7 +179,7 @@ def reading(text: str) -> Reading:
         value = _parsed(body if _TRIGONOMETRIC.search(body) else stripped)
     except MemoryError:
         raise
-    except Exception:  # the grammar raises whatever it meets; what it cannot read is compared as text
+    except Exception:  # the grammar may raise anything; unreadable text is compared as text
         return Reading(None, "", plain(text))
     if factor != 1:
         value = value * factor
@@ -213,7 +221,7 @@ def _parsed(text: str) -> Any:
 
 
 def same_text(given: str, truth: str) -> bool:
-    """Two texts of expressions: equal values (and no contradicting units), or the same text."""
+    """Compare two texts of expressions: equal values without contradicting units, or the same text."""
     left, right = reading(given), reading(truth)
     if units.differ(left.unit, right.unit):
         return False
@@ -227,7 +235,7 @@ def same_text(given: str, truth: str) -> bool:
 
 
 def _rounded(decimal: Reading, exact: Reading) -> bool:
-    """Whether the first is a long decimal that the second, an irrational constant, rounds to."""
+    """Return whether the first is a long decimal to which the second, an irrational constant, rounds."""
     if decimal.significant < ROUNDED_DIGITS or exact.places >= 0 or not isinstance(exact.value, Expr):
         return False
     number = constant(exact.value)
@@ -238,7 +246,7 @@ def _rounded(decimal: Reading, exact: Reading) -> bool:
 
 
 def same_value(left: Any, right: Any) -> bool:
-    """Two expressions, matrices or sets as values."""
+    """Compare two expressions, matrices or sets by value."""
     if isinstance(left, Expr) and isinstance(right, Expr):
         left, right = functions_or_products(left, right)
         return _same_expression(left, right)
@@ -250,7 +258,7 @@ def same_value(left: Any, right: Any) -> bool:
 
 
 def functions_or_products(left: Expr, right: Expr) -> tuple[Expr, Expr]:
-    """``a(b)`` is a product where the other side has no functions of that kind."""
+    """Read ``a(b)`` as a product if the other side has no such functions."""
     calls = left.atoms(AppliedUndef), right.atoms(AppliedUndef)
     if bool(calls[0]) == bool(calls[1]):
         return left, right
@@ -289,7 +297,7 @@ def _same_expression(left: Expr, right: Expr) -> bool:
 
 
 def pairs_at_points(left: Expr, right: Expr) -> Iterator[tuple[Any, Any]]:
-    """The values of both at the points where both have one."""
+    """Yield the values of both at the points where both have one."""
     for number in range(len(POINTS)):
         one = value_at(left, number)
         other = None if one is None else value_at(right, number)
@@ -298,26 +306,29 @@ def pairs_at_points(left: Expr, right: Expr) -> Iterator[tuple[Any, Any]]:
 
 
 def to_mpmath(number: Rational) -> Any:
+    """Return a rational number as a complex number of mpmath."""
     return mpmath.mpc(mpmath.mpf(number.p) / number.q)
 
 
 def is_real(value: Any) -> bool:
+    """Return whether the imaginary part is within the tolerance."""
     return bool(abs(value.imag) <= POINT_TOLERANCE * max(1, abs(value)))
 
 
 def close(one: Any, other: Any) -> bool:
+    """Return whether two values are equal within the tolerance at a point."""
     return bool(abs(one - other) <= POINT_TOLERANCE * max(abs(one), abs(other), mpmath.mpf(10) ** -12))
 
 
 @lru_cache(maxsize=2048)
 def variables(expression: Expr) -> tuple[Symbol, ...]:
-    """The free symbols by name, applied functions among them."""
+    """Return the free symbols by name, applied functions among them."""
     return tuple(sorted(without_calls(expression).free_symbols, key=str))
 
 
 @lru_cache(maxsize=2048)
 def without_calls(expression: Expr) -> Expr:
-    """The expression with f(x), the value of x in it, as a variable of its own."""
+    """Return the expression with each call such as f(x) replaced by a variable of its own."""
     calls = expression.atoms(AppliedUndef)
     if not calls:
         return expression
@@ -328,7 +339,7 @@ def without_calls(expression: Expr) -> Expr:
 
 @lru_cache(maxsize=2048)
 def constant(expression: Expr) -> Any:
-    """The exact Rational of an expression without variables, else its complex value; None if it has none."""
+    """Return the exact Rational of an expression without variables, else its complex value; None if it has none."""
     expression = without_calls(expression)
     exact = expression.doit()
     if isinstance(exact, Rational):
@@ -340,7 +351,7 @@ def constant(expression: Expr) -> Any:
 
 @lru_cache(maxsize=8192)
 def value_at(expression: Expr, number: int) -> Any:
-    """Complex value of an expression at one of `POINTS`; None if it has none."""
+    """Return the complex value of an expression at one of `POINTS`; None if it has none."""
     low, high, positive = POINTS[number]
     values = {name: _coordinate(str(name), number, low, high, positive) for name in variables(expression)}
     try:
@@ -351,7 +362,7 @@ def value_at(expression: Expr, number: int) -> Any:
 
 @lru_cache(maxsize=4096)
 def _coordinate(name: str, point: int, low: int, high: int, positive: bool) -> sympy.Float:
-    """The value of a variable at a point: the same in every expression that has it."""
+    """Return the value of a variable at a point: the same in every expression that has it."""
     digest = int.from_bytes(hashlib.sha256(f"{name} {point}".encode()).digest()[:8])
     value = Rational(digest >> 1, 2**63) * (high - low) + low + Rational(1, 97)
     return sympy.Float(value if positive or digest & 1 else -value, POINT_DIGITS)

@@ -1,12 +1,12 @@
-r"""The process that compares mathematical answers (`math_compare`); run as a script by `reward_fns.judge`.
+"""The process that compares mathematical answers (`math_compare`); `reward_fns.judge` runs it as a script.
 
-sympy can compute forever and take all memory on a dozen characters, and neither a thread nor an exception can stop
-it. So the comparison is done by a process that the kernel stops: this one imports sympy once and forks; the fork
-answers requests under a timer (`setitimer`, whose SIGALRM is not caught) and a memory limit (RLIMIT_AS). When it dies,
-this process says so and forks again, which takes milliseconds. Both end when the other side of the socket is closed.
+sympy can run forever and take all memory on a dozen characters, and neither a thread nor an exception can stop it. So a
+process that the kernel can stop does the comparison: this script imports sympy once and forks. The fork answers
+requests under a timer (`setitimer`; its SIGALRM is not caught) and a memory limit (RLIMIT_AS). When it dies, this
+process reports that and forks again within milliseconds. Both exit when the other end of the socket is closed.
 
-No text is ever run as code here: `read_number` replaces sympy's `parse_expr`, which would `eval` every number of a
-response, and an audit hook makes Python refuse to compile any text. What the hook refuses is reported in the reply.
+No text is ever run as code: `read_number` replaces sympy's `parse_expr`, which would `eval` every number of a response,
+and an audit hook makes Python refuse to compile text. The reply reports what the hook refused.
 
 Usage: math_worker.py <socket> <seconds> <bytes> <import path...>.
 """
@@ -28,9 +28,9 @@ from typing import Any
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
 CURRENT = struct.Struct("q")
-"""Number of the request that a fork is at, in memory that it shares with its parent; 0 for none."""
+"""Number of the request in progress, in memory shared by fork and parent; 0 for none."""
 NEXT_FORK = 3
-"""Exit code of a fork that wants a successor: after trouble, or after `REQUESTS_PER_FORK`."""
+"""Exit code of a fork to be replaced: after an error, or after `REQUESTS_PER_FORK`."""
 REQUESTS_PER_FORK = 2000
 PLAIN_NUMBER = re.compile(r"[+-]?(?=\.?[0-9])[0-9]{0,400}(?:\.[0-9]{0,400})?(?:[eE][+-]?[0-9]{1,3})?")
 FORBIDDEN = (
@@ -79,16 +79,20 @@ WARM_UP = (
     ("\\frac{5}{1+2i}", "1-2 i", True),
     ("3:1", "6:2", True),
 )
-"""(answer, truth, verdict): they import what sympy imports on first use, which `forbid_code` would refuse later."""
+"""(answer, truth, verdict). They trigger the imports that sympy makes on first use and `forbid_code` would refuse."""
 
 refused: list[str] = []
-"""What the audit hook refused since the last reply."""
+"""Operations refused by the audit hook since the last reply."""
 
 
 def read_number(text: str, *_: Any, **__: Any) -> Any:
-    """sympy's `parse_expr` for plain decimals, which is all that may be asked of it here; raises SyntaxError for more.
+    """Read plain decimals as sympy's `parse_expr` does, the only text it may receive here.
 
-    Returns an exact Integer or Rational, so that 0.1 is a tenth.
+    Returns:
+        An exact Integer or Rational: 0.1 is a tenth.
+
+    Raises:
+        SyntaxError: the text is anything else.
     """
     import sympy
 
@@ -98,13 +102,13 @@ def read_number(text: str, *_: Any, **__: Any) -> Any:
 
 
 def forbid_code() -> None:
-    """From now on this process compiles no text, starts no process, opens no connection and writes no file."""
+    """Make this process unable to compile text, start processes, open connections or write files."""
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "compile":
             filename = arguments[1]
             name = os.fsdecode(filename) if isinstance(filename, str | bytes) else ""
-            # A module's source has a file; text that arrived from elsewhere is compiled as "<string>" or the like.
+            # A module's source has a file; other text is compiled as "<string>" or the like.
             if not os.path.isabs(name):
                 refused.append(f"compile of {name or 'text'}")
                 raise PermissionError("no text is compiled here")
@@ -122,7 +126,7 @@ def forbid_code() -> None:
 
 
 def comparison() -> Callable[[str, str], bool]:
-    """The comparison of two tidy answers, with `read_number` instead of sympy's own reader of numbers."""
+    """Return the comparison of two tidy answers, with `read_number` replacing sympy's own parser of numbers."""
     logging.disable()
     from sympy.parsing import sympy_parser
 
@@ -133,7 +137,7 @@ def comparison() -> Callable[[str, str], bool]:
 
 
 def warm_up(equal: Callable[[str, str], bool]) -> str:
-    """Make the comparisons of `WARM_UP`; the sentence to stop with if a verdict is not the known one, else ""."""
+    """Run the comparisons of `WARM_UP`; return an error message if a verdict differs from the known one, else ""."""
     for answer, truth, verdict in WARM_UP:
         if equal(answer, truth) != verdict:
             return (
@@ -144,7 +148,7 @@ def warm_up(equal: Callable[[str, str], bool]) -> str:
 
 
 def serve(connection: Connection, current: mmap.mmap, equal: Callable[[str, str], bool], seconds: float) -> int:
-    """Answer requests; returns an exit code: 0 when the other side has gone, else NEXT_FORK."""
+    """Answer requests; return 0 if the other end has closed, else NEXT_FORK."""
     for _ in range(REQUESTS_PER_FORK):
         try:
             number, answer, truth = json.loads(connection.recv_bytes())
@@ -155,7 +159,7 @@ def serve(connection: Connection, current: mmap.mmap, equal: Callable[[str, str]
         trouble = ""
         try:
             verdict = equal(answer, truth)
-        except Exception as error:  # whatever sympy meets in a model's text; the other side counts and logs it
+        except Exception as error:  # sympy may raise anything on a model's text; the client counts and logs it
             verdict, trouble = False, f"failed with {type(error).__name__}"
         signal.setitimer(signal.ITIMER_REAL, 0)
         refusals = ", ".join(dict.fromkeys(refused))[:400]
@@ -171,10 +175,10 @@ def serve(connection: Connection, current: mmap.mmap, equal: Callable[[str, str]
 
 
 def main(socket: int, seconds: float, memory: int) -> int:
-    """Fork a server, wait for its end, fork the next; ends when the other side has gone."""
+    """Fork a server, wait for it to exit, fork the next; return when the other end has closed."""
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Dispositions and masks are inherited: the starting process may have blocked or ignored it.
+    # Signal dispositions and masks are inherited: the parent may block or ignore SIGALRM.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     prctl = ctypes.CDLL(None).prctl

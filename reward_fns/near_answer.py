@@ -1,8 +1,8 @@
-"""Mathematical answers that may be off by a tolerance, as OlympiadBench gives one with some of its numbers.
+"""Mathematical answers with a tolerance, as OlympiadBench gives for some of its numbers.
 
 The ground truth then reads "0.84 (tolerance 0.01)": a number that differs by at most 0.01 is right. "1.5, 20 (tolerance
-0.1,1)" has one per number, in order; one tolerance for several numbers holds for each. Answers that are not plain
-numbers have to be equal: `math_answer` decides.
+0.1,1)" has one tolerance per number, in order; a single tolerance holds for every number. Answers that are not plain
+numbers must be equal, as `math_answer` decides.
 """
 
 import math
@@ -17,13 +17,17 @@ _COMMA = re.compile(r",\s+|,(?![0-9]{3}(?![0-9]))")
 
 
 def with_tolerance(answer: str, tolerance: str) -> str:
-    """A ground truth with its tolerance; raises ValueError for one that is not a finite number above 0."""
+    """Return a ground truth with its tolerance.
+
+    Raises:
+        ValueError: the tolerance is not a finite number above 0.
+    """
     _tolerances(tolerance)
     return f"{answer} (tolerance {tolerance})"
 
 
 def check(text: str, ground_truth: str, answer_format: str = "any") -> tuple[str, bool]:
-    """As `math_answer.check`; numbers within the tolerance of `ground_truth` are right."""
+    """Check as `math_answer.check` does; numbers within the tolerance of `ground_truth` are right."""
     match = _TRUTH.fullmatch(ground_truth)
     if match is None:
         return math_answer.check(text, ground_truth, answer_format)
@@ -45,7 +49,7 @@ def check(text: str, ground_truth: str, answer_format: str = "any") -> tuple[str
 
 
 def _tolerances(text: str) -> list[Fraction]:
-    """One tolerance per number; an empty one between commas is 0."""
+    """Parse one tolerance per number; an empty one between commas is 0."""
     values = []
     for part in text.split(","):
         try:

@@ -1,9 +1,9 @@
-r"""What counts of a response that thinks first: the text behind the mark that closes its last thought.
+"""The text of a response after its last thought, the only part that counts.
 
-An open thought has no answer: a response that ran out of budget inside it must not be paid for a guess that it was
-about to drop. Known marks are ``<think>`` and its like (``thinking``, ``thought``, ``reasoning``, ``seed:think``),
+An open thought has no answer: a response that ran out of budget inside it must not be paid for a guess that it might
+have dropped. Known marks are ``<think>`` and similar names (``thinking``, ``thought``, ``reasoning``, ``seed:think``),
 ``[THINK]``, ``◁think▷``, ``<|begin_of_thought|>``, ``<|START_THINKING|>``, the channels of gpt-oss (all but ``final``)
-and of Gemma. Within a thought only its own kind of mark closes it. All functions are linear in the text.
+and of Gemma. Within a thought, only its own kind of mark closes it. All functions are linear in the text.
 """
 
 import re
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 AFTER_THOUGHT = "response_after_thought"
-"""Key of `extra_info`: the part of the response that counts, from whoever saw prompt and tokens; else not there."""
+"""Key of `extra_info`: the part of the response that counts, set by code that saw the prompt and the tokens."""
 
 _NAME = r"(?:[a-zA-Z]{1,12}:)?(?i:think|thinking|thoughts?|reasoning)(?::[a-zA-Z]{1,20})?"
 # The first character of both marks, and the rest of each.
@@ -29,12 +29,12 @@ _KNOWN = (
 
 @dataclass(frozen=True)
 class Marks:
-    """Pairs of opening and closing marks, a kind of thought each.
+    """Pairs of opening and closing marks, one pair per kind of thought.
 
     Attributes:
         mark: any of them; group 2 * kind + 1 opens, the next one closes.
         at_end: a text that ends in an opening one; group kind + 1.
-        texts: the marks letter by letter, where a user gave them.
+        texts: the literal marks, if given by a user.
     """
 
     mark: re.Pattern[str]
@@ -42,16 +42,16 @@ class Marks:
     texts: tuple[str, ...] = ()
 
     def consist_of(self, token: str) -> bool:
-        """Whether a special token is a mark or a part of one: text without special tokens has no such mark."""
+        """Return whether a special token is a mark or part of one, so that text without special tokens lacks it."""
         return bool(self.mark.search(token)) or any(token in text for text in self.texts)
 
     def opened_by(self, prompt_end: str) -> int | None:
-        """The kind of thought that a prompt leaves open: it ends in an opening mark; None if it does not."""
+        """Return the kind of thought that a prompt leaves open by ending in an opening mark; None if it does not."""
         match = self.at_end.search(prompt_end)
         return None if match is None or match.lastindex is None else match.lastindex - 1
 
     def answer_start(self, text: str, opened: int | None = None) -> int | None:
-        """Where the last thought of a response ends: 0 without a thought, None if it is left open.
+        """Return where the last thought of a response ends: 0 without a thought, None if it is left open.
 
         `opened` is the kind of thought that the prompt left open.
         """
@@ -67,7 +67,7 @@ class Marks:
 
 
 def _marks(opening: Sequence[str], closing: Sequence[str], texts: tuple[str, ...] = ()) -> Marks:
-    """Marks from regular expressions of one group each, behind a plain character: `re` then skips all others fast."""
+    """Build marks from regular expressions of one group each after a plain character, which lets `re` skip fast."""
     every = "|".join(f"{opens}|{closes}" for opens, closes in zip(opening, closing, strict=True))
     return Marks(re.compile(every), re.compile(rf"(?:{'|'.join(opening)})\s*\Z"), texts)
 
@@ -85,9 +85,10 @@ _AUTOMATIC = _marks(
 
 
 def read_marks(option: str | Sequence[str] = "auto") -> Marks | None:
-    """The marks of an option `thought_marks`: "auto", "none" (None: the whole response counts), or [opening, closing].
+    """Parse the option `thought_marks`: "auto", "none" (returns None), or [opening, closing].
 
-    Raises ValueError for anything else: a fault of the configuration.
+    Raises:
+        ValueError: any other value; the configuration is wrong.
     """
     if option == "auto":
         return _AUTOMATIC
@@ -103,7 +104,7 @@ def read_marks(option: str | Sequence[str] = "auto") -> Marks | None:
 
 
 def after_thought(text: str, option: str | Sequence[str] = "auto") -> str:
-    """The part of a response that counts: all of it without a thought, "" where one is left open."""
+    """Return the part of a response that counts: all of it without a thought, "" if a thought is left open."""
     marks = read_marks(option)
     start = 0 if marks is None else marks.answer_start(text)
     return "" if start is None else text[start:]

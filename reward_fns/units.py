@@ -1,8 +1,8 @@
-r"""Units and words behind a number: what may be passed over, what changes the number, and which units differ.
+r"""Units and words after a number: which are ignored, which change the number, and which units differ.
 
-Passed over: nouns ("7 pens"), units in ``\text{}`` or ``\mathrm{}``, and known units written plainly ("24 cm^2",
-"24 km/h"). Words for powers of ten belong to the number ("5 million"). Words that change the value in another way
-("5 squared", "5 or more", "5 thirds") are not units: such an answer has no number here.
+Ignored are nouns ("7 pens"), units in ``\text{}`` or ``\mathrm{}``, and known units written plainly ("24 cm^2", "24
+km/h"). Words for powers of ten belong to the number ("5 million"). Words that change the value in another way ("5
+squared", "5 or more", "5 thirds") are not units: such an answer has no number.
 
 Two known units differ unless they are the same unit ("cm" and "centimeters" are); unknown words are not compared.
 """
@@ -29,10 +29,10 @@ plus minus times over mod modulo base divided multiplied power root more less fe
 if for when where with is are equals below under above negative short k pi
 """
 NOT_UNITS = frozenset(_WORDS_THAT_COUNT.split())
-"""A text with one of these words behind its number says more than a unit does."""
+"""Text with one of these words after its number is more than a unit."""
 
 IN_SENTENCES = frozenset({"and", "but", "if", "for", "when", "where", "with", "is", "are"})
-"""Words of `NOT_UNITS` that go on with the sentence behind a number."""
+"""Words of `NOT_UNITS` that continue the sentence after a number."""
 
 _NAMES = {
     "mm": "millimeter millimeters millimetre millimetres",
@@ -105,9 +105,9 @@ _PROPER_END = re.compile(r"\\(?:pi|infty|theta|alpha|beta|rangle|circ|%)$|\\%$|\
 
 
 def scale_of(words: str, *, sentence: bool = False) -> int | None:
-    """The factor of the scale words that `words` starts with (1 if none); None if the text changes the number.
+    """Return the factor of the scale words at the start of `words` (1 if none); None if the words change the number.
 
-    In a `sentence` only the words right behind the number can change it ("18 because it is ...").
+    In a `sentence`, only the words directly after the number can change it ("18 because it is ...").
     """
     found = [word.strip(".-'’").lower() for word in _WORD.findall(words)]
     factor = 1
@@ -121,9 +121,9 @@ def scale_of(words: str, *, sentence: bool = False) -> int | None:
 
 
 def split_unit(text: str) -> tuple[str, int, str]:
-    """Tidy LaTeX of an answer -> (LaTeX before its unit, factor of words such as "million", the unit as written).
+    """Split tidy LaTeX into the part before its unit, the factor of words such as "million", and the unit as written.
 
-    Without a unit, or with words that are not one, the text comes back whole.
+    Text without a unit, or with words that are not one, is returned whole.
     """
     match = _SUFFIX.search(text)
     if match is None:
@@ -142,13 +142,13 @@ def split_unit(text: str) -> tuple[str, int, str]:
 
 
 def differ(left: str, right: str) -> bool:
-    """Whether both texts are known units, and not the same one."""
+    """Return whether both texts are known units, and not the same one."""
     units = canonical(left), canonical(right)
     return None not in units and units[0] != units[1]
 
 
 def canonical(text: str) -> tuple[tuple[str, int], ...] | None:
-    """A unit as names with exponents, sorted; None for a text that is not made of known units."""
+    """Return a unit as sorted names with exponents; None for text that is not made of known units."""
     found: dict[str, int] = {}
     sign, power = 1, 1
     text = text.replace("²", "^2").replace("³", "^3").rstrip(" ")

@@ -8,7 +8,7 @@ from data_prep.untrusted import UntrustedError, parse_json
 from recipe.skpo.checks.reward import OUR_REWARD
 from recipe.skpo.evaluation.sampling import VllmOptions, VllmSampler, detected_platform
 from recipe.skpo.task.run_settings import Chat, run_settings
-from reward_fns.forms import AnswerFormat
+from reward_fns.forms import OLD_FORMATS, AnswerFormat
 
 FREE = ("engine.num_threads", "engine.kv_cache_gib", "engine.gpu_memory_utilization")
 """What may differ when an interrupted run goes on: memory and threads."""
@@ -78,7 +78,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--chat-template-kwargs", type=_mapping, metavar="JSON", help='such as {"enable_thinking": false}'
     )
     group.add_argument("--custom-chat-template", metavar="TEXT", help="Jinja template instead of the tokenizer's")
-    group.add_argument("--answer-format", choices=get_args(AnswerFormat), help="in which answers count (else any)")
+    group.add_argument(
+        "--answer-format",
+        type=lambda name: OLD_FORMATS.get(name, name),
+        choices=get_args(AnswerFormat),
+        help="form in which answers count (default any)",
+    )
 
 
 def model_settings(arguments: argparse.Namespace, model: str) -> ModelSettings:

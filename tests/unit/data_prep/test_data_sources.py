@@ -490,8 +490,8 @@ def test_math_reads_the_box_or_the_answer(fields: dict[str, Any], answer: str) -
     [
         (math.convert, {"problem": "p", "solution": "\\boxed{1"}, "no complete"),
         (math.convert, {"problem": "p", "answer": "x" * 500}, "500 characters"),
-        (math.convert, {"problem": "p", "answer": True}, "no number"),
-        (math.convert, {"problem": "p", "answer": float("nan")}, "no number"),
+        (math.convert, {"problem": "p", "answer": True}, "not a number"),
+        (math.convert, {"problem": "p", "answer": float("nan")}, "not a number"),
         (math.convert, {"solution": "\\boxed{1}"}, "'problem' or 'question' is missing"),
     ],
 )

@@ -238,15 +238,15 @@ def test_the_last_complete_box_is_the_answer(text: str, answer: str) -> None:
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [
-        ("\\boxed{1}\n#### 2", {"any": "2", "boxed": "1", "hash": "2", "line": ""}),
-        ("#### 2\n\\boxed{1}", {"any": "1", "boxed": "1", "hash": "2", "line": ""}),
-        ("Answer: 3\nso \\boxed{1}", {"any": "1", "boxed": "1", "hash": "", "line": "3"}),
-        ("**Answer:** 3.", {"any": "3", "boxed": "", "hash": "", "line": "3"}),
-        ("Answer: 3\nANSWER : 4", {"any": "4", "boxed": "", "hash": "", "line": "4"}),
-        ("The final answer is $x^2$.", {"any": "$x^2$", "boxed": "", "hash": "", "line": "$x^2$"}),
-        ("Answer: 3, no \\boxed{", {"any": "", "boxed": "", "hash": "", "line": "3, no \\boxed{"}),
-        ("#### 2 \nthat is it", {"any": "2", "boxed": "", "hash": "2", "line": ""}),
-        ("it is 5", {"any": "", "boxed": "", "hash": "", "line": ""}),
+        ("\\boxed{1}\n#### 2", {"any": "2", "boxed": "1", "gsm8k": "2", "line": ""}),
+        ("#### 2\n\\boxed{1}", {"any": "1", "boxed": "1", "gsm8k": "2", "line": ""}),
+        ("Answer: 3\nso \\boxed{1}", {"any": "1", "boxed": "1", "gsm8k": "", "line": "3"}),
+        ("**Answer:** 3.", {"any": "3", "boxed": "", "gsm8k": "", "line": "3"}),
+        ("Answer: 3\nANSWER : 4", {"any": "4", "boxed": "", "gsm8k": "", "line": "4"}),
+        ("The final answer is $x^2$.", {"any": "$x^2$", "boxed": "", "gsm8k": "", "line": "$x^2$"}),
+        ("Answer: 3, no \\boxed{", {"any": "", "boxed": "", "gsm8k": "", "line": "3, no \\boxed{"}),
+        ("#### 2 \nthat is it", {"any": "2", "boxed": "", "gsm8k": "2", "line": ""}),
+        ("it is 5", {"any": "", "boxed": "", "gsm8k": "", "line": ""}),
     ],
 )
 def test_every_form_counts_by_its_last_occurrence(text: str, wanted: dict[str, str]) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.perturbations import PERTURBATIONS, perturbed
 from reward_fns import compute_score, judge, math_answer
 from reward_fns.forms import last_boxed
 from reward_fns.math_answer import equal, number, refusal
 from reward_fns.math_text import plain, tidy
-from reward_fns.perturbations import PERTURBATIONS, perturbed
 
 REPOSITORY = Path(__file__).parents[3]
 DATA = REPOSITORY.parent / "shared" / "data"

@@ -249,7 +249,7 @@ def test_gsm8k_answers_that_are_no_single_number_are_not_well_formed(text: str) 
 
 
 def test_a_strict_format_takes_that_form_alone() -> None:
-    texts = {"hash": "#### 7", "boxed": "\\boxed{7}", "line": "Answer: 7"}
+    texts = {"gsm8k": "#### 7", "boxed": "\\boxed{7}", "line": "Answer: 7"}
     for source, truth in (("openai/gsm8k", "7"), ("math", "7")):
         for form in texts:
             verdicts = {
@@ -259,6 +259,7 @@ def test_a_strict_format_takes_that_form_alone() -> None:
     for form in ("any", *texts):
         assert compute_score("skpo/arithmetic", "#### 7", "7", answer_format=form)["acc"] == 1.0
         assert compute_score("skpo/arithmetic", "\\boxed{7}", "7", answer_format=form)["acc"] == 0.0
+    assert compute_score("math", "#### 7", "7", answer_format="hash")["acc"] == 1.0  # the former name of gsm8k
     with pytest.raises(ValueError, match="answer_format: 'loose' is unknown"):
         compute_score("math", "7", "7", answer_format="loose")
 
@@ -292,6 +293,6 @@ def test_the_letter_is_the_answer_to_a_choice(text: str, letter: str) -> None:
 
 def test_a_choice_has_a_letter_as_its_truth_and_a_lone_letter_is_no_strict_form() -> None:
     for truth in ("K", "CD", "", "c", "3"):
-        with pytest.raises(ValueError, match="is no option"):
+        with pytest.raises(ValueError, match="is not an option"):
             compute_score("TIGER-Lab/MMLU-Pro", "C", truth)
     assert compute_score("TIGER-Lab/MMLU-Pro", "so\nC", "C", answer_format="boxed")["pred"] == ""

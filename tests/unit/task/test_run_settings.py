@@ -93,7 +93,7 @@ def test_flags_go_over_the_runs_settings(tmp_path: Path, model_folder: Path) -> 
     asked = model_settings(flags("--chat-template-kwargs", thinking, "--answer-format", "hash"), str(run))
     tokenizer = load_tokenizer(str(model_folder), asked.chat)
     assert tokenizer.decode(problem_tokens(tokenizer, [{"role": "user", "content": "1?"}])).endswith("[think]")
-    assert asked.answer_format == "hash"
+    assert asked.answer_format == "gsm8k"  # by its former name
     plain = model_settings(flags("--custom-chat-template", "{{ messages[0]['content'] }}"), str(run))
     tokenizer = load_tokenizer(str(model_folder), plain.chat)
     assert tokenizer.decode(problem_tokens(tokenizer, [{"role": "user", "content": "1?"}])) == "1?"

@@ -1,8 +1,7 @@
-r"""Wrong answers made from right ones: what a model that is nearly right would write.
+"""Wrong answers made from right ones, as a nearly correct model would write them.
 
-Each kind changes one thing that changes the value: a number by one, a sign, a fraction upside down, an element of a
-list, an interval's bracket, an operator, a root, a factor of pi, a word. Used to measure the reward
-(`agreement`, the tests).
+Each kind makes one change to the value: a number by one, a sign, a fraction upside down, an element of a list, an
+interval's bracket, an operator, a root, a factor of pi, a word. `agreement` and the tests measure the reward with them.
 """
 
 import random
@@ -22,7 +21,7 @@ Perturb = Callable[[str, random.Random], str]
 
 
 def number_by_one(answer: str, rng: random.Random) -> str:
-    """One of the integers in it, larger or smaller by one."""
+    """Change one of the integers by one."""
     places = list(_INTEGER.finditer(answer))
     if not places:
         return ""
@@ -33,14 +32,14 @@ def number_by_one(answer: str, rng: random.Random) -> str:
 
 
 def sign_flipped(answer: str, _: random.Random) -> str:
-    """The sign of a number or fraction that is not 0."""
+    """Flip the sign of a number or fraction other than 0."""
     if not re.fullmatch(r"-?(?:[0-9.,]*[1-9][0-9.,]*|\\[dt]?frac\{[1-9][0-9]*\}\{[0-9]+\})", answer):
         return ""
     return answer[1:] if answer.startswith("-") else f"-{answer}"
 
 
 def fraction_inverted(answer: str, rng: random.Random) -> str:
-    r"""a/b -> b/a for a fraction whose two parts differ and are not 0."""
+    """Turn a/b into b/a if the two differ and are not 0."""
     places = [place for place in _FRACTION.finditer(answer) if place[1] != place[2] and place[1] != "0"]
     if not places:
         return ""
@@ -49,7 +48,7 @@ def fraction_inverted(answer: str, rng: random.Random) -> str:
 
 
 def element_dropped(answer: str, rng: random.Random) -> str:
-    """One element fewer in a list, set or tuple."""
+    """Drop one element of a list, set or tuple."""
     elements = re.split(r",(?![0-9]{3}(?![0-9])|\\!)", answer)
     if len(elements) < 2 or any(part.count("{") != part.count("}") for part in elements[1:-1]):
         return ""
@@ -66,14 +65,14 @@ def element_dropped(answer: str, rng: random.Random) -> str:
 
 
 def element_added(answer: str, rng: random.Random) -> str:
-    """One element more in a plain list of numbers."""
+    """Add one element to a plain list of numbers."""
     if not re.fullmatch(r"-?[0-9]+(?:,\s*-?[0-9]+)+", answer) or re.fullmatch(r"-?[0-9]{1,3}(?:,[0-9]{3})+", answer):
         return ""
     return f"{answer}, {rng.randint(1000, 9999)}"
 
 
 def swapped(answer: str, _: random.Random) -> str:
-    """The first two elements of a tuple the other way round."""
+    """Swap the first two elements of a tuple."""
     match = re.fullmatch(r"(\s*(?:\\left)?\()([^(),]+),([^(),]+)((?:,.*)?(?:\\right)?\)\s*)", answer)
     if match is None or match[2].strip() == match[3].strip() or "\\infty" in answer:
         return ""
@@ -81,7 +80,7 @@ def swapped(answer: str, _: random.Random) -> str:
 
 
 def bracket_changed(answer: str, rng: random.Random) -> str:
-    """A closed end of an interval open, or the other way round."""
+    """Open a closed end of an interval, or close an open one."""
     if "\\infty" not in answer and "\\cup" not in answer and answer.count("[") == answer.count("]"):
         return ""
     finite = [place for place in re.finditer(r"[(\[](?!\s*-?\\infty)|(?<!\\infty)(?<!\\infty\\right)[)\]]", answer)]
@@ -92,7 +91,7 @@ def bracket_changed(answer: str, rng: random.Random) -> str:
 
 
 def operator_changed(answer: str, rng: random.Random) -> str:
-    """A plus between two terms becomes a minus, or the other way round."""
+    """Exchange a plus between two terms with a minus, or the reverse."""
     places = list(_BINARY.finditer(answer))
     if not places:
         return ""
@@ -101,24 +100,24 @@ def operator_changed(answer: str, rng: random.Random) -> str:
 
 
 def root_lost(answer: str, _: random.Random) -> str:
-    """A square root of a number becomes the number."""
+    """Replace a square root of a number by the number."""
     changed = re.sub(r"\\sqrt\{?([0-9]+)\}?", r"(\1)", answer, count=1)
     return changed if changed != answer and "(1)" not in changed else ""
 
 
 def pi_lost(answer: str, _: random.Random) -> str:
-    """Without its factor pi."""
+    """Drop a factor pi."""
     changed = re.sub(r"(?<=[0-9}])\s*\\pi(?![a-z])", "", answer, count=1)
     return changed if changed != answer else ""
 
 
 def digit_appended(answer: str, rng: random.Random) -> str:
-    """A number with one digit more."""
+    """Append a digit to a number."""
     return answer + str(rng.randint(0, 9)) if re.fullmatch(r"-?[1-9][0-9]{0,10}", answer) else ""
 
 
 def word_changed(answer: str, rng: random.Random) -> str:
-    """Another word in an answer that is text; a unit behind a number is passed over by design."""
+    """Change a word of an answer that is text; a unit after a number is ignored by design."""
     if re.search("[0-9]", answer) or ("\\text" not in answer and not re.fullmatch(r"[a-zA-Z ]+", answer)):
         return ""
     places = [place for place in _WORD.finditer(answer) if not answer[: place.start()].endswith("\\")]
@@ -149,7 +148,7 @@ PERTURBATIONS: dict[str, Perturb] = {
 
 
 def perturbed(answers: Sequence[str], count: int, seed: int) -> Iterator[tuple[str, str, str]]:
-    """At most `count` triples (right answer, wrong answer, kind), the kinds in turn, no pair twice."""
+    """Yield at most `count` triples (right answer, wrong answer, kind), the kinds in turn, no pair twice."""
     rng = random.Random(seed)
     seen: set[tuple[str, str]] = set()
     streams = {

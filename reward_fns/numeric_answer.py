@@ -1,12 +1,12 @@
-"""Numbers as answers: GSM8K, and the default task with its strict form "#### number".
+r"""Numbers as answers: GSM8K, and the default task with its strict form "#### number".
 
-`check` is the strict form. Well-formed is a plain decimal number on the line of the last "####": an optional sign,
-ASCII digits with optional thousands commas, an optional fraction; words or a full stop may follow ("#### 7 pens."),
-arithmetic ("#### 7 - 2") and words that change the number ("#### 7 million") may not.
+`check` is the strict form. An answer is well-formed if a plain decimal number follows the last "####": an optional
+sign, ASCII digits with optional thousands commas, an optional fraction. Words or a full stop may follow ("#### 7
+pens."), but not arithmetic ("#### 7 - 2") or words that change the number ("#### 7 million").
 
-`check_any` takes the answer from wherever `forms` finds it and reads it as a person would: currency, units ("18 cm^2",
-"$18/hour"), LaTeX spaces, thousands separators and what stands before a last "=" are passed over ("x = \\$1{,}234.50").
-"18 million" is 18000000. A second number ("7 or 8") is not an answer, nor is one that words change ("5 squared").
+`check_any` takes the answer from the place that `forms` finds and reads it as a person would. It ignores currency,
+units ("18 cm^2", "$18/hour"), LaTeX spaces, thousands separators and the text before a last "=" ("x = \$1{,}234.50").
+"18 million" is 18000000. A second number ("7 or 8") is not an answer, nor is a number that words change ("5 squared").
 Numbers are compared as exact decimals, so 5, 5.0 and +5 are the same.
 """
 
@@ -21,7 +21,7 @@ _NUMBER = r"[+-]?[0-9](?:[0-9,]{0,30}+)(?:\.[0-9]{1,12}+)?+"
 _TRUTH = re.compile(_NUMBER)
 _ANSWER = re.compile(rf"[ \t]*+({_NUMBER})(?![0-9]|\.[0-9]|[ \t]*[-+*/=^])")
 
-# Longer answers are no numbers with a unit.
+# Longer answers are not a number with a unit.
 LONGEST = 200
 _LATEX = re.compile(r"\\[,!;: ]|\\(?:text|textbf|mathrm|mathbf|mbox)(?![a-zA-Z])|\\[()\[\]]|[{}$*~]|[€£¥₹]")
 _GROUPED = re.compile(r"\{,\}")
@@ -32,12 +32,12 @@ _LOOSE = re.compile(
 _CURRENCY = re.compile(
     r"(?P<sign>[-+]?)\s*(?:(?:US|A|C)\$|(?:Rs|Tk)\.?|(?:USD|EUR|GBP|INR|CAD|AUD|JPY|CNY)(?![a-zA-Z]))\s*"
 )
-# "18/hour" is 18, "18/2" is not read.
+# "18/hour" is 18; "18/2" is not a number.
 _OPERATION = re.compile(r"\s*(?:[-+*^,:<>×÷·]|/(?!\s*[a-zA-Z]{2}))")
 
 
 def extract(text: str) -> str:
-    """The number after the last "####", without commas; "" if there is none."""
+    """Return the number after the last "####", without commas; "" if there is none."""
     _, mark, rest = text.rpartition(HASH)
     match = _ANSWER.match(rest) if mark else None
     if match is None or units.scale_of(rest[match.end() : match.end() + LONGEST].split("\n", 1)[0], sentence=True) != 1:
@@ -46,7 +46,7 @@ def extract(text: str) -> str:
 
 
 def read_number(answer: str) -> str:
-    """The one number in an answer, without separators and unit; "" if there is none or more than one."""
+    """Return the one number in an answer, without separators and unit; "" if there is none or more than one."""
     if len(answer) > LONGEST:
         return ""
     answer = _GROUPED.sub(",", answer.replace("\\$", "$").replace("−", "-"))
@@ -63,15 +63,16 @@ def read_number(answer: str) -> str:
 
 
 def check(text: str, ground_truth: str) -> tuple[str, bool]:
-    """The extracted number ("" if none) and whether it equals `ground_truth`.
+    """Return the number after the last "####" ("" if none) and whether it equals `ground_truth`.
 
-    Raises ValueError if `ground_truth` is no number, which is a fault of the data, not of the response.
+    Raises:
+        ValueError: `ground_truth` is not a number; the data are wrong, not the response.
     """
     return _compare(extract(text), ground_truth)
 
 
 def check_any(text: str, ground_truth: str, answer_format: str = "any") -> tuple[str, bool]:
-    """As `check`, with the answer in any form of `forms`, read loosely."""
+    """Check as `check` does, with the answer in any form of `forms`, read loosely."""
     return _compare(read_number(answer_text(text, answer_format)), ground_truth)
 
 
