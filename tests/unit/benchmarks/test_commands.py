@@ -2,14 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import recipe, threads, update
+from benchmarks import recipe, update
 
 
 def test_without_a_name_all_parts_run_and_the_first_failure_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,11 +20,6 @@ def test_without_a_name_all_parts_run_and_the_first_failure_is_the_exit_code(mon
     monkeypatch.setattr(subprocess, "run", run)
     assert command.main([]) == 3
     assert started == [["-m", "benchmarks", part] for part in command.PARTS]
-
-
-def test_a_name_chooses_a_part_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe, "main", lambda argv: len(argv) * 10)
-    assert command.main(["recipe", "--repeats", "2"]) == 20
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["nothing"], 2)])
@@ -86,49 +79,3 @@ def test_shared_prompts_are_computed_once(tmp_path: Path, capsys: pytest.Capture
     assert computed["separate rows"] >= 8 * 27 > computed["shared prompts"] >= 2 * (24 + 3 * 3)
     assert content["settings"]["model"] == "random"
     assert "| shared prompts |" in capsys.readouterr().out
-
-
-# ---------------------------------------------------------------- threads
-
-
-def test_updates_are_timed_alone_and_beside_an_idle_pool(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    calls: list[tuple[Any, ...]] = []
-
-    def seconds(*arguments: Any) -> float:
-        calls.append(arguments[:3])
-        return float(len(calls))
-
-    monkeypatch.setattr(threads, "update_seconds", seconds)
-    out = tmp_path / "threads.json"
-    assert threads.main(["--model=random", "--threads", "2", "--out", str(out)]) == 0
-    assert calls == [(2, "PASSIVE", False), (2, "PASSIVE", True), (2, "ACTIVE", True)]
-    assert "| 2 threads, beside a pool that spins | 3.00 |" in capsys.readouterr().out
-    assert json.loads(out.read_text())["seconds"]["2 threads, alone"] == 1.0
-
-
-@pytest.mark.parametrize("beside", [True, False])
-def test_the_idle_pool_is_there_during_the_update_and_ends_with_it(
-    beside: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pools: list[subprocess.Popen] = []
-    popen = subprocess.Popen
-
-    def start(*arguments: Any, **options: Any) -> subprocess.Popen:
-        pools.append(popen(*arguments, **options))
-        return pools[-1]
-
-    monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(threads, "_IDLE_POOL", "import sys; print('ready', flush=True); sys.stdin.read()")
-
-    def fake(arguments: list[str], **rest: Any) -> None:
-        assert arguments[:4] == [sys.executable, "-m", "benchmarks", "update"] and "--threads=2" in arguments
-        assert [pool.poll() for pool in pools] == ([None] if beside else []), "running"
-        assert (rest["env"]["OMP_NUM_THREADS"], rest["env"]["OMP_WAIT_POLICY"]) == ("2", "ACTIVE")
-        out = Path(arguments[arguments.index("--out") + 1])
-        out.write_text(json.dumps({"seconds": {"shared prompts": [3.0, 1.0, 2.0]}}), encoding="utf-8")
-
-    monkeypatch.setattr(subprocess, "run", fake)
-    assert threads.update_seconds(2, "ACTIVE", beside, []) == 2.0
-    assert all(pool.poll() == 0 for pool in pools)

@@ -1,6 +1,7 @@
 """The check for a machine with a GPU: its parts on the CPU, and the script that bounds them."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -86,14 +87,19 @@ def script(*arguments: str, python: Path | str = sys.executable) -> subprocess.C
     )
 
 
-def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path, monkeypatch) -> None:
     fake = tmp_path / "python"
     fake.write_text(
         f"#!/usr/bin/env bash\n"
         f'case "$3" in attention) exit 7 ;; resume) sleep 60 ;; table) exec {sys.executable} "$@" ;;\n'
         f'*) echo "$3" >>{tmp_path / "ran"} ;; esac\n'
     )
-    fake.chmod(0o755)
+    hurried = tmp_path / "bin/timeout"  # the real one after two seconds, whatever it is told
+    hurried.parent.mkdir()
+    hurried.write_text(f'#!/usr/bin/env bash\nexec {shutil.which("timeout")} 2 "${{@:3}}"\n')
+    for program in (fake, hurried):
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(hurried.parent), prepend=os.pathsep)
     arguments = ("--parts", "attention,default,resume,compare", "--minutes", "1", "--device", "cpu")
     done = script(*arguments, "--out", str(tmp_path), python=fake)
     assert done.returncode == 1, done.stderr
