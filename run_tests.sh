@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types and all tests. Arguments go to pytest and leave lint and types out (SKPO_LINT=1 brings them back):
+# Lint, types, arrows between the rooms, and all tests. Arguments go to pytest and leave all but the tests out (SKPO_LINT=1 brings them back):
 #
 #     bash run_tests.sh
 #     bash run_tests.sh -m "not e2e"
@@ -19,6 +19,7 @@ if [[ $# -eq 0 || "${SKPO_LINT:-0}" == 1 ]]; then
     "$python" -m ruff check . || status=1
     "$python" -m ruff format --check . || status=1
     "$python" -m mypy || status=1
+    .venv/bin/lint-imports || status=1
 fi
 if [[ $# -eq 0 ]]; then
     # Test files side by side; then whole training runs, which need the cores for themselves.

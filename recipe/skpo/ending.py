@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from data_prep.untrusted import error_line
 from recipe.skpo.errors import ConfigError, describe
+from recipe.skpo.trainer.checkpoints import marked_step
 
 logger = logging.getLogger(__name__)
 
@@ -58,8 +59,6 @@ def last_words(error: BaseException, died: str | None, config: DictConfig) -> st
 
 def way_on(config: DictConfig) -> str:
     """How to go on after a run ended early: which checkpoint counts, and what the same command does."""
-    from recipe.skpo.trainer.checkpoints import marked_step
-
     trainer = config.trainer
     try:
         step = marked_step(Path(trainer.default_local_dir))

@@ -31,20 +31,16 @@ from recipe.skpo.checks.config import (
     check_loggers,
     check_method_settings,
     check_numbers,
-    check_resume,
-    is_finished,
 )
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
 from recipe.skpo.checks.environment import LOCKS, check_cluster, check_machine, check_packages
-from recipe.skpo.checks.identity import fingerprint
 from recipe.skpo.checks.known_keys import check_keys, check_structure
 from recipe.skpo.checks.memory import check_memory
 from recipe.skpo.checks.model import check_model, check_prompt_lengths
 from recipe.skpo.checks.model_engine import check_model_engine
 from recipe.skpo.checks.options import check_options
 from recipe.skpo.checks.paths import own_folder, readable, resolve_environment, resolve_paths
-from recipe.skpo.checks.resume import lines
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.checks.run_folder import run_folders
 from recipe.skpo.devices import detect_platform
@@ -67,7 +63,9 @@ from recipe.skpo.output.page import write_report
 from recipe.skpo.output.redaction import reject_secret_overrides, reject_secrets
 from recipe.skpo.output.summary import summary
 from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.trainer.checkpoints import check_room, repair_marker
+from recipe.skpo.trainer.checkpoints import check_room, check_saving, repair_marker
+from recipe.skpo.trainer.identity import fingerprint
+from recipe.skpo.trainer.resume import plan_resume
 
 logger = logging.getLogger(__name__)
 
@@ -305,6 +303,7 @@ def _run(config: DictConfig, held: ExitStack) -> None:
         single_responses(config)
         check_model_engine(config)
         check_config(config, settings)
+        check_saving(config)
         check_options(config, overrides)
         check_folders(config)
         check_loggers(config)
@@ -326,17 +325,16 @@ def _run(config: DictConfig, held: ExitStack) -> None:
         if repaired is not None:
             print(f"note: the last save was killed while it was marked as done; going on from step {repaired}")
         identity = cache(lambda: fingerprint(config))
-        resumed = check_resume(config, settings, identity)
-        finished = is_finished(config)
-        for line in lines(*resumed, finished) if resumed else ():
+        plan = plan_resume(config, settings, identity)
+        for line in plan.notes():
             print(line)
-        if not finished:
+        if not plan.finished:
             check_room(config)
     except OmegaConfBaseException as error:  # some of these are ValueErrors too
         sys.exit(error_line(sentence(error, overrides)))
     except (ValueError, RuntimeError, OSError) as error:
         sys.exit(error_line(error))
-    if finished:
+    if plan.finished:
         limit = "budget.tokens" if config.budget.match == "tokens" else "trainer.total_training_steps"
         print(
             f"this run is finished; for another one give output_dir=<folder>, to go on {limit}="

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,20 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
 from recipe.skpo.checks.gpus import check_ranks, check_token_budgets
-from recipe.skpo.checks.pickles import check_pickles
-from recipe.skpo.checks.resume import Difference, Fingerprint, differences, refuse
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.trainer.checkpoints import (
-    ACTOR_FILES,
-    DATA_FILE,
-    MARKER,
-    marked_step,
-    missing_piece,
-    newest_whole,
-    stored_checkpoints,
-)
-from recipe.skpo.trainer.state import SkpoState, require_state_file, saved_tokens
 
 METHOD_SETTINGS = {
     "rollout": [
@@ -206,23 +194,10 @@ def check_config(config: DictConfig, settings: SkpoSettings) -> None:
             "skpo.seed_requests: is false with full_determinism=true, so vLLM would give all requests of a server the "
             "same seed and all siblings would be the same response; set it to true"
         )
-    _check_saving(config)
     if config.method.name == "skpo":
         _check_context(config, settings)
     check_ranks(config)
     check_token_budgets(config)
-
-
-def _check_saving(config: DictConfig) -> None:
-    if config.trainer.get("remove_previous_ckpt_in_save"):
-        raise ConfigError("trainer.remove_previous_ckpt_in_save: give trainer.max_actor_ckpt_to_keep=1 in its place")
-    for name in ("save_contents", "load_contents"):
-        lacking = [content for content in ACTOR_FILES if content not in config.actor_rollout_ref.actor.checkpoint[name]]
-        if lacking:
-            raise ConfigError(
-                f"actor_rollout_ref.actor.checkpoint.{name}: lacks {', '.join(lacking)}, without which a resumed run "
-                f"is another run; add it"
-            )
 
 
 def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
@@ -292,85 +267,3 @@ def check_folders(config: DictConfig) -> None:
             raise ConfigError(f"{path}: {folder} cannot be made: {there} is a file; give another folder")
         if not os.access(there, os.W_OK | os.X_OK):
             raise ConfigError(f"{path}: {folder} cannot be written: no permission for {there}; give another folder")
-
-
-def check_resume(
-    config: DictConfig, settings: SkpoSettings, identity: Callable[[], Fingerprint]
-) -> tuple[Path, list[Difference] | None] | None:
-    """Refuse to resume from a checkpoint that is not whole, is of another run, or whose SKPO state is damaged.
-
-    Args:
-        config: resolved.
-        settings: its ``skpo`` node.
-        identity: gathers the command's fingerprint.
-
-    Returns:
-        The checkpoint and how the command differs from the run that saved it, None for one without a fingerprint; None
-        for a fresh start.
-
-    Raises:
-        ConfigError: naming the folder, the piece that is missing and a checkpoint that is whole; or a file that would
-            run more than verl saves.
-        StateError: naming the file.
-    """
-    folder = resume_folder(config)
-    if folder is None:
-        return None
-    require_state_file(folder)
-    missing = missing_piece(folder, config)
-    if missing is not None:
-        other = newest_whole(folder.parent, config)
-        fix = (
-            f"resume from {folder.parent}/global_step_{other} by trainer.resume_mode=resume_path "
-            f"trainer.resume_from_path=<that folder>"
-            if other is not None
-            else "start anew with trainer.resume_mode=disable and another output_dir"
-        )
-        raise ConfigError(f"{folder}: cannot be resumed from: {missing}; {fix}")
-    saved = Fingerprint.read(folder)
-    found = differences(saved, identity()) if saved else None
-    refuse(folder, found or ())
-    SkpoState(settings, config.data.max_response_length).load(folder)
-    # In verl's order of loading; other engines have files of other kinds.
-    check_pickles([*sorted((folder / "actor").glob("*.pt")), folder / DATA_FILE], config.get("trusted_globals") or ())
-    return folder, found
-
-
-def is_finished(config: DictConfig) -> bool:
-    """Whether the checkpoint that would be resumed from is at the last training step or has spent its tokens."""
-    folder, last, tokens = resume_folder(config), config.trainer.total_training_steps, config.budget.tokens
-    if folder is None:
-        return False
-    if tokens is not None and saved_tokens(folder) >= tokens:
-        return True
-    return last is not None and int(folder.name.removeprefix("global_step_")) >= last
-
-
-def resume_folder(config: DictConfig) -> Path | None:
-    """The checkpoint folder that verl will resume from, None for a fresh start.
-
-    Raises:
-        ConfigError: an unknown mode, a path that is no checkpoint, or a marker file that names no step or a lost one.
-    """
-    trainer = config.trainer
-    if trainer.resume_mode not in ("auto", "disable", "resume_path"):
-        raise ConfigError(f"trainer.resume_mode: is {trainer.resume_mode}, must be auto, disable or resume_path")
-    if trainer.resume_mode == "resume_path":
-        folder = Path(str(trainer.resume_from_path))
-        if not re.fullmatch(r"global_step_\d+", folder.name) or not folder.is_dir():
-            raise ConfigError(f"trainer.resume_from_path: {folder} is no folder named global_step_<N>")
-        return folder
-    if trainer.resume_mode == "disable":
-        return None
-    root = Path(trainer.default_local_dir)
-    step = marked_step(root)
-    if step is None:
-        return None
-    folder = root / f"global_step_{step}"
-    if not folder.is_dir():
-        there = ", ".join(path.name for path in stored_checkpoints(root).values()) or "no checkpoint"
-        raise ConfigError(
-            f"{root / MARKER}: names {folder.name}, which is not there (there is {there}); write the number of a whole "
-            f"one into it, or remove it to start anew"
-        )
-    return folder

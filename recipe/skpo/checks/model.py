@@ -13,10 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 from data_prep.hub import quiet_hub
 from data_prep.schema import DataError
 from data_prep.untrusted import UntrustedError, one_line, read_json
-from recipe.skpo.checks.child import LOAD_SECONDS, PROMPT_SECONDS, Place, Stopped, in_child
 from recipe.skpo.checks.data import prompt_files
 from recipe.skpo.checks.paths import caller
 from recipe.skpo.errors import ConfigError
+from recipe.skpo.isolation.child import LOAD_SECONDS, PROMPT_SECONDS, Place, Stopped, in_child
 from recipe.skpo.task.thoughts import configured_marks
 from reward_fns import OUR_REWARD
 

@@ -35,8 +35,6 @@ from omegaconf.errors import OmegaConfBaseException
 from data_prep.benchmarks import BENCHMARKS
 from data_prep.schema import DataError, check_parquet
 from data_prep.untrusted import UntrustedError, one_line, read_json
-from recipe.skpo.checks.child import PROMPT_SECONDS, Place, Stopped, in_child
-from recipe.skpo.checks.pickles import check_pickles
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.adapters import META, has_adapter
 from recipe.skpo.evaluation.options import FREE, EngineConfig
@@ -52,6 +50,8 @@ from recipe.skpo.evaluation.sampling import (
     draw_stored,
 )
 from recipe.skpo.evaluation.scores import Answered, Score, markdown, score
+from recipe.skpo.isolation.child import PROMPT_SECONDS, Place, Stopped, in_child
+from recipe.skpo.isolation.pickles import check_pickles
 from recipe.skpo.output.redaction import reject_secret_overrides, reject_secrets
 from recipe.skpo.task.prompts import problem_tokens
 from recipe.skpo.task.rewards import RewardCall, RewardError

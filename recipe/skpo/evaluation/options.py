@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from data_prep.untrusted import UntrustedError, parse_json
-from recipe.skpo.checks.reward import OUR_REWARD
 from recipe.skpo.evaluation.sampling import VllmOptions, VllmSampler, detected_platform
 from recipe.skpo.task.run_settings import Chat, run_settings
+from reward_fns import OUR_REWARD
 from reward_fns.forms import OLD_FORMATS, AnswerFormat
 
 FREE = ("engine.num_threads", "engine.kv_cache_gib", "engine.gpu_memory_utilization")

@@ -28,7 +28,6 @@ from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested
 
 from data_prep.untrusted import one_line
-from recipe.skpo.checks.resume import Fingerprint, differences, restarts_epoch
 from recipe.skpo.engine.optimizer import use_own_settings_in_worker
 from recipe.skpo.errors import describe
 from recipe.skpo.method.curriculum import PrioritisedBatches
@@ -57,6 +56,7 @@ from recipe.skpo.trainer.checkpoints import (
     remove_checkpoint,
     remove_older,
 )
+from recipe.skpo.trainer.fingerprint import Fingerprint, differences, restarts_epoch
 from recipe.skpo.trainer.logprob_gap import METRIC as GAP_METRIC
 from recipe.skpo.trainer.logprob_gap import allowed_gap, mean_gap
 from recipe.skpo.trainer.replay import BoundedReplayBuffer

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.skpo.checks.resume import FILE_NAME as FINGERPRINT
 from recipe.skpo.errors import ConfigError, RunError
 from recipe.skpo.output.files import write_atomic
+from recipe.skpo.trainer.fingerprint import FILE_NAME as FINGERPRINT
 from recipe.skpo.trainer.state import FILE_NAME
 
 MARKER = "latest_checkpointed_iteration.txt"
@@ -124,6 +124,25 @@ def repair_marker(config: DictConfig) -> int | None:
     if step is not None:
         mark(folder, step)
     return step
+
+
+def check_saving(config: DictConfig) -> None:
+    """Refuse settings of verl with which a checkpoint could not be resumed from.
+
+    Raises:
+        ConfigError: naming the setting and the fix.
+    """
+    if config.trainer.get("remove_previous_ckpt_in_save"):
+        raise ConfigError(
+            "trainer.remove_previous_ckpt_in_save: is true; give trainer.max_actor_ckpt_to_keep=1 instead"
+        )
+    for name in ("save_contents", "load_contents"):
+        lacking = [content for content in ACTOR_FILES if content not in config.actor_rollout_ref.actor.checkpoint[name]]
+        if lacking:
+            raise ConfigError(
+                f"actor_rollout_ref.actor.checkpoint.{name}: lacks {', '.join(lacking)}, without which a resumed run "
+                f"is another run; add it"
+            )
 
 
 # ---------------------------------------------------------------- room on the disk

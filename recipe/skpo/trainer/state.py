@@ -261,20 +261,6 @@ class SkpoState:
         }
 
 
-def saved_tokens(folder: Path) -> int:
-    """Tokens that the run of this checkpoint folder had generated.
-
-    Raises:
-        StateError: no state file, a damaged one, or one of another format.
-    """
-    path = require_state_file(folder)
-    try:
-        with _opened(path) as archive:
-            return _count(_meta(path, archive), "tokens_generated")
-    except DAMAGE as error:
-        raise _damaged(path, error) from error
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """Open the archive, unless reading a member could take more memory than the file has bytes.

@@ -17,7 +17,7 @@ from recipe.skpo import main
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.output.redaction import hide_secrets, reject_secret_overrides, reject_secrets
 from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.trainer.state import FILE_NAME, SkpoState, StateError, saved_tokens
+from recipe.skpo.trainer.state import FILE_NAME, SkpoState, StateError
 from tests.conftest import COMMAND
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -66,9 +66,8 @@ def test_a_hostile_state_file_is_refused_and_runs_nothing(tmp_path: Path, name: 
     REFERENCE = io.BytesIO(state.save(tmp_path).read_bytes())
     target = tmp_path / "made by the pickle"
     (tmp_path / FILE_NAME).write_bytes(hostile_files(target)[name])
-    for read in (state.load, *([saved_tokens] if name != "a pickle among the trackers" else [])):
-        with pytest.raises(StateError, match="cannot be read as SKPO state"):
-            read(tmp_path)
+    with pytest.raises(StateError, match="cannot be read as SKPO state"):
+        state.load(tmp_path)
     assert not target.exists()
     pickle.loads(pickle.dumps(Bomb(target)))
     assert target.exists(), "the bomb works where a pickle is loaded"

@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
 from recipe.skpo import main
+from recipe.skpo.trainer.resume import ResumePlan
 from tests.conftest import COMMAND, write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -121,7 +122,7 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "check_reward",
         "check_data",
         "check_prompt_lengths",
-        "check_resume",
+        "plan_resume",
         "prepare_data",
         "prepare_model",
     ):
@@ -163,7 +164,7 @@ def test_a_run_checks_then_launches_then_reports(config, steps, tmp_path: Path) 
     # A reward may import verl, which settles on a platform then.
     assert steps.index("apply_platform") < steps.index("check_reward") < steps.index("prepare_data")
     assert steps.index("check_data") < steps.index("prepare_model") < steps.index("check_prompt_lengths")
-    assert steps[-4:] == ["check_resume", "launch", "summary", "write_report"]
+    assert steps[-4:] == ["plan_resume", "launch", "summary", "write_report"]
     saved = OmegaConf.load(tmp_path / "out" / "config.yaml")
     assert saved.skpo == config.skpo and saved.data.train_files == str(tmp_path / "train.parquet")
 
@@ -184,7 +185,7 @@ def test_a_report_that_fails_does_not_fail_the_run(config, steps, tmp_path: Path
 
 def test_a_finished_run_is_reported_again(config, steps, tmp_path: Path, monkeypatch, capsys) -> None:
     good_files(config, tmp_path)
-    monkeypatch.setattr(main, "is_finished", lambda config: True)
+    monkeypatch.setattr(main, "plan_resume", lambda *arguments: ResumePlan(finished=True))
     monkeypatch.setattr(main, "write_report", lambda folder: folder / "report.html")
     main.run.__wrapped__(config)
     assert "launch" not in steps and "summary" in steps

@@ -27,15 +27,15 @@ from data_prep.schema import DataError, Row, write_parquet
 from data_prep.untrusted import error_line, one_line, parse_json, read_yaml
 from recipe.skpo.analysis.endpoint import EndpointConfig, read_key
 from recipe.skpo.checks import model as model_checks
-from recipe.skpo.checks.pickles import check_pickles
 from recipe.skpo.evaluation.command import find_checkpoint
 from recipe.skpo.evaluation.output import claim
+from recipe.skpo.isolation.pickles import check_pickles
 from recipe.skpo.output.console import CleanFormatter
 from recipe.skpo.output.metrics import read_lines
 from recipe.skpo.output.page import page
 from recipe.skpo.output.summary import summary
 from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.trainer.state import FILE_NAME, SkpoState, saved_tokens
+from recipe.skpo.trainer.state import FILE_NAME, SkpoState
 
 BELL = "\x1b]0;title\x07\r\n\u202e  held-out forged 1.000"
 NINES = "9" * 5000
@@ -161,7 +161,7 @@ state_case(
 @refused("state: tokens beyond numbers", f"{FILE_NAME}: cannot be read as SKPO state")
 def _(folder: Path) -> None:
     state_file(folder, lambda m: m.update({"meta.npy": array(np.array('{"format": 3, "tokens_generated": Infinity}'))}))
-    saved_tokens(folder)
+    SkpoState(SkpoSettings(), 64).load(folder)
 
 
 # ---- checkpoints of verl

@@ -23,9 +23,6 @@ import torch
 from ray.exceptions import RayTaskError
 
 from data_prep.schema import Row, write_parquet
-from recipe.skpo.checks.config import check_resume, is_finished
-from recipe.skpo.checks.identity import fingerprint
-from recipe.skpo.checks.resume import FILE_NAME as FINGERPRINT
 from recipe.skpo.ending import way_on
 from recipe.skpo.output.metrics import read_lines
 from recipe.skpo.rollout.worker import SEED_FIELD, SPLIT_FIELD
@@ -39,6 +36,9 @@ from recipe.skpo.trainer.checkpoints import (
     repair_marker,
     stored_checkpoints,
 )
+from recipe.skpo.trainer.fingerprint import FILE_NAME as FINGERPRINT
+from recipe.skpo.trainer.identity import fingerprint
+from recipe.skpo.trainer.resume import ResumePlan, plan_resume
 from recipe.skpo.trainer.state import FILE_NAME
 from tests.e2e.killed import POINTS, install
 
@@ -78,11 +78,14 @@ def make_trainer(config: Any) -> Any:
     return trainer
 
 
+def plan(config: Any) -> ResumePlan:
+    return plan_resume(config, SkpoSettings.from_config(config.skpo), lambda: fingerprint(config))
+
+
 def train(config: Any) -> None:
     """What ``main`` and verl's loop do, from what is in the run's folder to its last step."""
     repair_marker(config)
-    check_resume(config, SkpoSettings.from_config(config.skpo), lambda: fingerprint(config))
-    if is_finished(config):
+    if plan(config).finished:
         return
     fingerprint(config).write(Path(config.output_dir))
     trainer = make_trainer(config)
@@ -217,7 +220,7 @@ def test_a_run_killed_at_every_point_is_the_run_that_never_was(
             else:
                 assert marked_step(checkpoints) == saved, f"{point} at {step}"
     # The last kill came after everything was trained: nothing is left to do, and the line of the step was not logged.
-    assert repair_marker(config) == STEPS and is_finished(config)
+    assert repair_marker(config) == STEPS and plan(config).finished
     found = result(config)
     assert found.pop("metrics") == expected.pop("metrics")[:-1]
     assert found == expected
@@ -234,7 +237,7 @@ def test_a_kill_right_after_a_save(make_config, unbroken, tmp_path: Path, curric
     for step in (2, 4, 6, STEPS):
         assert launch(lambda step=step: killed(config, "after_marker", step), tmp_path / "log") == -signal.SIGKILL
         assert marked_step(Path(config.trainer.default_local_dir)) == step
-    assert is_finished(config)
+    assert plan(config).finished
     # The kill came before the step was logged.  Nobody has opened the file since the last one.
     found = result(config)
     assert found["metrics"] == expected["metrics"][:-1]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipe.skpo.settings import SkpoSettings, TrackerSettings
-from recipe.skpo.trainer.state import FILE_NAME, SkpoState, StateError, StoredSegments, require_state_file, saved_tokens
+from recipe.skpo.trainer.state import FILE_NAME, SkpoState, StateError, StoredSegments, require_state_file
 from tests.support.reference import reference_tracker
 
 seeds = st.integers(0, 2**32)
@@ -202,16 +202,6 @@ def test_stored_segments_survive_a_checkpoint(rows: dict[str, int], seed: int) -
             np.testing.assert_array_equal(mine, theirs)
 
 
-def test_generated_tokens_are_read_without_a_state(tmp_path: Path) -> None:
-    state = fresh()
-    state.tokens_generated = 12345678901
-    state.save(tmp_path)
-    assert saved_tokens(tmp_path) == 12345678901
-    resumed = fresh(group_size=8)
-    resumed.load(tmp_path)
-    assert resumed.tokens_generated == 12345678901
-
-
 def test_failures_are_kept_and_absent_from_older_checkpoints(tmp_path: Path) -> None:
     state = fresh()
     for trained in (False, False):
@@ -226,18 +216,6 @@ def test_failures_are_kept_and_absent_from_older_checkpoints(tmp_path: Path) -> 
     rewrite(path, lambda meta, arrays: meta.update(failures={"p": -1}))
     with pytest.raises(StateError, match="cannot be read"):
         resumed.load(tmp_path)
-
-
-def test_generated_tokens_of_a_damaged_checkpoint_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="holds no"):
-        saved_tokens(tmp_path)
-    (tmp_path / FILE_NAME).write_bytes(b"PK nothing")
-    with pytest.raises(StateError, match="cannot be read"):
-        saved_tokens(tmp_path)
-    path, _ = saved_bytes(tmp_path)
-    rewrite(path, lambda meta, arrays: meta.pop("tokens_generated"))
-    with pytest.raises(StateError, match=r"cannot be read.*tokens_generated"):
-        saved_tokens(tmp_path)
 
 
 # ---------------------------------------------------------------- checkpoint

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.untrusted import UntrustedError, read_json
-from recipe.skpo.checks.resume import Content, Fingerprint, Model, compared_settings
+from recipe.skpo.trainer.fingerprint import Content, Fingerprint, Model, compared_settings
 
 SHAPE = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

@@ -17,7 +17,11 @@ import torch
 
 from data_prep.schema import Row, write_parquet
 from recipe.skpo import main
-from recipe.skpo.checks.resume import (
+from recipe.skpo.checks.run_folder import locked
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.settings import SkpoSettings, known_keys
+from recipe.skpo.trainer.checkpoints import mark, marked_step
+from recipe.skpo.trainer.fingerprint import (
     FILE_NAME,
     MOST_LINES,
     Content,
@@ -30,10 +34,6 @@ from recipe.skpo.checks.resume import (
     restarts_epoch,
     shown,
 )
-from recipe.skpo.checks.run_folder import locked
-from recipe.skpo.errors import ConfigError
-from recipe.skpo.settings import SkpoSettings, known_keys
-from recipe.skpo.trainer.checkpoints import mark, marked_step
 from recipe.skpo.trainer.state import SkpoState
 from tests.conftest import REPOSITORY, _write_model_folder, write_checkpoint
 
@@ -392,7 +392,7 @@ def test_every_setting_of_the_recipe_is_compared(compose_config) -> None:
     """Each is refused or said: none may be missing from the fingerprint."""
     from omegaconf import OmegaConf
 
-    from recipe.skpo.checks.resume import compared_settings
+    from recipe.skpo.trainer.fingerprint import compared_settings
 
     found = compared_settings(OmegaConf.to_container(compose_config("platform=cpu")))
     assert {f"skpo.{key}" for key in known_keys()} <= set(found)
