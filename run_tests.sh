@@ -19,7 +19,7 @@ if [[ $# -eq 0 || "${SKPO_LINT:-0}" == 1 ]]; then
     "$python" -m ruff check . || status=1
     "$python" -m ruff format --check . || status=1
     "$python" -m mypy || status=1
-    .venv/bin/lint-imports || status=1
+    "$python" .venv/bin/lint-imports || status=1
 fi
 if [[ $# -eq 0 ]]; then
     # Test files side by side; then whole training runs, which need the cores for themselves.

@@ -228,9 +228,9 @@ def hydra_parses_each_file_once() -> Iterator[None]:
     load, files = OmegaConf.load, {}
 
     def load_once(file: Any) -> Any:
-        name = getattr(file, "name", None)  # Hydra passes an open file
-        if name is None:
+        if isinstance(file, str | Path):  # Hydra passes an open file
             return load(file)
+        name = file.name
         if name not in files:
             files[name] = load(file)
         return deepcopy(files[name])

@@ -53,7 +53,7 @@ case "$*" in
         if [[ "$*" == *"${FAKE_PIP_FAILS_AT:-}"* && -n "${FAKE_PIP_SAYS:-}" ]]; then
             echo "$FAKE_PIP_SAYS"; exit 1
         fi ;;
-    "-m ruff "* | "-m mypy"*) exit "${FAKE_LINT_EXIT:-0}" ;;
+    "-m ruff "* | "-m mypy"* | *lint-imports) exit "${FAKE_LINT_EXIT:-0}" ;;
     "-m pytest"*) exit "${FAKE_PYTEST_EXIT:-0}" ;;
 esac
 """
@@ -491,6 +491,7 @@ def test_tests_without_arguments_lint_and_check_types_too(project):
         "venv -m ruff check .",
         "venv -m ruff format --check .",
         "venv -m mypy",
+        "venv .venv/bin/lint-imports",
         "venv -m pytest -n logical --maxprocesses 8 --dist loadfile -m not e2e and not nightly and not fuzz",
         "venv -m pytest -m e2e and not nightly and not fuzz",
     ]
