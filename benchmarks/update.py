@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
-    from recipe.skpo.engine.prefix_engine import SharedPrefixEngine
+    from recipe.skpo.engine.dense import SharedPrefixEngine
 
     parser = parser_of("update", __doc__ or "")
     parser.add_argument("--model", default="", help="checkpoint folder, or random (default: the embedded model)")

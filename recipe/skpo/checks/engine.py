@@ -81,7 +81,7 @@ def choose_engine(config: DictConfig, flash_attention: bool) -> EngineChoice:
             raise ConfigError(
                 "packed_attention: is dense, which is for shared prompts; set share_prefixes=true, or none"
             )
-        return EngineChoice("shared_prefix", "recipe.skpo.engine.prefix_engine", kind, True)
+        return EngineChoice("shared_prefix", "recipe.skpo.engine.dense", kind, True)
     return EngineChoice("packed", "recipe.skpo.engine.fsdp", kind, share is not False)
 
 

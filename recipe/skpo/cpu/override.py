@@ -1,8 +1,8 @@
-"""Replace one function of verl or vLLM, and refuse when it is not the function we know any more.
+"""Replace one function of verl or vLLM, and refuse if it is no longer the known one.
 
-Only for behaviour that no configuration and no plugin point reaches. A replacement calls the function it
-replaces and changes one argument; it contains nothing of it. It is marked, so that installing twice does
-nothing, and installed only while it is active: by default while VERL_PLATFORM=cpu.
+Only for behaviour that no configuration and no plugin point reaches. A replacement calls the original with one argument
+changed and copies nothing of it. It is marked, so that a second installation does nothing, and installed only while
+active: by default while VERL_PLATFORM=cpu.
 """
 
 import functools
@@ -19,21 +19,35 @@ _MARK = "_skpo_cpu_override"
 
 
 class OverrideError(RuntimeError):
-    """The verl or vLLM that is installed does not look as it did when the override was written."""
+    """The installed verl or vLLM differs from the one the override was written for."""
 
 
 @dataclass(frozen=True)
 class FunctionOverride:
-    """One function to replace: where it is, the parameters it is known to have, and how to wrap it."""
+    """A function to replace.
+
+    Attributes:
+        module: dotted name of its module.
+        function: its name.
+        parameters: the parameters it is known to have.
+        place: file, line and version, for the error message.
+        wrap: original to replacement.
+        active: whether the override applies in this process.
+    """
 
     module: str
     function: str
     parameters: tuple[str, ...]
-    place: str  # file, line and version, for whoever has to look
+    place: str
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
     active: Callable[[], bool] = is_selected
 
     def install(self) -> None:
+        """Replace the function, if the override is active.
+
+        Raises:
+            OverrideError: the function is gone or has other parameters.
+        """
         if not self.active():
             return
         module = importlib.import_module(self.module)
@@ -42,14 +56,14 @@ class FunctionOverride:
             return
         if not callable(current):
             raise OverrideError(
-                f"{self.module}.{self.function} ({self.place}) is gone; this override must be looked at again"
+                f"{self.module}.{self.function} ({self.place}) is gone; adapt this override to the installed version"
             )
         found = tuple(inspect.signature(current).parameters)
         if found != self.parameters:
             raise OverrideError(
                 f"{self.module}.{self.function} ({self.place}) has changed: expected the parameters "
                 f"{', '.join(self.parameters)}, found {', '.join(found) or 'none'}; "
-                f"this override must be looked at again"
+                f"adapt this override to the installed version"
             )
         replacement = functools.wraps(current)(self.wrap(current))
         setattr(replacement, _MARK, True)
@@ -57,13 +71,13 @@ class FunctionOverride:
         self._rebind(current, replacement)
 
     def is_installed(self) -> bool:
+        """Return whether the function is replaced in this process."""
         return hasattr(getattr(sys.modules.get(self.module), self.function, None), _MARK)
 
     def _rebind(self, current: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-        """Reach modules that already hold the function by `from ... import`.
+        """Replace the function in modules that already imported it by name.
 
-        A module of VERL_USE_EXTERNAL_MODULES is imported before our plugin and may have brought such modules
-        in.
+        A module of VERL_USE_EXTERNAL_MODULES is imported before our plugin and may have imported them.
         """
         package = self.module.partition(".")[0] + "."
         for name, module in list(sys.modules.items()):

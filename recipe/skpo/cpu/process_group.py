@@ -1,11 +1,11 @@
-"""Override: the process group of verl's workers runs on gloo alone.
+"""Run the process group of verl's workers on gloo alone.
 
 verl asks torch for "cpu:gloo,{device}:{backend}" (verl/utils/distributed.py:89). On the CPU that is
-"cpu:gloo,cpu:gloo", which torch refuses as a duplicate device. No configuration reaches the string, but the
-function takes a backend, and its caller (verl/workers/engine_workers.py:89) leaves it out.
+"cpu:gloo,cpu:gloo", which torch refuses as a duplicate device. No configuration reaches the string, but the function
+takes a backend, which its caller (verl/workers/engine_workers.py:89) omits.
 
-verl's stand-alone SFT trainer builds the same string in `initialize_global_process_group`, which takes no
-backend; it is not covered.
+verl's stand-alone SFT trainer builds the same string in `initialize_global_process_group`, which takes no backend; it
+is not covered.
 """
 
 from collections.abc import Callable

@@ -1,19 +1,14 @@
-"""Find and remove the POSIX shared-memory segments that a failed run leaves in /dev/shm.
+"""Find and remove POSIX shared-memory segments that a failed run left in /dev/shm.
 
-Two kinds are left behind when processes die before they unlink them:
+Two kinds remain when processes die before they unlink them:
 - `verl_weights_<uuid>`, as large as a weight bucket, made by the actor worker for each weight sync
   (BucketedWeightSender._init_buffer, verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py:193);
 - `psm_<hex>`, Python's own name, made by vLLM's message queue (vllm/distributed/device_communicators/
   shm_broadcast.py:321).
 
-Neither name tells whose it is. So a segment counts as left over only if it has such a name, was not there
-when the run started, belongs to this user, and no live process has it open or mapped. Segments of other runs,
-live ones included, stay. (Processes of another container that shares /dev/shm cannot be seen; do not use this
-there.)
-
-    before = segments()
-    ...                                   # the run
-    remove_segments(leftover_segments(before))
+Neither name says which run made it. So a segment is a leftover only if it has such a name, did not exist when the run
+started, belongs to this user, and no live process has it open or mapped. Processes of another container that shares
+/dev/shm cannot be seen: do not use this there.
 """
 
 import fnmatch
@@ -27,19 +22,19 @@ PATTERNS = ("psm_*", "verl_weights_*")
 
 
 def segments(directory: Path = SHARED_MEMORY) -> set[str]:
-    """Names of all segments of the two kinds, whoever owns them: the snapshot to take before a run."""
+    """Return the names of all segments of both kinds, of any owner: the snapshot to take before a run."""
     if not directory.is_dir():
         return set()
     return {name for name in os.listdir(directory) if _has_our_kind_of_name(name)}
 
 
 def leftover_segments(before: set[str], directory: Path = SHARED_MEMORY) -> list[Path]:
-    """Segments of this user that were made since the snapshot `before` and that no live process uses."""
+    """Return segments of this user, made since the snapshot `before`, that no live process uses."""
     return _unused(directory / name for name in sorted(segments(directory) - before))
 
 
 def remove_segments(leftover: Iterable[Path]) -> list[Path]:
-    """Unlink what `leftover_segments` found, asking again whether it is unused; return what was removed."""
+    """Unlink leftovers that are still unused; return the removed ones."""
     removed = []
     for path in _unused(leftover):
         try:
@@ -63,7 +58,7 @@ def _has_our_kind_of_name(name: str) -> bool:
 
 
 def _is_private_file_of_this_user(path: Path) -> bool:
-    """Python gives segments mode 0600: nobody but this user and root can be using them."""
+    """Check for mode 0600, Python's mode for segments: only this user and root can use the file."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -72,9 +67,9 @@ def _is_private_file_of_this_user(path: Path) -> bool:
 
 
 def _files_in_use() -> set[str] | None:
-    """All files that live processes have open or mapped; None if a process of this user will not tell.
+    """Return all files that live processes have open or mapped; None if a process of this user cannot be read.
 
-    Process 1 may keep silent: the supervisor of a container often does, even to root, and trains nothing.
+    Process 1 may be unreadable: the supervisor of a container often is, even to root, and does not train.
     """
     files: set[str] = set()
     for process in Path("/proc").iterdir():
@@ -83,7 +78,7 @@ def _files_in_use() -> set[str] | None:
         try:
             files.update(_mapped_files(process))
             files.update(_open_files(process))
-        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue
         except PermissionError:
             if process.name != "1" and _belongs_to_this_user(process):

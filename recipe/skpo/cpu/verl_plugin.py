@@ -1,12 +1,11 @@
-"""Entry point `skpo_cpu` of the group `verl.plugins`: importing this module puts the CPU platform to work.
+"""Entry point `skpo_cpu` of the group `verl.plugins`: importing this module activates the CPU platform.
 
-verl imports it in every process that imports verl (verl/__init__.py:57-76), driver and Ray workers alike, and
-logs a failure at DEBUG, that is, not at all. So a failure is printed here with its traceback, kept for
-`check_active`, and leaves the platform unregistered: verl then stops at "Unknown platform 'cpu'" instead of
-running half of it.
+verl imports it in every process that imports verl (verl/__init__.py:57-76), driver and Ray workers alike, and logs
+failures only at DEBUG. So this module prints its traceback, keeps the error for `check_active`, and leaves the platform
+unregistered. verl then stops with "Unknown platform 'cpu'".
 
-A module of VERL_USE_EXTERNAL_MODULES is imported before any entry point. When one of them needs the platform,
-name this module first there (`apply_environment` does it); imported a second time it does nothing.
+Modules of VERL_USE_EXTERNAL_MODULES are imported before entry points. If one of them needs the platform, this module
+must come first there (`apply_environment` does that). Importing it a second time does nothing.
 """
 
 import sys
@@ -20,8 +19,8 @@ def activate() -> None:
     from verl.plugin.platform import PlatformRegistry
 
     from recipe.skpo.cpu import distribution_alias, process_group
+    from recipe.skpo.cpu.cpu_platform import CpuPlatform
     from recipe.skpo.cpu.override import OverrideError
-    from recipe.skpo.cpu.platform import CpuPlatform
 
     registered = PlatformRegistry.get("cpu")
     if registered is not None and registered is not CpuPlatform:
@@ -33,7 +32,7 @@ def activate() -> None:
     if missing:
         raise OverrideError(
             f"PlatformBase (verl/plugin/platform/platform_base.py) asks for {', '.join(missing)}, which "
-            f"recipe/skpo/cpu/platform.py, written for verl 0.9.1, does not have"
+            f"recipe/skpo/cpu/cpu_platform.py, written for verl 0.9.1, does not have"
         )
     distribution_alias.install()
     process_group.OVERRIDE.install()

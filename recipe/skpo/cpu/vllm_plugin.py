@@ -1,15 +1,12 @@
 """Entry point `skpo_cpu` of the group `vllm.general_plugins`; vLLM calls `register` in each of its processes.
 
-Override: keep the plain weight of a linear layer. On the CPU vLLM packs the weight for oneDNN (or AMX, or
-zentorch) and then replaces `layer.weight` by an empty tensor (vllm/model_executor/layers/linear.py:202 passes
-remove_weight=True). verl's next weight sync writes into `layer.weight` with `model.load_weights`: the write
-fails, and the run hangs, because the sender waits for a receiver that is gone. With the weight kept, the sync
-writes into it, and `process_weights_after_loading`, which verl calls once per sync
-(verl/workers/rollout/vllm_rollout/utils.py:353), packs it anew. The price is a second copy of the linear
-weights in the vLLM process.
+It keeps the plain weight of linear layers. On the CPU vLLM packs the weight for oneDNN (or AMX, or zentorch) and then
+replaces `layer.weight` by an empty tensor (vllm/model_executor/layers/linear.py:202 passes remove_weight=True). verl's
+next weight sync writes into `layer.weight`; the write would fail and the run would hang. With the weight kept, the sync
+works, and `process_weights_after_loading`, which verl calls once per sync, packs it again
+(verl/workers/rollout/vllm_rollout/utils.py:353). The cost is a second copy of the linear weights in the vLLM process.
 
-Not covered: layers whose weight is not a matrix (Mamba's convolution, where AMX is there), which pack in
-place.
+Layers whose weight is not a matrix (Mamba's convolution with AMX) pack in place and are not covered.
 """
 
 import os
@@ -37,10 +34,10 @@ OVERRIDE = FunctionOverride(
 
 
 def register() -> None:
-    """Does nothing unless VERL_PLATFORM=cpu. An error stops the vLLM process: vLLM does not catch it."""
+    """Install the override if VERL_PLATFORM=cpu. An error stops the vLLM process, since vLLM does not catch it."""
     OVERRIDE.install()
     if is_selected():
-        # verl's server sets 1 for full_determinism (vllm_async_server.py:156).  vLLM then computes means and softmaxes
-        # by Triton kernels (vllm/model_executor/layers/batch_invariant.py:928), which a CPU does not have: the first
-        # forward fails.  Read when a worker starts, after its plugins are loaded.
+        # verl's server sets 1 for full_determinism (vllm_async_server.py:156). vLLM would then use Triton kernels
+        # (vllm/model_executor/layers/batch_invariant.py:928), which a CPU lacks. Workers read the variable after
+        # their plugins are loaded.
         os.environ["VLLM_BATCH_INVARIANT"] = "0"

@@ -1,9 +1,9 @@
-"""Attention over a ``PackedSequence``: PyTorch's variable-length kernels, or FlexAttention.
+"""Attention over a ``PackedSequence``, by PyTorch's variable-length kernels or FlexAttention.
 
-Two kernel calls give the attention of a tree: every piece causally within itself, then all responses over their shared
-prompt.  Both are softmaxes over disjoint keys and are merged by their log-sum-exp.  Importing the module registers both
-attentions with transformers; the sequence reaches them as the keyword argument ``packed`` of the model, which survives
-gradient checkpointing.  docs/performance.md says which models and devices they serve.
+Two kernel calls compute the attention of a tree: every piece causally within itself, then all responses over their
+shared prompt. Both are softmaxes over disjoint keys and are merged by their log-sum-exp. Importing the module registers
+both attentions with transformers. The sequence reaches them as the model's keyword argument ``packed``, which survives
+gradient checkpointing. docs/performance.md lists the models and devices they serve.
 """
 
 from collections.abc import Iterator
@@ -28,16 +28,16 @@ class MergedAttention(torch.autograd.Function):
     """Causal attention within pieces, merged with attention of the branches over their prefixes.
 
     With out and lse of both calls, the merged lse is log(exp(lse_1) + exp(lse_2)) and the merged out their average
-    weighted by exp(lse).  Each call's backward gets the MERGED out and lse, which is exact: a probability is
-    exp(score - lse), and the softmax's row term is sum(grad * out) over all keys.  Merging under autograd instead would
-    give wrong gradients without an error, because the kernel's backward drops the gradient of its lse.
+    weighted by exp(lse). Each call's backward receives the MERGED out and lse, which is exact: a probability is
+    exp(score - lse), and the softmax's row term is sum(grad * out) over all keys. Merging under autograd would give
+    wrong gradients without an error, because the kernel's backward drops the gradient of its lse.
     """
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequence, scale: float
     ) -> torch.Tensor:
-        """q (positions, heads, dim), k and v (positions, KV heads, dim) -> (positions, heads, dim)."""
+        """Compute (positions, heads, dim) from q of that shape and k, v of (positions, KV heads, dim)."""
         start, prefix = packed.branches_from, slice(0, packed.prefix_tokens)
         out, lse = _forward(q, k, v, packed.pieces, packed.pieces, True, scale)
         if packed.prefix_tokens:
@@ -51,7 +51,7 @@ class MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        """Gradients of q, k and v."""
+        """Return the gradients of q, k and v."""
         q, k, v, out, lse = ctx.saved_tensors
         packed, scale = ctx.packed, ctx.scale
         start, prefix = packed.branches_from, slice(0, packed.prefix_tokens)
@@ -86,7 +86,10 @@ def _has_kernels(q: torch.Tensor) -> bool:
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out (tokens, heads, dim) and log-sum-exp, float32 (heads, tokens); document i of q attends to document i of k."""
+    """Return out (tokens, heads, dim) and log-sum-exp, float32 (heads, tokens).
+
+    Document i of q attends to document i of k.
+    """
     if _has_kernels(q):
         sizes = (queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest)
         window = [-1, 0] if causal else [-1, -1]
@@ -112,7 +115,7 @@ def _backward(
     causal: bool,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q, k and v; out and lse may be those of a softmax over more keys than k."""
+    """Return the gradients of q, k and v; out and lse may be those of a softmax over more keys than k."""
     if _has_kernels(q):
         # A slice of lse is not contiguous, and the gradient may be a view of any layout.
         tensors = [x.contiguous() for x in (grad, q, k, v, out, lse)]
@@ -136,7 +139,7 @@ def _backward(
 def _scores(
     q: torch.Tensor, k: torch.Tensor, queries: Documents, keys: Documents, causal: bool, scale: float
 ) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Per document: its queries, its keys, and float32 scores (heads, queries, keys)."""
+    """Yield per document its queries, its keys, and float32 scores (heads, queries, keys)."""
     bounds = [list(pairwise(x)) for x in (queries.cu_seqlens.tolist(), keys.cu_seqlens.tolist())]
     for of_q, of_k in zip(*([slice(*pair) for pair in pairs] for pairs in bounds), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q[of_q].float(), _per_head(k[of_k], q.shape[1])) * scale
@@ -146,12 +149,12 @@ def _scores(
 
 
 def _per_head(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """(tokens, KV heads, dim) repeated for the query heads of each group, in float32."""
+    """Repeat (tokens, KV heads, dim) for the query heads of each group, in float32."""
     return x.float().repeat_interleave(heads // x.shape[1], 1)
 
 
 def _per_kv_head(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The gradient of ``_per_head``."""
+    """Return the gradient of ``_per_head``."""
     return x.unflatten(1, (like.shape[1], -1)).sum(2).to(like.dtype)
 
 
@@ -161,10 +164,10 @@ def _per_kv_head(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _one_sequence(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
 ) -> list[torch.Tensor]:
-    """Queries, keys and values as (positions, heads, dim), in one dtype.
+    """Return queries, keys and values as (positions, heads, dim), in one dtype.
 
     Raises:
-        ValueError: the model asks for something that the kernels would leave out.
+        ValueError: the model requests something that the kernels would ignore.
     """
     unknown = [name for name in ("sliding_window", "softcap", "s_aux") if options.get(name) is not None]
     unknown += ["dropout"] if options.get("dropout") else []
@@ -187,7 +190,7 @@ def varlen_attention(
     packed: PackedSequence,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer by variable-length kernels; (1, heads, positions, dim) -> (1, positions, heads, dim)."""
+    """Compute a layer by variable-length kernels; (1, heads, positions, dim) -> (1, positions, heads, dim)."""
     q, k, v = _one_sequence(query, key, value, options)
     return MergedAttention.apply(q, k, v, packed, scaling)[None], None
 
@@ -202,7 +205,7 @@ def block_attention(
     packed: PackedSequence,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The same by FlexAttention, which takes float32 and any head dimension; it has no backward on a CPU."""
+    """Compute the same by FlexAttention, which takes float32 and any head dimension but has no backward on a CPU."""
     q, k, v = (x.transpose(0, 1)[None] for x in _one_sequence(query, key, value, options))
     function = _compiled_flex if q.is_cuda else flex_attention
     out = function(q, k, v, block_mask=packed.block_mask, scale=scaling, enable_gqa=True)
@@ -210,7 +213,7 @@ def block_attention(
 
 
 def _no_mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """An attention without a mask function of its own would lose a padding mask without an error."""
+    """Refuse a padding mask: without a mask function of its own, an attention would drop it without an error."""
     if attention_mask is not None:
         raise ValueError("packed attention takes no padding mask: rows are packed, not padded")
 
@@ -227,7 +230,7 @@ SERVED = frozenset({"llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3", "qwen
 
 
 def reason_against(config: Any) -> str | None:
-    """Why a model cannot be served, None if it can; ``config`` is transformers'."""
+    """Return why a model cannot be served, None if it can; ``config`` is transformers'."""
     if config.model_type not in SERVED:
         return f"model type {config.model_type} is not tested with packed attention"
     other = sorted(set(getattr(config, "layer_types", None) or []) - {"full_attention"})
@@ -242,7 +245,7 @@ def reason_against(config: Any) -> str | None:
 
 
 def kernel_reason(config: Any, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the variable-length kernels cannot compute a model that ``reason_against`` lets pass, None if they can."""
+    """Return why the variable-length kernels cannot compute a model that is served, None if they can."""
     if device.type != "cuda":
         return None
     heads = config.num_attention_heads

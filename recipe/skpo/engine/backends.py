@@ -1,4 +1,4 @@
-"""Switches of torch that the actor needs on GPUs; imported in its processes through ``model.external_lib``."""
+"""Settings of torch that the actor needs on GPUs; imported in its processes through ``model.external_lib``."""
 
 import torch
 

@@ -1,8 +1,8 @@
-"""verl's FSDP engine over packed sequences: no padding, shared prompts computed once, log-probs of responses alone.
+"""verl's FSDP engine over packed sequences: no padding, shared prompts computed once, log-probs of responses only.
 
-Importing the module (``model.external_lib``) registers the engine for VERL_ENGINE_DEVICE=packed.  It decides per model
-and device between the variable-length kernels, FlexAttention and verl's own padded rows, and says so in one line.
-verl's batching, FSDP, autocast and losses stay.
+Importing the module (``model.external_lib``) registers the engine for VERL_ENGINE_DEVICE=packed. It chooses per model
+and device between the variable-length kernels, FlexAttention and verl's own padded rows, and logs the choice. verl's
+batching, FSDP, autocast and losses stay.
 """
 
 import logging
@@ -24,9 +24,8 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
 from recipe.skpo.engine import attention
-from recipe.skpo.engine.log_probs import log_probs
+from recipe.skpo.engine.log_probs import in_rows, log_probs
 from recipe.skpo.engine.packing import PackedSequence
-from recipe.skpo.engine.rows import in_rows
 from recipe.skpo.engine.sizes import BLOCK
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ def _forward(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Forward of a causal language model; without ``packed`` it is the model's own."""
+    """Compute a causal language model on ``packed``; without it, the model's own forward."""
     if packed is None:
         own = type(self).forward
         return own(self, input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
@@ -64,9 +63,9 @@ def _forward(
 
 
 def use_packed(module: Any, kind: str) -> None:
-    """Make a causal language model take ``packed``, with the attention ``kind``.
+    """Make a causal language model accept ``packed``, with the attention ``kind``.
 
-    Its instance is changed, before FSDP wraps it, so that checkpoints and LoRA see the usual class.
+    The instance is changed before FSDP wraps it, so that checkpoints and LoRA see the usual class.
     """
     module.set_attn_implementation(kind)
     module.forward = MethodType(_forward, module)
@@ -74,7 +73,7 @@ def use_packed(module: Any, kind: str) -> None:
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device=DEVICE)
 class PackedEngine(FSDPEngineWithLMHead):
-    """``FSDPEngineWithLMHead`` over packed sequences; log-probs and entropies come back row by row, as verl's do."""
+    """``FSDPEngineWithLMHead`` over packed sequences; returns log-probs and entropies row by row, as verl does."""
 
     kind: str | None = None
     """Attention in use: one of ``attention.VARLEN``, ``attention.BLOCKS``, or None for verl's padded rows."""
@@ -92,7 +91,7 @@ class PackedEngine(FSDPEngineWithLMHead):
         return module
 
     def _choose(self, config: Any) -> tuple[str | None, str | None]:
-        """The attention, and why it is not the preferred one."""
+        """Return the attention, and why it is not the preferred one."""
         reason = attention.reason_against(config)
         if reason is not None:
             return None, reason
@@ -103,7 +102,7 @@ class PackedEngine(FSDPEngineWithLMHead):
         return (attention.VARLEN, None) if reason is None else (attention.BLOCKS, reason)
 
     def forward_backward_batch(self, data: TensorDict, loss_function: Callable, forward_only: bool = False) -> Any:
-        """As verl's; where the trainer keeps prompts together (``force_group_size``), so do the micro-batches."""
+        """Call verl's method, keeping prompts whole in micro-batches if the trainer does (``force_group_size``)."""
         rows = int(tu.get_non_tensor_data(data=data, key="force_group_size", default=1))
         if rows > 1:
             budget = self._budget(data, rows) if self.kind is not None and self.share else None
@@ -114,10 +113,10 @@ class PackedEngine(FSDPEngineWithLMHead):
         return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
 
     def _budget(self, data: TensorDict, rows: int) -> int | None:
-        """Token budget for micro-batches of whole prompts, counted as verl counts: every row with its prompt.
+        """Return the token budget for micro-batches of whole prompts, in verl's count: every row with its prompt.
 
-        Micro-batches within it have at most ``max_token_len_per_gpu`` positions once their prompts are shared.  None
-        where one prompt alone has more, or a rank has parts of prompts: then rows are split as verl splits them.
+        Micro-batches within it have at most ``max_token_len_per_gpu`` positions after sharing. None if one prompt alone
+        has more, or if a rank has parts of prompts: then rows are split as verl splits them.
         """
         limit = int(data["max_token_len_per_gpu"])
         prompts, responses = data["prompts"].unbind(), data["responses"].unbind()
@@ -178,7 +177,7 @@ class PackedEngine(FSDPEngineWithLMHead):
         return result
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:
-        """As verl's, with the positions that the model computed, and the tokens that it scored, among the metrics."""
+        """Call verl's method and add the computed positions and the scored tokens to the metrics."""
         loss, output = super().forward_step(micro_batch, loss_function, forward_only)
         if loss_function is not None:
             counts: dict[str, Any] = {
@@ -190,7 +189,7 @@ class PackedEngine(FSDPEngineWithLMHead):
 
 
 def _sizes(prompts: Any, responses: Any) -> tuple[int, int]:
-    """Tokens of some rows, and positions that are left when equal prompts are shared."""
+    """Return the tokens of some rows, and the positions left when equal prompts are shared."""
     written = sum(map(len, responses))
     distinct = {prompt.cpu().numpy().tobytes(): len(prompt) for prompt in prompts}
     return written + sum(map(len, prompts)), written + sum(distinct.values())

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from tensordict import TensorDict
 from torch.utils.checkpoint import checkpoint
 
 from recipe.skpo.engine.sizes import LOGIT_CHUNK
@@ -15,13 +16,14 @@ def log_probs(
     temperature: float | torch.Tensor = 1.0,
     chunk: int = LOGIT_CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob and entropy of each token, in nats; logits are computed again in the backward, chunk by chunk.
+    """Compute log-prob and entropy of each token, in nats; the backward computes logits again, chunk by chunk.
 
     Args:
         head: hidden states to logits.
         hidden: (tokens, hidden size), at the positions that predict ``labels``.
         labels: int64 (tokens,).
         temperature: divides the logits; a number or (tokens,).
+        chunk: tokens whose logits exist at a time.
 
     Returns:
         Two float32 tensors (tokens,).
@@ -40,3 +42,24 @@ def log_probs(
     parts = [checkpoint(of_chunk, *tensors, use_reentrant=False, preserve_rng_state=False) for tensors in chunks]
     values, entropies = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(entropies)
+
+
+def in_rows(values: torch.Tensor, micro_batch: TensorDict) -> torch.Tensor:
+    """Place values of response tokens in verl's layout, one position before each token.
+
+    Args:
+        values: (response tokens,), row by row.
+        micro_batch: has ``input_ids`` and ``responses``, nested (rows, tokens).
+
+    Returns:
+        Nested (rows, prompt + response), 0 elsewhere.
+    """
+    offsets = micro_batch["input_ids"].offsets()
+    lengths = micro_batch["responses"].offsets().diff()
+    # Row by row: the last ``length`` positions but one to the left.
+    first = offsets[1:] - lengths - 1
+    ends = lengths.cumsum(0)
+    within = torch.arange(int(ends[-1]), device=values.device) - (ends - lengths).repeat_interleave(lengths)
+    places = first.repeat_interleave(lengths) + within
+    full = torch.zeros(int(offsets[-1]), dtype=values.dtype, device=values.device)
+    return torch.nested.nested_tensor_from_jagged(full.index_put((places,), values), offsets)

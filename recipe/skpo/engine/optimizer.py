@@ -7,7 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def use_own_settings(optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> float:
-    """Put back what the optimizer was made with: loading a checkpoint replaces learning rate, weight decay and betas.
+    """Restore the settings the optimizer was made with: loading replaces learning rate, weight decay and betas.
 
     Args:
         optimizer: after ``load_state_dict``; its moments are kept.
@@ -27,7 +27,7 @@ def use_own_settings(optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> f
 
 
 def use_own_settings_in_worker(worker: Any) -> float | None:
-    """Call ``use_own_settings`` for the actor's engine inside verl's worker process; None where there is no actor."""
+    """Call ``use_own_settings`` for the actor's engine inside verl's worker process; None if it has no actor."""
     # verl puts the workers that share a GPU into one process.
     for role in getattr(worker, "worker_dict", {"actor": worker}).values():
         engine = getattr(getattr(role, "actor", None), "engine", None)

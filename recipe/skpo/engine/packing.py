@@ -1,8 +1,8 @@
-"""Rows of a micro-batch as one sequence without padding, in which a prompt that several rows share stands once.
+"""Rows of a micro-batch as one sequence without padding, in which a shared prompt appears once.
 
 The order is [shared prompts | rows that share nothing | padding | responses to shared prompts], so that attention needs
-two calls over slices: every piece within itself, then every response over its prompt (``attention.py``).  Positions
-restart behind a shared prompt, so every log-prob is that of the separate row.
+two calls over slices: every piece within itself, then every response over its prompt (``attention``). Positions restart
+after a shared prompt, so every log-prob is that of the separate row.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from recipe.skpo.engine.sizes import BLOCK
 
 @dataclass(frozen=True)
 class Documents:
-    """Consecutive documents of a packed sequence, as variable-length attention wants them.
+    """Consecutive documents of a packed sequence, in the form of variable-length attention.
 
     Attributes:
-        cu_seqlens: int32 (documents + 1,), on the device of the tokens: where each document starts, and the end.
+        cu_seqlens: int32 (documents + 1,), on the device of the tokens: start of each document, and the end.
         longest: tokens of the longest document; a Python int, so that no layer waits for the device.
     """
 
@@ -101,9 +101,9 @@ class PackedSequence:
 
     @cached_property
     def block_mask(self):  # type: ignore[no-untyped-def]  # a type of torch's that is imported late
-        """The same visibility for FlexAttention; ``positions`` must be a multiple of ``BLOCK``.
+        """Visibility for FlexAttention; ``positions`` must be a multiple of ``BLOCK``.
 
-        Built from the pieces: ``create_block_mask`` would evaluate all pairs of tokens.
+        Built from the pieces, because ``create_block_mask`` would evaluate all pairs of tokens.
         """
         from torch.nn.attention.flex_attention import BlockMask
 
@@ -151,7 +151,7 @@ class _Piece:
 
 
 def _group(prompts: Sequence[torch.Tensor]) -> tuple[list[list[int]], list[int]]:
-    """Rows that share a prompt, two at least, and the rows that share theirs with no other."""
+    """Return the groups of two or more rows with the same prompt, and the rows whose prompt no other row has."""
     groups: dict[bytes, list[int]] = {}
     for row, prompt in enumerate(prompts):
         groups.setdefault(prompt.numpy().tobytes(), []).append(row)

@@ -3,6 +3,6 @@
 BLOCK = 128
 """Tokens of a FlexAttention block; sequences for it are padded to a multiple."""
 LOGIT_CHUNK = 2048
-"""Tokens whose logits exist at a time."""
+"""Tokens whose logits exist at the same time."""
 LOGIT_BYTES = 20
 """Peak bytes per token of a chunk and vocabulary entry, forward and backward, measured on a CPU."""

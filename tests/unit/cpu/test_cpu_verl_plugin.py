@@ -18,7 +18,7 @@ import torch
 from importlib.metadata import distribution, distributions, version
 import verl
 from recipe.skpo.cpu import check_active, verl_plugin
-from recipe.skpo.cpu.platform import CpuDeviceId, CpuPlatform
+from recipe.skpo.cpu.cpu_platform import CpuDeviceId, CpuPlatform
 from verl.plugin.platform import get_platform
 from verl.utils.device import get_device_id, get_device_name, get_nccl_backend
 from verl.utils.device import get_resource_name, get_torch_device
@@ -126,7 +126,7 @@ function = distributed.initialize_global_process_group_ray
 facts["parameters"] = list(inspect.signature(function).parameters)
 facts["source"] = inspect.getsource(function)
 
-from recipe.skpo.cpu.platform import CpuPlatform              # importing it registers nothing
+from recipe.skpo.cpu.cpu_platform import CpuPlatform              # importing it registers nothing
 facts["registered by import"] = PlatformRegistry.get("cpu") is not None
 facts["missing methods"] = sorted(CpuPlatform.__abstractmethods__)
 facts["methods"] = {

@@ -344,7 +344,7 @@ def test_attention_follows_what_is_installed(
     ("overrides", "device", "library"),
     [
         (["platform=gpu"], "packed", "recipe.skpo.engine.fsdp"),
-        (["platform=cpu"], "shared_prefix", "recipe.skpo.engine.prefix_engine"),
+        (["platform=cpu"], "shared_prefix", "recipe.skpo.engine.dense"),
     ],
 )
 def test_the_engine_reaches_every_worker(compose_config, monkeypatch, given, overrides, device, library) -> None:

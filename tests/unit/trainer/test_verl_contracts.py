@@ -255,12 +255,12 @@ SEAMS = [
         "trainer and baselines write advantages by it, base_trainer._log_ratios rows with tags",
     ),
     ("transfer_queue:KVBatchMeta.reorder", "(self, indexes)", "both _balance_batch order rows by it"),
-    # prefix_engine.py
-    (f"{ENGINE}.prepare_model_inputs", "(self, micro_batch)", "prefix_engine.SharedPrefixEngine packs rows there"),
+    # dense.py
+    (f"{ENGINE}.prepare_model_inputs", "(self, micro_batch)", "dense.SharedPrefixEngine packs rows there"),
     (
         f"{ENGINE}.prepare_model_outputs",
         "(self, output, output_args, micro_batch, logits_processor_func)",
-        "prefix_engine.SharedPrefixEngine unpacks log-probs and entropies there",
+        "dense.SharedPrefixEngine unpacks log-probs and entropies there",
     ),
     # engine/fsdp.py
     (f"{ENGINE}._build_module", "(self)", "PackedEngine chooses the attention of the module that it returns"),
@@ -283,14 +283,14 @@ SEAMS = [
     (
         "verl.workers.engine.base:EngineRegistry.register",
         "(model_type, backend, device='cuda', vendor=None)",
-        "prefix_engine registers SharedPrefixEngine for the device shared_prefix",
+        "dense registers SharedPrefixEngine for the device shared_prefix",
     ),
     (
         "verl.utils.torch_functional:logprobs_from_logits",
         "(logits, labels, inplace_backward=True)",
-        "prefix_engine computes log-probs by it",
+        "dense computes log-probs by it",
     ),
-    ("verl.utils.torch_functional:entropy_from_logits", "(logits)", "prefix_engine computes entropies by it"),
+    ("verl.utils.torch_functional:entropy_from_logits", "(logits)", "dense computes entropies by it"),
     (
         "verl.trainer.ppo.core_algos:register_adv_est",
         "(name_or_enum)",
@@ -370,14 +370,14 @@ def test_signature_is_the_pinned_one(place: str, pinned: str, ours: str) -> None
 
 def our_classes() -> dict[str, tuple[type, str]]:
     """Every class of ours that stands below one of verl's, with the latter's place."""
-    from recipe.skpo.engine import fsdp, prefix_engine
+    from recipe.skpo.engine import dense, fsdp
     from recipe.skpo.rollout import worker as rollout
     from recipe.skpo.trainer import base as base_trainer
     from recipe.skpo.trainer import baselines, replay, replicas
     from recipe.skpo.trainer import skpo as trainer
 
     found = {}
-    for module in (rollout, replay, replicas, base_trainer, trainer, baselines, prefix_engine, fsdp):
+    for module in (rollout, replay, replicas, base_trainer, trainer, baselines, dense, fsdp):
         for name, value in vars(module).items():
             if inspect.isclass(value) and value.__module__ == module.__name__:
                 for place in (WORKER, MANAGER, SYNC, BUFFER, REPLICAS, ENGINE):

@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tests.support.reference  # noqa: F401  (how hypothesis runs)
-from recipe.skpo.engine.prefix_packing import pack_rows
+from recipe.skpo.engine.dense import pack_rows
 from tests.support.engine_rows import micro_batch
 
 VOCABULARY = 40
@@ -94,7 +94,7 @@ def test_engine_gives_what_verls_own_gives(model, temperature) -> None:
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
     from verl.workers.utils.padding import no_padding_2_padding
 
-    from recipe.skpo.engine.prefix_engine import SharedPrefixEngine
+    from recipe.skpo.engine.dense import SharedPrefixEngine
 
     prompts, responses = random_rows(3, [(6, [3, 5, 1, 4]), (4, [2, 2]), (9, [5])])
     single = model.float()
@@ -120,7 +120,7 @@ def test_engine_gives_what_verls_own_gives(model, temperature) -> None:
 def test_options_it_does_not_know_are_refused(model, option: str) -> None:
     from verl.utils import tensordict_utils as tu
 
-    from recipe.skpo.engine.prefix_engine import SharedPrefixEngine
+    from recipe.skpo.engine.dense import SharedPrefixEngine
 
     data = micro_batch(*random_rows(0, [(3, [2])]), 1.0)
     tu.assign_non_tensor(data, **{option: True})
@@ -131,7 +131,7 @@ def test_options_it_does_not_know_are_refused(model, option: str) -> None:
 def test_engine_is_found_under_its_device_name(monkeypatch: pytest.MonkeyPatch) -> None:
     from verl.workers.engine.base import EngineRegistry
 
-    from recipe.skpo.engine.prefix_engine import DEVICE, SharedPrefixEngine
+    from recipe.skpo.engine.dense import DEVICE, SharedPrefixEngine
 
     monkeypatch.setenv("VERL_ENGINE_DEVICE", DEVICE)
     for backend in ("fsdp", "fsdp2"):

@@ -1,8 +1,8 @@
 """verl's platform interface on the CPU.
 
-verl thinks in accelerators: it moves tensors to `get_device_id()`, asks `torch.<device>` for memory and
-random state, and lets Ray assign a "GPU". `CpuPlatform` answers each of these for a machine that has none.
-Registering it is the plugin's business (verl_plugin.py); importing this module changes nothing.
+verl assumes an accelerator: it moves tensors to `get_device_id()`, asks `torch.<device>` for memory and random state,
+and lets Ray assign a "GPU". `CpuPlatform` answers each of these calls on a machine without one. `verl_plugin` registers
+it; importing this module changes nothing.
 """
 
 import os
@@ -20,11 +20,10 @@ from recipe.skpo.cpu import environment
 
 
 class CpuDeviceId(str):
-    """What `get_device_id()` returns: "cpu" to torch, "0" in an f-string.
+    """The value of `get_device_id()`: "cpu" to torch, "0" in an f-string.
 
-    verl hands it to `tensor.to(...)` and `device=`, where the integer 0 would mean "accelerator 0" and raise,
-    and also writes f"{device_name}:{device_id}" (verl/utils/fsdp_utils.py:229), where it has to read as an
-    index.
+    verl passes it to `tensor.to(...)` and `device=`, where the integer 0 would mean "accelerator 0" and raise. verl
+    also writes f"{device_name}:{device_id}" (verl/utils/fsdp_utils.py:229), where it must read as an index.
     """
 
     def __new__(cls) -> "CpuDeviceId":
@@ -38,20 +37,20 @@ class CpuDeviceId(str):
 
 
 class CpuDeviceModule(ModuleType):
-    """`torch.cpu`, with those calls of `torch.cuda` that verl makes without asking first.
+    """`torch.cpu`, with the calls of `torch.cuda` that verl makes unconditionally.
 
-    `torch.cpu` itself will not do: it has no memory, random state, IPC or device-name functions. Memory is
-    that of the process. `max_memory_allocated` is its peak since it started, which cannot be reset.
+    `torch.cpu` alone lacks functions for memory, random state, IPC and device names. Memory here is that of the
+    process; `max_memory_allocated` is its peak since start, which cannot be reset.
     """
 
     def __init__(self) -> None:
         super().__init__("recipe.skpo.cpu.torch_cpu", self.__doc__)
 
     def __getattr__(self, name: str) -> Any:
-        """Streams, events and the like, for which torch.cpu has stand-ins."""
+        """Return torch.cpu's streams, events and other stand-ins."""
         if hasattr(torch.cpu, name):
             return getattr(torch.cpu, name)
-        raise AttributeError(f"the CPU platform has no torch.<device>.{name} (recipe/skpo/cpu/platform.py)")
+        raise AttributeError(f"the CPU platform has no torch.<device>.{name} (recipe/skpo/cpu/cpu_platform.py)")
 
     def is_available(self) -> bool:
         return True
@@ -62,23 +61,16 @@ class CpuDeviceModule(ModuleType):
     def device_count(self) -> int:
         return 1
 
-    def set_device(self, device: object) -> None:
-        return None
+    def _do_nothing(self, *args: Any, **kwargs: Any) -> None:
+        """Accept a call that has no meaning on a CPU."""
 
-    def synchronize(self, device: object = None) -> None:
-        return None
-
-    def empty_cache(self) -> None:
-        return None
-
-    def ipc_collect(self) -> None:
-        return None
+    set_device = synchronize = empty_cache = ipc_collect = _do_nothing
+    reset_peak_memory_stats = reset_accumulated_memory_stats = set_per_process_memory_fraction = _do_nothing
 
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
+    manual_seed_all = manual_seed
 
     def get_rng_state(self, device: object = None) -> torch.Tensor:
         return torch.get_rng_state()
@@ -102,31 +94,18 @@ class CpuDeviceModule(ModuleType):
     def memory_allocated(self, device: object = None) -> int:
         return psutil.Process().memory_info().rss
 
-    def memory_reserved(self, device: object = None) -> int:
-        return self.memory_allocated()
-
     def max_memory_allocated(self, device: object = None) -> int:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB, and lags behind
         return max(peak, self.memory_allocated())
 
-    def max_memory_reserved(self, device: object = None) -> int:
-        return self.max_memory_allocated()
-
-    def reset_peak_memory_stats(self, device: object = None) -> None:
-        return None
-
-    def reset_accumulated_memory_stats(self, device: object = None) -> None:
-        return None
-
-    def set_per_process_memory_fraction(self, fraction: float, device: object = None) -> None:
-        return None
+    memory_reserved, max_memory_reserved = memory_allocated, max_memory_allocated
 
 
 _DEVICE_MODULE = CpuDeviceModule()
 
 
 class CpuPlatform(PlatformBase):
-    """The CPU as one logical accelerator per Ray "GPU"; selected by VERL_PLATFORM=cpu only."""
+    """The CPU as one logical accelerator per Ray "GPU"; selected only by VERL_PLATFORM=cpu."""
 
     @property
     def device_name(self) -> str:
@@ -144,7 +123,7 @@ class CpuPlatform(PlatformBase):
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """Every machine has a CPU: say no, so that this platform never wins verl's auto-detection."""
+        """Return False, although every machine has a CPU, so that verl's auto-detection never selects it."""
         return False
 
     def current_device(self) -> CpuDeviceId:  # type: ignore[override]  # see CpuDeviceId
@@ -162,11 +141,10 @@ class CpuPlatform(PlatformBase):
     def manual_seed(self, seed: int) -> None:
         torch.manual_seed(seed)
 
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
+    manual_seed_all = manual_seed
 
     def set_allocator_settings(self, settings: str) -> None:
-        """Nothing to set: verl asks for expandable segments of the CUDA allocator before a weight sync."""
+        """Do nothing: verl requests expandable segments of the CUDA allocator before a weight sync."""
 
     def empty_cache(self) -> None:
         return None
@@ -178,7 +156,7 @@ class CpuPlatform(PlatformBase):
         return "gloo"
 
     def visible_devices_envvar(self) -> str:
-        """The variable Ray sets for its resource "GPU", see `ray_resource_name`."""
+        """Return the variable that Ray sets for its resource "GPU", see `ray_resource_name`."""
         return "CUDA_VISIBLE_DEVICES"
 
     @contextmanager
@@ -192,11 +170,10 @@ class CpuPlatform(PlatformBase):
         return None
 
     def ray_resource_name(self) -> str:
-        """A logical "GPU": start Ray with `num_gpus` = number of workers.
+        """Return a logical "GPU": start Ray with `num_gpus` = number of workers.
 
-        verl counts GPU or NPU only (verl/single_controller/ray/base.py:230) and asks for the ids that Ray
-        assigned (vllm_async_server.py:1348), which Ray keeps for its own accelerator names and not for custom
-        resources.
+        verl counts only GPU or NPU (verl/single_controller/ray/base.py:230) and reads the ids that Ray assigned
+        (vllm_async_server.py:1348). Ray assigns ids for its own accelerator names, not for custom resources.
         """
         return "GPU"
 
@@ -204,11 +181,11 @@ class CpuPlatform(PlatformBase):
         return []
 
     def is_ipc_supported(self) -> bool:
-        """No: weights then travel to vLLM through POSIX shared memory (BucketedWeightSender, use_shm)."""
+        """Return False, so that weights reach vLLM through POSIX shared memory (BucketedWeightSender, use_shm)."""
         return False
 
     def rollout_env_vars(self) -> dict[str, str]:
-        """What a vLLM server needs, for a Ray that was not started from our environment."""
+        """Return the variables that a vLLM server needs if Ray was started from another environment."""
         names = [*environment(num_threads=1, kv_cache_gib=1), "VLLM_PLUGINS"]
         return {name: os.environ[name] for name in names if name in os.environ and not name.startswith("RAY_")}
 
