@@ -31,12 +31,13 @@ from unittest import mock
 import psutil
 
 from benchmarks.report import table
-from recipe.skpo.output.metrics import json_lines, read_lines
+from recipe.skpo.output.metrics import json_lines, read_lines, training_steps
 from recipe.skpo.output.summary import held_out
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = ("timing", "perf/", "seconds")
 """Parts of the names of metrics that measure the machine."""
+METRICS = "out/metrics.jsonl"
 GAP = "skpo/rollout_actor_logprob_gap/mean"
 MOST_GAP = 0.02
 """Nats per token between rollout and actor that bfloat16 explains; a guess, see docs/performance.md."""
@@ -364,11 +365,6 @@ def kill(process: subprocess.Popen[bytes]) -> None:
         left.kill()
 
 
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """Metrics of a run's training steps."""
-    return [line for line in read_lines(folder / "out/metrics.jsonl") if "actor/grad_norm" in line]
-
-
 def per_step(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Median seconds of a step and of its phases, without the first step, which compiles."""
     later = lines[1:] or lines
@@ -413,8 +409,8 @@ def default(check: Check) -> None:
 
 def describe(check: Check, part: str, folder: Path) -> None:
     """Note what a run's metrics say: held-out numbers, seconds, the gap between rollout and actor."""
-    lines = steps_of(folder)
-    for line in read_lines(folder / "out/metrics.jsonl"):
+    lines = training_steps(folder / METRICS)
+    for line in read_lines(folder / METRICS):
         for source, numbers in held_out(line).items():
             check.add(part, f"held-out {source}, step {line['step']}", numbers)
     check.add(part, "median seconds of a step", per_step(lines))
@@ -425,9 +421,9 @@ def describe(check: Check, part: str, folder: Path) -> None:
 def resume(check: Check) -> None:
     """Run the command of ``default`` again: it goes on from the checkpoint to the end."""
     folder, command = default_command(check)
-    before = [line["step"] for line in steps_of(folder)]
+    before = [line["step"] for line in training_steps(folder / METRICS)]
     finish(start(command, folder), folder)
-    lines = steps_of(folder)
+    lines = training_steps(folder / METRICS)
     steps = [line["step"] for line in lines]
     check.add(
         "resume", "steps before and after", {"before": len(before), "after": len(steps)},
@@ -457,7 +453,7 @@ def compare(check: Check) -> None:
         with guarded_part(check, "compare", name):
             folder = check.out / "compare" / name.replace(", ", "-").replace(" ", "-").lower()
             finish(start(job(check, folder, *more, *options), folder), folder)
-            lines = steps_of(folder)
+            lines = training_steps(folder / METRICS)
             tokens = sum(line.get("actor/packing/tokens_sum", 0) for line in lines)
             positions = sum(line.get("actor/packing/positions_sum", 0) for line in lines)
             found[name] = {
@@ -485,7 +481,10 @@ def determinism(check: Check) -> None:
     for process, folder in zip(processes, folders, strict=True):
         finish(process, folder)
     runs = [
-        [{k: v for k, v in line.items() if not any(part in k for part in MACHINE)} for line in steps_of(folder)]
+        [
+            {k: v for k, v in line.items() if not any(part in k for part in MACHINE)}
+            for line in training_steps(folder / METRICS)
+        ]
         for folder in folders
     ]
     differing = sorted(

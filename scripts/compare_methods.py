@@ -15,7 +15,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from data_prep.untrusted import read_yaml
-from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.output.metrics import training_steps
 
 METHODS = ["grpo", "skpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "spo"]
 
@@ -31,11 +31,6 @@ def run(method: str, folder: Path, steps: int, overrides: list[str]) -> None:
     subprocess.run([*command, "trainer.save_freq=-1", *overrides], check=True)
 
 
-def steps_of(folder: Path) -> list[dict[str, float]]:
-    """Metrics of the folder's training steps."""
-    return [line for line in read_lines(folder / "metrics.jsonl") if "actor/grad_norm" in line]
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python scripts/compare_methods.py", description=__doc__.splitlines()[0])
@@ -47,9 +42,9 @@ def main() -> None:
     rows = {}
     for method in dict.fromkeys(["grpo", *arguments.methods]):
         folder = arguments.out / method
-        if len(steps_of(folder)) < arguments.steps:
+        if len(training_steps(folder / "metrics.jsonl")) < arguments.steps:
             run(method, folder, arguments.steps, overrides)
-        lines = steps_of(folder)
+        lines = training_steps(folder / "metrics.jsonl")
         config = OmegaConf.create(read_yaml(folder / "config.yaml"))
         prompts = config.data.train_batch_size // (config.skpo.group_size if method == "spo" else 1)
         rows[method] = {

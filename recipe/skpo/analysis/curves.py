@@ -1,17 +1,8 @@
-"""Training curves of any number of runs, method by method.  The paper's figures 9 to 11.
+"""Draw training curves of any number of runs, method by method: the paper's figures 9 to 11.
 
-Read from each run's ``metrics.jsonl``.  Per step and method the mean over the method's runs (seeds) that logged it; the
-band goes from the lowest to the highest run (min to max, not a confidence interval).  Two lines of one step are one:
-where both have a name, the later one counts.
-
-    reward       mean downstream reward                          skpo/downstream/reward/mean
-    accuracy     validation, per data source                     val-core/<source>/acc/mean@n
-    entropy      of the policy, nats per token                   actor/entropy
-    zero_share   groups whose rewards are equal, no advantage    skpo/downstream/all_equal_share
-    tokens       generated per step, all phases together         skpo/*/tokens_generated
-    phases       seconds of each phase per step, a mean over the steps of training        timing_s/*
-
-A metric that a method's runs did not log is left out and named in one line.
+Per step and method the mean over the method's runs (seeds) that logged it; the band goes from the lowest to the highest
+run, and is not a confidence interval.  Of two lines of one step the later value counts.  A metric that a method's runs
+did not log is left out and named in one line.  docs/analysis.md lists the metrics.
 
     python -m recipe.skpo.analysis.curves --run NAME=RUN[,RUN...] ... --out DIR
 """
@@ -26,8 +17,10 @@ from typing import Any
 
 import pandas as pd
 
-from recipe.skpo.evaluation.output import guarded, require, write_results
-from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.analysis.common import add_out, parser_of, write_results
+from recipe.skpo.evaluation.options import require
+from recipe.skpo.evaluation.results import run_cli
+from recipe.skpo.output.metrics import read_steps
 from recipe.skpo.output.summary import held_out
 
 STEP_TIME = "timing_s/step"
@@ -69,22 +62,19 @@ READERS: dict[str, tuple[str, Callable[[Mapping[str, float]], dict[str, float]]]
 
 
 def read_run(path: Path) -> list[dict[str, Any]]:
-    """One object per step of a ``metrics.jsonl``, by rising step.
+    """Read a ``metrics.jsonl``, one object per step, by rising step.
 
     Raises:
-        AnalysisError: no such file, or no line with a step in it.
+        ConfigError: no such file, or no line with a step in it.
     """
     require(path.is_file(), f"--run: {path}: file not found; name a run folder or its metrics.jsonl")
-    steps: dict[int, dict[str, Any]] = {}
-    for line in read_lines(path):
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            steps.setdefault(line["step"], {}).update(line)
+    steps = read_steps(path)
     require(bool(steps), f"--run: {path}: holds no line with a step; name a metrics.jsonl that a run wrote")
-    return [steps[step] for step in sorted(steps)]
+    return steps
 
 
 def curves_of(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> pd.DataFrame:
-    """Mean and band of every curve.
+    """Compute mean and band of every curve.
 
     Args:
         runs: per method its runs, each as ``read_run`` returns it.
@@ -116,7 +106,7 @@ def curves_of(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> pd.D
 
 
 def phases_of(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> pd.DataFrame:
-    """Seconds per phase of a training step.
+    """Average the seconds of each phase of a training step.
 
     Returns:
         One row per method and ``phase`` (names below ``timing_s/``; ``step`` is the whole step) with the mean over runs
@@ -135,7 +125,7 @@ def phases_of(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> pd.D
 
 
 def missing(methods: Sequence[str], curves: pd.DataFrame, phases: pd.DataFrame) -> list[str]:
-    """What each method's runs did not log, as text."""
+    """List what each method's runs did not log, as text."""
     logged = set(zip(curves["method"], curves["curve"], strict=True))
     lacking = {
         method: [f"{curve} ({name})" for curve, (name, _) in READERS.items() if (method, curve) not in logged]
@@ -146,7 +136,7 @@ def missing(methods: Sequence[str], curves: pd.DataFrame, phases: pd.DataFrame) 
 
 
 def summary(curves: pd.DataFrame, phases: pd.DataFrame) -> dict[str, Any]:
-    """First and last value of every curve per method, and the seconds of a step."""
+    """Collect first and last value of every curve per method, and the seconds of a step."""
     result: dict[str, Any] = {}
     for (method, curve, variant), rows in curves.groupby(["method", "curve", "variant"], sort=False):
         first, last = rows.iloc[0], rows.iloc[-1]
@@ -183,30 +173,24 @@ def _run_argument(text: str) -> tuple[str, tuple[Path, ...]]:
     return name, tuple(path / "metrics.jsonl" if path.is_dir() else path for path in paths)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Flags of the command."""
-    flags = argparse.ArgumentParser(prog="python -m recipe.skpo.analysis.curves", description=__doc__)
-    flags.formatter_class = argparse.RawDescriptionHelpFormatter
-    flags.add_argument(
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parser = parser_of("curves", __doc__)
+    parser.add_argument(
         "--run",
         type=_run_argument,
         action="append",
         required=True,
         help="NAME=RUN[,RUN...], repeatable; a RUN is a run folder or a metrics.jsonl, one per seed",
     )
-    flags.add_argument("--out", type=Path, required=True, help="folder for picture, numbers and config")
-    return flags
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    flags = parser().parse_args(argv)
+    add_out(parser)
+    flags = parser.parse_args(argv)
 
     def command() -> list[Path]:
         require(len(dict(flags.run)) == len(flags.run), "--run: a name is there twice; join its runs with commas")
         return run(CurvesConfig(dict(flags.run)), flags.out)
 
-    return guarded(command)
+    return run_cli(command)
 
 
 if __name__ == "__main__":

@@ -1,47 +1,45 @@
-"""Does a model copy its answer from a segment it is given?  The paper's figure 3.
+"""Measure whether a model copies its answer from a segment it is given: the paper's figure 3.
 
-For each problem q: G plain responses, their mean length L.  At six positions t from L/6 to L/2 one segment s is taken
-from them as training takes it (cut at t, median deviation), and G responses are drawn in each mode:
-
-    unconditional   q                          the plain responses themselves; s plays no part
+    unconditional   q                                      plain responses, of mean length L
     continual       q, s as the beginning of the response
-    skip            [s, q]                     SKPO's skip prompt by concatenation
-    quote           q with s quoted in front of the question inside the user turn (only if asked for)
+    skip            [s, q]                                 SKPO's skip prompt by concatenation
+    quote           q with s quoted in front of the question inside the user turn (not by default)
 
-Per group of G: distinct answers (all responses without a well-formed answer count as one), whether all rewards are
-equal, mean response length in tokens, accuracy.  A continual response is s and what follows, for answer and length.
-The means over problems come with their standard error.  Where t would be 0 it is 1.
+At each position t (at least 1) one segment s is taken from a problem's plain responses as training takes it, and G
+responses are drawn in each mode.  A continual response counts with its segment.  docs/analysis.md has the measures.
 
     python -m recipe.skpo.analysis.shortcut --model FOLDER --data FILE.parquet --out DIR
 """
 
-import argparse
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from recipe.skpo.analysis.common import add_out, parser_of, write_results
+from recipe.skpo.evaluation.engine import FREE, EngineConfig
 from recipe.skpo.evaluation.options import (
-    FREE,
-    EngineConfig,
+    JUDGING,
     ModelSettings,
-    add_engine_flags,
+    add_flags,
     add_model_flags,
-    engine_config,
+    check_options,
     model_settings,
+    option,
+    read_flags,
+    require,
 )
-from recipe.skpo.evaluation.output import AnalysisError, claim, guarded, require, write_results
-from recipe.skpo.evaluation.problems import Problem, load_tokenizer, read_problems
-from recipe.skpo.evaluation.sampling import SEED_BOUND, Completion, Request, Sampler, draw_stored
+from recipe.skpo.evaluation.problems import Judge, Problem, Reward, load_tokenizer, prompts_of, read_problems
+from recipe.skpo.evaluation.results import check_same_config, run_cli
+from recipe.skpo.evaluation.sampling import SEED_BOUND, Completion, LazySampler, Request, Sampler, draw_stored
 from recipe.skpo.method.segments import Segment, cut_segment, select_segment, skip_prompt
 from recipe.skpo.task.prompts import automatic_bos, problem_tokens
-from recipe.skpo.task.thoughts import ThoughtReader
-from reward_fns.thoughts import read_marks
 
 MODES = ("unconditional", "continual", "skip", "quote")
 MEASURES = ("distinct", "all_equal", "length", "accuracy", "well_formed")
@@ -49,44 +47,33 @@ QUOTE = 'Here is the beginning of an attempt:\n"""\n{segment}\n"""\n\n{question}
 DRAWS = "draws.jsonl"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ShortcutConfig:
-    """What is drawn.
+    """What is drawn; each option's help says what it is.
 
-    Attributes:
-        model: Hugging Face folder or name.
-        data: parquet file in the schema of ``data_prep.schema``.
-        problems: the first so many of the file.
-        group_size: G, responses per problem, position and mode.
-        positions: number of split positions, evenly from ``split_low`` to ``split_high``.
-        split_low, split_high: as shares of the problem's mean plain response length.
-        modes: of ``MODES``; ``unconditional`` is always drawn, because the segments come from it.
-        temperature, top_p: of the sampler.
-        max_tokens: longest response.
-        seed: of everything.
-        engine: how the model is served.
-        asked: how it is asked and judged.
+    Raises:
+        ConfigError: naming the flag and what it must be.
     """
 
-    model: str
-    data: Path
+    model: str = option(help="Hugging Face folder or name")
+    data: Path = option(help="parquet file (data_prep.schema)")
+    problems: int = option(32, "take the first so many", least=1)
+    group_size: int = option(8, "G, responses per problem, position and mode", least=2)
+    positions: int = option(6, "split positions, evenly from the lowest to the highest", least=1)
+    split_low: float = option(1 / 6, "lowest split position, as a share of the problem's mean plain length")
+    split_high: float = option(1 / 2, "highest split position")
+    modes: tuple[str, ...] = option(MODES[:3], f"of {','.join(MODES)}; the segments come from unconditional")
+    temperature: float = option(1.0, "above 0, for different responses")
+    top_p: float = option(1.0, "in (0, 1]")
+    max_tokens: int = option(1024, "longest response", least=2)
+    seed: int = option(1, "of every draw", least=0)
     engine: EngineConfig
-    problems: int = 32
-    group_size: int = 8
-    positions: int = 6
-    split_low: float = 1 / 6
-    split_high: float = 1 / 2
-    modes: tuple[str, ...] = ("unconditional", "continual", "skip")
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_tokens: int = 1024
-    seed: int = 1
     asked: ModelSettings = field(default_factory=ModelSettings)
 
     def __post_init__(self) -> None:
-        require(self.problems >= 1, f"--problems: must be >= 1, got {self.problems}")
-        require(self.group_size >= 2, f"--group-size: must be >= 2, got {self.group_size}")
-        require(self.positions >= 1, f"--positions: must be >= 1, got {self.positions}")
+        """Check the values."""
+        for options in (self, self.engine):
+            check_options(options)
         require(
             0 < self.split_low <= self.split_high < 1,
             f"--split-low, --split-high: need 0 < low <= high < 1, got {self.split_low}, {self.split_high}",
@@ -96,13 +83,22 @@ class ShortcutConfig:
         require("unconditional" in self.modes, "--modes: unconditional is missing; the segments come from it")
         require(self.temperature > 0, f"--temperature: must be > 0 to draw different responses, got {self.temperature}")
         require(0 < self.top_p <= 1, f"--top-p: must be in (0, 1], got {self.top_p}")
-        require(self.max_tokens >= 2, f"--max-tokens: must be >= 2, got {self.max_tokens}")
-        require(self.seed >= 0, f"--seed: must be >= 0, got {self.seed}")
 
     @property
     def shares(self) -> list[float]:
-        """The split positions as shares of L, rising."""
+        """Split positions as shares of L, rising."""
         return [float(share) for share in np.linspace(self.split_low, self.split_high, self.positions)]
+
+
+def canonical(answer: str) -> str:
+    """Make answers that are the same number the same text: 5, 5.0 and +5 are "5"."""
+    stripped = answer.strip()
+    try:
+        number = Decimal(stripped)
+    except InvalidOperation:
+        return stripped
+    # "NaN" and "Infinity" are decimals too, but words here.
+    return format(number.normalize() + 0, "f") if number.is_finite() else stripped
 
 
 @dataclass(frozen=True)
@@ -127,7 +123,7 @@ class Group:
     lengths: tuple[int, ...]
 
     def measures(self) -> dict[str, float]:
-        """The numbers of ``MEASURES``."""
+        """Compute the numbers of ``MEASURES``."""
         return {
             "distinct": float(len(set(self.answers))),
             "all_equal": float(len(set(self.rewards)) == 1),
@@ -138,7 +134,7 @@ class Group:
 
 
 def take_segment(plain: Sequence[Completion], split: int) -> Segment:
-    """The segment training would keep of these responses at split position ``split``."""
+    """Return the segment that training would keep of these responses at split position ``split``."""
     candidates = [
         cut_segment(response.token_ids, response.logprobs, split, response.finish_reason == "stop")
         for response in plain
@@ -147,7 +143,7 @@ def take_segment(plain: Sequence[Completion], split: int) -> Segment:
 
 
 def split_position(share: float, plain: Sequence[Completion]) -> int:
-    """t for a share of the mean length of the plain responses, in tokens, at least 1."""
+    """Return t for a share of the plain responses' mean length, in tokens, at least 1."""
     return max(1, math.floor(share * float(np.mean([len(response.token_ids) for response in plain]))))
 
 
@@ -164,73 +160,67 @@ class Planned:
 
 
 class Plan:
-    """Turns problems and plain responses into requests; holds tokenizer and config, changes nothing.
+    """Turns problems and plain responses into requests, and completions into groups.
 
     Args:
         config: of the analysis.
         tokenizer: of the model.
+        problems: of the data file.
+        prompts: their tokens.
     """
 
-    def __init__(self, config: ShortcutConfig, tokenizer: Any) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(
+        self, config: ShortcutConfig, tokenizer: Any, problems: Sequence[Problem], prompts: Sequence[tuple[int, ...]]
+    ) -> None:
+        """Load the reward."""
+        self.config, self.tokenizer, self.problems = config, tokenizer, problems
+        self.prompts = {problem.id: prompt for problem, prompt in zip(problems, prompts, strict=True)}
         self.bos = automatic_bos(tokenizer)
-        self.thoughts = ThoughtReader(tokenizer, read_marks())
+        self.judge = Judge(Reward(config.asked.reward), tokenizer)
 
     def seed(self, *place: int) -> int:
-        """Of the request at this place, from the config's seed; G seeds from there on belong to its completions."""
+        """Return the seed of the request at this place; the next G - 1 belong to its other completions."""
         drawn = np.random.SeedSequence([self.config.seed, *place]).generate_state(1, np.uint32)[0]
         return int(drawn) % (SEED_BOUND - self.config.group_size)
 
-    def plain(self, problems: Sequence[Problem]) -> list[Request]:
-        """One request per problem for its plain responses."""
+    def plain(self) -> list[Request]:
+        """Return one request per problem for its plain responses."""
         return [
-            Request(
-                f"{problem.id}/unconditional",
-                tuple(problem_tokens(self.tokenizer, problem.messages)),
-                self.config.max_tokens,
-                self.seed(0, number),
-            )
-            for number, problem in enumerate(problems)
+            Request(f"{id}/unconditional", prompt, self.config.max_tokens, self.seed(0, number))
+            for number, (id, prompt) in enumerate(self.prompts.items())
         ]
 
-    def conditional(self, problems: Sequence[Problem], plain: Mapping[str, Sequence[Completion]]) -> list[Planned]:
-        """The requests of all conditional modes."""
+    def conditional(self, plain: Mapping[str, Sequence[Completion]]) -> list[Planned]:
+        """Return the requests of all conditional modes."""
         planned = []
-        for number, problem in enumerate(problems):
+        for number, problem in enumerate(self.problems):
             responses = plain[f"{problem.id}/unconditional"]
-            problem_ids = problem_tokens(self.tokenizer, problem.messages)
             for position, share in enumerate(self.config.shares):
                 split = split_position(share, responses)
                 segment = take_segment(responses, split)
                 for mode in self.config.modes:
                     if mode != "unconditional":
-                        prompt, limit = self.prompt(mode, problem, problem_ids, segment)
-                        request = Request(
+                        prompt, limit = self.prompt(mode, problem, segment)
+                        key, seed = (
                             f"{problem.id}/{mode}/{position}",
-                            tuple(prompt),
-                            limit,
                             self.seed(1 + MODES.index(mode), number, position),
                         )
+                        request = Request(key, tuple(prompt), limit, seed)
                         planned.append(Planned(request, problem, mode, position, split, segment))
         return planned
 
-    def prompt(
-        self, mode: str, problem: Problem, problem_ids: Sequence[int], segment: Segment
-    ) -> tuple[list[int], int]:
-        """Prompt tokens and longest completion of one mode."""
-        limit, ids = self.config.max_tokens, list(segment.token_ids)
+    def prompt(self, mode: str, problem: Problem, segment: Segment) -> tuple[list[int], int]:
+        """Return prompt tokens and longest completion of one mode."""
+        limit, ids, question = self.config.max_tokens, list(segment.token_ids), list(self.prompts[problem.id])
         if mode == "skip":
-            return skip_prompt(ids, problem_ids, self.bos), limit
+            return skip_prompt(ids, question, self.bos), limit
         if mode == "continual":
             # The whole response, s included, has the budget of a plain one.
-            return list(problem_ids) + ids, max(1, limit - len(ids))
-        text = QUOTE.format(segment=self.decode(ids), question=problem.text)
+            return question + ids, max(1, limit - len(ids))
+        quoted = self.tokenizer.decode(ids, skip_special_tokens=True)
+        text = QUOTE.format(segment=quoted, question=problem.text)
         messages = [*problem.messages[:-1], {"role": problem.messages[-1]["role"], "content": text}]
         return problem_tokens(self.tokenizer, messages), limit
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text without special tokens, as the reward sees it."""
-        return str(self.tokenizer.decode(list(token_ids), skip_special_tokens=True))
 
     def group(
         self,
@@ -244,39 +234,26 @@ class Plan:
         """Check one group; ``before`` are tokens that begin each response."""
         whole = [[*before, *completion.token_ids] for completion in completions]
         # Every mode's prompt ends as the problem's does.
-        prompt = problem_tokens(self.tokenizer, problem.messages)
-        checked = [problem.check(self.decode(ids), self.thoughts.extra_info(None, prompt, ids)) for ids in whole]
+        checked = [self.judge(problem, self.prompts[problem.id], ids)[1] for ids in whole]
         return Group(
             problem_id=problem.id,
             mode=mode,
             position=position,
             split=split,
-            answers=tuple(item.answer for item in checked),
-            rewards=tuple(item.reward for item in checked),
+            answers=tuple(canonical(item.pred) for item in checked),
+            rewards=tuple(item.score for item in checked),
             lengths=tuple(len(ids) for ids in whole),
         )
 
 
-def collect(
-    config: ShortcutConfig,
-    problems: Sequence[Problem],
-    tokenizer: Any,
-    out: Path,
-    open_sampler: Callable[[], Sampler],
-) -> list[Group]:
-    """Draw all groups, reading back from ``out`` what was drawn before; plain groups first."""
-    plan = Plan(config, tokenizer)
-    opened: list[Sampler] = []
-
-    def sampler() -> Sampler:
-        if not opened:
-            opened.append(open_sampler())
-        return opened[0]
+def collect(plan: Plan, store: Path, sampler: Sampler) -> list[Group]:
+    """Draw all groups, stored ones from the store; plain groups first."""
+    config = plan.config
 
     def draw(requests: Sequence[Request]) -> dict[str, list[Completion]]:
         return draw_stored(
             requests,
-            out / DRAWS,
+            store,
             sampler,
             n=config.group_size,
             temperature=config.temperature,
@@ -284,14 +261,10 @@ def collect(
             prompts_per_call=config.engine.prompts_per_call,
         )
 
-    try:
-        plain = draw(plan.plain(problems))
-        planned = plan.conditional(problems, plain)
-        drawn = draw([item.request for item in planned])
-    finally:
-        for used in opened:
-            used.close()
-    groups = [plan.group(problem, plain[f"{problem.id}/unconditional"]) for problem in problems]
+    plain = draw(plan.plain())
+    planned = plan.conditional(plain)
+    drawn = draw([item.request for item in planned])
+    groups = [plan.group(problem, plain[f"{problem.id}/unconditional"]) for problem in plan.problems]
     for item in planned:
         before = item.segment.token_ids if item.mode == "continual" else ()
         completions = drawn[item.request.key]
@@ -300,7 +273,7 @@ def collect(
 
 
 def tabulate(groups: Sequence[Group], shares: Sequence[float]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Per group, and per mode and position.
+    """Tabulate the measures per group, and per mode and position.
 
     Returns:
         ``groups``: one row per group with its measures.  ``means``: per mode and ``share`` of L the mean of each
@@ -326,36 +299,43 @@ def tabulate(groups: Sequence[Group], shares: Sequence[float]) -> tuple[pd.DataF
 
 
 def summary(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Mean of each measure per mode over all positions, and the length as a share of the plain one's."""
+    """Average each measure per mode over all positions, and the length as a share of the plain one's."""
     means = rows.groupby("mode", sort=False)[list(MEASURES)].mean()
     means["length_share"] = means["length"] / means.loc["unconditional", "length"]
     return {str(mode): {name: float(row[name]) for name in means.columns} for mode, row in means.iterrows()}
 
 
 def run(config: ShortcutConfig, out: Path, open_sampler: Callable[[], Sampler] | None = None) -> list[Path]:
-    """Draw, count, write; returns the files.
+    """Draw, count, write.
 
     Args:
         config: what to draw.
         out: folder; draws of an interrupted run with the same config are used.
         open_sampler: makes the sampler; None starts vLLM.
+
+    Returns:
+        The files.
     """
     from recipe.skpo.analysis.drawing import draw_shortcut
 
-    problems = read_problems(config.data, config.problems, config.asked.answer_format)
+    where = f"--data {config.data}"
+    problems = read_problems(config.data, "--data", config.problems)
     tokenizer = load_tokenizer(config.model, config.asked.chat)
-    longest = max(len(problem_tokens(tokenizer, problem.messages)) for problem in problems)
-    context = config.engine.max_model_len
+    prompts = prompts_of(problems, tokenizer, where)
+    plan = Plan(config, tokenizer, problems, prompts)
+    plan.judge.reward.check_truths(problems, where)
+    longest, context = max(map(len, prompts)), config.engine.max_model_len
     needed = longest + math.floor(config.split_high * config.max_tokens) + config.max_tokens
     if "quote" in config.modes:
         needed += len(tokenizer(QUOTE).input_ids)
-    if context and context < needed:
-        raise AnalysisError(
-            f"--max-model-len: {context} is below the {needed} tokens of the longest problem ({longest}), segment and "
-            f"response; raise it or lower --max-tokens"
-        )
-    claim(out, config, FREE)
-    groups = collect(config, problems, tokenizer, out, open_sampler or (lambda: config.engine.open(config.model)))
+    require(
+        context == 0 or context >= needed,
+        f"--max-model-len: {context} is below the {needed} tokens of the longest problem ({longest}), segment and "
+        f"response; raise it or lower --max-tokens",
+    )
+    check_same_config(out, config, (*FREE, *JUDGING))
+    with LazySampler(open_sampler or (lambda: config.engine.open(config.model))) as sampler:
+        groups = collect(plan, out / DRAWS, sampler)
     rows, means = tabulate(groups, config.shares)
     numbers = summary(rows)
     for mode, values in numbers.items():
@@ -366,44 +346,20 @@ def run(config: ShortcutConfig, out: Path, open_sampler: Callable[[], Sampler] |
     return write_results(out, "shortcut", config, numbers, {"means": means, "groups": rows}, draw_shortcut(means))
 
 
-def parser() -> argparse.ArgumentParser:
-    """Flags of ``ShortcutConfig`` and of the engine."""
-    flags = argparse.ArgumentParser(prog="python -m recipe.skpo.analysis.shortcut", description=__doc__)
-    flags.formatter_class = argparse.RawDescriptionHelpFormatter
-    flags.add_argument("--model", required=True, help="Hugging Face folder or name")
-    flags.add_argument("--data", type=Path, required=True, help="parquet file (data_prep.schema)")
-    flags.add_argument("--out", type=Path, required=True, help="folder for draws, picture, numbers and config")
-    flags.add_argument("--problems", type=int, default=32, help="the first so many (default 32)")
-    flags.add_argument("--group-size", type=int, default=8, help="G (default 8)")
-    flags.add_argument("--positions", type=int, default=6, help="split positions (default 6)")
-    flags.add_argument("--split-low", type=float, default=1 / 6, help="of the mean length (default 1/6)")
-    flags.add_argument("--split-high", type=float, default=1 / 2, help="of the mean length (default 1/2)")
-    flags.add_argument(
-        "--modes", type=lambda text: tuple(text.split(",")), default=MODES[:3], help=f"of {','.join(MODES)}"
-    )
-    flags.add_argument("--temperature", type=float, default=1.0, help="default 1.0")
-    flags.add_argument("--top-p", type=float, default=1.0, help="default 1.0")
-    flags.add_argument("--max-tokens", type=int, default=1024, help="longest response (default 1024)")
-    flags.add_argument("--seed", type=int, default=1, help="default 1")
-    add_model_flags(flags)
-    add_engine_flags(flags)
-    return flags
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    flags = parser().parse_args(argv)
-    own = [item.name for item in fields(ShortcutConfig) if item.name not in ("engine", "asked")]
+    """Run the command; returns the exit code."""
+    parser = parser_of("shortcut", __doc__)
+    add_out(parser, "folder for draws, picture, numbers and config")
+    add_flags(parser, ShortcutConfig)
+    add_model_flags(parser)
+    add_flags(parser, EngineConfig, "vLLM")
+    flags = parser.parse_args(argv)
 
     def command() -> list[Path]:
-        config = ShortcutConfig(
-            engine=engine_config(flags),
-            asked=model_settings(flags, flags.model),
-            **{name: getattr(flags, name) for name in own},
-        )
-        return run(config, flags.out)
+        asked = model_settings(flags, flags.model)
+        return run(read_flags(ShortcutConfig, flags, engine=read_flags(EngineConfig, flags), asked=asked), flags.out)
 
-    return guarded(command)
+    return run_cli(command)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,19 @@
-"""Do Monte-Carlo advantages have the right sign?  A simulation with known success probabilities.
+"""Simulate whether Monte-Carlo advantages have the right sign: the paper's figures 1, 5, 6 and 8.
 
-The paper's figures 1, 5, 6 and 8.  The generative model is ours, the paper's data are not public:
-
-    prompt     value mu ~ Beta(a, b)                        what pi(.|q) gets right
-               concentration c, log-uniform                 how much its segments differ
-    segment    p ~ Beta(mu c, (1 - mu) c), G per prompt     true success probability, mean mu
+    prompt     value mu ~ Beta(a, b); concentration c, log-uniform: how much its segments differ
+    segment    p ~ Beta(mu c, (1 - mu) c), G per prompt: true success probability, mean mu
     class      number of correct among G outcomes, one Bernoulli(p) per segment
-    MC         p^ = Binomial(K, p) / K                      then group-relative over the G segments, as from the true p
+    MC         Binomial(K, p) / K, then group-relative over the G segments, as from the true p
+    SKPO       one segment per visit: R_I of K = 8 responses minus the tracker's value, against the true p - mu
 
-A sign is right if it is that of the true advantage; an estimate of exactly 0 teaches nothing and counts as not right
-(the accuracy of the others is a column of its own).
-SKPO's own upstream estimator sees one segment per visit: A = R_I - b with R_I from K = 8 responses and b from the
-prompt's tracker over earlier visits, against the true p - mu.  Training code computes both advantages and the tracker.
+A sign is right if it is that of the true advantage; an estimate of exactly 0 counts as not right.
 
     python -m recipe.skpo.analysis.sign_consistency --out DIR
 """
 
-import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +21,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from recipe.skpo.evaluation.output import guarded, require, write_results
+from recipe.skpo.analysis.common import add_out, parser_of, write_results
+from recipe.skpo.evaluation.options import add_flags, check_options, option, read_flags, require
+from recipe.skpo.evaluation.results import run_cli
 from recipe.skpo.method.advantage import group_relative_advantage, single_stream_advantage
 from recipe.skpo.method.tracker import KLAdaptiveTracker
 
@@ -37,43 +33,41 @@ ZERO = 1e-9
 
 @dataclass(frozen=True)
 class SignConfig:
-    """What is simulated.
+    """What is simulated; each option's help says what it is.
 
-    Attributes:
-        prompts: number of prompts.
-        group_size: G, segments per prompt; also the outcomes of the correctness class.
-        samples: values of K, Monte-Carlo samples per segment.
-        difficulty_alpha, difficulty_beta: of the Beta that prompt values are drawn from.
-        concentration_low, concentration_high: range of c; large means that a prompt's segments are alike.
-        spread_edges: edges of the bins of the true probabilities' population std within a group.
-        visits: of every prompt under SKPO.
-        responses: K of SKPO, downstream responses per visit.
-        value_trends: logits by which prompt values rise from visit to visit, one SKPO simulation each.
-        drift: D between two visits, in steps; the paper's 17,398 prompts at 128 per step come back after 136.
-        batch: prompts over which SKPO's advantage is normalised.
-        seed: of everything.
+    Raises:
+        ConfigError: naming the flag and what it must be.
     """
 
-    prompts: int = 20_000
-    group_size: int = 8
-    samples: tuple[int, ...] = tuple(2**power for power in range(3, 14))
-    difficulty_alpha: float = 1.0
-    difficulty_beta: float = 1.0
-    concentration_low: float = 5.0
-    concentration_high: float = 100.0
-    spread_edges: tuple[float, ...] = (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5)
-    visits: int = 12
-    responses: int = 8
-    value_trends: tuple[float, ...] = (0.0, 0.25)
-    drift: float = 136.0
-    batch: int = 128
-    seed: int = 1
+    prompts: int = option(20_000, "number of prompts", least=1)
+    group_size: int = option(8, "G, segments per prompt; also the outcomes of the correctness class", least=2)
+    samples: tuple[int, ...] = option(
+        tuple(2**power for power in range(3, 14)), "values of K, Monte-Carlo samples per segment", least=1
+    )
+    difficulty_alpha: float = option(1.0, "a of the Beta that prompt values are drawn from")
+    difficulty_beta: float = option(1.0, "b of it")
+    concentration_low: float = option(5.0, "smallest c; large means that a prompt's segments are alike")
+    concentration_high: float = option(100.0, "largest c")
+    spread_edges: tuple[float, ...] = option(
+        (0.0, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.5),
+        "edges of the bins of the true probabilities' population std within a group",
+    )
+    visits: int = option(12, "of every prompt under SKPO", least=1)
+    responses: int = option(8, "K of SKPO, downstream responses per visit", least=1)
+    value_trends: tuple[float, ...] = option(
+        (0.0, 0.25), "logits by which prompt values rise from visit to visit, one SKPO simulation each"
+    )
+    drift: float = option(
+        136.0,
+        "D between two visits, in steps; the paper's 17,398 prompts at 128 per step come back after 136",
+        least=0,
+    )
+    batch: int = option(128, "prompts over which SKPO's advantage is normalised", least=1)
+    seed: int = option(1, "of every draw", least=0)
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "visits", "responses", "batch"):
-            require(getattr(self, name) >= 1, f"--{name}: must be >= 1, got {getattr(self, name)}")
-        require(self.group_size >= 2, f"--group-size: must be >= 2, got {self.group_size}")
-        require(bool(self.samples) and min(self.samples) >= 1, f"--samples: must be numbers >= 1, got {self.samples}")
+        """Check the values."""
+        check_options(self)
         require(
             min(self.difficulty_alpha, self.difficulty_beta) > 0,
             f"--difficulty-alpha, --difficulty-beta: must be > 0, got {self.difficulty_alpha}, {self.difficulty_beta}",
@@ -87,8 +81,6 @@ class SignConfig:
             len(self.spread_edges) >= 2 and list(self.spread_edges) == sorted(set(self.spread_edges)),
             f"--spread-edges: must be two or more rising numbers, got {self.spread_edges}",
         )
-        require(self.drift >= 0, f"--drift: must be >= 0, got {self.drift}")
-        require(self.seed >= 0, f"--seed: must be >= 0, got {self.seed}")
 
 
 @dataclass(frozen=True)
@@ -114,7 +106,7 @@ class Prompts:
 
 
 def draw_prompts(config: SignConfig, rng: np.random.Generator) -> Prompts:
-    """Prompts, their segments and one outcome per segment."""
+    """Draw prompts, their segments and one outcome per segment."""
     value = rng.beta(config.difficulty_alpha, config.difficulty_beta, config.prompts)
     low, high = np.log(config.concentration_low), np.log(config.concentration_high)
     concentration = np.exp(rng.uniform(low, high, config.prompts))
@@ -123,27 +115,27 @@ def draw_prompts(config: SignConfig, rng: np.random.Generator) -> Prompts:
 
 
 def draw_segments(value: np.ndarray, concentration: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """True success probabilities of ``count`` segments per prompt, (prompts, count)."""
-    # A Beta parameter of 0 is none; 1e-6 of a success is as good.
+    """Draw true success probabilities of ``count`` segments per prompt, (prompts, count)."""
+    # Beta takes no parameter of 0; 1e-6 of a success is as good.
     alpha, beta = (np.maximum(part * concentration, 1e-6)[:, None] for part in (value, 1 - value))
     return rng.beta(alpha, beta, (len(value), count))
 
 
 def group_relative(values: np.ndarray) -> np.ndarray:
-    """Training's group-relative advantage of each column among its row, (prompts, G) float64."""
+    """Compute training's group-relative advantage of each column among its row, (prompts, G) float64."""
     groups = np.repeat(np.arange(values.shape[0]), values.shape[1])
     flat = group_relative_advantage(torch.from_numpy(values.astype(np.float64).ravel()), torch.from_numpy(groups))
     return flat.numpy().reshape(values.shape)
 
 
 def signs(advantages: np.ndarray) -> np.ndarray:
-    """-1, 0 or +1; what is 0 but for rounding is 0."""
+    """Return -1, 0 or +1; values below ``ZERO`` are 0."""
     return np.where(np.abs(advantages) < ZERO, 0.0, np.sign(advantages))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Per estimate: what it has in common with the truth.  All are float arrays of one shape; NaN is left out.
+    """Per estimate: how it compares with the truth.  All are float arrays of one shape; NaN is left out.
 
     Attributes:
         right: 1 where the sign is the true one, 0 where not; NaN where the true advantage is 0.
@@ -166,7 +158,7 @@ def _right(estimate: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def monte_carlo_scores(prompts: Prompts, samples: int, rng: np.random.Generator) -> Scores:
-    """Scores of Monte-Carlo group-relative advantages with K = ``samples`` per segment, arrays (prompts, G)."""
+    """Score Monte-Carlo group-relative advantages with K = ``samples`` per segment, arrays (prompts, G)."""
     estimate = group_relative(rng.binomial(samples, prompts.segments) / samples)
     truth = group_relative(prompts.segments)
     return Scores(
@@ -179,7 +171,7 @@ def monte_carlo_scores(prompts: Prompts, samples: int, rng: np.random.Generator)
 
 
 def batch_normalised(rewards: np.ndarray, baselines: np.ndarray, batch: int) -> np.ndarray:
-    """Training's single-stream advantage, batch by batch in order, (prompts,)."""
+    """Compute training's single-stream advantage, batch by batch in order, (prompts,)."""
     parts = [
         single_stream_advantage(
             torch.from_numpy(rewards[start : start + batch]), torch.from_numpy(baselines[start : start + batch])
@@ -192,13 +184,13 @@ def batch_normalised(rewards: np.ndarray, baselines: np.ndarray, batch: int) -> 
 def upstream_scores(
     config: SignConfig, prompts: Prompts, trend: float, rng: np.random.Generator
 ) -> Iterator[tuple[str, int, Scores]]:
-    """SKPO's upstream estimator, visit by visit.
+    """Score SKPO's upstream estimator, visit by visit.
 
-    Every visit draws a fresh segment, except that at the last one of a policy that stands still it is the first of
-    the prompt's simulated group, so that classes and spreads are those of the Monte-Carlo groups.
+    Every visit draws a fresh segment, except the last one of a policy that does not change: that takes the first
+    segment of the prompt's simulated group, so that classes and spreads are those of the Monte-Carlo groups.
 
     Yields:
-        Estimator (``skpo``: tracked baseline; ``skpo_exact_baseline``: the true value in its place), number of
+        Estimator (``skpo``: tracked baseline; ``skpo_exact_baseline``: the true value instead), number of
         earlier visits, and its scores, arrays (prompts,).
     """
     tracker = KLAdaptiveTracker(0.5)
@@ -234,7 +226,7 @@ def upstream_scores(
 
 
 def spread_bins(spread: np.ndarray, edges: Sequence[float]) -> np.ndarray:
-    """Number of each prompt's bin, (prompts,), -1 for none; a bin holds its upper edge, the first its lower one too."""
+    """Find each prompt's bin, (prompts,), -1 for none; a bin holds its upper edge, the first its lower one too."""
     bins = np.searchsorted(np.asarray(edges), spread, side="left") - 1
     bins[spread == edges[0]] = 0
     return np.where(bins < len(edges) - 1, bins, -1)
@@ -258,14 +250,15 @@ def _summary_row(scores: Scores, rows: np.ndarray) -> dict[str, float]:
 
 
 def simulate(config: SignConfig) -> pd.DataFrame:
-    """All numbers in one table.
+    """Simulate everything.
 
     Returns:
         One row per estimator (``monte_carlo``, ``skpo``, ``skpo_exact_baseline``), ``trend`` of the values, ``samples``
-        per segment, ``visit`` (SKPO: earlier visits), ``by`` (``all``, ``correct``, ``spread``) and ``group`` (number of
-        correct outcomes, or the bin's upper edge), with sign accuracies and shares in [0, 1], the mean absolute error
-        of normalised advantages, and the number of estimates.  SKPO is grouped at its last visit without trend only.
-    """  # noqa: E501
+        per segment, ``visit`` (SKPO: earlier visits), ``by`` (``all``, ``correct``, ``spread``) and ``group`` (number
+        of correct outcomes, or the bin's upper edge), with sign accuracies and shares in [0, 1], the mean absolute
+        error of normalised advantages, and the number of estimates.  SKPO is grouped at its last visit without trend
+        only.
+    """
     streams = [np.random.default_rng(seed) for seed in np.random.SeedSequence(config.seed).spawn(3)]
     prompts = draw_prompts(config, streams[0])
     bins = spread_bins(prompts.spread, config.spread_edges)
@@ -291,11 +284,11 @@ def simulate(config: SignConfig) -> pd.DataFrame:
 
 
 def summary(config: SignConfig, table: pd.DataFrame) -> dict[str, Any]:
-    """Headline numbers over all prompts."""
+    """Collect the headline numbers over all prompts."""
     overall = table[table["by"] == "all"].set_index(["estimator", "trend", "samples", "visit"])
-    wanted = ["sign_accuracy", "sign_accuracy_of_nonzero", "sign_accuracy_to_prompt_value", "mae", "zero_share"]
+    names = ["sign_accuracy", "sign_accuracy_of_nonzero", "sign_accuracy_to_prompt_value", "mae", "zero_share"]
     result: dict[str, Any] = {
-        f"monte_carlo K={samples}": dict(overall.loc[("monte_carlo", 0.0, samples, 0), wanted])
+        f"monte_carlo K={samples}": dict(overall.loc[("monte_carlo", 0.0, samples, 0), names])
         | {"samples_per_prompt": samples * config.group_size}
         for samples in config.samples
     }
@@ -303,13 +296,13 @@ def summary(config: SignConfig, table: pd.DataFrame) -> dict[str, Any]:
         for visit in sorted({0, 1, 3, config.visits - 1} & set(range(config.visits))):
             row = overall.loc[("skpo", trend, config.responses, visit)]
             result[f"skpo trend={trend} visits before={visit}"] = {
-                name: row[name] for name in [*wanted, "sign_accuracy_normalised"]
+                name: row[name] for name in [*names, "sign_accuracy_normalised"]
             } | {"samples_per_prompt": config.responses}
     return result
 
 
 def run(config: SignConfig, out: Path) -> list[Path]:
-    """Simulate, draw, write; returns the files."""
+    """Simulate, draw the picture, write; returns the files."""
     from recipe.skpo.analysis.drawing import draw_sign_consistency
 
     table = simulate(config)
@@ -321,37 +314,13 @@ def run(config: SignConfig, out: Path) -> list[Path]:
     )
 
 
-def list_of(kind: Callable[[str], Any]) -> Callable[[str], tuple[Any, ...]]:
-    """Reads numbers separated by commas."""
-
-    def numbers(text: str) -> tuple[Any, ...]:
-        return tuple(kind(part) for part in text.split(","))
-
-    return numbers
-
-
-def parser() -> argparse.ArgumentParser:
-    """One flag per field of ``SignConfig``; fields with several numbers take them separated by commas."""
-    flags = argparse.ArgumentParser(prog="python -m recipe.skpo.analysis.sign_consistency", description=__doc__)
-    flags.formatter_class = argparse.RawDescriptionHelpFormatter
-    flags.add_argument("--out", type=Path, required=True, help="folder for picture, numbers and config")
-    for item in fields(SignConfig):
-        default: Any = item.default
-        listed = isinstance(default, tuple)
-        flags.add_argument(
-            f"--{item.name.replace('_', '-')}",
-            type=list_of(type(default[0])) if listed else type(default),
-            default=default,
-            help=f"default {','.join(map(str, default)) if listed else default}",
-        )
-    return flags
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
-    arguments = vars(parser().parse_args(argv))
-    out = arguments.pop("out")
-    return guarded(lambda: run(SignConfig(**arguments), out))
+    """Run the command; returns the exit code."""
+    parser = parser_of("sign_consistency", __doc__)
+    add_out(parser)
+    add_flags(parser, SignConfig)
+    flags = parser.parse_args(argv)
+    return run_cli(lambda: run(read_flags(SignConfig, flags), flags.out))
 
 
 if __name__ == "__main__":

@@ -1,61 +1,135 @@
-"""Flags that the commands with a model share: where it is and how vLLM serves it."""
+"""Options of the analyses' commands: one record holds a command's flags, their defaults, help and bounds."""
 
 import argparse
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from data_prep.untrusted import UntrustedError, parse_json
-from recipe.skpo.evaluation.sampling import VllmOptions, VllmSampler, detected_platform
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.task.run_settings import Chat, run_settings
 from reward_fns import OUR_REWARD
 from reward_fns.forms import OLD_FORMATS, AnswerFormat
 
-FREE = ("engine.num_threads", "engine.kv_cache_gib", "engine.gpu_memory_utilization")
-"""What may differ when an interrupted run goes on: memory and threads."""
+Record = TypeVar("Record")
+
+
+def require(holds: bool, message: str) -> None:
+    """Raise ConfigError unless ``holds``."""
+    if not holds:
+        raise ConfigError(message)
+
+
+# ---------------------------------------------------------------- a record as flags
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    least: float | None = None,
+    choices: tuple[str, ...] = (),
+    flag: str = "",
+    factory: Any = MISSING,
+) -> Any:
+    """Declare a field of a record as an option.
+
+    Args:
+        default: its default; without one and without ``factory`` the flag is required.
+        help: one line about it.
+        least: smallest value allowed, of each number in a tuple.
+        choices: values allowed.
+        flag: its name on the command line; the field's name if empty.
+        factory: makes the default when the record is made.
+    """
+    metadata = {"help": help, "least": least, "choices": choices, "flag": flag}
+    return field(default=default, default_factory=factory, metadata=metadata)
+
+
+def _options(record: type) -> Iterator[Field[Any]]:
+    return (item for item in fields(record) if "help" in item.metadata)
+
+
+def _flag(item: Field[Any]) -> str:
+    return f"--{item.metadata['flag'] or item.name}".replace("_", "-")
+
+
+def _reader(kind: Any) -> Callable[[str], Any]:
+    """Convert the text of a flag to a field's type; numbers of a tuple are separated by commas."""
+    parts = [part for part in get_args(kind) if part not in (NoneType, Ellipsis)]
+
+    def values(text: str) -> tuple[Any, ...]:
+        return tuple(parts[0](part) for part in text.split(","))
+
+    return values if get_origin(kind) is tuple else parts[0] if parts else kind
+
+
+def add_flags(parser: argparse.ArgumentParser, record: type, title: str = "") -> None:
+    """Add a flag for every option of a record, in a group if there is a title."""
+    group = parser.add_argument_group(title) if title else parser
+    kinds = get_type_hints(record)
+    for item in _options(record):
+        default, text = None if item.default is MISSING else item.default, item.metadata["help"]
+        if default not in (None, ""):
+            shown = default if isinstance(default, tuple) else (default,)
+            numbers = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown)
+            text += f" (default {','.join(numbers)})"
+        group.add_argument(
+            _flag(item),
+            dest=item.name,
+            type=_reader(kinds[item.name]),
+            default=default,
+            required=item.default is MISSING and item.default_factory is MISSING,
+            choices=item.metadata["choices"] or None,
+            help=text,
+        )
+
+
+def read_flags(record: type[Record], flags: argparse.Namespace, **others: Any) -> Record:
+    """Make a record from parsed flags and its other fields.
+
+    Raises:
+        ConfigError: an option is out of bounds.
+    """
+    given = {item.name: getattr(flags, item.name) for item in _options(record)}
+    return record(**{name: value for name, value in given.items() if value is not None}, **others)
+
+
+def check_options(record: Any, name: Callable[[Field[Any]], str] = _flag) -> None:
+    """Check a record's options.
+
+    Args:
+        record: an instance.
+        name: what an option is called in the message.
+
+    Raises:
+        ConfigError: naming the first one that is out of bounds.
+    """
+    for item in _options(type(record)):
+        value, least, choices = getattr(record, item.name), item.metadata["least"], item.metadata["choices"]
+        values = value if isinstance(value, tuple) else (value,)
+        holds = least is None or (bool(values) and all(number >= least for number in values))
+        require(holds, f"{name(item)}: must be >= {least}, got {value}")
+        require(not choices or value in choices, f"{name(item)}: must be {' or '.join(choices)}, got {value}")
+
+
+# ---------------------------------------------------------------- how a model is asked
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """How a model is served; see ``sampling.VllmOptions``.
+class RewardFunction:
+    """The reward, as the trainer's ``reward.custom_reward_function``.
 
     Attributes:
-        platform: ``cpu`` or ``gpu``.
-        dtype: of weights and computation.
-        max_model_len: tokens of prompt and response together; 0 takes the model's context.
-        max_num_seqs: responses that are sampled at the same time.
-        max_num_batched_tokens: tokens of one engine step.
-        gpu_memory_utilization, tensor_parallel_size: GPUs.
-        num_threads, kv_cache_gib: CPU.
-        prompts_per_call: prompts that are drawn and stored together.
+        path: ``pkg://<module>`` or a Python file.
+        name: of the function in it.
+        reward_kwargs: passed with every call.
     """
 
-    platform: str
-    dtype: str
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    gpu_memory_utilization: float
-    tensor_parallel_size: int
-    num_threads: int
-    kv_cache_gib: int
-    prompts_per_call: int
-
-    def open(self, model: str) -> VllmSampler:
-        """Start vLLM with a model."""
-        return VllmSampler(
-            VllmOptions(
-                model=model,
-                platform=self.platform,
-                dtype=self.dtype,
-                max_model_len=self.max_model_len or None,
-                max_num_seqs=self.max_num_seqs,
-                max_num_batched_tokens=self.max_num_batched_tokens,
-                gpu_memory_utilization=self.gpu_memory_utilization,
-                tensor_parallel_size=self.tensor_parallel_size,
-                num_threads=self.num_threads,
-                kv_cache_gib=self.kv_cache_gib,
-            )
-        )
+    path: str
+    name: str
+    reward_kwargs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,14 +139,27 @@ class ModelSettings:
     Attributes:
         chat: its chat template and the options of it.
         answer_format: in which its answers count (``reward_fns.forms``).
+        thought_marks: what encloses a thought (``reward_fns.thoughts``).
     """
 
     chat: Chat = field(default_factory=Chat)
     answer_format: str = "any"
+    thought_marks: str | tuple[str, ...] = "auto"
+
+    @property
+    def reward(self) -> RewardFunction:
+        """This recipe's reward function with these options."""
+        marks = self.thought_marks if isinstance(self.thought_marks, str) else list(self.thought_marks)
+        kwargs = {"answer_format": self.answer_format, "thought_marks": marks}
+        return RewardFunction(OUR_REWARD, "compute_score", kwargs)
+
+
+JUDGING = ("asked.answer_format", "asked.thought_marks")
+"""What may differ when an interrupted analysis resumes: no draw depends on it."""
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``ModelSettings``; what is not given is that of the run that the model belongs to."""
+    """Add the flags of ``ModelSettings``; the run that the model belongs to gives their defaults."""
     group = parser.add_argument_group("prompts and rewards (default: those of the model's run, if it has one)")
     group.add_argument(
         "--chat-template-kwargs", type=_mapping, metavar="JSON", help='such as {"enable_thinking": false}'
@@ -82,25 +169,32 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         "--answer-format",
         type=lambda name: OLD_FORMATS.get(name, name),
         choices=get_args(AnswerFormat),
-        help="form in which answers count (default any)",
+        help="form in which answers count (else any)",
+    )
+    group.add_argument(
+        "--thought-marks", type=_marks, metavar="MARKS", help="auto, none, or opening and closing mark as OPEN,CLOSE"
     )
 
 
-def model_settings(arguments: argparse.Namespace, model: str) -> ModelSettings:
-    """The flags of parsed arguments, completed by the run that the model belongs to.
+def model_settings(flags: argparse.Namespace, model: str) -> ModelSettings:
+    """Complete parsed flags by the run that a model belongs to.
 
     Raises:
         ConfigError: the run's config cannot be read.
     """
     run = run_settings(model)
-    kwargs, template = arguments.chat_template_kwargs, arguments.custom_chat_template
-    answer_format = arguments.answer_format
-    if run is not None:
-        kwargs = run.chat.chat_template_kwargs if kwargs is None else kwargs
-        template = run.chat.custom_chat_template if template is None else template
-        if answer_format is None and run.reward_path == OUR_REWARD:
-            answer_format = run.reward_kwargs.get("answer_format")
-    return ModelSettings(Chat(template, kwargs or {}), answer_format or "any")
+    chat = run.chat if run is not None else Chat()
+    reward = run.reward_kwargs if run is not None and run.reward_path == OUR_REWARD else {}
+    kwargs, template = flags.chat_template_kwargs, flags.custom_chat_template
+    marks = flags.thought_marks or reward.get("thought_marks") or "auto"
+    return ModelSettings(
+        Chat(
+            chat.custom_chat_template if template is None else template,
+            chat.chat_template_kwargs if kwargs is None else kwargs,
+        ),
+        flags.answer_format or reward.get("answer_format") or "any",
+        marks if isinstance(marks, str) else tuple(marks),
+    )
 
 
 def _mapping(text: str) -> dict[str, Any]:
@@ -113,32 +207,5 @@ def _mapping(text: str) -> dict[str, Any]:
     return read
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of ``EngineConfig``."""
-    group = parser.add_argument_group("vLLM")
-    group.add_argument("--platform", choices=("cpu", "gpu"), help="default: SKPO_PLATFORM, else detected")
-    group.add_argument("--dtype", default="bfloat16", help="of weights and computation (default bfloat16)")
-    group.add_argument("--max-model-len", type=int, default=0, help="prompt and response in tokens; 0: the model's")
-    group.add_argument("--max-num-seqs", type=int, default=128, help="responses at the same time (default 128)")
-    group.add_argument("--max-num-batched-tokens", type=int, default=4096, help="of an engine step (default 4096)")
-    group.add_argument("--gpu-memory-utilization", type=float, default=0.6, help="GPUs (default 0.6)")
-    group.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs per model (default 1)")
-    group.add_argument("--num-threads", type=int, default=2, help="CPU (default 2)")
-    group.add_argument("--kv-cache-gib", type=int, default=1, help="CPU (default 1)")
-    group.add_argument("--prompts-per-call", type=int, default=16, help="drawn and stored together (default 16)")
-
-
-def engine_config(arguments: argparse.Namespace) -> EngineConfig:
-    """The engine flags of parsed arguments; the platform is detected where it is not given."""
-    return EngineConfig(
-        platform=arguments.platform or detected_platform(),
-        dtype=arguments.dtype,
-        max_model_len=arguments.max_model_len,
-        max_num_seqs=arguments.max_num_seqs,
-        max_num_batched_tokens=arguments.max_num_batched_tokens,
-        gpu_memory_utilization=arguments.gpu_memory_utilization,
-        tensor_parallel_size=arguments.tensor_parallel_size,
-        num_threads=arguments.num_threads,
-        kv_cache_gib=arguments.kv_cache_gib,
-        prompts_per_call=arguments.prompts_per_call,
-    )
+def _marks(text: str) -> str | tuple[str, ...]:
+    return tuple(text.split(",")) if "," in text else text

@@ -1,18 +1,24 @@
-"""Problems of a data file as the analyses need them: chat, answer, and the reward of a response to them."""
+"""Problems of a data file, their tokens under a model's chat template, and the reward of a response to them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from data_prep.hub import quiet_hub
 from data_prep.schema import DataError, check_parquet
 from data_prep.untrusted import one_line
-from recipe.skpo.evaluation.output import AnalysisError, require
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.evaluation.options import RewardFunction, require
+from recipe.skpo.isolation.child import PROMPT_SECONDS, Place, Stopped, in_child
+from recipe.skpo.task.prompts import problem_tokens
+from recipe.skpo.task.rewards import RewardCall, RewardError
 from recipe.skpo.task.run_settings import Chat
-from reward_fns import compute_score
+from recipe.skpo.task.thoughts import ThoughtReader, configured_marks
 
 
 @dataclass(frozen=True)
@@ -23,93 +29,68 @@ class Problem:
         id: stable id.
         data_source: chooses the answer check.
         messages: the chat, dictionaries of role and content.
-        answer: ground truth.
-        answer_format: in which answers count (``reward_fns.forms``).
+        ground_truth: the answer.
+        extra_info: as in the file, for the reward.
     """
 
     id: str
     data_source: str
     messages: tuple[dict[str, str], ...]
-    answer: str
-    answer_format: str = "any"
+    ground_truth: Any
+    extra_info: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def text(self) -> str:
         """The last message, which asks the question."""
         return self.messages[-1]["content"]
 
-    def check(self, response: str, extra_info: dict[str, Any] | None = None) -> "Checked":
-        """Reward and answer of a response; ``extra_info`` as ``ThoughtReader`` gives it."""
-        result = compute_score(self.data_source, response, self.answer, extra_info, self.answer_format)
-        return Checked(float(result["score"]), canonical(str(result["pred"])))
+    @property
+    def chat(self) -> str:
+        """The messages as JSON text, by which equal prompts are found."""
+        return json.dumps(self.messages)
 
 
-@dataclass(frozen=True)
-class Checked:
-    """A response's reward, -1 or +1, and its extracted answer, "" where there is none."""
+def read_problems(path: Path, option: str, count: int | None = None) -> list[Problem]:
+    """Read the first ``count`` problems of a parquet file (``data_prep.schema``); None reads all.
 
-    reward: float
-    answer: str
-
-
-def canonical(answer: str) -> str:
-    """Answers that are the same number become the same text: 5, 5.0 and +5 are "5"."""
-    stripped = answer.strip()
-    try:
-        number = Decimal(stripped)
-    except InvalidOperation:
-        return stripped
-    # "NaN" and "Infinity" are decimals too, but words here.
-    return format(number.normalize() + 0, "f") if number.is_finite() else stripped
-
-
-def read_problems(path: Path, count: int | None = None, answer_format: str = "any") -> list[Problem]:
-    """The first ``count`` problems of a parquet file (``data_prep.schema``); None takes all.
+    Args:
+        path: the file.
+        option: that named it, for messages.
+        count: how many.
 
     Raises:
-        AnalysisError: naming file, row or column, and the fix.
+        DataError: naming file, row or column, and the fix.
     """
     try:
         table = check_parquet(path, role="val")
     except DataError as error:
-        raise AnalysisError(str(error).replace("data.val_files:", "--data", 1)) from None
-    rows = table.slice(0, count).to_pylist()
-    problems = [
+        raise DataError(str(error).replace("data.val_files:", option, 1)) from None
+    if "extra_info" in pq.read_schema(path).names:
+        table = table.append_column("extra_info", pq.read_table(path, columns=["extra_info"])["extra_info"])
+    return [
         Problem(
             row["id"],
             row["data_source"],
             tuple({"role": message["role"], "content": message["content"]} for message in row["prompt"]),
-            str(row["reward_model"]["ground_truth"]),
-            answer_format,
+            row["reward_model"]["ground_truth"],
+            dict(row.get("extra_info") or {}),
         )
-        for row in rows
+        for row in table.slice(0, count).to_pylist()
     ]
-    check_answers(problems, f"--data {path}")
-    return problems
 
 
-def check_answers(problems: Sequence[Problem], where: str) -> None:
-    """See that every problem's answer can be checked, before anything is drawn.
-
-    Raises:
-        AnalysisError: naming the row and what its reward function says.
-    """
-    for row, problem in enumerate(problems):
-        try:
-            problem.check("")
-        except ValueError as error:
-            raise AnalysisError(f"{where}: row {row}: {error}") from None
+# ---------------------------------------------------------------- tokens
 
 
 def load_tokenizer(model: str, chat: Chat | None = None) -> Any:
-    """The tokenizer of a Hugging Face folder or name.
+    """Load the tokenizer of a Hugging Face folder or name.
 
     Args:
         model: folder or name.
         chat: template and options that ``apply_chat_template`` is to use; None is the tokenizer's own template.
 
     Raises:
-        AnalysisError: none can be loaded, or it has no chat template.
+        ConfigError: none can be loaded, or it has no chat template.
     """
     from transformers import AutoTokenizer
 
@@ -117,7 +98,7 @@ def load_tokenizer(model: str, chat: Chat | None = None) -> Any:
         with quiet_hub():
             tokenizer: Any = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise AnalysisError(
+        raise ConfigError(
             f"{model}: no tokenizer can be loaded ({one_line(error)}); name a Hugging Face folder"
         ) from None
     if chat is not None:
@@ -129,3 +110,139 @@ def load_tokenizer(model: str, chat: Chat | None = None) -> Any:
         f"{model}: its tokenizer has no chat template; name an instruct model, or give a custom chat template",
     )
     return tokenizer
+
+
+def prompts_of(problems: Sequence[Problem], tokenizer: Any, where: str) -> list[tuple[int, ...]]:
+    """Tokenise the problems' chats in a child process whose time and memory are bounded: a template is a program.
+
+    Args:
+        problems: of one file.
+        tokenizer: of the model, with its chat template.
+        where: option and file, for messages.
+
+    Raises:
+        DataError: naming the row that the template fails on.
+    """
+
+    def tokens(place: Place) -> list[list[int]]:
+        made = []
+        for number, problem in enumerate(problems):
+            place.move(f"row {number}", PROMPT_SECONDS)
+            made.append(problem_tokens(tokenizer, problem.messages))
+        return made
+
+    try:
+        return [tuple(ids) for ids in in_child(tokens, ())]
+    except Stopped as error:
+        raise DataError(
+            f"{where}: {error.at}: the model's chat template or tokenizer {error}; take a model whose origin you trust"
+        ) from None
+    except RuntimeError as error:
+        raise DataError(
+            f"{where}: the model's chat template fails ({one_line(error)}); change the prompts' roles, or take another "
+            f"model"
+        ) from None
+
+
+# ---------------------------------------------------------------- rewards
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the reward says of a response.
+
+    Attributes:
+        score: the reward itself.
+        right: whether the response is right.
+        pred: the extracted answer, "" if there is none.
+        well_formed: whether an answer was found; None if the reward does not say.
+    """
+
+    score: float
+    right: bool
+    pred: str
+    well_formed: bool | None
+
+
+class Reward:
+    """The reward function, called as the trainer does.
+
+    Args:
+        function: where it is.
+
+    Attributes:
+        marks: of a thought; see ``ThoughtReader``.
+
+    Raises:
+        ConfigError: no such module, file or function, or it does not take the arguments.
+    """
+
+    def __init__(self, function: RewardFunction) -> None:
+        """Load the function and check its signature."""
+        try:
+            self._call = RewardCall(function.path, function.name, function.reward_kwargs)
+            self._call.check_signature()
+        except RewardError as error:
+            raise ConfigError(f"reward: {error}") from None
+        self.marks = configured_marks(function.path, function.reward_kwargs)
+
+    def __call__(self, problem: Problem, response: str, extra_info: Mapping[str, Any] | None = None) -> Checked:
+        """Check a response; a result without ``acc`` is right if its score is positive.
+
+        Args:
+            problem: what was asked.
+            response: its text without special tokens, as the trainer's reward sees it.
+            extra_info: passed instead of the problem's own.
+        """
+        info = problem.extra_info if extra_info is None else extra_info
+        try:
+            verdict = self._call(problem.data_source, response, problem.ground_truth, info)
+        except RewardError as error:
+            raise ConfigError(f"reward: {self._call.label}: {error}, for problem {problem.id}") from None
+        record = verdict.record
+        accuracy = record["acc"] if record.get("acc") is not None else float(verdict.score > 0)
+        require(accuracy in (0, 1), f"reward: its acc is {accuracy}; right responses are counted, so give 0 or 1")
+        pred, formed = record.get("pred"), record.get("well_formed")
+        return Checked(
+            verdict.score,
+            bool(accuracy),
+            "" if pred is None else str(pred),
+            None if formed is None else bool(formed),
+        )
+
+    def check_truths(self, problems: Sequence[Problem], where: str) -> None:
+        """Check that every answer can be checked, before anything is drawn.
+
+        Raises:
+            DataError: naming the row and what the reward says.
+            ConfigError: the reward function fails on what it is given.
+        """
+        for row, problem in enumerate(problems):
+            try:
+                self(problem, "")
+            except ValueError as error:
+                raise DataError(f"{where}: row {row}: {error}") from None
+            except (TypeError, KeyError, AttributeError) as error:
+                raise ConfigError(
+                    f"reward: {self._call.label} fails on row {row} of {where} ({type(error).__name__}: {error})"
+                ) from None
+
+
+class Judge:
+    """A reward and the tokenizer of the model whose responses it checks.
+
+    Args:
+        reward: the reward function.
+        tokenizer: of the model.
+    """
+
+    def __init__(self, reward: Reward, tokenizer: Any) -> None:
+        """Read the tokenizer's special tokens."""
+        self.reward, self._tokenizer = reward, tokenizer
+        self._thoughts = ThoughtReader(tokenizer, reward.marks)
+
+    def __call__(self, problem: Problem, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[str, Checked]:
+        """Decode a response as the trainer's reward sees it, without special tokens, and check it."""
+        text = str(self._tokenizer.decode(list(response_ids), skip_special_tokens=True))
+        extra_info = self._thoughts.extra_info(problem.extra_info, prompt_ids, response_ids)
+        return text, self.reward(problem, text, extra_info)

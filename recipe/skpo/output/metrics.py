@@ -159,17 +159,30 @@ def keep_lines(path: Path, resumed_at: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file; what is not such a line is skipped."""
+    """Read the lines of a metrics file, skipping malformed ones."""
     return [line for line in json_lines(path) if type(line.get("step")) is int and 0 <= line["step"] <= LAST_STEP]
 
 
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Read a metrics file as one record per step, in order: a resume logs its validation in a line of its own."""
+    steps: dict[int, dict[str, Any]] = {}
+    for line in read_lines(path):
+        steps.setdefault(line["step"], {}).update(line)
+    return [steps[step] for step in sorted(steps)]
+
+
+def training_steps(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a metrics file that belong to an update."""
+    return [line for line in read_lines(path) if "actor/grad_norm" in line]
+
+
 def json_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a file of JSON lines, none if there is no file; what a kill left incomplete is skipped."""
+    """Read the objects of a file of JSON lines, skipping malformed lines; empty if there is no file."""
     if not path.is_file():
         return []
     lines = []
-    # Not splitlines: model text may hold U+0085 or U+2028, which it takes for ends of lines.  A kill may have torn a
-    # character apart.
+    # Not splitlines: model text may hold U+0085 or U+2028, which it takes for ends of lines.  A kill may have cut a
+    # character in two.
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             read = parse_json(line)

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from data_prep.untrusted import UntrustedError, error_line, read_yaml
 from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
-from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.output.metrics import read_steps
 from recipe.skpo.output.redaction import HIDDEN, hide_secrets
 from recipe.skpo.output.summary import LABELS, decoding, held_out
 from recipe.skpo.output.trees import read_trees, spread, tree_index
@@ -121,15 +121,6 @@ class ReportError(ValueError):
 
 
 # ---------------------------------------------------------------- numbers
-
-
-def merged_steps(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One record per step, in order: a resume logs its validation in a line of its own; later values win."""
-    steps: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        if isinstance(line, Mapping) and isinstance(line.get("step"), (int, float)) and math.isfinite(line["step"]):
-            steps.setdefault(int(line["step"]), {}).update(line)
-    return [steps[step] for step in sorted(steps)]
 
 
 def number(value: Any) -> float | None:
@@ -350,15 +341,15 @@ def page(output_dir: Path) -> str:
     Raises:
         ReportError: there is no run in the folder, or its config cannot be read.
     """
-    lines = read_lines(output_dir / "metrics.jsonl")
-    if not lines:
+    steps = read_steps(output_dir / "metrics.jsonl")
+    if not steps:
         raise ReportError(f"{output_dir / 'metrics.jsonl'}: missing or empty; name the folder of a run (output_dir)")
     style, script, frame = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html"))
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; "
         "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
     )
-    steps, notes, how = merged_steps(lines), list[str](), decoding(output_dir)
+    notes, how = list[str](), decoding(output_dir)
     data = {
         "run": output_dir.resolve().name[:200],
         "labels": LABELS,

@@ -8,26 +8,20 @@ from typing import Any
 import pytest
 
 from data_prep.schema import Row, write_parquet
-from recipe.skpo.evaluation.options import EngineConfig
-from recipe.skpo.evaluation.sampling import Completion, per_prompt
+from recipe.skpo.evaluation.engine import EngineConfig
+from recipe.skpo.evaluation.options import ModelSettings
+from recipe.skpo.evaluation.problems import Reward
+from recipe.skpo.evaluation.sampling import Completion, Request
 
 SOURCE = "skpo/arithmetic"
 
 
 def engine(**changes: Any) -> EngineConfig:
-    values: dict[str, Any] = {
-        "platform": "cpu",
-        "dtype": "bfloat16",
-        "max_model_len": 0,
-        "max_num_seqs": 128,
-        "max_num_batched_tokens": 4096,
-        "gpu_memory_utilization": 0.6,
-        "tensor_parallel_size": 1,
-        "num_threads": 2,
-        "kv_cache_gib": 1,
-        "prompts_per_call": 4,
-    }
-    return EngineConfig(**(values | changes))
+    return EngineConfig(**({"platform": "cpu", "prompts_per_call": 4} | changes))
+
+
+def reward(answer_format: str = "any") -> Reward:
+    return Reward(ModelSettings(answer_format=answer_format).reward)
 
 
 class FakeSampler:
@@ -45,20 +39,14 @@ class FakeSampler:
         self.closed = False
 
     def sample(
-        self,
-        prompts: list[list[int]],
-        *,
-        n: int,
-        temperature: float,
-        top_p: float,
-        max_tokens: int | Sequence[int],
-        seeds: Sequence[int] | None,
+        self, requests: Sequence[Request], *, n: int, temperature: float, top_p: float
     ) -> list[list[Completion]]:
         if self.fail_after is not None and len(self.calls) >= self.fail_after:
             raise KeyboardInterrupt
-        assert seeds is not None
-        limits = per_prompt(max_tokens, len(prompts))
-        self.calls.append({"prompts": prompts, "n": n, "limits": limits, "seeds": list(seeds)})
+        prompts = [list(request.prompt_ids) for request in requests]
+        limits, seeds = [request.max_tokens for request in requests], [request.seed for request in requests]
+        settings = {"temperature": temperature, "top_p": top_p}
+        self.calls.append({"prompts": prompts, "n": n, "limits": limits, "seeds": seeds, **settings})
         return [
             [self._complete(prompt, seed + index, limit) for index in range(n)]
             for prompt, seed, limit in zip(prompts, seeds, limits, strict=True)

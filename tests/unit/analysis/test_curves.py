@@ -10,7 +10,7 @@ import pytest
 from recipe.skpo.analysis import curves
 from recipe.skpo.analysis.curves import curves_of, missing, phases_of, read_run, summary
 from recipe.skpo.analysis.drawing import draw_curves
-from recipe.skpo.evaluation.output import AnalysisError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.output.metrics import MetricsFile
 
 SOURCE = "skpo/arithmetic"
@@ -55,10 +55,10 @@ def test_torn_last_line_is_skipped(tmp_path: Path) -> None:
 
 
 def test_missing_or_empty_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(AnalysisError, match=r"nothing.jsonl: file not found"):
+    with pytest.raises(ConfigError, match=r"nothing.jsonl: file not found"):
         read_run(tmp_path / "nothing.jsonl")
     (tmp_path / "empty.jsonl").write_text('{"a": 1}\n[2]\n')
-    with pytest.raises(AnalysisError, match=r"empty.jsonl: holds no line with a step"):
+    with pytest.raises(ConfigError, match=r"empty.jsonl: holds no line with a step"):
         read_run(tmp_path / "empty.jsonl")
 
 

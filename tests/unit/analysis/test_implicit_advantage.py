@@ -29,10 +29,10 @@ from recipe.skpo.analysis.implicit_advantage import (
     summary,
     tabulate,
 )
-from recipe.skpo.evaluation.output import AnalysisError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.problems import Problem, load_tokenizer
 from recipe.skpo.evaluation.sampling import Completion
-from tests.unit.analysis.conftest import SOURCE, FakeSampler, engine
+from tests.unit.analysis.conftest import SOURCE, FakeSampler, engine, reward
 
 
 def problem(number: int = 1) -> Problem:
@@ -99,7 +99,7 @@ def test_same_text_of_the_same_problem_is_one_state() -> None:
 def test_value_counts_the_partial_response_with_each_continuation() -> None:
     state = State(problem(1), "#### ", 1)
     completions = [Completion((), text, "stop") for text in ("2", "3", "2", "2")]
-    assert state_values([state], {state.key: completions}) == {state.key: 0.5}
+    assert state_values([state], {state.key: completions}, reward()) == {state.key: 0.5}
 
 
 def test_advantage_is_the_difference_to_the_mean_over_methods_of_the_same_problem() -> None:
@@ -140,9 +140,9 @@ def test_summary_says_in_which_quarter_the_advantage_lies() -> None:
 def test_only_problems_with_a_response_of_every_method_count() -> None:
     responses = [Response("a", problem(n), "x") for n in (1, 2)] + [Response("b", problem(n), "x") for n in (2, 3)]
     assert [(item.method, item.problem.id) for item in shared_problems(responses)] == [("a", "id2"), ("b", "id2")]
-    with pytest.raises(AnalysisError, match=r"no problem has a correct response of every method \(a, b\)"):
+    with pytest.raises(ConfigError, match=r"no problem has a correct response of every method \(a, b\)"):
         shared_problems([responses[0], responses[3]])
-    with pytest.raises(AnalysisError, match="no problem"):
+    with pytest.raises(ConfigError, match="no problem"):
         shared_problems([])
 
 
@@ -152,25 +152,25 @@ def test_only_problems_with_a_response_of_every_method_count() -> None:
 def test_prepared_file_needs_four_columns(tmp_path: Path) -> None:
     rows = [row("a")]
     del rows[0]["id"]
-    (response,) = read_responses(write(tmp_path / "r.jsonl", rows))
+    (response,) = read_responses(write(tmp_path / "r.jsonl", rows), reward())
     assert response.problem.messages == ({"role": "user", "content": "1 + 1?"},)
     assert len(response.problem.id) == 16
     parquet = tmp_path / "r.parquet"
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "1 + 1?"}]
     pq.write_table(pa.Table.from_pylist([row("a", prompt=chat)]), parquet)
-    assert read_responses(parquet)[0].problem.messages == tuple(chat)
+    assert read_responses(parquet, reward())[0].problem.messages == tuple(chat)
 
 
 def test_data_source_of_the_command_is_for_rows_without_one(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", [row("a", data_source=None)])
-    assert read_responses(path, SOURCE)[0].problem.data_source == SOURCE
-    with pytest.raises(AnalysisError, match="row 0: has no data_source"):
-        read_responses(path)
+    assert read_responses(path, reward(), SOURCE)[0].problem.data_source == SOURCE
+    with pytest.raises(ConfigError, match="row 0: has no data_source"):
+        read_responses(path, reward())
 
 
 def test_incorrect_responses_are_left_out_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "r.jsonl", [row("a"), row("a", response="#### 3")])
-    assert len(read_responses(path)) == 1
+    assert len(read_responses(path, reward())) == 1
     assert "1 of 2 responses are not correct" in capsys.readouterr().out
 
 
@@ -180,15 +180,15 @@ def test_incorrect_responses_are_left_out_with_a_note(tmp_path: Path, capsys: py
         ('{"method": "a"}', "row 0: column 'problem' is None"),
         (json.dumps(row("a", answer=7)), "row 0: column 'answer' is 7"),
         (json.dumps(row("a", response="")) + "x", "cannot be read"),
-        ("[1]", "row 0: is no object"),
+        ("[1]", "row 0: is not an object"),
         (json.dumps(row("a", prompt=["x"])), "row 0: column 'prompt'"),
         (json.dumps(row("a", data_source="unknown/source")), "row 0: data_source 'unknown/source' has no reward"),
     ],
 )
 def test_bad_file_is_named_with_row_and_column(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "r.jsonl").write_text(content)
-    with pytest.raises(AnalysisError, match=f"--responses .*r.jsonl: {message}"):
-        read_responses(tmp_path / "r.jsonl")
+    with pytest.raises(ValueError, match=f"--responses .*r.jsonl: {message}"):
+        read_responses(tmp_path / "r.jsonl", reward())
 
 
 # ---------------------------------------------------------------- sample and measure
@@ -211,13 +211,18 @@ def test_sample_keeps_the_first_correct_responses_of_each_method(
         return opened[-1]
 
     config = SampleConfig(
-        {"one": str(model_folder), "two": str(model_folder)}, problems_file, engine(), problems=3, responses=4, keep=2
+        methods={"one": str(model_folder), "two": str(model_folder)},
+        data=problems_file,
+        engine=engine(),
+        problems=3,
+        responses=4,
+        keep=2,
     )
     (path,) = sample(config, tmp_path / "out", open_sampler)
-    responses = read_responses(path)
+    responses = read_responses(path, reward())
     assert len(responses) == 2 * 3 * 2
     assert [response.method for response in responses] == ["one"] * 6 + ["two"] * 6
-    assert all(response.problem.check(response.text).reward == 1 for response in responses)
+    assert all(reward()(response.problem, response.text).right for response in responses)
     assert len(opened) == 2 and all(sampler.closed for sampler in opened)
     # The methods' draws are independent: same model, other seeds.
     assert {r.text for r in responses if r.method == "one"} != {r.text for r in responses if r.method == "two"}
@@ -260,7 +265,7 @@ def test_measure_again_with_more_positions_uses_what_is_stored(tmp_path: Path, m
     measure(measure_config(path, model_folder, positions=2), tmp_path / "out", no_question, lambda _: first)
     second = FakeSampler(tokenizer, lambda prompt, seed: "#### 2")
     config = measure_config(path, model_folder, positions=4, engine=engine(prompts_per_call=1))
-    with pytest.raises(AnalysisError, match=r"engine\.prompts_per_call"):
+    with pytest.raises(ConfigError, match=r"engine\.prompts_per_call"):
         measure(config, tmp_path / "out", no_question, lambda _: second)
     stored = engine(prompts_per_call=1)
     out = tmp_path / "other"

@@ -14,16 +14,20 @@ from recipe.skpo.analysis.shortcut import (
     Group,
     Plan,
     ShortcutConfig,
+    canonical,
     run,
     split_position,
     summary,
     tabulate,
     take_segment,
 )
-from recipe.skpo.evaluation.output import AnalysisError
-from recipe.skpo.evaluation.problems import canonical, load_tokenizer, read_problems
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.evaluation import problems
+from recipe.skpo.evaluation.engine import EngineConfig
+from recipe.skpo.evaluation.problems import load_tokenizer, prompts_of, read_problems
 from recipe.skpo.evaluation.sampling import Completion, read_completions
 from recipe.skpo.method.segments import skip_prompt
+from tests.conftest import thinking_run
 from tests.unit.analysis.conftest import FakeSampler, engine
 
 
@@ -83,8 +87,9 @@ def test_early_finisher_gives_the_first_half_of_what_it_wrote() -> None:
 @pytest.fixture
 def plan_of(model_folder: Path, problems_file: Path) -> Any:
     def make(folder: Path = model_folder, **changes: Any) -> tuple[Plan, list[Any]]:
-        setting = config(folder, problems_file, modes=shortcut.MODES, **changes)
-        return Plan(setting, load_tokenizer(str(folder))), read_problems(problems_file, setting.problems)
+        setting, tokenizer = config(folder, problems_file, modes=shortcut.MODES, **changes), load_tokenizer(str(folder))
+        problems = read_problems(problems_file, "--data", setting.problems)
+        return Plan(setting, tokenizer, problems, prompts_of(problems, tokenizer, "--data")), problems
 
     return make
 
@@ -93,9 +98,13 @@ def test_each_mode_puts_the_segment_where_it_belongs(plan_of: Any, bos_model_fol
     plan, problems = plan_of(bos_model_folder)
     completions = {f"{p.id}/unconditional": plain([12, 12, 12, 12]) for p in problems}
     # Ids of the plain responses are byte tokens of the tokenizer, so that they decode.
-    planned = plan.conditional(problems, completions)
+    planned = plan.conditional(completions)
     assert len(planned) == 3 * 2 * 3
-    problem_ids = dict(zip([p.id for p in problems], [list(r.prompt_ids) for r in plan.plain(problems)], strict=True))
+    problem_ids = dict(zip([p.id for p in problems], [list(r.prompt_ids) for r in plan.plain()], strict=True))
+
+    def decode(ids: list[int]) -> str:
+        return plan.tokenizer.decode(ids, skip_special_tokens=True)
+
     for item in planned:
         question, s = problem_ids[item.problem.id], list(item.segment.token_ids)
         prompt = list(item.request.prompt_ids)
@@ -108,15 +117,15 @@ def test_each_mode_puts_the_segment_where_it_belongs(plan_of: Any, bos_model_fol
             assert prompt == question + s
             assert item.request.max_tokens == 40 - len(s)
         else:
-            text = plan.decode(prompt)
-            assert item.problem.text in text and plan.decode(s) in text
-            assert text.index(plan.decode(s)) < text.index(item.problem.text)
+            text = decode(prompt)
+            assert item.problem.text in text and decode(s) in text
+            assert text.index(decode(s)) < text.index(item.problem.text)
 
 
 def test_every_request_has_a_key_and_seeds_of_its_own(plan_of: Any) -> None:
     plan, problems = plan_of()
     completions = {f"{p.id}/unconditional": plain([12, 12, 12, 12]) for p in problems}
-    requests = [*plan.plain(problems), *(item.request for item in plan.conditional(problems, completions))]
+    requests = [*plan.plain(), *(item.request for item in plan.conditional(completions))]
     assert len({request.key for request in requests}) == len(requests) == 3 + 18
     seeds = {request.seed + index for request in requests for index in range(4)}
     assert len(seeds) == 4 * len(requests)
@@ -239,9 +248,9 @@ def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path, model_folder: Path
 def test_another_config_does_not_mix_with_stored_draws(tmp_path: Path, model_folder: Path, problems_file: Path) -> None:
     sampler = FakeSampler(load_tokenizer(str(model_folder)), answer)
     run(config(model_folder, problems_file), tmp_path / "out", lambda: sampler)
-    with pytest.raises(AnalysisError, match=r"made with temperature=1.0, now it is 0.5; give another --out"):
+    with pytest.raises(ConfigError, match=r"made with temperature=1.0, now it is 0.5; give another output folder"):
         run(config(model_folder, problems_file, temperature=0.5), tmp_path / "out", lambda: sampler)
-    with pytest.raises(AnalysisError, match=r"engine.dtype"):
+    with pytest.raises(ConfigError, match=r"engine.dtype"):
         run(config(model_folder, problems_file, engine=engine(dtype="float32")), tmp_path / "out", lambda: sampler)
     # Threads and memory change no draw that is stored.
     run(config(model_folder, problems_file, engine=engine(num_threads=4)), tmp_path / "out", lambda: sampler)
@@ -251,7 +260,7 @@ def test_context_that_is_too_short_is_refused_before_the_model(
     tmp_path: Path, model_folder: Path, problems_file: Path
 ) -> None:
     setting = config(model_folder, problems_file, engine=engine(max_model_len=50))
-    with pytest.raises(AnalysisError, match="--max-model-len: 50 is below"):
+    with pytest.raises(ConfigError, match="--max-model-len: 50 is below"):
         run(setting, tmp_path / "out", lambda: pytest.fail("no model may be loaded"))
     assert not (tmp_path / "out").exists()
 
@@ -282,10 +291,42 @@ def test_bad_input_is_one_line(
     assert not out.exists()
 
 
-def test_problem_whose_answer_cannot_be_checked_is_named(tmp_path: Path) -> None:
+def test_problem_whose_answer_cannot_be_checked_is_named(tmp_path: Path, model_folder: Path, capsys) -> None:
     from data_prep.schema import Row, write_parquet
 
     path = tmp_path / "bad.parquet"
     write_parquet([Row("skpo/arithmetic", [{"role": "user", "content": "?"}], "seven", "math", "val", 0, "?")], path)
-    with pytest.raises(AnalysisError, match=r"row 0: ground_truth 'seven' is not a number"):
-        read_problems(path)
+    given = ["--model", str(model_folder), "--data", str(path), "--out", str(tmp_path / "out"), "--platform", "cpu"]
+    assert shortcut.main(given) == 1
+    assert f"error: --data {path}: row 0: ground_truth 'seven' is not a number" in capsys.readouterr().err
+
+
+def test_thought_marks_of_the_command_and_of_the_run_are_obeyed(
+    tmp_path: Path, model_folder: Path, problems_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Answers stand inside <r>...</r>, so with these marks nothing is answered."""
+    tokenizer = load_tokenizer(str(model_folder))
+    monkeypatch.setattr(EngineConfig, "open", lambda *_: FakeSampler(tokenizer, lambda *_: "<r>#### 2</r> so"))
+    ours = {"path": "pkg://reward_fns", "name": "compute_score", "reward_kwargs": {"thought_marks": ["<r>", "</r>"]}}
+    run_model = thinking_run(tmp_path / "run", model_folder, ours) / "checkpoints/global_step_3/actor/huggingface"
+
+    def well_formed(name: str, model: Path, *more: str) -> float:
+        out = tmp_path / name
+        given = ["--model", str(model), "--data", str(problems_file), "--out", str(out), "--group-size", "2"]
+        assert shortcut.main([*given, "--problems", "1", "--positions", "1", "--platform", "cpu", *more]) == 0
+        return float(pd.read_csv(out / "groups.csv")["well_formed"].mean())
+
+    assert well_formed("known", model_folder) > 0
+    assert well_formed("flag", model_folder, "--thought-marks", "<r>,</r>") == 0
+    assert well_formed("run", run_model) == 0
+    assert well_formed("over", run_model, "--thought-marks", "none") > 0
+
+
+def test_a_template_that_never_ends_is_stopped_before_the_model(
+    tmp_path: Path, model_folder: Path, problems_file: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(problems, "PROMPT_SECONDS", 0.5)
+    template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    given = ["--model", str(model_folder), "--data", str(problems_file), "--out", str(tmp_path / "out")]
+    assert shortcut.main([*given, "--platform", "cpu", "--custom-chat-template", template]) == 1
+    assert f"error: --data {problems_file}: row 0: the model's chat template or tokenizer" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from recipe.skpo.analysis.sign_consistency import (
     summary,
     upstream_scores,
 )
-from recipe.skpo.evaluation.output import AnalysisError
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.method.tracker import KLAdaptiveTracker
 
 
@@ -311,5 +311,5 @@ def test_bad_settings_are_refused_in_one_line(
 
 
 def test_analysis_errors_are_value_errors() -> None:
-    with pytest.raises(AnalysisError, match="--visits"):
+    with pytest.raises(ConfigError, match="--visits"):
         SignConfig(visits=0)

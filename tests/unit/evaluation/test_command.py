@@ -17,7 +17,10 @@ from safetensors.numpy import load_file, save_file
 from data_prep.schema import Row, write_parquet
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation import command as evaluate
-from recipe.skpo.evaluation.command import find_checkpoint, main, merged_model, read_config
+from recipe.skpo.evaluation import models
+from recipe.skpo.evaluation.command import main
+from recipe.skpo.evaluation.config import read_config
+from recipe.skpo.evaluation.models import find_checkpoint, merged_model
 from tests.conftest import thinking_run
 from tests.unit.analysis.conftest import FakeSampler
 
@@ -60,7 +63,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, model: Path, data: Path) -> Callable[..., Any]:
     """Run the command with a fake sampler; right for even numbers, and every third seed gives no answer."""
-    from recipe.skpo.evaluation.options import EngineConfig
+    from recipe.skpo.evaluation.engine import EngineConfig
 
     def script(prompt: str, seed: int) -> str:
         number = int(prompt.split(" +")[0].split("\n")[-1])
@@ -156,7 +159,7 @@ def test_other_draws_are_not_mixed_in(command, model: Path, data: Path, capsys: 
         assert command("output_dir=out", override)[0] == 1
         name = override.split("=")[0].split(".")[0]
         error = capsys.readouterr().err
-        assert f"out/sums/config.json: was made with {name}=" in error and "give another output_dir" in error
+        assert f"out/sums/config.json: was made with {name}=" in error and "give another output folder" in error
     save_file({"weight": np.ones(4, dtype=np.float32)}, model / "model.safetensors")
     assert command("output_dir=out")[0] == 1
     assert "was made with weights=" in capsys.readouterr().err
@@ -200,23 +203,15 @@ def test_problem_keeps_its_seed_among_others(command, data: Path) -> None:
     assert one.calls[0]["prompts"] == all_ten.calls[1]["prompts"][1:2]
 
 
-def test_greedy(command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_greedy(command, capsys: pytest.CaptureFixture[str]) -> None:
     assert command("temperature=0")[0] == 1
     assert (
         "k.default: is 3, but with temperature=0 all responses are the same; give k.default=1"
         in capsys.readouterr().err
     )
-    asked = []
-    original = FakeSampler.sample
-    monkeypatch.setattr(
-        FakeSampler,
-        "sample",
-        lambda self, prompts, **given: (
-            asked.append((given["temperature"], given["top_p"])) or original(self, prompts, **given)
-        ),
-    )
-    assert command("temperature=0", "k.default=1")[0] == 0
-    assert set(asked) == {(0, 0.95)}
+    code, (sampler,), _ = command("temperature=0", "k.default=1")
+    assert code == 0
+    assert {(call["temperature"], call["top_p"]) for call in sampler.calls} == {(0, 0.95)}
     assert "plain responses, greedy, " in capsys.readouterr().out
 
 
@@ -386,7 +381,7 @@ def test_a_run_is_evaluated_with_its_own_template_and_reward(command, model: Pat
     thinking = "chat_template_kwargs={enable_thinking: true}"
     code, made, _ = command(f"checkpoint={run}", "output_dir=out", "max_prompt_length=70", thinking)
     assert (code, made) == (1, []), "draws of other prompts are not used"
-    said = "was made with chat_template_kwargs.enable_thinking=False, now it is True; give another output_dir"
+    said = "was made with chat_template_kwargs.enable_thinking=False, now it is True; give another output folder"
     assert said in capsys.readouterr().err
 
 
@@ -430,7 +425,7 @@ def test_hub_name_is_left_to_the_hub() -> None:
 def test_truncated_and_foreign_folders_are_refused(model: Path, tmp_path: Path) -> None:
     whole = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(whole[:-4])
-    with pytest.raises(ConfigError, match=r"model.safetensors is cut short or no safetensors file"):
+    with pytest.raises(ConfigError, match=r"model.safetensors is cut short or not a safetensors file"):
         find_checkpoint(str(model))
     (model / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match="no complete model weights"):
@@ -533,7 +528,7 @@ def test_failure_of_the_merger_leaves_nothing(run_copy: Path, tmp_path: Path, mo
         (Path(command[-1]) / "model.safetensors").write_bytes(b"half")
         return subprocess.CompletedProcess(command, 1, "", "Traceback\nKeyError: 'weight'\n")
 
-    monkeypatch.setattr(evaluate.subprocess, "run", fail)
+    monkeypatch.setattr(models.subprocess, "run", fail)
     with pytest.raises(ConfigError, match=r"verl's merger cannot read .* \(KeyError: 'weight'\)"):
         merged_model(find_checkpoint(str(run_copy)), tmp_path / "out")
     assert list((tmp_path / "merged").iterdir()) == []

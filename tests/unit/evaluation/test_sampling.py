@@ -10,16 +10,14 @@ from typing import Any
 
 import pytest
 
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.evaluation.engine import EngineConfig
 from recipe.skpo.evaluation.sampling import (
     Completion,
+    LazySampler,
     Request,
-    SamplingError,
-    VllmOptions,
-    VllmSampler,
     append_completions,
     draw_stored,
-    engine_arguments,
-    per_prompt,
     read_completions,
 )
 from recipe.skpo.task.prompts import automatic_bos, problem_tokens
@@ -30,28 +28,19 @@ class CountingSampler:
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.calls: list[list[int]] = []
-        self.limits: list[list[int]] = []
-        self.fail_at = fail_at
+        self.fail_at, self.closed = fail_at, False
 
     def sample(
-        self,
-        prompts: list[list[int]],
-        *,
-        n: int,
-        temperature: float,
-        top_p: float,
-        max_tokens: int | Sequence[int],
-        seeds: Sequence[int] | None,
+        self, requests: Sequence[Request], *, n: int, temperature: float, top_p: float
     ) -> list[list[Completion]]:
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
-        assert seeds is not None
-        self.calls.append(list(seeds))
-        self.limits.append(per_prompt(max_tokens, len(prompts)))
+        seeds = [request.seed for request in requests]
+        self.calls.append(seeds)
         return [[Completion((seed + i,), f"t{seed + i}", "stop", (-0.5,)) for i in range(n)] for seed in seeds]
 
     def close(self) -> None:
-        pass
+        self.closed = True
 
 
 def requests(count: int = 5) -> list[Request]:
@@ -59,27 +48,17 @@ def requests(count: int = 5) -> list[Request]:
 
 
 def draw(store: Path, sampler: CountingSampler | None, count: int = 5, n: int = 2) -> dict[str, list[Completion]]:
-    def open_sampler() -> CountingSampler:
-        assert sampler is not None, "nothing is missing, so no model may be loaded"
-        return sampler
-
-    options: dict[str, Any] = {
-        "n": n,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "prompts_per_call": 2,
-        "report": lambda _: None,
-    }
-    return draw_stored(requests(count), store, open_sampler, **options)
+    options: dict[str, Any] = {"n": n, "temperature": 1.0, "top_p": 1.0, "prompts_per_call": 2}
+    none: Any = None
+    return draw_stored(requests(count), store, sampler or none, report=lambda _: None, **options)
 
 
-def test_draws_are_in_order_with_their_own_limits_and_seeds(tmp_path: Path) -> None:
+def test_draws_are_in_order(tmp_path: Path) -> None:
     sampler = CountingSampler()
     drawn = draw(tmp_path / "draws.jsonl", sampler)
     assert list(drawn) == ["p0", "p1", "p2", "p3", "p4"]
     assert [completion.token_ids for completion in drawn["p3"]] == [(300,), (301,)]
     assert sampler.calls == [[0, 100], [200, 300], [400]]
-    assert sampler.limits == [[10, 11], [12, 13], [14]]
 
 
 def test_finished_store_needs_no_model_and_gives_the_same(tmp_path: Path) -> None:
@@ -127,26 +106,36 @@ def test_store_keeps_every_character(tmp_path: Path) -> None:
 
 def test_another_number_of_completions_is_refused(tmp_path: Path) -> None:
     draw(tmp_path / "draws.jsonl", CountingSampler())
-    with pytest.raises(SamplingError, match="holds 2 completions of 'p0' where 3"):
+    with pytest.raises(ConfigError, match="holds 2 completions of 'p0', this command draws 3"):
         draw(tmp_path / "draws.jsonl", CountingSampler(), n=3)
 
 
 def test_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "draws.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(SamplingError, match="is no store"):
+    with pytest.raises(ConfigError, match="is not a store"):
         draw(tmp_path / "draws.jsonl", CountingSampler())
 
 
 def test_equal_keys_are_refused(tmp_path: Path) -> None:
     twice = [*requests(1), *requests(1)]
     with pytest.raises(ValueError, match="same key"):
-        draw_stored(twice, tmp_path / "s.jsonl", CountingSampler, n=1, temperature=1.0, top_p=1.0)
+        draw_stored(twice, tmp_path / "s.jsonl", CountingSampler(), n=1, temperature=1.0, top_p=1.0)
 
 
-@pytest.mark.parametrize(("limits", "count"), [([1, 2], 3), ([1, 0], 2), (0, 1)])
-def test_limits_that_do_not_fit_are_refused(limits: Any, count: int) -> None:
-    with pytest.raises(ValueError, match="max_tokens"):
-        per_prompt(limits, count)
+def test_a_lazy_sampler_is_opened_once_by_its_first_draw_and_closed_whatever_happens() -> None:
+    opened: list[CountingSampler] = []
+
+    def open_sampler() -> CountingSampler:
+        opened.append(CountingSampler(fail_at=2))
+        return opened[-1]
+
+    with LazySampler(open_sampler):
+        pass
+    assert opened == []
+    with pytest.raises(KeyboardInterrupt), LazySampler(open_sampler) as sampler:
+        for request in requests(3):
+            sampler.sample([request], n=1, temperature=1.0, top_p=1.0)
+    assert [(len(made.calls), made.closed) for made in opened] == [(2, True)]
 
 
 # ---------------------------------------------------------------- vLLM
@@ -190,30 +179,30 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_vllm_is_asked_prompt_by_prompt(fake_vllm: None) -> None:
-    sampler = VllmSampler(VllmOptions(model="m", platform="gpu", max_model_len=99))
-    drawn = sampler.sample([[1, 2], [3]], n=2, temperature=0.7, top_p=0.9, max_tokens=[5, 6], seeds=[10, 20])
+    sampler = EngineConfig(platform="gpu", max_model_len=99).open("m")
+    assert (FakeEngine.made["model"], FakeEngine.made["max_model_len"]) == ("m", 99)
+    asked = [Request("a", (1, 2), 5, 10), Request("b", (3,), 6, 20)]
+    drawn = sampler.sample(asked, n=2, temperature=0.7, top_p=0.9)
     assert drawn == [[Completion((7,), "seven", "length", (-0.25,))] * 2] * 2
     assert [item["prompt_token_ids"] for item, _ in FakeEngine.asked] == [[1, 2], [3]]
     assert [(p.n, p.temperature, p.top_p, p.max_tokens, p.seed, p.logprobs) for _, p in FakeEngine.asked] == [
         (2, 0.7, 0.9, 5, 10, 0),
         (2, 0.7, 0.9, 6, 20, 0),
     ]
-    sampler.sample([[1]], n=1, temperature=0.0, top_p=1.0, max_tokens=4, seeds=None)
-    assert FakeEngine.asked[0][1].seed is None
     sampler.close()
     assert sampler._llm.ended
 
 
 def test_cpu_engine_has_the_values_of_the_platforms_config(compose_config: Any) -> None:
     rollout = compose_config("platform=cpu").actor_rollout_ref.rollout
-    arguments = engine_arguments(VllmOptions(model="m", platform="cpu"))
+    arguments = EngineConfig(platform="cpu").arguments()
     assert arguments["enforce_eager"] == rollout.enforce_eager
     assert arguments["block_size"] == rollout.engine_kwargs.vllm.block_size
     assert arguments["max_num_batched_tokens"] == rollout.max_num_batched_tokens
     assert arguments["logprobs_mode"] == rollout.logprobs_mode
     assert arguments["dtype"] == rollout.dtype
-    assert "gpu_memory_utilization" not in arguments
-    gpu = engine_arguments(VllmOptions(model="m", platform="gpu"))
+    assert "gpu_memory_utilization" not in arguments and arguments["max_model_len"] is None
+    gpu = EngineConfig(platform="gpu").arguments()
     assert "block_size" not in gpu and gpu["gpu_memory_utilization"] == 0.6
 
 
@@ -222,17 +211,12 @@ def test_cpu_environment_is_set_before_vllm_starts(fake_vllm: None, monkeypatch:
     before = dict(os.environ)
     monkeypatch.delenv("VERL_PLATFORM", raising=False)
     try:
-        VllmSampler(VllmOptions(model="m", platform="cpu", num_threads=3, kv_cache_gib=2))
+        EngineConfig(platform="cpu", num_threads=3, kv_cache_gib=2).open("m")
         assert os.environ["VERL_PLATFORM"] == "cpu"
         assert os.environ["VLLM_CPU_KVCACHE_SPACE"] == "2"
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-def test_unknown_platform_is_refused() -> None:
-    with pytest.raises(SamplingError, match="platform"):
-        VllmOptions(model="m", platform="tpu")
 
 
 # ---------------------------------------------------------------- prompts

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
-from recipe.skpo.output.metrics import MetricsFile, read_lines, rollout_metrics, update_metrics
+from recipe.skpo.output.metrics import MetricsFile, read_lines, read_steps, rollout_metrics, update_metrics
 
 # ---------------------------------------------------------------- per step, by role
 
@@ -237,3 +237,9 @@ def test_lines_with_unicode_line_ends_or_a_torn_character_are_read(tmp_path: Pat
     line = {"step": 1, "text": "one\u2028two\x85three"}
     path.write_bytes((json.dumps(line, ensure_ascii=False) + '\n{"step": 2, "text": "é').encode()[:-1])
     assert read_lines(path) == [line]
+
+
+def test_lines_of_a_step_are_one_record_and_the_later_value_counts(tmp_path: Path) -> None:
+    lines = ['{"step": 2, "a": 1, "c": 9}', '{"step": 1, "a": 5}', '{"step": 2, "a": 3, "b": 4}', '["no record"]']
+    (tmp_path / "m.jsonl").write_text("\n".join([*lines, '{"a": 1}', '{"step": 2.5}']))
+    assert read_steps(tmp_path / "m.jsonl") == [{"step": 1, "a": 5}, {"step": 2, "a": 3, "b": 4, "c": 9}]

@@ -28,7 +28,6 @@ from recipe.skpo.output.page import (
     cut,
     embed,
     headline,
-    merged_steps,
     number,
     page,
     page_tree,
@@ -139,11 +138,6 @@ def test_no_text_stays_no_text() -> None:
 # ---------------------------------------------------------------- numbers
 
 
-def test_lines_of_a_step_are_one_record() -> None:
-    lines = [{"step": 2.0, "a": 1, "c": 9}, {"step": 1, "a": 5}, {"step": 2, "a": 3, "b": 4}, ["no record"], {"a": 1}]
-    assert merged_steps(lines) == [{"step": 1, "a": 5}, {"step": 2, "a": 3, "b": 4, "c": 9}]  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(1, 1.0), (1 / 3, 0.333333), (123456789.0, 123457000.0), (math.nan, None), (-math.inf, None), ("1", None)]
@@ -154,15 +148,13 @@ def test_numbers_are_short_and_finite(value: Any, shown: float | None) -> None:
 
 
 def test_headline_goes_from_the_first_to_the_last_validation() -> None:
-    steps = merged_steps(
-        [
-            {"step": 0, **validation(0.25, 0.5)},
-            {"step": 1, "skpo/upstream/tokens_generated": 10.0, "skpo/downstream/tokens_generated": 30.0},
-            {"step": 2, **validation(0.9, 0.9), "skpo/downstream/tokens_generated": 2.0, "timing_s/testing": 30.0},
-            {"step": 3, **validation(0.5, 1.0), "timing_s/step": 60.0},
-            {"step": 4, "timing_s/step": 90.0},
-        ]
-    )
+    steps = [
+        {"step": 0, **validation(0.25, 0.5)},
+        {"step": 1, "skpo/upstream/tokens_generated": 10.0, "skpo/downstream/tokens_generated": 30.0},
+        {"step": 2, **validation(0.9, 0.9), "skpo/downstream/tokens_generated": 2.0, "timing_s/testing": 30.0},
+        {"step": 3, **validation(0.5, 1.0), "timing_s/step": 60.0},
+        {"step": 4, "timing_s/step": 90.0},
+    ]
     rows = [["acc", 0.25, 0.5], ["well_formed", 0.5, 1.0], ["acc_of_well_formed", 0.5, 0.5]]
     assert headline(steps) == {
         "sources": [{"source": SOURCE, "first": 0, "last": 3, "rows": rows}],
@@ -174,7 +166,7 @@ def test_headline_goes_from_the_first_to_the_last_validation() -> None:
 
 def test_headline_of_a_run_that_says_little() -> None:
     assert headline([{"step": 3, "x": 1.0}]) == {"sources": [], "steps": 3, "tokens": None, "minutes": None}
-    late = merged_steps([{"step": 0, **validation(0.25, 0.5)}, {"step": 1, "val-core/math/acc/mean@1": 0.5}])
+    late = [{"step": 0, **validation(0.25, 0.5)}, {"step": 1, "val-core/math/acc/mean@1": 0.5}]
     assert headline(late)["sources"] == [{"source": "math", "first": 0, "last": 1, "rows": [["acc", None, 0.5]]}]
 
 

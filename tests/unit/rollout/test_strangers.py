@@ -27,8 +27,8 @@ from data_prep.schema import DataError, Row, write_parquet
 from data_prep.untrusted import error_line, one_line, parse_json, read_yaml
 from recipe.skpo.analysis.endpoint import EndpointConfig, read_key
 from recipe.skpo.checks import model as model_checks
-from recipe.skpo.evaluation.command import find_checkpoint
-from recipe.skpo.evaluation.output import claim
+from recipe.skpo.evaluation.models import find_checkpoint
+from recipe.skpo.evaluation.results import check_same_config
 from recipe.skpo.isolation.pickles import check_pickles
 from recipe.skpo.output.console import CleanFormatter
 from recipe.skpo.output.metrics import read_lines
@@ -95,7 +95,7 @@ for name, text, what in (
     ("depth", DEEP, "is nested too deeply"),
     ("not text", b"\xff", "is not JSON"),
 ):
-    reading(f"config.json: {name}", "out/config.json", text, lambda p: claim(p.parent, {"a": 1}), what)
+    reading(f"config.json: {name}", "out/config.json", text, lambda p: check_same_config(p.parent, {"a": 1}), what)
     raw = text if isinstance(text, bytes) else text.encode()
     reading(f"jsonl: {name}", "train.jsonl", raw + b"\n", lambda p: raw_data(p), rf"train\.jsonl: line 1: {what}")
     reading(f"json: {name}", "train.json", raw, lambda p: raw_data(p), rf"train\.json: {what}")

@@ -198,16 +198,13 @@ async def test_a_thought_that_the_continued_segment_opens_is_open_in_its_respons
 
 
 def test_evaluation_follows_the_same_rule(thinking_folder: Path) -> None:
-    from recipe.skpo.evaluation.command import Benchmark, Problem, Reward, RewardFunction, answered
-    from recipe.skpo.evaluation.problems import load_tokenizer
-    from recipe.skpo.evaluation.sampling import Completion
+    from recipe.skpo.evaluation.options import RewardFunction
+    from recipe.skpo.evaluation.problems import Judge, Problem, Reward, load_tokenizer
     from recipe.skpo.task.prompts import problem_tokens
 
     tokenizer = load_tokenizer(str(thinking_folder))
-    prompt = tuple(problem_tokens(tokenizer, [{"role": "user", "content": "2 + 3?"}]))
-    problem = Problem("a", "skpo/arithmetic", prompt, "2 + 3?", "5", {})
-    drawn = [Completion(tuple(tokenizer(text)["input_ids"]), text, "stop") for text in (GUESS, DONE)]
-    for options, right in (({}, (False, True)), ({"thought_marks": "none"}, (True, True))):
-        reward = Reward(RewardFunction(OUR_REWARD, "compute_score", options))
-        (result,) = answered(Benchmark("sums", [problem], ""), {"a": drawn}, tokenizer, reward)
-        assert result.right == right
+    problem = Problem("a", "skpo/arithmetic", ({"role": "user", "content": "2 + 3?"},), "5")
+    prompt = problem_tokens(tokenizer, problem.messages)
+    for options, right in (({}, [False, True]), ({"thought_marks": "none"}, [True, True])):
+        judge = Judge(Reward(RewardFunction(OUR_REWARD, "compute_score", options)), tokenizer)
+        assert [judge(problem, prompt, tokenizer(text)["input_ids"])[1].right for text in (GUESS, DONE)] == right

@@ -8,8 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from recipe.skpo.analysis.common import write_results
 from recipe.skpo.analysis.drawing import draw_curves
-from recipe.skpo.evaluation.output import AnalysisError, claim, guarded, plain, write_results
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.evaluation.results import check_same_config, plain, run_cli
 
 
 @dataclass(frozen=True)
@@ -35,22 +37,22 @@ def test_plain_values_are_what_json_can_hold() -> None:
 
 
 def test_folder_belongs_to_one_config_but_for_what_is_free(tmp_path: Path) -> None:
-    claim(tmp_path, Config(inner=Inner()))
-    claim(tmp_path, Config(inner=Inner()))
-    claim(tmp_path, Config(inner=Inner(speed=2)), free=("inner.speed",))
+    check_same_config(tmp_path, Config(inner=Inner()))
+    check_same_config(tmp_path, Config(inner=Inner()))
+    check_same_config(tmp_path, Config(inner=Inner(speed=2)), free=("inner.speed",))
     assert json.loads((tmp_path / "config.json").read_text())["inner"]["speed"] == 2
-    with pytest.raises(AnalysisError, match=r"made with inner\.kind='a', now it is 'b'; give another --out"):
-        claim(tmp_path, Config(inner=Inner(kind="b")))
-    with pytest.raises(AnalysisError, match=r"sizes=\[1, 2\], now it is \[1, 2, 3\]"):
-        claim(tmp_path, Config(inner=Inner(speed=2), sizes=(1, 2, 3)))
-    with pytest.raises(AnalysisError, match="inner"):
-        claim(tmp_path, Config())
+    with pytest.raises(ConfigError, match=r"made with inner\.kind='a', now it is 'b'; give another output folder"):
+        check_same_config(tmp_path, Config(inner=Inner(kind="b")))
+    with pytest.raises(ConfigError, match=r"sizes=\[1, 2\], now it is \[1, 2, 3\]"):
+        check_same_config(tmp_path, Config(inner=Inner(speed=2), sizes=(1, 2, 3)))
+    with pytest.raises(ConfigError, match="inner"):
+        check_same_config(tmp_path, Config())
 
 
 def test_config_that_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(AnalysisError, match=r"config\.json: is not JSON"):
-        claim(tmp_path, Config())
+    with pytest.raises(ConfigError, match=r"config\.json: is not JSON"):
+        check_same_config(tmp_path, Config())
     assert (tmp_path / "config.json").read_text() == "{"
 
 
@@ -74,9 +76,9 @@ def test_errors_of_the_user_are_one_line_and_errors_of_ours_are_not_hidden(
     def wrong() -> list[Path]:
         raise AssertionError("ours")
 
-    assert guarded(fail) == 1
+    assert run_cli(fail) == 1
     assert capsys.readouterr().err == "error: first second\n"
     with pytest.raises(AssertionError):
-        guarded(wrong)
-    assert guarded(lambda: [Path("a")]) == 0
+        run_cli(wrong)
+    assert run_cli(lambda: [Path("a")]) == 0
     assert capsys.readouterr().out == "a\n"

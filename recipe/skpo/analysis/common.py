@@ -1,0 +1,51 @@
+"""What the analyses' commands share: the frame of a parser, and the files they write."""
+
+import argparse
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+
+from recipe.skpo.evaluation.results import CONFIG_NAME, json_bytes
+from recipe.skpo.output.files import write_atomic
+
+
+def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
+    """Return the parser of an analysis, whose module's docstring is its help."""
+    parser = argparse.ArgumentParser(prog=f"python -m recipe.skpo.analysis.{name}", description=description)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    return parser
+
+
+def add_out(parser: argparse.ArgumentParser, help: str = "folder for picture, numbers and config") -> None:
+    """Add the flag ``--out``."""
+    parser.add_argument("--out", type=Path, required=True, help=help)
+
+
+def write_results(
+    out: Path, name: str, config: Any, summary: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], figure: Figure
+) -> list[Path]:
+    """Write an analysis; equal input gives equal bytes.
+
+    Returns:
+        The files: ``<name>.png`` and ``<name>.svg``, ``<name>.json`` (summary and tables), ``<table>.csv`` for each
+        table, ``config.json``.
+    """
+    files: dict[Path, bytes] = {}
+    # Element ids and dates would differ from run to run.
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=suffix, dpi=80, metadata=metadata)
+            files[out / f"{name}.{suffix}"] = buffer.getvalue()
+    files[out / f"{name}.json"] = json_bytes({"summary": summary, **{key: table for key, table in tables.items()}})
+    for key, table in tables.items():
+        files[out / f"{key}.csv"] = table.to_csv(index=False, lineterminator="\n").encode()
+    files[out / CONFIG_NAME] = json_bytes(config)
+    for path, content in files.items():
+        write_atomic(path, content)
+    return list(files)

@@ -1,0 +1,181 @@
+"""Which model is evaluated: a Hugging Face folder or name, or a checkpoint of verl's FSDP, which is merged into one."""
+
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.untrusted import UntrustedError, one_line, read_json
+from recipe.skpo.errors import ConfigError
+from recipe.skpo.evaluation.adapters import META, has_adapter
+from recipe.skpo.evaluation.options import require
+from recipe.skpo.isolation.pickles import check_pickles
+from recipe.skpo.task.run_settings import run_settings
+
+ACCEPTED = (
+    "give a Hugging Face folder or name, a verl FSDP checkpoint (.../global_step_N) or the folder of a run that has one"
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that was found.
+
+    Attributes:
+        label: short name for files and tables.
+        model: Hugging Face folder or name; of an FSDP checkpoint the one with its config and tokenizer.
+        shards: FSDP checkpoint folder that has to be merged, else None.
+        identity: differs when the weights do: digest of names, sizes and times of their files, or the hub's name.
+    """
+
+    label: str
+    model: str
+    shards: Path | None
+    identity: str
+
+
+def find_checkpoint(given: str, trusted: Sequence[str] = ()) -> Checkpoint:
+    """Find the model at a path or of a name.
+
+    Args:
+        given: a Hugging Face folder or name; a verl FSDP checkpoint, ``global_step_N`` or its ``actor``; a run's
+            folder or its ``checkpoints``, for the latest one.
+        trusted: names that an FSDP checkpoint may import beyond those that verl saves.
+
+    Raises:
+        ConfigError: it is none of these, not whole, or would run more than verl saves; naming the place.
+    """
+    folder = Path(given).expanduser()
+    if not folder.exists():
+        hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given)
+        require(hub is not None, f"checkpoint: {given} does not exist; {ACCEPTED}")
+        return Checkpoint(label=given.rsplit("/", 1)[1], model=given, shards=None, identity=given)
+    folder = _latest(folder)
+    if (folder / "actor").is_dir():
+        folder = folder / "actor"
+    if (folder / "fsdp_config.json").is_file():
+        return _fsdp_checkpoint(folder, trusted)
+    require((folder / "config.json").is_file(), f"checkpoint: {folder} holds no model; {ACCEPTED}")
+    return _whole_model(folder)
+
+
+def _latest(folder: Path) -> Path:
+    """Return the latest checkpoint below a run's folder; any other folder as it is."""
+    for root in (folder, folder / "checkpoints"):
+        marker = root / "latest_checkpointed_iteration.txt"
+        if marker.is_file():
+            step = root / f"global_step_{marker.read_text(encoding='utf-8').strip()}"
+            require(step.is_dir(), f"checkpoint: {marker} names {step.name}, which is not there; name another one")
+            return step
+    return folder
+
+
+def _fsdp_checkpoint(actor: Path, trusted: Sequence[str]) -> Checkpoint:
+    try:
+        world_size = read_json(actor / "fsdp_config.json")["world_size"]
+    except (UntrustedError, KeyError, TypeError):
+        raise ConfigError(f"checkpoint: {actor / 'fsdp_config.json'} has no world_size; {ACCEPTED}") from None
+    require(
+        type(world_size) is int and world_size >= 1,
+        f"checkpoint: {actor / 'fsdp_config.json'} has world_size={one_line(world_size, 40)}; {ACCEPTED}",
+    )
+    described = actor / "huggingface"
+    require((described / "config.json").is_file(), f"checkpoint: {described} has no config.json; {ACCEPTED}")
+    adapter = has_adapter(actor)
+    if any(described.glob("*.safetensors")) and not adapter:  # saved with save_contents=[..., hf_model]
+        return _whole_model(described)
+    shards = []
+    # One by one, so that no more names are made than there are files.
+    for rank in range(world_size):
+        shard = actor / f"model_world_size_{world_size}_rank_{rank}.pt"
+        # torch.save writes a zip archive, whose directory is its end.
+        require(
+            shard.is_file() and zipfile.is_zipfile(shard),
+            f"checkpoint: {shard} is missing or cut short; name a checkpoint that was saved to its end",
+        )
+        shards.append(shard)
+    check_pickles(shards, trusted)
+    return Checkpoint(_label(actor), str(described), actor, _files_digest([*shards, *actor.glob(META)]))
+
+
+def _whole_model(folder: Path) -> Checkpoint:
+    from safetensors import SafetensorError, safe_open
+    from verl.model_merger.output_validation import validate_hf_model_output
+
+    try:
+        validate_hf_model_output(folder)
+    except RuntimeError as error:
+        raise ConfigError(f"checkpoint: {error}") from None
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    for file in weights:
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "numpy"):
+                    pass
+            except SafetensorError as error:
+                raise ConfigError(f"checkpoint: {file} is cut short or not a safetensors file ({error})") from None
+    return Checkpoint(_label(folder), str(folder), None, _files_digest(weights))
+
+
+def _label(folder: Path) -> str:
+    """Return the last part of a path that says something, and the run's before ``global_step_N``."""
+    parts = [part for part in folder.resolve().parts if part not in ("checkpoints", "actor", "huggingface")]
+    return "-".join(parts[-2:]) if parts[-1].startswith("global_step_") else parts[-1]
+
+
+def _files_digest(files: Sequence[Path]) -> str:
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
+
+
+def merged_model(checkpoint: Checkpoint, beside: Path) -> str:
+    """Return the Hugging Face folder of a checkpoint; an FSDP checkpoint is merged unless that was done before.
+
+    verl's merger runs in a process of its own, so that its memory is free again when vLLM starts.  It writes bfloat16,
+    which is what verl's weight sync gives to a vLLM of that dtype.  Another process merges a LoRA adapter in.
+
+    Args:
+        checkpoint: from ``find_checkpoint``.
+        beside: the merged model goes into ``merged`` beside this folder, under the checkpoint's label and identity.
+
+    Raises:
+        ConfigError: verl's merger cannot read the checkpoint.
+    """
+    if checkpoint.shards is None:
+        return checkpoint.model
+    target = beside.parent / "merged" / f"{checkpoint.label}-{checkpoint.identity}"
+    if target.is_dir():
+        return str(target)
+    partial_target = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial_target, ignore_errors=True)
+    partial_target.mkdir(parents=True)
+    merger = ["verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(checkpoint.shards)]
+    commands = [[*merger, "--target_dir", str(partial_target)]]
+    if has_adapter(checkpoint.shards):
+        commands.append(["recipe.skpo.evaluation.adapters", str(partial_target)])
+    print(f"merging {checkpoint.shards} into {target}", flush=True)
+    try:
+        for module in commands:
+            command = [sys.executable, "-m", *module]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                known = reason.startswith("checkpoint: ")
+                raise ConfigError(
+                    reason if known else f"checkpoint: verl's merger cannot read {checkpoint.shards} ({reason})"
+                )
+        run = run_settings(checkpoint.shards)
+        if run is not None:
+            # Whoever is given the merged folder asks the model as the run did.
+            shutil.copyfile(run.config, partial_target / run.config.name)
+        # A rename is atomic: a folder of this name is whole.
+        partial_target.rename(target)
+    finally:
+        shutil.rmtree(partial_target, ignore_errors=True)
+    return str(target)
