@@ -7,7 +7,7 @@ misspelt key or a degenerate combination stops the run before anything is loaded
 import math
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -16,11 +16,32 @@ from omegaconf.errors import OmegaConfBaseException
 
 from recipe.skpo.errors import ConfigError
 
-SELECTIONS = ("median", "extreme", "first", "random")
-SKIPS = ("concat", "chat", "continual", "unconditional")
-SPLITS = ("adaptive", "fixed", "boundary_token")
-UPSTREAM_REWARDS = ("mc", "own")
-AGGREGATIONS = ("group_token_mean", "token_mean")
+CHOICES = {
+    "selection": ("median", "extreme", "first", "random"),
+    "skip": ("concat", "chat", "continual", "unconditional"),
+    "split": ("adaptive", "fixed", "boundary_token"),
+    "upstream_reward": ("mc", "own"),
+    "downstream_aggregation": ("group_token_mean", "token_mean"),
+}
+"""Setting to the values that it may have."""
+
+BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "group_size": (lambda value: value >= 2, ">= 2 (a group of one has no advantage)"),
+    "initial_length": (lambda value: value >= 1, ">= 1"),
+    "clip_low": (lambda value: 0 < value < 1, "inside (0, 1)"),
+    "clip_high": (lambda value: value > 0, "> 0"),
+    "seed": (lambda value: value >= 0, ">= 0"),
+    "prompt_timeout_s": (lambda value: value > 0, "> 0"),
+    "start_timeout_s": (lambda value: value > 0, "> 0"),
+    "max_dropped_share": (lambda value: 0 <= value < 1, "inside [0, 1) (a step without prompts trains nothing)"),
+    "weight_sync_timeout_s": (lambda value: value >= 1, ">= 1"),
+    "max_logprob_gap": (lambda value: value is None or value > 0, "> 0, or null for no limit"),
+    "poll_interval_s": (lambda value: value > 0, "> 0"),
+    "trees_per_step": (lambda value: value >= 0, ">= 0"),
+    "trees_max_mb": (lambda value: value > 0, "> 0"),
+}
+"""Setting to whether a value is within its bounds, and the bounds in words."""
+
 HALF_LIVES = {"kl_steps": 8.0, "nats": 8.0, "logratio": 0.06}
 """Default half-life per unit of the drift: the paper's, and SPO's own for its log-ratio."""
 DRIFTS = tuple(HALF_LIVES)
@@ -86,7 +107,7 @@ class TrackerSettings:
 
     rho_min: float = 0.875
     rho_max: float = 0.96
-    half_life: float = 8.0
+    half_life: float = HALF_LIVES["kl_steps"]
     drift: str = "kl_steps"
 
     def __post_init__(self) -> None:
@@ -193,49 +214,28 @@ class SkpoSettings:
     trees_max_mb: float = 64.0
 
     def __post_init__(self) -> None:
+        """Refuse values that cannot work.
+
+        Raises:
+            ConfigError: naming the setting, what it must be, and its value.
+        """
         _require_finite(self, "skpo")
-        _require(
-            self.group_size >= 2,
-            f"skpo.group_size: must be >= 2 (a group of one has no advantage), got {self.group_size}",
-        )
+        for name, (holds, what) in BOUNDS.items():
+            value = getattr(self, name)
+            _require(holds(value), f"skpo.{name}: must be {what}, got {value}")
+        for name, known in CHOICES.items():
+            _require_one_of(getattr(self, name), known, f"skpo.{name}")
         _require(
             0 < self.split_low <= self.split_high < 1,
             f"skpo.split_low, skpo.split_high: need 0 < split_low <= split_high < 1, "
             f"got {self.split_low} and {self.split_high}",
         )
-        _require_one_of(self.selection, SELECTIONS, "skpo.selection")
-        _require_one_of(self.skip, SKIPS, "skpo.skip")
-        _require_one_of(self.split, SPLITS, "skpo.split")
-        _require_one_of(self.upstream_reward, UPSTREAM_REWARDS, "skpo.upstream_reward")
-        _require_one_of(self.downstream_aggregation, AGGREGATIONS, "skpo.downstream_aggregation")
-        self._check_combinations()
-        _require(self.initial_length >= 1, f"skpo.initial_length: must be >= 1, got {self.initial_length}")
         _require(
             self.weight_up >= 0 and self.weight_down >= 0 and self.weight_up + self.weight_down > 0,
             f"skpo.weight_up, skpo.weight_down: must be >= 0 and not both 0, "
             f"got {self.weight_up} and {self.weight_down}",
         )
-        _require(0 < self.clip_low < 1, f"skpo.clip_low: must be inside (0, 1), got {self.clip_low}")
-        _require(self.clip_high > 0, f"skpo.clip_high: must be > 0, got {self.clip_high}")
-        _require(self.seed >= 0, f"skpo.seed: must be >= 0, got {self.seed}")
-        _require(self.prompt_timeout_s > 0, f"skpo.prompt_timeout_s: must be > 0, got {self.prompt_timeout_s}")
-        _require(self.start_timeout_s > 0, f"skpo.start_timeout_s: must be > 0, got {self.start_timeout_s}")
-        _require(
-            0 <= self.max_dropped_share < 1,
-            f"skpo.max_dropped_share: must be inside [0, 1) (a step without prompts trains nothing), "
-            f"got {self.max_dropped_share}",
-        )
-        _require(
-            self.weight_sync_timeout_s >= 1,
-            f"skpo.weight_sync_timeout_s: must be >= 1, got {self.weight_sync_timeout_s}",
-        )
-        _require(
-            self.max_logprob_gap is None or self.max_logprob_gap > 0,
-            f"skpo.max_logprob_gap: must be > 0, or null for no limit, got {self.max_logprob_gap}",
-        )
-        _require(self.poll_interval_s > 0, f"skpo.poll_interval_s: must be > 0, got {self.poll_interval_s}")
-        _require(self.trees_per_step >= 0, f"skpo.trees_per_step: must be >= 0, got {self.trees_per_step}")
-        _require(self.trees_max_mb > 0, f"skpo.trees_max_mb: must be > 0, got {self.trees_max_mb}")
+        self._check_combinations()
 
     def _check_combinations(self) -> None:
         """Refuse values that would be ignored or could not be told apart from another choice."""
@@ -324,3 +324,10 @@ def unknown_keys(node: Mapping[str, Any]) -> list[str]:
     given = [key for key in node if key not in RECORDS]
     given += [f"{name}.{key}" for name in RECORDS for key in (node.get(name) or {})]
     return [key for key in given if key not in known]
+
+
+def default_node() -> dict[str, Any]:
+    """Return the node ``skpo`` of the config: the defaults of the records, and the half-life that follows the drift."""
+    node: Any = OmegaConf.to_container(OmegaConf.structured(SkpoSettings))
+    node["tracker"]["half_life"] = "${skpo_half_life:${skpo.tracker.drift}}"
+    return node

@@ -1,4 +1,4 @@
-"""What the config computes: ``${skpo_rows:...}`` and its like, registered when this module is imported.
+"""What the config computes, ``${skpo_rows:...}`` and its like, and its node ``skpo``; importing this registers both.
 
 An error in a resolver reaches the user with the key of whatever is computed.  So each names the key that is wrong.
 """
@@ -8,12 +8,13 @@ import json
 from collections.abc import Callable
 from typing import Any, cast
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from recipe.skpo.checks.gpus import gpus_to_use, visible_gpus
 from recipe.skpo.checks.paths import run_name, scratch_folder
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.settings import HALF_LIVES
+from recipe.skpo.settings import HALF_LIVES, default_node
 
 CPU_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 """vLLM's name of what the CPU platform computes in, to verl's."""
@@ -84,3 +85,5 @@ for _name, _resolver in {
 }.items():
     OmegaConf.register_new_resolver(_name, cast("Callable[..., Any]", _resolver), replace=True)
 OmegaConf.register_new_resolver("skpo_scratch", scratch_folder, use_cache=True, replace=True)
+
+ConfigStore.instance().store("skpo_settings", {"skpo": default_node()})

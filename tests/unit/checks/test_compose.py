@@ -6,19 +6,20 @@ Bad values below ``skpo`` are in test_settings.py.
 import io
 import re
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from recipe.skpo.checks.config import check_config
 from recipe.skpo.checks.resolvers import context_length, rows_per_prompt
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.main import single_responses
-from recipe.skpo.settings import RECORDS, SkpoSettings, TrackerSettings, known_keys
+from recipe.skpo.settings import SkpoSettings, TrackerSettings, default_node
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 FILES = ("data=files", "data.train_files=/data/train.parquet", "data.val_files=[/data/a.parquet,/data/b.parquet]")
@@ -238,7 +239,7 @@ def test_the_answer_format_reaches_the_reward(compose_config) -> None:
     assert verdicts == [1.0, -1.0]
     kwargs = key.rpartition(".")[0]
     for override, message in (
-        (f"+{key}=loose", f"{key}: 'loose' is unknown; known are any, boxed, hash, line"),
+        (f"+{key}=loose", f"{key}: 'loose' is unknown; known are any, boxed, gsm8k, line"),
         (f"+{kwargs}.thought_marks=[a]", f"{kwargs}.thought_marks: .* is unknown; give auto, none, or the opening"),
         (
             f"+{kwargs}.answer_formt=any",
@@ -442,22 +443,25 @@ def test_the_resolvers() -> None:
     assert context_length(10, 7, 0.5) == 10 + 3 + 7
 
 
-# ---------------------------------------------------------------- yaml and dataclass do not drift apart
+# ---------------------------------------------------------------- settings are written once
 
 
-def yaml_node() -> DictConfig:
-    """``skpo:`` of the recipe's main config file, as it is written there."""
-    return OmegaConf.load(REPOSITORY / "recipe/skpo/config/skpo_trainer.yaml").skpo
+def test_a_settings_default_is_written_once(run_config) -> None:
+    """In the record; the files of the groups hold other values only."""
+    assert SkpoSettings.from_config(run_config("llama").skpo) == replace(SkpoSettings(), seed_requests=False)
+    defaults = flat(default_node())
+    for file in (REPOSITORY / "recipe/skpo/config").rglob("*.yaml"):
+        node = OmegaConf.to_container(OmegaConf.load(file), resolve=False).get("skpo", {})
+        assert not flat(node).items() & defaults.items(), file
 
 
-def test_the_yaml_defaults_are_the_settings_defaults() -> None:
-    assert SkpoSettings.from_config(yaml_node()) == SkpoSettings()
-
-
-def test_the_yaml_names_every_setting() -> None:
-    node = OmegaConf.to_container(yaml_node())
-    nested = [f"{name}.{key}" for name in RECORDS for key in node.pop(name)]
-    assert sorted([*node, *nested]) == sorted(known_keys())
+def flat(node: dict, prefix: str = "") -> dict[str, str]:
+    """Dotted key to value, as text."""
+    pairs = [
+        flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+        for key, value in node.items()
+    ]
+    return {key: value for pair in pairs for key, value in pair.items()}
 
 
 def test_the_settings_survive_the_config(run_config) -> None:
