@@ -15,6 +15,8 @@ OLD_FORMATS = {"hash": "gsm8k"}
 """Former names, accepted for one release."""
 
 HASH = "####"
+BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+"""Braces of LaTeX, and escaped characters."""
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])[ \t]*")
 _UNBRACED = re.compile(r"[^\s$]*")
 _HASH_LINE = re.compile(r"#{4,}([^\n]*)")
@@ -100,6 +102,16 @@ def read_format(name: str) -> str:
     return name
 
 
+def group_end(text: str, start: int) -> int:
+    """Return the position after the brace that closes the one at `start`, -1 if there is none."""
+    depth = 0
+    for match in BRACES.finditer(text, start):
+        depth += (match[0] == "{") - (match[0] == "}")
+        if depth == 0:
+            return match.end()
+    return -1
+
+
 def last_boxed(text: str) -> str:
     r"""Return the content of the last ``\boxed{...}`` or ``\fbox{...}`` with balanced braces; ``\boxed 5`` counts."""
     boxes, _ = _last_boxes(text)
@@ -168,22 +180,10 @@ def _box_at(text: str, start: int) -> tuple[str, int]:
         bare = _UNBRACED.match(text, begin)
         assert bare is not None
         return bare[0], bare.end()
-    depth = 0
-    position = begin
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1  # an escaped brace does not count
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                content = text[begin + 1 : position].strip()
-                emphasised = _EMPHASIS.fullmatch(content)
-                return emphasised[2].strip() if emphasised else content, position + 1
-        position += 1
-    return "", -1
+    end = group_end(text, begin)
+    content = text[begin + 1 : end - 1].strip() if end > 0 else ""
+    emphasised = _EMPHASIS.fullmatch(content)
+    return emphasised[2].strip() if emphasised else content, end
 
 
 def _last_hash(text: str, box: int) -> tuple[str, int]:

@@ -17,7 +17,7 @@ import unicodedata
 from fractions import Fraction
 
 from reward_fns import judge, units
-from reward_fns.forms import answer_parts
+from reward_fns.forms import BRACES, answer_parts
 from reward_fns.math_text import plain, tidy, without_sign
 
 LONGEST = 400
@@ -122,15 +122,8 @@ def refusal(answer: str) -> str:
 
 def _braces_match(answer: str) -> bool:
     depth = 0
-    position = 0
-    while position < len(answer):
-        if answer[position] == "\\":
-            position += 1
-        elif answer[position] == "{":
-            depth += 1
-        elif answer[position] == "}":
-            depth -= 1
-            if depth < 0:
-                return False
-        position += 1
+    for brace in BRACES.findall(answer):
+        depth += (brace == "{") - (brace == "}")
+        if depth < 0:
+            return False
     return depth == 0

@@ -9,6 +9,8 @@ words. Both are linear in the text up to a bounded number of passes.
 import re
 from functools import lru_cache
 
+from reward_fns.forms import group_end
+
 _CHARACTERS = {"−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt "}
 _CHARACTERS |= {"≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∪": "\\cup ", "∩": "\\cap "}
 _CHARACTERS |= {
@@ -206,19 +208,8 @@ def _whole_group(text: str) -> str | None:
 
 def _group_end(text: str, start: int) -> int:
     """Return the position behind the brace that closes the one at `start`; the end of the text if there is none."""
-    depth, position = 0, start
-    while position < len(text):
-        character = text[position]
-        if character == "\\":
-            position += 1
-        elif character == "{":
-            depth += 1
-        elif character == "}":
-            depth -= 1
-            if depth == 0:
-                return position + 1
-        position += 1
-    return len(text)
+    end = group_end(text, start)
+    return len(text) if end < 0 else end
 
 
 def _braced(text: str, depth: int) -> str:
