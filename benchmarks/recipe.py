@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,7 +121,15 @@ def training_step(prompts: int = PROMPTS) -> Callable[[], dict[str, float]]:
     from tensordict import NonTensorData, NonTensorStack, TensorDict
     from transfer_queue import KVBatchMeta
 
-    from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+    from recipe.skpo.method.rows import (
+        DOWNSTREAM,
+        PHASE_FIELD,
+        RECORD,
+        UPSTREAM,
+        CandidateRecord,
+        RolloutRecord,
+        TokenCounts,
+    )
     from recipe.skpo.settings import SkpoSettings
     from recipe.skpo.trainer.skpo import SkpoTrainer
     from recipe.skpo.trainer.state import SkpoState
@@ -130,19 +138,17 @@ def training_step(prompts: int = PROMPTS) -> Callable[[], dict[str, float]]:
     sizes = [SEGMENT_TOKENS, *[RESPONSE_TOKENS] * GROUP] * prompts
     uids = [f"v{number:010d}" for number in range(prompts) for _ in range(GROUP + 1)]
     keys = [f"{uid}_{row % (GROUP + 1)}_0" for row, uid in enumerate(uids)]
-    siblings = {"generated": RESPONSE_TOKENS, "prefilled": 700, "cached": 600}
-    segment = {
-        "split_position": SEGMENT_TOKENS,
-        "candidates": [{"token_ids": [1], "deviation": 0.5, "ended_early": False}] * GROUP,
-        "chosen": 0,
-        "deviation": 0.5,
-        "ended_early": 0.0,
-        "generated": GROUP * SEGMENT_TOKENS,
-        "prefilled": GROUP * PROBLEM_TOKENS,
-        "cached": 0,
-        "seconds": 1.0,
-        "downstream_seconds": 1.0,
-    }
+    siblings = asdict(TokenCounts(generated=RESPONSE_TOKENS, prefilled=700, cached=600))
+    record = RolloutRecord(
+        generated=GROUP * SEGMENT_TOKENS,
+        prefilled=GROUP * PROBLEM_TOKENS,
+        cached=0,
+        split_position=SEGMENT_TOKENS,
+        candidates=(CandidateRecord((1,), (), 0.5, False),) * GROUP,
+        chosen=0,
+        seconds=1.0,
+        downstream_seconds=1.0,
+    )
 
     def nested(rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
@@ -158,22 +164,23 @@ def training_step(prompts: int = PROMPTS) -> Callable[[], dict[str, float]]:
     fields = {
         "id": stack([f"{int(uid[1:]):016x}" for uid in uids]),
         "uid": stack(uids),
-        "skpo_phase": torch.tensor([UPSTREAM, *[DOWNSTREAM] * GROUP] * prompts),
+        PHASE_FIELD: torch.tensor([UPSTREAM, *[DOWNSTREAM] * GROUP] * prompts),
         "responses": nested([torch.ones(tokens, dtype=torch.int64) for tokens in sizes]),
         "response_mask": nested([torch.ones(tokens, dtype=torch.int64) for tokens in sizes]),
         "rm_scores": nested([scores(tokens) for tokens in sizes]),
         "rollout_log_probs": nested([torch.full((tokens,), -0.5) for tokens in sizes]),
         "old_log_probs": nested([torch.full((tokens,), -0.5) for tokens in sizes]),
-        "extra_fields": stack([{"skpo": segment}, *[{"skpo": siblings}] * GROUP] * prompts),
+        "extra_fields": stack([{RECORD: asdict(record)}, *[{RECORD: siblings}] * GROUP] * prompts),
     }
     data = TensorDict(fields, batch_size=len(keys))
     trainer: Any = object.__new__(SkpoTrainer)
     trainer.settings = SkpoSettings(trees_per_step=0)
     trainer.state = SkpoState(trainer.settings, RESPONSE_TOKENS)
     trainer.output_dir = Path(tempfile.mkdtemp())
-    trainer.global_steps = 1
+    trainer.global_steps, trainer.resumed_at = 1, 0
+    trainer.trees = SimpleNamespace(write=lambda step, trees: None)
     trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": [0]})
-    actor = {"actor": {"ppo_mini_batch_size": 32}, "rollout": {"n": GROUP + 1, "temperature": 1.0}}
+    actor = {"actor": {"ppo_mini_batch_size": 32}, "rollout": {"n": GROUP + 1, "calculate_log_probs": True}}
     trainer.config = OmegaConf.create({"actor_rollout_ref": actor, "data": {"train_batch_size": prompts}})
     batch = KVBatchMeta(partition_id="train", keys=keys, tags=[{"seq_len": 700 + tokens} for tokens in sizes])
 

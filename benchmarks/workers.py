@@ -15,21 +15,16 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
 from omegaconf import DictConfig, OmegaConf
 from verl.workers.rollout.replica import TokenOutput
 
 from benchmarks.comparison import GRPO, TWO_BATCH
+from recipe.skpo.method.rows import Visit, visit_columns
 from recipe.skpo.rollout.worker import (
-    LENGTH_FIELD,
-    SEED_FIELD,
-    SPLIT_FIELD,
-    STEP_FIELD,
     Candidate,
     MeteredWorker,
     SkpoAgentLoopWorker,
 )
-from recipe.skpo.trainer.state import Visit
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -281,10 +276,7 @@ def _batch(prompts: Sequence[Prompt]) -> Any:
         "reward_model": objects([{"style": "rule", "ground_truth": prompt.ground_truth} for prompt in prompts]),
         "extra_info": objects([{"split": "train", "index": 0, "question": ""} for _ in prompts]),
         "index": objects([0] * len(prompts)),
-        SPLIT_FIELD: torch.tensor([prompt.visit.split_position for prompt in prompts]),
-        SEED_FIELD: torch.tensor([prompt.visit.seed for prompt in prompts]),
-        LENGTH_FIELD: torch.tensor([round(prompt.visit.expected_length) for prompt in prompts]),
-        STEP_FIELD: torch.ones(len(prompts), dtype=torch.int64),
+        **visit_columns([prompt.visit for prompt in prompts]),
     }
     batch = tu.get_tensordict(columns)
     tu.assign_non_tensor_data(batch, "global_steps", 1)

@@ -22,6 +22,8 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
+pytest_plugins = ("tests.support.queue", "tests.support.rollout_setup")
+
 # ---------------------------------------------------------------- the LLM server
 
 

@@ -25,6 +25,7 @@ from verl.utils import tensordict_utils  # noqa: E402
 from verl.workers.engine_workers import ActorRolloutRefWorker  # noqa: E402
 
 from recipe.skpo.method.loss import skpo_loss  # noqa: E402
+from recipe.skpo.method.rows import ADVANTAGE_FIELD, PHASE_FIELD, WEIGHT_FIELD  # noqa: E402
 from tests.golden.batches import nested  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
@@ -47,9 +48,9 @@ def stored(rows: list[dict[str, Any]]) -> TensorDict:
             "response_mask": nested([row["mask"] for row in rows]),
             "loss_mask": nested([row["mask"] for row in rows]),
             "old_log_probs": nested([row["old_log_probs"] for row in rows]),
-            "skpo_phase": torch.stack([row["phase"] for row in rows]),
-            "skpo_advantage": torch.stack([row["advantage"] for row in rows]),
-            "skpo_row_scale": torch.stack([row["scale"] for row in rows]),
+            PHASE_FIELD: torch.stack([row["phase"] for row in rows]),
+            ADVANTAGE_FIELD: torch.stack([row["advantage"] for row in rows]),
+            WEIGHT_FIELD: torch.stack([row["weight"] for row in rows]),
         },
         batch_size=len(rows),
     )

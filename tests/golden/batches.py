@@ -1,8 +1,7 @@
 """Random batches on both sides of the golden tests: rows of the reference, and the same rows as verl hands them on.
 
 The "model" is one flat parameter that holds every log-prob of every row, so that its gradient is the loss's gradient
-token by token.  Order of rows, updates, counted rows and row scales come from
-``recipe.skpo.method.minibatch``, as in the trainer.
+token by token.  The order of rows, updates and loss weights are those of the trainer.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,9 +11,12 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 
-from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM, skpo_loss
-from recipe.skpo.method.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
+from recipe.skpo.method.loss import skpo_loss
+from recipe.skpo.method.loss_weights import loss_weights
+from recipe.skpo.method.rows import ADVANTAGE_FIELD, DOWNSTREAM, PHASE_FIELD, UPSTREAM, WEIGHT_FIELD
+from recipe.skpo.trainer.order import minibatch_of_rows, minibatch_order
 from tests.support.reference import FlatRow, Gradient, Row, random_batch, reference_batch_objective
+from tests.support.rows import make_rows
 
 CLIPS = (0.2, 0.28)
 WEIGHTS = (0.7, 0.3)
@@ -28,7 +30,7 @@ class Case:
         rows: as the reference sees them.
         prompt_lengths: tokens before the response, per row.
         update: number of the update, per row, as the reference counts them: by prompt.
-        scales: ``skpo_row_scale``, float32 (rows,).
+        weights: loss weights, float32 (rows,).
         rows_per_update: over all ranks.
         ranks: data-parallel size.
         aggregation: of the downstream tokens.
@@ -37,7 +39,7 @@ class Case:
     rows: list[FlatRow]
     prompt_lengths: list[int]
     update: list[int]
-    scales: torch.Tensor
+    weights: torch.Tensor
     rows_per_update: int
     ranks: int
     aggregation: str
@@ -92,15 +94,15 @@ def make_case(seed: int, ranks: int, aggregation: str = "group_token_mean") -> C
     lengths = [len(row.row.mask) for row in rows]
     order = minibatch_order([row.prompt for row in rows], lengths, size, ranks, partition)
     rows = [rows[index] for index in order]
-    phase = torch.tensor([UPSTREAM if row.upstream else DOWNSTREAM for row in rows])
-    prompts = torch.tensor([row.prompt for row in rows])
-    trained = torch.tensor([sum(row.row.mask) for row in rows])
-    padding = torch.tensor([row.prompt >= total - padding_prompts for row in rows])
-    valid = counted_rows(phase, prompts, padding, trained)
-    number = minibatch_of_rows(len(rows), size, ranks)
-    scales = row_scales(phase, prompts, number, trained, valid, *WEIGHTS, aggregation)
+    batch = make_rows(
+        upstream=[row.upstream for row in rows],
+        prompts=[row.prompt for row in rows],
+        lengths=[sum(row.row.mask) for row in rows],
+        padding=[row.prompt >= total - padding_prompts for row in rows],
+    )
+    weights = loss_weights(batch, minibatch_of_rows(len(rows), size, ranks), *WEIGHTS, aggregation)
     update = [row.prompt // per_update for row in rows]
-    return Case(rows, rng.integers(1, 6, len(rows)).tolist(), update, scales, size, ranks, aggregation)
+    return Case(rows, rng.integers(1, 6, len(rows)).tolist(), update, weights, size, ranks, aggregation)
 
 
 def nested(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -140,9 +142,9 @@ class FlatPolicy:
                 "input_ids": nested([torch.cat(pair) for pair in zip(prompts, responses, strict=True)]),
                 "response_mask": nested([torch.tensor(row.mask) for row in ids]),
                 "old_log_probs": nested([torch.tensor(row.old_log_prob, dtype=self.dtype) for row in ids]),
-                "skpo_phase": torch.tensor([UPSTREAM if case.rows[i].upstream else DOWNSTREAM for i in rows]),
-                "skpo_advantage": torch.tensor([row.advantage for row in ids], dtype=self.dtype),
-                "skpo_row_scale": case.scales[rows],
+                PHASE_FIELD: torch.tensor([UPSTREAM if case.rows[i].upstream else DOWNSTREAM for i in rows]),
+                ADVANTAGE_FIELD: torch.tensor([row.advantage for row in ids], dtype=self.dtype),
+                WEIGHT_FIELD: case.weights[rows],
             },
             batch_size=len(rows),
         )

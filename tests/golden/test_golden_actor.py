@@ -1,7 +1,7 @@
 """The exact objective through verl: the gradient of the real FSDP actor is that of eq. 5 and eq. 6, written naively.
 
 A tiny Llama, verl's worker and engine built from the recipe's config, rows as the trainer stores them.  The reference
-scores one row at a time with a plain Hugging Face model in float64 and knows nothing of rows, scales, micro-batches or
+scores one row at a time with a plain Hugging Face model in float64 and knows nothing of rows, weights, micro-batches or
 ranks: a wrong normaliser anywhere between the trainer and the optimizer shows here.
 """
 
@@ -20,11 +20,12 @@ import torch
 from omegaconf import OmegaConf
 
 from recipe.skpo.method.advantage import skpo_advantage
-from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
-from recipe.skpo.method.minibatch import counted_rows, minibatch_of_rows, minibatch_order, row_scales
+from recipe.skpo.method.loss_weights import loss_weights
 from recipe.skpo.method.segments import skip_prompt
+from recipe.skpo.trainer.order import minibatch_of_rows, minibatch_order
 from tests.e2e.tiny import make_model
 from tests.support.reference import reference_group_relative, reference_single_stream
+from tests.support.rows import make_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP, PER_UPDATE, WEIGHTS, CLIPS, TEMPERATURE, BOS = 3, 2, (0.7, 0.3), (0.2, 0.28), 0.8, 0
@@ -151,15 +152,15 @@ def naive_objective(visits: list[Visit], everything: list[Visit], score: Score) 
 
 
 def rows_of(visits: list[Visit], ranks: int, whole: bool) -> list[dict[str, Any]]:
-    """The trainer's side: rows with advantages and scales, padded to whole updates, in verl's order."""
+    """The trainer's side: rows with advantages and loss weights, padded to whole updates, in verl's order."""
     from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
-    flat: list[tuple[int, int, Response | None, float, bool]] = []
+    flat: list[tuple[int, bool, Response | None, float, bool]] = []
     for number, visit in enumerate(visits):
-        flat.append((number, UPSTREAM, visit.segment, visit.baseline, False))
-        flat += [(number, DOWNSTREAM, response, 0.0, False) for response in visit.responses]
+        flat.append((number, True, visit.segment, visit.baseline, False))
+        flat += [(number, False, response, 0.0, False) for response in visit.responses]
     padding = -len(flat) % (PER_UPDATE * (GROUP + 1))
-    flat += [(len(visits), UPSTREAM, visits[0].segment, 0.9, True)] * padding
+    flat += [(len(visits), True, visits[0].segment, 0.9, True)] * padding
     # verl hands them over in any order.
     flat = [flat[int(index)] for index in np.random.default_rng(5).permutation(len(flat))]
     lost = Response(visits[0].segment.before, [1], 0.0, untrained=1, old=(-1.0,))
@@ -174,22 +175,25 @@ def rows_of(visits: list[Visit], ranks: int, whole: bool) -> list[dict[str, Any]
     )
     flat = [flat[index] for index in order]
     responses = [response or lost for _, _, response, _, _ in flat]
-    prompts, phase = torch.tensor([row[0] for row in flat]), torch.tensor([row[1] for row in flat])
-    lengths = torch.tensor([len(response.positions) for response in responses])
-    valid = counted_rows(phase, prompts, torch.tensor([row[4] for row in flat]), lengths)
-    rewards = torch.tensor([response.reward for response in responses])
-    advantage = skpo_advantage(rewards, torch.tensor([row[3] for row in flat]), phase, prompts, valid)
-    minibatch = minibatch_of_rows(len(flat), size, ranks)
-    scale = row_scales(phase, prompts, minibatch, lengths, valid, *WEIGHTS)
+    rows = make_rows(
+        upstream=[row[1] for row in flat],
+        prompts=[row[0] for row in flat],
+        lengths=[len(response.positions) for response in responses],
+        rewards=[response.reward for response in responses],
+        padding=[row[4] for row in flat],
+    )
+    baselines = torch.tensor([row[3] for row in flat])
+    advantage = skpo_advantage(rows.rewards, baselines, rows.phase, rows.prompts, rows.valid_mask)
+    weight = loss_weights(rows, minibatch_of_rows(len(flat), size, ranks), *WEIGHTS)
     return [
         {
             "prompt": torch.tensor(response.before),
             "response": torch.tensor(response.tokens),
             "mask": torch.tensor([int(index in response.positions) for index in range(len(response.tokens))]),
             "old_log_probs": torch.tensor(response.old, dtype=torch.float32),
-            "phase": phase[index],
+            "phase": rows.phase[index],
             "advantage": advantage[index],
-            "scale": scale[index],
+            "weight": weight[index],
         }
         for index, response in enumerate(responses)
     ]

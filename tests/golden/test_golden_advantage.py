@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recipe.skpo.method.advantage import group_relative_advantage, single_stream_advantage, skpo_advantage
-from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.method.rows import DOWNSTREAM, UPSTREAM
 from tests.support.reference import reference_group_relative, reference_single_stream
 
 seeds = st.integers(0, 2**32)

@@ -17,51 +17,15 @@ import torch
 from omegaconf import OmegaConf
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
-from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
-from recipe.skpo.rollout.worker import SEED_FIELD, SPLIT_FIELD
+from recipe.skpo.method.rows import ADVANTAGE_FIELD, DOWNSTREAM, SEED_FIELD, SPLIT_FIELD, UPSTREAM, WEIGHT_FIELD, RowKey
 from recipe.skpo.settings import SkpoSettings, TrackerSettings
 from recipe.skpo.trainer.state import SkpoState
-from tests.golden.batches import nested
+from tests.support.queue import Queue
 from tests.support.reference import ReferenceRun, reference_group_relative, reference_single_stream
+from tests.support.rows import stored_row
 
 GROUP, BATCH, PER_UPDATE, STEPS, BUDGET = 3, 6, 2, 6, 60
 TOLERANCE = 1e-4  # rows are float32
-
-
-def packed(cells: list[Any]) -> Any:
-    """One column of rows, as TransferQueue's storage returns it: jagged also where all lengths are equal."""
-    if not all(isinstance(cell, torch.Tensor) for cell in cells):
-        return NonTensorStack(*cells)
-    return torch.stack(cells) if all(cell.dim() == 0 for cell in cells) else nested(cells)
-
-
-class Queue:
-    """The part of TransferQueue that the trainer uses, in a dictionary."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, dict[str, Any]] = {}
-
-    def kv_batch_get(self, keys: list[str], partition_id: str, select_fields: list[str] | None = None) -> TensorDict:
-        names = select_fields or list(self.rows[keys[0]])
-        columns = {name: packed([self.rows[key][name] for key in keys]) for name in names}
-        return TensorDict(columns, batch_size=len(keys))
-
-    def kv_batch_put(
-        self, keys: list[str], partition_id: str, fields: TensorDict, tags: list[dict] | None = None
-    ) -> Any:
-        from transfer_queue import KVBatchMeta
-
-        for name, value in fields.items():
-            column = value.tolist() if isinstance(value, NonTensorStack) else value.unbind()
-            for key, cell in zip(keys, column, strict=True):
-                self.rows.setdefault(key, {})[name] = cell
-        for key, tag in zip(keys, tags or [], strict=False):
-            self.rows[key]["_tag"] = tag
-        return KVBatchMeta(keys=keys, tags=[self.rows[key]["_tag"] for key in keys], partition_id=partition_id)
-
-    def kv_clear(self, keys: list[str], partition_id: str) -> None:
-        for key in keys:
-            del self.rows[key]
 
 
 @dataclass
@@ -77,40 +41,9 @@ class Visit:
     siblings: dict[str, tuple[int, int, float]] = field(default_factory=dict)  # written, trained tokens, reward
 
 
-@pytest.fixture
-def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
-    import transfer_queue
-
-    made = Queue()
-    for name in ("kv_batch_get", "kv_batch_put", "kv_clear"):
-        monkeypatch.setattr(transfer_queue, name, getattr(made, name))
-    return made
-
-
 def actor_log_prob(step: int, before: int, token: int) -> float:
     """What the actor of a step says of a token after another; any function that changes from step to step."""
     return -0.1 - ((7 * before + 13 * token + 5 * step) % 17) / 16
-
-
-def row_of(visit: Visit, phase: int, tokens: list[int], mask: list[int], reward: float, prompt: list[int]) -> dict:
-    """A row as the rollout stores it and verl's log-prob step completes it."""
-    scores = torch.zeros(len(tokens))
-    scores[-1] = reward
-    return {
-        "id": visit.prompt_id,
-        "uid": visit.uid,
-        "skpo_phase": torch.tensor(phase),
-        "prompts": torch.tensor(prompt),
-        "responses": torch.tensor(tokens),
-        "input_ids": torch.tensor(prompt + tokens),
-        "position_ids": torch.arange(len(prompt) + len(tokens)),
-        "response_mask": torch.tensor(mask),
-        "rm_scores": scores,
-        # Values that nothing may mistake for the reward.
-        "rollout_log_probs": torch.full((len(tokens),), -3.0),
-        "extra_fields": {"skpo": None},
-        "_tag": {"seq_len": len(prompt) + len(tokens), "status": "success"},
-    }
 
 
 def roll_out(rng: np.random.Generator, queue: Queue, prompt_id: str, uid: str, step: int) -> Visit:
@@ -122,24 +55,24 @@ def roll_out(rng: np.random.Generator, queue: Queue, prompt_id: str, uid: str, s
     segment, problem = some(1, 8), some(2, 6)
     old = [float(np.float32(-value)) for value in rng.exponential(1.0, len(segment))]
     visit = Visit(prompt_id, uid, problem, segment, old, float(rng.integers(-8, 9)) / 8)
-    up = row_of(visit, UPSTREAM, segment, [1] * len(segment), visit.reward, problem)
-    queue.rows[f"{uid}_0_0"] = up | {"old_log_probs": torch.tensor(old)}
+    # Log-probs of the rollout are values that nothing may mistake for the reward.
+    rows = [stored_row(uid, 0, visit.reward, segment, UPSTREAM, problem, old_log_probs=old, id=prompt_id)]
     lost = rng.random(GROUP) < 0.25
     if rng.random() < 0.9:
         lost[rng.integers(GROUP)] = False
     continual = rng.random() < 0.3
     for index in range(GROUP):
-        key, response = f"{uid}_{index + 1}_0", some(1, 20)
+        response = some(1, 20)
         if lost[index]:
-            down = row_of(visit, DOWNSTREAM, [1], [0], 0.0, segment + problem)
+            down = stored_row(uid, index + 1, 0.0, [1], DOWNSTREAM, segment + problem, opening=1, id=prompt_id)
         else:
             reward, opening = float(rng.choice([-1.0, 1.0])), segment if continual else []
-            mask = [0] * len(opening) + [1] * len(response)
-            down = row_of(
-                visit, DOWNSTREAM, opening + response, mask, reward, problem if continual else segment + problem
-            )
-            visit.siblings[key] = (len(opening + response), len(response), reward)
-        queue.rows[key] = down | {"old_log_probs": torch.full((len(down["responses"]),), -2.0)}
+            prompt = problem if continual else segment + problem
+            written = opening + response
+            down = stored_row(uid, index + 1, reward, written, DOWNSTREAM, prompt, len(opening), id=prompt_id)
+            visit.siblings[down[0]] = (len(written), len(response), reward)
+        rows.append(down)
+    queue.store(rows)
     return visit
 
 
@@ -168,11 +101,11 @@ class Trainer:
                 "trainer": {"critic_warmup": 0},
                 "actor_rollout_ref": {
                     "actor": {"ppo_mini_batch_size": PER_UPDATE},
-                    "rollout": {"n": GROUP + 1, "temperature": 1.0},
+                    "rollout": {"n": GROUP + 1, "temperature": 1.0, "calculate_log_probs": True},
                 },
             }
         )
-        monkeypatch.setattr(SkpoTrainer, "_write_trees", lambda *rest: None)  # which people read, and nothing else
+        self.real.trees = SimpleNamespace(write=lambda *rest: None)
         monkeypatch.setattr(PPOTrainerSync, "_fetch_one_gen_batch", lambda trainer: self.prompts())
         monkeypatch.setattr(PPOTrainerSync, "_update_actor", lambda trainer, *rest: self.update_actor(*rest))
 
@@ -198,7 +131,7 @@ class Trainer:
 
 
 def expected_rows(run: ReferenceRun, visits: list[Visit], settings: SkpoSettings) -> Iterator[tuple[str, float, float]]:
-    """Key, advantage and row scale of every row that is trained in this step, before its trackers move."""
+    """Key, advantage and loss weight of every row that is trained in this step, before its trackers move."""
     counted = [visit for visit in visits if visit.siblings]
     baselines = [run.baseline(visit.prompt_id) for visit in counted]
     upstream = reference_single_stream([visit.reward for visit in counted], baselines, [True] * len(counted))
@@ -235,8 +168,6 @@ def test_steps_follow_the_reference(
     queue: Queue,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from transfer_queue import KVBatchMeta
-
     rng = np.random.default_rng(seed)
     half_life = 0.5 if drift == "logratio" else 3.0
     trainer = Trainer(
@@ -267,7 +198,7 @@ def test_steps_follow_the_reference(
         queue.rows.clear()
         visits = [roll_out(rng, queue, names[index], uids[index], step) for index in kept]
         keys = [str(key) for key in rng.permutation(list(queue.rows))]  # in the order in which they were finished
-        batch = KVBatchMeta(keys=keys, tags=[queue.rows[key]["_tag"] for key in keys], partition_id="train")
+        batch = queue.batch(keys)
         metrics: dict[str, Any] = {}
         batch = real._balance_batch(batch, metrics)
         assert len(batch) % (PER_UPDATE * (GROUP + 1)) == 0
@@ -276,8 +207,8 @@ def test_steps_follow_the_reference(
 
         for key in batch.keys:
             row, (advantage, scale) = queue.rows[key], expected.get(key, (0.0, 0.0))
-            assert float(row["skpo_advantage"]) == pytest.approx(advantage, rel=TOLERANCE, abs=1e-5), key
-            assert float(row["skpo_row_scale"]) == pytest.approx(scale, rel=TOLERANCE), key
+            assert float(row[ADVANTAGE_FIELD]) == pytest.approx(advantage, rel=TOLERANCE, abs=1e-5), key
+            assert float(row[WEIGHT_FIELD]) == pytest.approx(scale, rel=TOLERANCE), key
             spread = [advantage * trained for trained in row["response_mask"].tolist()]
             assert row["advantages"].tolist() == pytest.approx(spread, rel=TOLERANCE, abs=1e-5)
         assert set(expected) <= set(batch.keys)
@@ -286,7 +217,7 @@ def test_steps_follow_the_reference(
         per_rank, part = len(batch) // ranks, PER_UPDATE * (GROUP + 1) // ranks
         order = [visit.uid for visit in visits]
         for position, key in enumerate(batch.keys):
-            uid = key.rsplit("_", 2)[0]
+            uid = RowKey.parse(key).uid
             if uid in order:
                 assert position % per_rank // part == order.index(uid) // PER_UPDATE
 

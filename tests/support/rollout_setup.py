@@ -9,7 +9,7 @@ import asyncio
 import itertools
 import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,69 +17,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.queue import Queue
+
 G, SPLIT, SEED, STEP = 4, 6, 1000, 3
 QUESTION, ANSWER = "What is 2 plus 3?", "5"
 
 # ---------------------------------------------------------------- the borders
-
-
-@dataclass
-class Store:
-    """What workers put into TransferQueue, in order.
-
-    Attributes:
-        rows: key -> fields of the row, each without the batch dimension.
-        tags: key -> tag.
-        partitions: key -> partition, prompts included.
-        events: ("row", key) or (status, uid).
-    """
-
-    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    tags: dict[str, dict[str, Any]] = field(default_factory=dict)
-    partitions: dict[str, str] = field(default_factory=dict)
-    events: list[tuple[str, str]] = field(default_factory=list)
-    before_row: Callable[[str], Any] | None = None
-
-    async def kv_put(self, key, partition_id, fields=None, tag=None, data_parser=None):
-        assert fields is None
-        await asyncio.sleep(0)
-        self.partitions[key] = partition_id
-        self.events.append((tag["status"], key))
-
-    async def kv_batch_put(self, keys, partition_id, fields=None, tags=None, data_parser=None):
-        for key in keys:
-            if self.before_row is not None:
-                await self.before_row(key)
-        await asyncio.sleep(0)
-        for index, (key, tag) in enumerate(zip(keys, tags, strict=True)):
-            self.rows[key] = {name: plain(fields.get(name)[index]) for name in fields.keys()}  # noqa: SIM118
-            self.tags[key] = tag
-            self.partitions[key] = partition_id
-            self.events.append(("row", key))
-
-    def status(self, uid: str) -> list[str]:
-        return [status for status, key in self.events if key == uid]
-
-    def row(self, uid: str, session: int) -> dict[str, Any]:
-        return self.rows[f"{uid}_{session}_0"]
-
-    def siblings(self, uid: str) -> list[dict[str, Any]]:
-        return [self.row(uid, session) for session in range(1, G + 1)]
-
-
-def plain(value: Any) -> Any:
-    return getattr(value, "data", value) if not isinstance(value, torch.Tensor) else value
-
-
-@pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch) -> Store:
-    import transfer_queue
-
-    store = Store()
-    monkeypatch.setattr(transfer_queue, "init", lambda *args, **kwargs: None)
-    monkeypatch.setattr(transfer_queue, "async_kv_put", store.kv_put)
-    monkeypatch.setattr(transfer_queue, "async_kv_batch_put", store.kv_batch_put)
-    return store
 
 
 class RewardHandle:
@@ -115,7 +58,7 @@ class Setup:
 
     worker: Any
     llm: Any
-    store: Store
+    store: Queue
     reward: RewardHandle
 
     @property
@@ -212,7 +155,7 @@ def make_config(compose_config, model_folder):
 
 
 @pytest.fixture
-def make_worker(make_config, fake_llm, store: Store) -> Callable[..., Setup]:
+def make_worker(make_config, fake_llm, queue: Queue) -> Callable[..., Setup]:
     """Make an ``SkpoAgentLoopWorker`` by its real constructor; ``script`` answers its requests."""
     from recipe.skpo.rollout.worker import SkpoAgentLoopWorker
 
@@ -221,7 +164,7 @@ def make_worker(make_config, fake_llm, store: Store) -> Callable[..., Setup]:
         llm = fake_llm(script) if script else fake_llm()
         reward = RewardHandle(config)
         worker = worker_class(config, llm, reward_loop_worker_handles=[reward])
-        return Setup(worker, llm, store, reward)
+        return Setup(worker, llm, queue, reward)
 
     return make
 

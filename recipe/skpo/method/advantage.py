@@ -12,7 +12,7 @@ Both standard deviations are those of the population (divided by n); the paper d
 
 import torch
 
-from recipe.skpo.method.loss import UPSTREAM
+from recipe.skpo.method.rows import UPSTREAM
 
 EPSILON = 1e-8
 """Added to the batch standard deviation upstream; also below it a downstream group counts as equal."""
@@ -97,7 +97,7 @@ def skpo_advantage(
     Args:
         rewards: R_I on upstream rows, R_II on downstream rows, float (rows,).
         baselines: as in ``single_stream_advantage``; read on upstream rows only.
-        phase: ``loss.UPSTREAM`` or ``loss.DOWNSTREAM`` per row.
+        phase: ``UPSTREAM`` or ``DOWNSTREAM`` per row.
         prompts: number of the row's prompt, integer (rows,); its downstream rows are one group.
         valid: bool (rows,), False for padding and failed siblings.
 

@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 
-UPSTREAM, DOWNSTREAM = 0, 1
-"""Values of the per-row field ``skpo_phase``."""
-
+from recipe.skpo.method.rows import DOWNSTREAM, UPSTREAM
 
 _KL_BOUND = 3.0
 """Largest log-ratio of a token that the KL metric counts, in nats; the objective does not know it."""

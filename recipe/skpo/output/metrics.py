@@ -6,14 +6,14 @@ verl's own score and length metrics mix both phases' rows; everything published 
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_prep.untrusted import UntrustedError, parse_json, read_json
-from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.method.rows import DOWNSTREAM, UPSTREAM, RolloutRecord, Rows
 from recipe.skpo.output.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -22,62 +22,65 @@ LAST_STEP = 2**53
 """The largest step that every reader of JSON, the report's page among them, holds exactly."""
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def mean(values: Iterable[float]) -> float:
+    """Return the arithmetic mean of at least one number."""
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
 
 
-def rollout_metrics(
-    phase: torch.Tensor,
-    prompts: torch.Tensor,
-    valid: torch.Tensor,
-    rewards: torch.Tensor,
-    advantages: torch.Tensor,
-    lengths: torch.Tensor,
-    records: Sequence[Mapping[str, Any] | None],
-) -> dict[str, float]:
-    """Per-step metrics of what was rolled out, over valid rows.
+def rollout_metrics(rows: Rows, advantages: torch.Tensor) -> dict[str, float]:
+    """Compute the metrics of what a step rolled out, over the valid rows of each phase.
 
     Args:
-        phase, prompts, valid, rewards, advantages, lengths: per row, as in ``trainer``; (rows,).
-        records: per row, what ``rollout`` noted: on upstream rows split position, deviation, early finishes,
-            boundaries, times and tokens; on downstream rows tokens.
+        rows: the batch.
+        advantages: float (rows,).
 
     Returns:
         Metric name to value.  Tokens are sums over the batch; seconds are means over prompts; ``prefix_cache/hit_rate``
         is cached / prefilled prompt tokens.
     """
     result: dict[str, float] = {}
-    for name, value in (("upstream", UPSTREAM), ("downstream", DOWNSTREAM)):
-        rows = (valid & (phase == value)).nonzero().flatten()
-        if not len(rows):
+    for name, phase in (("upstream", UPSTREAM), ("downstream", DOWNSTREAM)):
+        valid = rows.valid_mask & (rows.phase == phase)
+        if not valid.any():
             continue
-        own = [record for record in (records[int(row)] for row in rows) if record is not None]
-        cached, prefilled = (float(sum(record[key] for record in own)) for key in ("cached", "prefilled"))
+        noted = [record for record, counts in zip(rows.records, valid.tolist(), strict=True) if record and counts]
+        prefilled = float(sum(record.prefilled for record in noted))
         result |= {
-            f"skpo/{name}/reward/mean": float(rewards[rows].mean()),
-            f"skpo/{name}/advantage/mean": float(advantages[rows].mean()),
-            f"skpo/{name}/advantage/std": float(advantages[rows].std(correction=0)),
-            f"skpo/{name}/length/mean": float(lengths[rows].to(torch.float64).mean()),
-            f"skpo/{name}/tokens_generated": float(sum(record["generated"] for record in own)),
+            f"skpo/{name}/reward/mean": float(rows.rewards[valid].mean()),
+            f"skpo/{name}/advantage/mean": float(advantages[valid].mean()),
+            f"skpo/{name}/advantage/std": float(advantages[valid].std(correction=0)),
+            f"skpo/{name}/length/mean": float(rows.lengths[valid].to(torch.float64).mean()),
+            f"skpo/{name}/tokens_generated": float(sum(record.generated for record in noted)),
             f"skpo/{name}/tokens_prefilled": prefilled,
-            f"skpo/{name}/prefix_cache/hit_rate": cached / prefilled if prefilled else 0.0,
+            f"skpo/{name}/prefix_cache/hit_rate": sum(record.cached for record in noted) / max(prefilled, 1.0),
         }
-        if value == UPSTREAM:
-            result |= {
-                f"skpo/{name}/split_position/mean": _mean([record["split_position"] for record in own]),
-                f"skpo/{name}/deviation/mean": _mean([record["deviation"] for record in own]),
-                f"skpo/{name}/early_finish_share": _mean([record["ended_early"] for record in own]),
-                f"skpo/{name}/seconds/mean": _mean([record["seconds"] for record in own]),
-                "skpo/downstream/seconds/mean": _mean([record["downstream_seconds"] for record in own]),
-            }
-            cut = [record["at_boundary"] for record in own if "at_boundary" in record]
-            if cut:  # with split=boundary_token
-                result[f"skpo/{name}/boundary_share"] = _mean(cut)
-        else:
-            groups = [rewards[rows][prompts[rows] == prompt] for prompt in prompts[rows].unique()]
-            equal = [float((group == group[0]).all()) for group in groups]
-            result[f"skpo/{name}/all_equal_share"] = _mean(equal)
+    rollouts = [record for row in rows.segments if isinstance(record := rows.records[row], RolloutRecord)]
+    if rollouts:
+        result |= {
+            "skpo/upstream/split_position/mean": mean(record.split_position for record in rollouts),
+            "skpo/upstream/deviation/mean": mean(record.deviation for record in rollouts),
+            "skpo/upstream/early_finish_share": mean(record.early_share for record in rollouts),
+            "skpo/upstream/seconds/mean": mean(record.seconds for record in rollouts),
+            "skpo/downstream/seconds/mean": mean(record.downstream_seconds for record in rollouts),
+        }
+    cut = [share for record in rollouts if (share := record.boundary_share) is not None]
+    if cut:  # with split=boundary_token
+        result["skpo/upstream/boundary_share"] = mean(cut)
+    if rows.responses.any():
+        result["skpo/downstream/all_equal_share"] = _equal_share(rows)
     return result
+
+
+def _equal_share(rows: Rows) -> float:
+    """Return the share of groups whose valid responses all have the same reward."""
+    rewards, groups = rows.rewards[rows.responses], rows.prompts[rows.responses]
+    low, high = (
+        torch.full((int(groups.max()) + 1,), torch.nan).scatter_reduce(0, groups, rewards, kind, include_self=False)
+        for kind in ("amin", "amax")
+    )
+    there = ~low.isnan()
+    return float((low == high).sum()) / float(there.sum())
 
 
 def update_metrics(sums: Mapping[str, float]) -> tuple[dict[str, float], float]:

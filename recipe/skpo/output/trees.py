@@ -15,7 +15,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
+from recipe.skpo.method.rows import RolloutRecord, Rows, Transcript
 from recipe.skpo.output.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -93,50 +95,65 @@ def sample_rows(rows: Sequence[int], count: int, seed: int, step: int) -> list[i
 
 
 def rollout_tree(
-    *,
     step: int,
-    prompt_id: str,
-    problem: str,
-    answer: str,
-    record: Mapping[str, Any],
-    segment: Mapping[str, float],
-    skip_prompt: str,
-    responses: Sequence[Mapping[str, Any]],
-    decode: Callable[[Sequence[int]], str],
+    rows: Rows,
+    segment: int,
+    advantages: torch.Tensor,
+    baselines: torch.Tensor,
+    transcript: Transcript,
+    decode: Callable[..., str],
 ) -> dict[str, Any]:
-    """One prompt's rollout as a row of ``TREE_SCHEMA``.
+    """Describe one prompt's rollout as a row of ``TREE_SCHEMA``.
 
     Args:
-        step, prompt_id, problem, answer, skip_prompt: as in the schema.
-        record: the upstream row's record from ``rollout``.
-        segment: ``reward``, ``baseline``, ``advantage`` of the chosen segment.
-        responses: per sibling ``text``, ``reward``, ``advantage``, ``length``, ``answer``.
-        decode: token ids to text.
+        step: training step.
+        rows: the batch.
+        segment: the prompt's upstream row.
+        advantages: float (rows,).
+        baselines: float (rows,), read before their update.
+        transcript: of the prompt's valid responses, in order.
+        decode: token ids to text; takes ``skip_special_tokens``.
     """
+    record = rows.records[segment]
+    assert isinstance(record, RolloutRecord)
     candidates = []
-    for index, candidate in enumerate(record["candidates"]):
-        kept, rest = list(candidate["token_ids"]), list(candidate["rest_ids"])
-        text, whole = decode(kept), decode(kept + rest)
+    for index, candidate in enumerate(record.candidates):
+        text, whole = decode(candidate.token_ids), decode(candidate.token_ids + candidate.rest_ids)
         candidates.append(
             {
                 "text": text,
-                # Decoded together and then parted where that works: on its own, a text may lose its leading space.
-                "rest": whole[len(text) :] if whole.startswith(text) else decode(rest),
-                "deviation": candidate["deviation"],
-                "ended_early": candidate["ended_early"],
-                "chosen": index == record["chosen"],
+                # Cut from the whole text if possible: decoded alone, a text may lose its leading space.
+                "rest": whole[len(text) :] if whole.startswith(text) else decode(candidate.rest_ids),
+                "deviation": candidate.deviation,
+                "ended_early": candidate.ended_early,
+                "chosen": index == record.chosen,
             }
         )
+    written = zip(rows.siblings(segment), transcript.responses, transcript.answers, strict=True)
     return {
         "step": step,
-        "prompt_id": prompt_id,
-        "problem": problem,
-        "answer": answer,
-        "split_position": record["split_position"],
+        "prompt_id": rows.prompt_ids[segment],
+        "problem": transcript.problem,
+        "answer": transcript.ground_truth,
+        "split_position": record.split_position,
         "candidates": candidates,
-        "segment": {"text": candidates[record["chosen"]]["text"], **segment},
-        "skip_prompt": skip_prompt,
-        "responses": list(responses),
+        "segment": {
+            "text": candidates[record.chosen]["text"],
+            "reward": float(rows.rewards[segment]),
+            "baseline": float(baselines[segment]),
+            "advantage": float(advantages[segment]),
+        },
+        "skip_prompt": decode(transcript.skip_prompt, skip_special_tokens=False),
+        "responses": [
+            {
+                "text": decode(response),
+                "reward": float(rows.rewards[row]),
+                "advantage": float(advantages[row]),
+                "length": int(rows.lengths[row]),
+                "answer": answer,
+            }
+            for row, response, answer in written
+        ],
     }
 
 

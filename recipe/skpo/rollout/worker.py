@@ -43,7 +43,19 @@ from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token
 from verl.workers.rollout.replica import TokenOutput
 
 from recipe.skpo.errors import RunError
-from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.method.rows import (
+    DOWNSTREAM,
+    LENGTH_FIELD,
+    PHASE_FIELD,
+    RECORD,
+    SEED_FIELD,
+    SPLIT_FIELD,
+    STEP_FIELD,
+    UPSTREAM,
+    CandidateRecord,
+    RolloutRecord,
+    TokenCounts,
+)
 from recipe.skpo.method.segments import Segment, cut_segment, last_boundary, select_segment, skip_prompt
 from recipe.skpo.rollout.admission import AbortingHandle, Admission, Clock, slots_of_worker
 from recipe.skpo.settings import SkpoSettings
@@ -53,10 +65,6 @@ from recipe.skpo.task.rewards import finite_number, shown, split_record
 from recipe.skpo.task.thoughts import ThoughtReader, configured_marks
 
 logger = logging.getLogger(__name__)
-
-SPLIT_FIELD, SEED_FIELD, STEP_FIELD = "skpo_split_position", "skpo_seed", "skpo_step"
-LENGTH_FIELD = "skpo_expected_length"
-"""Fields that the trainer adds to every training prompt."""
 
 _CLOCK: ContextVar[Clock | None] = ContextVar("skpo_clock", default=None)
 """The clock of the prompt, or of the baseline's response, that this task works on."""
@@ -407,7 +415,7 @@ class SkpoAgentLoopWorker(MeteredWorker):
         upstream = self._segment_row(problem_ids, candidates, chosen, split_position, times, written)
         upstream.reward_score = sum(response.reward_score or 0.0 for response in scored) / len(scored)
         return [
-            (output, dict(prompt, session_id=session, skpo_phase=torch.tensor(phase)))
+            (output, {**prompt, "session_id": session, PHASE_FIELD: torch.tensor(phase)})
             for output, session, phase in [
                 *((output, index + 1, DOWNSTREAM) for index, output in enumerate(outputs)),
                 (upstream, 0, UPSTREAM),
@@ -468,12 +476,8 @@ class SkpoAgentLoopWorker(MeteredWorker):
         """One downstream sibling with its reward."""
         # Seeds of the siblings follow those of the candidates: no two requests of a prompt share one.
         output = await self._generate(route, index, skip.request_ids, params, seed + self.settings.group_size)
-        record = {
-            "generated": len(output.token_ids),
-            "prefilled": len(skip.request_ids),
-            "cached": _cached(output),
-        }
-        row = self._row(skip.row_ids, output.token_ids, output.log_probs, dict(output.extra_fields, skpo=record))
+        record = TokenCounts(len(output.token_ids), len(skip.request_ids), _cached(output))
+        row = self._row(skip.row_ids, output.token_ids, output.log_probs, output.extra_fields | {RECORD: record})
         if skip.opening is not None:
             # Under q, the segment is the hard beginning of the response: read and scored, not trained again.
             row.response_ids = [*skip.opening.token_ids, *row.response_ids]
@@ -543,29 +547,27 @@ class SkpoAgentLoopWorker(MeteredWorker):
         ``seconds``: of both phases; ``written``: tokens that completed the chosen candidate's own response.
         """
         segment = candidates[chosen].segment
-        record = {
-            "split_position": split_position,
-            "candidates": [
-                {
-                    "token_ids": list(candidate.segment.token_ids),
-                    "rest_ids": list(candidate.output.token_ids)[len(candidate.segment.token_ids) :],
-                    "deviation": candidate.segment.deviation,
-                    "ended_early": candidate.ended_early,
-                }
+        looks_for_boundaries = self.settings.split == "boundary_token"
+        record = RolloutRecord(
+            generated=sum(len(candidate.output.token_ids) for candidate in candidates) + written,
+            prefilled=len(problem_ids) * len(candidates),
+            cached=sum(_cached(candidate.output) for candidate in candidates),
+            split_position=split_position,
+            candidates=tuple(
+                CandidateRecord(
+                    token_ids=candidate.segment.token_ids,
+                    rest_ids=tuple(candidate.output.token_ids[len(candidate.segment.token_ids) :]),
+                    deviation=candidate.segment.deviation,
+                    ended_early=candidate.ended_early,
+                    at_boundary=candidate.segment.at_boundary if looks_for_boundaries else None,
+                )
                 for candidate in candidates
-            ],
-            "chosen": chosen,
-            "deviation": segment.deviation,
-            "ended_early": sum(candidate.ended_early for candidate in candidates) / len(candidates),
-            "generated": sum(len(candidate.output.token_ids) for candidate in candidates) + written,
-            "prefilled": len(problem_ids) * len(candidates),
-            "cached": sum(_cached(candidate.output) for candidate in candidates),
-            "seconds": seconds[0],
-            "downstream_seconds": seconds[1],
-        }
-        if self.settings.split == "boundary_token":
-            record["at_boundary"] = sum(item.segment.at_boundary for item in candidates) / len(candidates)
-        fields = dict(candidates[chosen].output.extra_fields, skpo=record)
+            ),
+            chosen=chosen,
+            seconds=seconds[0],
+            downstream_seconds=seconds[1],
+        )
+        fields = candidates[chosen].output.extra_fields | {RECORD: record}
         row = self._row(problem_ids, list(segment.token_ids), list(segment.logprobs), fields)
         row.extra_fields["reward_extra_info"] = {}
         return row
@@ -573,7 +575,7 @@ class SkpoAgentLoopWorker(MeteredWorker):
     def _missing_sibling(self, skip_ids: list[int], sibling: AgentLoopOutput) -> AgentLoopOutput:
         """A row of one untrained token for a sibling that failed: verl expects G + 1 rows per prompt."""
         fields = {key: sibling.extra_fields.get(key) for key in ("min_global_steps", "max_global_steps")}
-        row = self._row(skip_ids, [self.tokenizer.eos_token_id], [0.0], dict(fields, skpo=None))
+        row = self._row(skip_ids, [self.tokenizer.eos_token_id], [0.0], fields | {RECORD: None})
         row.response_mask = [0]
         row.reward_score = 0.0
         row.extra_fields["reward_extra_info"] = {}

@@ -31,20 +31,12 @@ from data_prep.untrusted import one_line
 from recipe.skpo.engine.optimizer import use_own_settings_in_worker
 from recipe.skpo.errors import describe
 from recipe.skpo.method.curriculum import PrioritisedBatches
-from recipe.skpo.method.minibatch import minibatch_order, prompts_fit_ranks, slots
+from recipe.skpo.method.rows import RowKey, Rows, visit_columns
 from recipe.skpo.output.best_effort import BestEffort, BestEffortLogger
 from recipe.skpo.output.files import write_atomic
-from recipe.skpo.output.metrics import MetricsFile, plain_numbers, read_numbers
+from recipe.skpo.output.metrics import MetricsFile, mean, plain_numbers, read_numbers, rollout_metrics
 from recipe.skpo.output.trees import FOLDER, TreeStore
-from recipe.skpo.rollout.worker import (
-    LENGTH_FIELD,
-    SEED_FIELD,
-    SPLIT_FIELD,
-    STEP_FIELD,
-    MeteredManager,
-    RolloutError,
-    stop_reason,
-)
+from recipe.skpo.rollout.worker import MeteredManager, RolloutError, stop_reason
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.checkpoints import (
     METRICS_FILE,
@@ -59,6 +51,7 @@ from recipe.skpo.trainer.checkpoints import (
 from recipe.skpo.trainer.fingerprint import Fingerprint, differences, restarts_epoch
 from recipe.skpo.trainer.logprob_gap import METRIC as GAP_METRIC
 from recipe.skpo.trainer.logprob_gap import allowed_gap, mean_gap
+from recipe.skpo.trainer.order import minibatch_of_rows, minibatch_order, prompts_fit_ranks, slots
 from recipe.skpo.trainer.replay import BoundedReplayBuffer
 from recipe.skpo.trainer.replicas import BoundedCheckpointManager
 from recipe.skpo.trainer.state import SkpoState
@@ -82,6 +75,8 @@ class BaseTrainer(PPOTrainerSync):
     """Step of the checkpoint that was resumed from, 0 for a fresh start."""
     curriculum = False
     allowed_gap: float | None = None
+    keeps_prompts_together = False
+    """Whether an update has to see whole prompts."""
     shares_prompts = False
     """Whether the actor computes a prompt that several rows begin with once, so that its rows must stay together."""
     _rows_together = 1
@@ -254,24 +249,21 @@ class BaseTrainer(PPOTrainerSync):
     def _fetch_one_gen_batch(self) -> TensorDict:
         batch = super()._fetch_one_gen_batch()
         visits = [self.state.next_visit(str(key), self.global_steps) for key in batch.get("id").tolist()]
-        # Our own uid in place of verl's random one, so that rows can be put into the same order run after run.
-        # It has no "_", at which verl splits row keys.
-        uids = [NonTensorData(f"v{visit.ordinal:010d}") for visit in visits]
-        sent = {uid.data: str(key) for uid, key in zip(uids, batch.get("id").tolist(), strict=True)}
-        self._visited = {**self._visited, **sent}
-        batch["uid"] = NonTensorStack.from_list(uids)
-        batch[SPLIT_FIELD] = torch.tensor([visit.split_position for visit in visits])
-        batch[SEED_FIELD] = torch.tensor([visit.seed for visit in visits])
-        batch[LENGTH_FIELD] = torch.tensor([round(visit.expected_length) for visit in visits])
-        batch[STEP_FIELD] = torch.full((len(visits),), self.global_steps)
-        return batch
+        # The visit's uid replaces verl's random one, so that rows have the same order in every run.
+        ids = zip(visits, batch.get("id").tolist(), strict=True)
+        self._visited = {**self._visited, **{visit.uid: str(prompt_id) for visit, prompt_id in ids}}
+        batch["uid"] = NonTensorStack.from_list([NonTensorData(visit.uid) for visit in visits])
+        return batch.update(visit_columns(visits))
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
-        # verl's order follows which prompt finished first; sort by visit and session.
-        order = {key: (key.rsplit("_", 2)[0], int(key.rsplit("_", 2)[1])) for key in batch.keys}
-        batch.reorder(sorted(range(len(batch)), key=lambda row: order[batch.keys[row]]))
+        # Rows arrive in the order in which prompts finished, which no two runs share.
+        batch.reorder(sorted(range(len(batch)), key=lambda row: RowKey.parse(batch.keys[row])))
+        # Pads the batch; of the order that it makes too, only that of the baselines stays.
         batch = super()._balance_batch(batch, metrics, *args, **kwargs)
-        self._note_failed_prompts({key.rsplit("_", 2)[0] for key in batch.keys})
+        # Responses that share a prompt are computed together for every method, or a comparison would flatter SKPO.
+        if self.keeps_prompts_together or self.shares_prompts:
+            self._order_by_prompt(batch)
+        self._note_failed_prompts({RowKey.parse(key).uid for key in batch.keys})
         # Every request of the step has been answered by now.
         counts = self.agent_loop_manager.take_tokens()
         self.state.tokens_generated += counts["generated"]
@@ -287,11 +279,11 @@ class BaseTrainer(PPOTrainerSync):
             logger.warning("failures in step %d: %s", self.global_steps, json.dumps(failures))
         return batch
 
-    def _order_by_prompt(self, batch: KVBatchMeta) -> KVBatchMeta:
+    def _order_by_prompt(self, batch: KVBatchMeta) -> None:
         """Order the rows such that an update sees whole prompts and, where rows are shared, a rank does too."""
         actor = self.config.actor_rollout_ref
         places = slots(
-            [key.rsplit("_", 2)[0] for key in batch.keys],
+            [RowKey.parse(key).uid for key in batch.keys],
             [bool(tag.get("is_padding", False)) for tag in batch.tags],
             actor.rollout.n,
             actor.actor.ppo_mini_batch_size,
@@ -301,7 +293,10 @@ class BaseTrainer(PPOTrainerSync):
         lengths = [int(tag["seq_len"]) for tag in batch.tags]
         batch.reorder(minibatch_order(places, lengths, rows, ranks, _balanced, whole))
         self._rows_together = actor.rollout.n if whole else 1
-        return batch
+
+    def _updates(self, rows: Rows) -> torch.Tensor:
+        """Return the number of the update that trains each row, int64 (rows,)."""
+        return minibatch_of_rows(len(rows), self._rows_per_minibatch(), self._data_parallel_size())
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch.extra_info["force_group_size"] = self._rows_together
@@ -314,17 +309,63 @@ class BaseTrainer(PPOTrainerSync):
     def _rows_per_minibatch(self) -> int:
         return self.config.actor_rollout_ref.actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n
 
-    def _check_logprob_gap(self, data: TensorDict, valid: torch.Tensor, metrics: dict) -> None:
-        """Log how far rollout and actor are apart on this step's responses.
+    # ---------------------------------------------------------------- rows of a step
 
-        Args:
-            data: rows with ``rollout_log_probs`` and ``old_log_probs``.
-            valid: rows that count, bool (rows,).
+    def _read(self, batch: KVBatchMeta, *fields: str) -> Rows:
+        """Fetch and decode the rows of a batch; ``fields`` are those that only some methods need."""
+        names = ["id", "extra_fields", "response_mask", "rm_scores", "old_log_probs", *fields]
+        if self.config.actor_rollout_ref.rollout.calculate_log_probs:
+            names.append("rollout_log_probs")
+        if self.settings.tracker.drift == "logratio":
+            names.append("responses")
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+        return Rows.read(data, batch.keys, batch.tags)
+
+    def _write_back(self, batch: KVBatchMeta, columns: dict[str, torch.Tensor]) -> KVBatchMeta:
+        """Store columns with the rows of a batch."""
+        fields = TensorDict(columns, batch_size=len(batch))
+        return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
+
+    def _baselines(self, rows: Rows, visited: Sequence[int]) -> torch.Tensor:
+        """Read the prompts' baselines, float32 (rows,), 0 for all but the ``visited`` rows.
+
+        All are read before any tracker moves, also if a prompt is in the batch twice.
+        """
+        baselines = torch.zeros_like(rows.rewards)
+        for row in visited:
+            baselines[row] = self.state.baseline(rows.prompt_ids[row])
+        return baselines
+
+    def _observe(self, batch: KVBatchMeta, rows: Rows, visited: Sequence[int]) -> list[float]:
+        """Update the trackers with the ``visited`` rows, one per prompt; return the drift of each."""
+        ids = [rows.prompt_ids[row] for row in visited]
+        measured = self._log_ratios(batch, visited, ids)
+        rewards, lengths = rows.rewards.tolist(), rows.mean_response_lengths().tolist()
+        drifts = [
+            self.state.observe(prompt_id, rewards[row], lengths[row], measured.get(prompt_id))
+            for row, prompt_id in zip(visited, ids, strict=True)
+        ]
+        if self.settings.tracker.drift == "logratio":
+            tokens, log_probs = (rows.tokens[name].split() for name in ("responses", "old_log_probs"))
+            for row, prompt_id in zip(visited, ids, strict=True):
+                self.state.segments.put(prompt_id, tokens[row], log_probs[row])
+        return drifts
+
+    def _log_rollout(self, rows: Rows, advantages: torch.Tensor, metrics: dict) -> None:
+        """Add the metrics of the rollout, and check the servers' weights by them."""
+        metrics.update(rollout_metrics(rows, advantages))
+        kept = rows.prompts[rows.valid_mask].unique().numel()
+        metrics["skpo/prompts_dropped"] = self.config.data.train_batch_size - kept
+        if "rollout_log_probs" in rows.tokens:
+            self._check_logprob_gap(rows, metrics)
+
+    def _check_logprob_gap(self, rows: Rows, metrics: dict) -> None:
+        """Log how far rollout and actor are apart on this step's responses.
 
         Raises:
             RolloutError: so far that the servers cannot have the actor's weights.
         """
-        gap = mean_gap(data["rollout_log_probs"], data["old_log_probs"], valid)
+        gap = mean_gap(rows.tokens["rollout_log_probs"], rows.tokens["old_log_probs"], rows.valid_mask)
         metrics[GAP_METRIC] = gap
         if self.allowed_gap is not None and not gap <= self.allowed_gap:
             raise RolloutError(
@@ -361,11 +402,17 @@ class BaseTrainer(PPOTrainerSync):
         seen = {key: row for key, row in zip(ids, rows, strict=True) if key in self.state.segments}
         if self.settings.tracker.drift != "logratio" or not seen:
             return {}
-        source = tq.kv_batch_get(keys=[batch.keys[row] for row in seen.values()], partition_id=batch.partition_id)
-        stored = [_with_response(source[index], self.state.segments.get(key)[0]) for index, key in enumerate(seen)]
+        source = tq.kv_batch_get(
+            keys=[batch.keys[row] for row in seen.values()], partition_id=batch.partition_id, select_fields=["prompts"]
+        )
+        # Unbound once: indexing a nested column row by row unbinds it every time.
+        prompts = source["prompts"].unbind()
+        stored = [
+            _with_response(prompt, self.state.segments.get(key)[0]) for key, prompt in zip(seen, prompts, strict=True)
+        ]
         # Ranks take equal parts; what is computed twice is not read.
         stored += [stored[-1]] * (-len(stored) % self._data_parallel_size())
-        keys = [f"{index}_0_0" for index in range(len(stored))]
+        keys = [f"{index}_0_0" for index in range(len(stored))]  # a key per row, in a partition of their own
         lengths = [len(row["input_ids"]) for row in stored]
         tags = [{"seq_len": length, "status": "success"} for length in lengths]
         tq.kv_batch_put(keys=keys, partition_id=_DRIFT_PARTITION, fields=list_of_dict_to_tensordict(stored), tags=tags)
@@ -385,33 +432,26 @@ class BaseTrainer(PPOTrainerSync):
         then = {key: torch.from_numpy(self.state.segments.get(key)[1]) for key in seen}
         return {key: float((then[key] - now[index]).abs().mean()) for index, key in enumerate(seen)}
 
-    def _store_segments(self, ids: Sequence[str], tokens: Sequence[Any], logprobs: Sequence[Any]) -> None:
-        """Keep what each prompt was trained on, for ``_log_ratios`` of its next visit."""
-        if self.settings.tracker.drift == "logratio":
-            for key, token_ids, values in zip(ids, tokens, logprobs, strict=True):
-                self.state.segments.put(key, token_ids, values)
-
     def _data_parallel_size(self) -> int:
         return max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
 
-    def _tracker_metrics(
-        self, ids: Sequence[str], baselines: torch.Tensor, drifts: Sequence[float]
-    ) -> dict[str, float]:
-        """Trackers of the prompts of this step, after their update; baselines as they were read."""
-        if not ids:
-            return {}
-
-        def mean(values: Sequence[float]) -> float:
-            return sum(values) / len(values)
-
-        return {
-            "skpo/upstream/baseline/mean": float(baselines.mean()),
-            "skpo/tracker/value/mean": mean([self.state.values.value(key) for key in ids]),
-            "skpo/tracker/effective_count/mean": mean([self.state.values.count(key) for key in ids]),
-            "skpo/tracker/length/mean": mean([self.state.lengths.value(key) for key in ids]),
-            "skpo/tracker/drift/mean": mean(drifts),
-            "skpo/tracker/prompts_seen": len(self.state.values),
-        }
+    def _log_trackers(
+        self, rows: Rows, visited: Sequence[int], baselines: torch.Tensor, drifts: Sequence[float], metrics: dict
+    ) -> None:
+        """Add the metrics of the ``visited`` rows' trackers after their update; baselines are those before it."""
+        if not visited:
+            return
+        ids = [rows.prompt_ids[row] for row in visited]
+        metrics.update(
+            {
+                "skpo/upstream/baseline/mean": float(baselines[visited].mean()),
+                "skpo/tracker/value/mean": mean(self.state.values.value(key) for key in ids),
+                "skpo/tracker/effective_count/mean": mean(self.state.values.count(key) for key in ids),
+                "skpo/tracker/length/mean": mean(self.state.lengths.value(key) for key in ids),
+                "skpo/tracker/drift/mean": mean(drifts),
+                "skpo/tracker/prompts_seen": len(self.state.values),
+            }
+        )
 
     # ---------------------------------------------------------------- end
 
@@ -460,9 +500,8 @@ def without_plain_acc(infos: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     return {name: right if name == "acc" else values for name, values in infos.items()}
 
 
-def _with_response(row: Mapping[str, Any], token_ids: np.ndarray) -> dict[str, Any]:
-    """A stored row with other response tokens after the same prompt; what only the old response had is left out."""
-    prompt = row["prompts"]
+def _with_response(prompt: torch.Tensor, token_ids: np.ndarray) -> dict[str, Any]:
+    """Build a row of a prompt's tokens and these response tokens, as the actor's forward pass needs it."""
     responses = torch.from_numpy(token_ids).to(prompt.dtype)
     input_ids = torch.cat([prompt, responses])
     mask = torch.ones_like(responses)
@@ -470,7 +509,7 @@ def _with_response(row: Mapping[str, Any], token_ids: np.ndarray) -> dict[str, A
         "prompts": prompt,
         "responses": responses,
         "input_ids": input_ids,
-        "position_ids": torch.arange(len(input_ids), dtype=row["position_ids"].dtype),
+        "position_ids": torch.arange(len(input_ids)),
         "response_mask": mask,
         "loss_mask": mask,
         "multi_modal_inputs": {},

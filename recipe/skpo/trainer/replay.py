@@ -13,6 +13,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 from recipe.skpo.errors import RunError
+from recipe.skpo.method.rows import RowKey
 from recipe.skpo.rollout.worker import stop_reason
 
 _GRACE_S = 60.0
@@ -64,7 +65,7 @@ class BoundedReplayBuffer(ReplayBuffer):
             if _NO_ROWS not in str(error):
                 raise
             raise BatchError(f"{where}: all {batch_size} prompts were dropped; {self._why()}") from error
-        kept = len({key.split("_")[0] for key in batch.keys})
+        kept = len({RowKey.parse(key).uid for key in batch.keys})
         dropped = batch_size - kept
         if not kept or dropped > self.max_dropped_share * batch_size:
             raise BatchError(

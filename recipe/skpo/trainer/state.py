@@ -10,13 +10,13 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.untrusted import one_line, parse_json
+from recipe.skpo.method.rows import Visit
 from recipe.skpo.method.segments import fixed_split_position, sample_split_position
 from recipe.skpo.method.tracker import DriftClock, KLAdaptiveTracker, PromptRows
 from recipe.skpo.output.files import replacing
@@ -39,23 +39,6 @@ DAMAGE = (
 
 class StateError(RuntimeError):
     """The SKPO state of a checkpoint is missing, damaged or of another run; the message says which and what to do."""
-
-
-@dataclass(frozen=True)
-class Visit:
-    """What the trainer decides for one prompt before it is rolled out.
-
-    Attributes:
-        ordinal: running number of the visit, from 0, over the whole run.
-        split_position: t_q in tokens.
-        seed: of the prompt's sampled requests.
-        expected_length: L_q, the prompt's tracked mean response length in tokens.
-    """
-
-    ordinal: int
-    split_position: int
-    seed: int
-    expected_length: float
 
 
 class StoredSegments:
@@ -155,7 +138,7 @@ class SkpoState:
             split = fixed_split_position(mean_length, step, *bounds)
         else:
             split = sample_split_position(mean_length, self.rng, *bounds)
-        visit = Visit(self.visits, split, int(self.rng.integers(_SEED_BOUND)), mean_length)
+        visit = Visit(self.visits, split, int(self.rng.integers(_SEED_BOUND)), mean_length, step)
         self.visits += 1
         return visit
 

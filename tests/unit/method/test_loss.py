@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM, downstream_loss, skpo_loss, upstream_loss
+from recipe.skpo.method.loss import downstream_loss, skpo_loss, upstream_loss
+from recipe.skpo.method.rows import DOWNSTREAM, UPSTREAM
 from recipe.skpo.method.tracker import DriftClock
 from recipe.skpo.output.metrics import update_metrics
 from tests.support.reference import (

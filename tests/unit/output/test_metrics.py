@@ -3,57 +3,58 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.method.rows import CandidateRecord, Rows, TokenCounts
 from recipe.skpo.output.metrics import MetricsFile, read_lines, read_steps, rollout_metrics, update_metrics
+from tests.support.rows import make_record, make_rows
 
 # ---------------------------------------------------------------- per step, by role
 
 
-def upstream_record(**changes: Any) -> dict[str, Any]:
-    record = {
-        "split_position": 10,
-        "deviation": 0.5,
-        "ended_early": 0.25,
-        "generated": 40,
-        "prefilled": 100,
-        "cached": 75,
-        "seconds": 2.0,
-        "downstream_seconds": 6.0,
-    }
-    return record | changes
+def record(
+    deviation: float, early: tuple[bool, ...], boundaries: tuple[bool | None, ...] = (None,) * 4, **changes: Any
+):
+    pairs = zip(early, boundaries, strict=True)
+    candidates = tuple(CandidateRecord((5,), (), deviation, ended, cut) for ended, cut in pairs)
+    return make_record(candidates=candidates, **changes)
 
 
-def two_prompts() -> dict[str, Any]:
+ONE_OF_FOUR, THREE_OF_FOUR, ALL = (True, False, False, False), (True, True, True, False), (True,) * 4
+RESPONSE = TokenCounts(7, 50, 10)
+ADVANTAGES = torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.0, 0.0, 99.0])
+
+
+def two_prompts(**changes: Any) -> Rows:
     """Two prompts of two siblings; of the second, one sibling failed; one padding row copies a segment."""
-    downstream = {"generated": 7, "prefilled": 50, "cached": 10}
-    return {
-        "phase": torch.tensor([UPSTREAM, DOWNSTREAM, DOWNSTREAM, UPSTREAM, DOWNSTREAM, DOWNSTREAM, UPSTREAM]),
-        "prompts": torch.tensor([0, 0, 0, 1, 1, 1, 2]),
-        "valid": torch.tensor([True, True, True, True, True, False, False]),
-        "rewards": torch.tensor([0.0, 1.0, -1.0, 1.0, 1.0, 0.0, 99.0]),
-        "advantages": torch.tensor([-1.0, 1.0, -1.0, 1.0, 0.0, 0.0, 99.0]),
-        "lengths": torch.tensor([4, 10, 20, 6, 30, 0, 99]),
-        "records": [
-            upstream_record(),
-            downstream,
-            downstream,
-            upstream_record(split_position=20, deviation=1.5, ended_early=0.75, cached=25, seconds=4.0),
-            downstream | {"generated": 9},
-            None,
-            upstream_record(generated=10**6, seconds=10**6),
-        ],
+    records = [
+        record(0.5, ONE_OF_FOUR),
+        RESPONSE,
+        RESPONSE,
+        record(1.5, THREE_OF_FOUR, split_position=20, cached=25, seconds=4.0),
+        replace(RESPONSE, generated=9),
+        None,
+        record(0.5, ONE_OF_FOUR, generated=10**6, seconds=1e6),
+    ]
+    fields = {
+        "upstream": [True, False, False, True, False, False, True],
+        "prompts": [0, 0, 0, 1, 1, 1, 2],
+        "lengths": [4, 10, 20, 6, 30, 0, 99],
+        "rewards": [0.0, 1.0, -1.0, 1.0, 1.0, 0.0, 99.0],
+        "padding": [False] * 6 + [True],
+        "records": records,
     }
+    return make_rows(**fields | changes)
 
 
 @pytest.fixture
 def published() -> dict[str, float]:
-    return rollout_metrics(**two_prompts())
+    return rollout_metrics(two_prompts(), ADVANTAGES)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +92,10 @@ def test_every_published_metric_is_checked_above(published: dict[str, float]) ->
 
 
 def test_the_share_of_segments_at_a_boundary_is_there_where_boundaries_are_looked_for() -> None:
-    batch = two_prompts()
-    for row, share in ((0, 0.25), (3, 0.75), (6, 1.0)):
-        batch["records"][row] |= {"at_boundary": share}
-    assert rollout_metrics(**batch)["skpo/upstream/boundary_share"] == 0.5
+    rows = two_prompts()
+    for row, shares in ((0, ONE_OF_FOUR), (3, THREE_OF_FOUR), (6, ALL)):
+        rows.records[row] = record(0.5, ONE_OF_FOUR, shares)  # type: ignore[index]
+    assert rollout_metrics(rows, ADVANTAGES)["skpo/upstream/boundary_share"] == 0.5
 
 
 def test_values_are_plain_numbers(published: dict[str, float]) -> None:
@@ -102,13 +103,13 @@ def test_values_are_plain_numbers(published: dict[str, float]) -> None:
 
 
 def test_a_batch_of_padding_publishes_nothing() -> None:
-    assert rollout_metrics(**two_prompts() | {"valid": torch.zeros(7, dtype=torch.bool)}) == {}
+    assert rollout_metrics(two_prompts(padding=[True] * 7), ADVANTAGES) == {}
 
 
 def test_without_prefilled_tokens_the_hit_rate_is_zero() -> None:
-    batch = two_prompts()
-    batch["records"] = [record and record | {"prefilled": 0, "cached": 0} for record in batch["records"]]
-    assert rollout_metrics(**batch)["skpo/upstream/prefix_cache/hit_rate"] == 0.0
+    rows = two_prompts()
+    rows = replace(rows, records=[noted and replace(noted, prefilled=0, cached=0) for noted in rows.records])
+    assert rollout_metrics(rows, ADVANTAGES)["skpo/upstream/prefix_cache/hit_rate"] == 0.0
 
 
 def phase_sums(name: str, tokens: float, low: float, high: float, kl: float, loss: float) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """Rollout trees: what is stored of a rollout, what happens on a resume, and the bound of the folder."""
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from recipe.skpo.method.rows import CandidateRecord, Transcript
 from recipe.skpo.output.trees import (
     FOLDER,
     LONGEST_TEXT,
@@ -20,11 +22,11 @@ from recipe.skpo.output.trees import (
     TreeStore,
     read_trees,
     rollout_tree,
-    sample_rows,
     spread,
     stored_steps,
     tree_index,
 )
+from tests.support.rows import make_record, make_rows
 
 
 def a_tree(step: int = 1, text: str = "text") -> dict[str, Any]:
@@ -53,28 +55,27 @@ def all_trees(output_dir: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- one tree
 
 
-def letters(token_ids: list[int]) -> str:
-    return "".join(chr(token) for token in token_ids)
+def letters(token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    return ("" if skip_special_tokens else "<s>") + "".join(chr(token) for token in token_ids)
 
 
-def the_tree(candidates: list[dict[str, Any]], chosen: int, decode=letters) -> dict[str, Any]:
-    return rollout_tree(
-        step=12,
-        prompt_id="train-3",
-        problem="3 + 4?",
-        answer="7",
-        record={"split_position": 2, "chosen": chosen, "candidates": candidates},
-        segment={"reward": 1.0, "baseline": 0.5, "advantage": -0.25},
-        skip_prompt="c3 + 4?",
-        responses=[{"text": "é 7", "reward": 1.0, "advantage": 0.5, "length": 3, "answer": "7"}],
-        decode=decode,
+CANDIDATES = (CandidateRecord((97, 98), (), 0.1, False), CandidateRecord((99,), (100,), 0.4, True))
+
+
+def the_tree(candidates: tuple[CandidateRecord, ...], chosen: int, decode=letters) -> dict[str, Any]:
+    """The tree of a segment in row 1, with a failed response in row 2 and two others."""
+    rows = make_rows(
+        upstream=[False, True, False, False, False],
+        prompts=[0, 1, 1, 1, 1],
+        lengths=[9, 1, 0, 1, 2],
+        rewards=[9, 0.25, 0, 1, -1],
+        prompt_ids=["other", *["train-3"] * 4],
+        records=[None, make_record(split_position=2, candidates=candidates, chosen=chosen), None, None, None],
+        openings=[0, 0, 1, 0, 0],
     )
-
-
-CANDIDATES = [
-    {"token_ids": [97, 98], "rest_ids": [], "deviation": 0.1, "ended_early": False},
-    {"token_ids": [99], "rest_ids": [100], "deviation": 0.4, "ended_early": True},
-]
+    story = Transcript("3 + 4?", "7", [99, 113], [[55], [56, 57]], ["7", None])
+    advantages, baselines = torch.tensor([9, 0.5, 0, 2, -2]), torch.tensor([9, -0.5, 0, 0, 0])
+    return rollout_tree(12, rows, 1, advantages, baselines, story, decode)
 
 
 def test_tree_shows_candidates_chosen_segment_and_responses() -> None:
@@ -88,22 +89,29 @@ def test_tree_shows_candidates_chosen_segment_and_responses() -> None:
             {"text": "ab", "rest": "", "deviation": 0.1, "ended_early": False, "chosen": False},
             {"text": "c", "rest": "d", "deviation": 0.4, "ended_early": True, "chosen": True},
         ],
-        "segment": {"text": "c", "reward": 1.0, "baseline": 0.5, "advantage": -0.25},
-        "skip_prompt": "c3 + 4?",
-        "responses": [{"text": "é 7", "reward": 1.0, "advantage": 0.5, "length": 3, "answer": "7"}],
+        "segment": {"text": "c", "reward": 0.25, "baseline": -0.5, "advantage": 0.5},
+        "skip_prompt": "<s>cq",
+        "responses": [
+            {"text": "7", "reward": 1.0, "advantage": 2.0, "length": 1, "answer": "7"},
+            {"text": "89", "reward": -1.0, "advantage": -2.0, "length": 2, "answer": None},
+        ],
     }
 
 
 def test_the_rest_is_what_stands_behind_the_kept_text() -> None:
     """Decoded alone, sentencepiece drops a leading space; a cut inside of a character spells it differently."""
-    strip = lambda ids: letters(ids).lstrip(" ")  # noqa: E731
-    (tree,) = the_tree([CANDIDATES[1] | {"rest_ids": [32, 100]}], 0, decode=strip)["candidates"]
+
+    def strip(token_ids: Sequence[int], **options: Any) -> str:
+        return letters(token_ids).lstrip(" ")
+
+    (tree,) = the_tree((replace(CANDIDATES[1], rest_ids=(32, 100)),), 0, strip)["candidates"]
     assert (tree["text"], tree["rest"]) == ("c", " d")
 
-    def utf8(token_ids: list[int]) -> str:
+    def utf8(token_ids: Sequence[int], **options: Any) -> str:
         return bytes(token_ids).decode("utf-8", "replace")
 
-    (tree,) = the_tree([CANDIDATES[1] | {"token_ids": [99, 0xC3], "rest_ids": [0xA9, 100]}], 0, utf8)["candidates"]
+    candidate = replace(CANDIDATES[1], token_ids=(99, 0xC3), rest_ids=(0xA9, 100))
+    (tree,) = the_tree((candidate,), 0, utf8)["candidates"]
     assert (tree["text"], tree["rest"]) == ("c\ufffd", "\ufffdd")
 
 
@@ -118,81 +126,6 @@ def test_the_schema_says_what_every_column_is(folder: Path) -> None:
     (path,) = stored_steps(folder).values()
     assert pq.read_schema(path).equals(TREE_SCHEMA, check_metadata=False)
     described(list(pq.read_schema(path)))
-
-
-# ---------------------------------------------------------------- what the trainer stores
-
-
-def test_the_trainer_stores_what_was_rolled_out(monkeypatch, folder: Path) -> None:
-    from recipe.skpo.trainer import skpo as module
-
-    rows = {
-        "s": {"responses": [99], "prompts": [113], "extra_fields": {"skpo": None, "reward_extra_info": {}}},
-        "a": {"responses": [55], "prompts": [99, 113], "extra_fields": {"reward_extra_info": {"pred": 7}}},
-        "b": {"responses": [56, 57], "prompts": [99, 113], "extra_fields": {}},
-    }
-    rows["s"]["extra_fields"]["skpo"] = {"split_position": 2, "chosen": 1, "candidates": CANDIDATES}
-
-    class Data(dict):
-        def get(self, name: str) -> Any:
-            return SimpleNamespace(tolist=lambda: self[name])
-
-    def kv_batch_get(keys: list[str], partition_id: str, select_fields: list[str]) -> Data:
-        constant = {
-            "id": "p-1",
-            "raw_prompt": [{"content": "?"}, {"content": "q"}],
-            "reward_model": {"ground_truth": 7},
-        }
-        data = Data({name: [constant[name]] * len(keys) for name in constant})
-        data["extra_fields"] = [rows[key]["extra_fields"] for key in keys]
-        for name in ("prompts", "responses"):
-            tensors = [torch.tensor(rows[key][name]) for key in keys]
-            data[name] = torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
-        assert set(data) == set(select_fields)
-        return data
-
-    monkeypatch.setattr(module, "tq", SimpleNamespace(kv_batch_get=kv_batch_get))
-    trainer = object.__new__(module.SkpoTrainer)
-    trainer.global_steps, trainer.trees = 5, TreeStore(folder, 64.0, 0)
-    trainer.tokenizer = SimpleNamespace(
-        decode=lambda ids, skip_special_tokens: letters(ids) if skip_special_tokens else f"<s>{letters(ids)}"
-    )
-    values = {
-        "reward": [9, 0, 1, -1],
-        "advantage": [9, 0.5, 2, -2],
-        "baseline": [9, 0.25, 0, 0],
-        "length": [9, 1, 1, 2],
-    }
-    numbers = {name: torch.tensor(value) for name, value in values.items()}
-    batch = SimpleNamespace(keys=["other", "s", "a", "b"], partition_id="train")
-    trainer._write_trees(batch, [(1, torch.tensor([False, False, True, True]))], numbers)
-
-    assert all_trees(folder.parent) == [
-        the_tree(CANDIDATES, chosen=1)
-        | {"step": 5, "prompt_id": "p-1", "problem": "q", "answer": "7", "skip_prompt": "<s>cq"}
-        | {"segment": {"text": "c", "reward": 0.0, "baseline": 0.25, "advantage": 0.5}}
-        | {
-            "responses": [
-                {"text": "7", "reward": 1.0, "advantage": 2.0, "length": 1, "answer": "7"},
-                {"text": "89", "reward": -1.0, "advantage": -2.0, "length": 2, "answer": None},
-            ]
-        }
-    ]
-
-
-def test_the_sample_of_a_step_depends_on_seed_and_step_alone() -> None:
-    rows = list(range(100, 200))
-    first = sample_rows(rows, 8, seed=1, step=3)
-    assert first == sample_rows(rows, 8, seed=1, step=3) == sorted(set(first)) and set(first) <= set(rows)
-    others = [sample_rows(rows, 8, seed, step) for seed, step in ((1, 4), (2, 3), (13, 0))]
-    assert all(first != other for other in others)
-    firsts = {sample_rows(rows, 1, 1, step)[0] for step in range(200)}
-    assert len(firsts) > 60, "every prompt has its chance"
-
-
-def test_no_more_rows_are_sampled_than_there_are() -> None:
-    assert sample_rows([5, 7], 8, 1, 1) == [5, 7]
-    assert sample_rows([], 8, 1, 1) == sample_rows([5], 0, 1, 1) == []
 
 
 # ---------------------------------------------------------------- the folder

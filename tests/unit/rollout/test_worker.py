@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.rollout_setup import (  # the fixtures are used by name
+from recipe.skpo.method.rows import RECORD, TokenCounts, read_record
+from tests.support.queue import Queue
+from tests.support.rollout_setup import (
     ANSWER,
     QUESTION,
     SEED,
@@ -22,14 +24,8 @@ from tests.support.rollout_setup import (  # the fixtures are used by name
     STEP,
     G,
     Setup,
-    Store,
-    ablated,
     make_batch,
-    make_config,
     make_prompt,
-    make_worker,
-    store,
-    two_phases,
 )
 
 # ---------------------------------------------------------------- what is stored
@@ -132,10 +128,10 @@ async def test_the_candidate_with_the_median_deviation_is_kept(two_phases) -> No
     setup = two_phases(upstream=lambda number: ([10 + number] * SPLIT, [-deviations[number]] * SPLIT))
     await setup.roll_out(make_prompt("v7"))
     assert setup.store.row("v7", 0)["responses"].tolist() == [12] * SPLIT
-    record = setup.store.row("v7", 0)["extra_fields"]["skpo"]
-    assert record["chosen"] == 2
-    assert record["deviation"] == pytest.approx(0.9)
-    assert [candidate["deviation"] for candidate in record["candidates"]] == pytest.approx(deviations)
+    record = setup.store.record("v7")
+    assert record.chosen == 2
+    assert record.deviation == pytest.approx(0.9)
+    assert [candidate.deviation for candidate in record.candidates] == pytest.approx(deviations)
 
 
 @pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
@@ -150,15 +146,15 @@ async def test_a_candidate_that_ends_early_is_cut_in_half(two_phases, end: str, 
     text = setup.tokens("abcdefgh"[: written - 1], end=end)
     assert setup.store.row("v7", 0)["responses"].tolist() == text[:kept]
     assert {tuple(request.prompt_ids) for request in setup.downstream()} == {(*text[:kept], *setup.problem_ids())}
-    record = setup.store.row("v7", 0)["extra_fields"]["skpo"]
-    assert record["ended_early"] == 1.0
+    record = setup.store.record("v7")
+    assert record.early_share == 1.0
 
 
 async def test_a_candidate_that_fills_the_split_position_is_kept_whole(two_phases) -> None:
     setup = two_phases(upstream=lambda number: setup.tokens("abcdef", end=""))
     await setup.roll_out(make_prompt("v7"))
     assert setup.store.row("v7", 0)["responses"].tolist() == setup.tokens("abcdef", end="")
-    assert setup.store.row("v7", 0)["extra_fields"]["skpo"]["ended_early"] == 0.0
+    assert setup.store.record("v7").early_share == 0.0
 
 
 # ---------------------------------------------------------------- the skip prompt
@@ -253,8 +249,8 @@ async def test_continual_siblings_continue_the_segment_which_is_masked(ablated) 
         assert row["rollout_log_probs"].tolist() == pytest.approx([-0.1, -0.2, -0.3, -0.4, -0.5, -0.6, -1, -2, -3])
         assert row["input_ids"].tolist() == problem + row["responses"].tolist()
         assert row["rm_scores"].tolist() == [0.0] * (SPLIT + 2) + [-1.0]
-        record = row["extra_fields"]["skpo"]
-        assert (record["generated"], record["prefilled"]) == (3, len(problem) + SPLIT)
+        record = read_record(row["extra_fields"][RECORD])
+        assert (record.generated, record.prefilled) == (3, len(problem) + SPLIT)
     assert len({frozenset(row) for row in setup.store.rows.values()}) == 1
     assert setup.store.row("v7", 0)["response_mask"].tolist() == [1] * SPLIT
 
@@ -357,7 +353,7 @@ async def test_own_reward_is_that_of_the_chosen_candidate_completed_under_the_pr
     assert [float(row["rm_scores"].sum()) for row in setup.store.siblings("v7")] == [-1.0] * G
     assert len(setup.store.rows) == G + 1 and setup.reward.calls == G + 1
     completion = len(setup.tokens(f"#### {ANSWER}"))
-    assert segment["extra_fields"]["skpo"]["generated"] == G * SPLIT + completion
+    assert setup.store.record("v7").generated == G * SPLIT + completion
 
 
 async def test_a_candidate_that_ended_needs_no_completion(ablated) -> None:
@@ -372,7 +368,7 @@ async def test_a_candidate_that_ended_needs_no_completion(ablated) -> None:
     segment = setup.store.row("v7", 0)
     assert segment["responses"].tolist() == setup.tokens(f"#### {ANSWER}")[:3]
     assert float(segment["rm_scores"].sum()) == 1.0
-    assert segment["extra_fields"]["skpo"]["generated"] == G * len(setup.tokens(f"#### {ANSWER}"))
+    assert setup.store.record("v7").generated == G * len(setup.tokens(f"#### {ANSWER}"))
 
 
 async def test_a_candidate_that_used_the_whole_budget_is_scored_as_it_is(ablated) -> None:
@@ -422,10 +418,10 @@ async def test_fewer_candidates_than_siblings(ablated, count: int) -> None:
     await setup.roll_out(make_prompt("v7"))
     assert len(setup.routed("v7-up")) == count and len(setup.routed("v7-down")) == G
     assert sorted(setup.store.rows) == [f"v7_{session}_0" for session in range(G + 1)]
-    record = setup.store.row("v7", 0)["extra_fields"]["skpo"]
-    assert len(record["candidates"]) == count
-    assert record["generated"] == sum(SPLIT - number for number in range(count))
-    assert record["prefilled"] == count * len(setup.problem_ids())
+    record = setup.store.record("v7")
+    assert len(record.candidates) == count
+    assert record.generated == sum(SPLIT - number for number in range(count))
+    assert record.prefilled == count * len(setup.problem_ids())
     seeds = [request.params["seed"] for request in setup.llm.requests]
     assert len(set(seeds)) == len(seeds) == count + G
 
@@ -448,7 +444,7 @@ async def test_the_selection_decides_which_candidate_is_kept(ablated, selection:
         chosen = int(np.random.default_rng(SEED).integers(G))
     await setup.roll_out(make_prompt("v7", skpo_step=step))
     assert setup.store.row("v7", 0)["responses"].tolist() == [40 + chosen] * SPLIT
-    assert setup.store.row("v7", 0)["extra_fields"]["skpo"]["chosen"] == chosen
+    assert setup.store.record("v7").chosen == chosen
 
 
 @pytest.mark.parametrize(
@@ -465,8 +461,8 @@ async def test_a_segment_ends_at_its_last_boundary(ablated, boundaries: list, ke
     await setup.roll_out(make_prompt("v7"))
     segment, row = setup.tokens(kept, end=""), setup.store.row("v7", 0)
     assert row["responses"].tolist() == segment
-    assert row["extra_fields"]["skpo"]["deviation"] == pytest.approx(fmean(range(1, len(segment) + 1)))
-    assert row["extra_fields"]["skpo"]["at_boundary"] == (0 if kept == "ab.def" else 1)
+    assert setup.store.record("v7").deviation == pytest.approx(fmean(range(1, len(segment) + 1)))
+    assert setup.store.record("v7").boundary_share == (0 if kept == "ab.def" else 1)
     assert {tuple(request.prompt_ids) for request in setup.routed("v7-down")} == {(*segment, *setup.problem_ids())}
     assert [request.params["max_tokens"] for request in setup.routed("v7-up")] == [SPLIT] * G
 
@@ -525,8 +521,8 @@ async def test_taking_the_counts_starts_them_anew(ablated) -> None:
 async def test_records_and_counts_agree_where_nothing_fails(ablated) -> None:
     setup = ablated(own=lambda request: setup.tokens("#### 5"), upstream_reward="own", skip="continual")
     await setup.roll_out(make_prompt("v7"))
-    records = [row["extra_fields"]["skpo"] for row in setup.store.rows.values()]
-    assert setup.worker.take_tokens()["generated"] == sum(record["generated"] for record in records)
+    records = [read_record(row["extra_fields"][RECORD]) for row in setup.store.rows.values()]
+    assert setup.worker.take_tokens()["generated"] == sum(record.generated for record in records)
 
 
 # ---------------------------------------------------------------- the baselines' worker
@@ -560,12 +556,12 @@ async def test_a_baseline_samples_a_group_under_the_problem_with_a_seed_per_sess
     assert len(set(responses)) == G
 
 
-async def test_a_baseline_repeats_itself_under_the_same_seed(make_baseline, store: Store) -> None:
+async def test_a_baseline_repeats_itself_under_the_same_seed(make_baseline, queue: Queue) -> None:
     runs = []
     for seed in (1, 1, 2):
-        store.rows.clear()
+        queue.rows.clear()
         await make_baseline().roll_out(make_prompt("v7", skpo_seed=seed))
-        runs.append({key: row["input_ids"].tolist() for key, row in store.rows.items()})
+        runs.append({key: row["input_ids"].tolist() for key, row in queue.rows.items()})
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -656,12 +652,12 @@ async def test_every_request_has_its_own_seed(two_phases) -> None:
     assert seeds == list(range(SEED, SEED + 2 * G))
 
 
-async def test_the_same_seed_gives_the_same_rows(make_worker, store: Store) -> None:
+async def test_the_same_seed_gives_the_same_rows(make_worker, queue: Queue) -> None:
     runs = []
     for seed in (1, 1, 2):
-        store.rows.clear()
+        queue.rows.clear()
         await make_worker().roll_out(make_prompt("v7", skpo_seed=seed))
-        runs.append({key: row["input_ids"].tolist() for key, row in store.rows.items()})
+        runs.append({key: row["input_ids"].tolist() for key, row in queue.rows.items()})
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -674,16 +670,16 @@ async def test_seeds_can_be_left_to_the_server(two_phases) -> None:
 async def test_the_records_count_tokens_and_cache_hits(two_phases) -> None:
     setup = two_phases(upstream=lambda number: [10] * (3 + number), downstream=lambda number: [20] * (number + 1))
     await setup.roll_out(make_prompt("v7"))
-    record = setup.store.row("v7", 0)["extra_fields"]["skpo"]
+    record = setup.store.record("v7")
     problem = len(setup.problem_ids())
-    assert (record["generated"], record["prefilled"]) == (3 + 4 + 5 + 6, problem * G)
-    assert record["cached"] == 16 * G
-    assert record["split_position"] == SPLIT
-    assert record["ended_early"] == 0.75
-    assert record["seconds"] >= 0 and record["downstream_seconds"] >= 0
+    assert (record.generated, record.prefilled) == (3 + 4 + 5 + 6, problem * G)
+    assert record.cached == 16 * G
+    assert record.split_position == SPLIT
+    assert record.early_share == 0.75
+    assert record.seconds >= 0 and record.downstream_seconds >= 0
     for number, row in enumerate(setup.store.siblings("v7")):
-        expected = {"generated": number + 1, "prefilled": len(row["prompts"]), "cached": 16}
-        assert row["extra_fields"]["skpo"] == expected
+        expected = TokenCounts(number + 1, prefilled=len(row["prompts"]), cached=16)
+        assert read_record(row["extra_fields"][RECORD]) == expected
 
 
 # ---------------------------------------------------------------- prompts side by side, validation
@@ -730,7 +726,7 @@ async def test_a_reward_is_asked_for_while_siblings_still_generate(two_phases) -
     assert setup.reward.calls == G
 
 
-async def test_validation_is_verls_own_path(make_worker, store: Store, caplog) -> None:
+async def test_validation_is_verls_own_path(make_worker, queue: Queue, caplog) -> None:
     """The same requests and the same rows as verl's stock worker: plain q, no split, no skip, no seed of ours."""
     from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
 
@@ -738,33 +734,33 @@ async def test_validation_is_verls_own_path(make_worker, store: Store, caplog) -
     caplog.set_level(logging.ERROR)
     ours = make_worker(None, override)
     await ours.roll_out(make_prompt("val"), validate=True)
-    rows, events = dict(store.rows), sorted(store.events)
-    store.rows.clear()
-    store.events.clear()
+    rows, events = dict(queue.rows), sorted(queue.events)
+    queue.rows.clear()
+    queue.events.clear()
     stock = make_worker(None, override, worker_class=AgentLoopWorkerTQ.__ray_actor_class__)
     await stock.roll_out(make_prompt("val"), validate=True)
 
-    assert sorted(rows) == sorted(store.rows) == ["val_0_0", "val_1_0"]
-    assert events == sorted(store.events)
+    assert sorted(rows) == sorted(queue.rows) == ["val_0_0", "val_1_0"]
+    assert events == sorted(queue.events)
     for key, row in rows.items():
-        assert row.keys() == store.rows[key].keys()
-        assert row["input_ids"].tolist() == store.rows[key]["input_ids"].tolist()
+        assert row.keys() == queue.rows[key].keys()
+        assert row["input_ids"].tolist() == queue.rows[key]["input_ids"].tolist()
         assert row["prompts"].tolist() == ours.problem_ids()
-        assert row["rm_scores"].tolist() == store.rows[key]["rm_scores"].tolist()
+        assert row["rm_scores"].tolist() == queue.rows[key]["rm_scores"].tolist()
         assert not any(name.startswith("skpo") for name in [*row, *row["extra_fields"]])
     assert [request.params for request in ours.llm.requests] == [request.params for request in stock.llm.requests]
     assert ours.llm.requests[0].params["temperature"] == 0, "validation is greedy by default"
-    assert set(store.partitions.values()) == {"val"}
+    assert set(queue.partitions.values()) == {"val"}
     assert not caplog.records
 
 
-async def test_the_mean_reward_is_the_mean_of_what_is_stored(make_worker, store: Store) -> None:
+async def test_the_mean_reward_is_the_mean_of_what_is_stored(make_worker, queue: Queue) -> None:
     setup = make_worker()
     await setup.roll_out(*(make_prompt(f"v{n}", f"{n} + 1?", skpo_split_position=n + 1) for n in range(6)))
     for n in range(6):
-        scores = [float(row["rm_scores"].sum()) for row in store.siblings(f"v{n}")]
-        assert float(store.row(f"v{n}", 0)["rm_scores"].sum()) == pytest.approx(fmean(scores))
-        assert 1 <= len(store.row(f"v{n}", 0)["responses"]) <= n + 1
+        scores = [float(row["rm_scores"].sum()) for row in queue.siblings(f"v{n}")]
+        assert float(queue.row(f"v{n}", 0)["rm_scores"].sum()) == pytest.approx(fmean(scores))
+        assert 1 <= len(queue.row(f"v{n}", 0)["responses"]) <= n + 1
 
 
 # ---------------------------------------------------------------- construction

@@ -10,7 +10,6 @@ from recipe.skpo.task.thoughts import ThoughtReader, configured_marks
 from reward_fns import OUR_REWARD, compute_score
 from reward_fns.thoughts import AFTER_THOUGHT, after_thought, read_marks
 from tests.conftest import build_tokenizer
-from tests.support.rollout_setup import *  # noqa: F403
 from tests.support.rollout_setup import ANSWER, G, make_prompt
 
 MATH, CHOICE, GSM8K = "math", "TIGER-Lab/MMLU-Pro", "openai/gsm8k"

@@ -1,4 +1,4 @@
-"""Every fault of rollout and rewards, injected, and the policy that answers it; the table is in docs/development/faults.md.
+"""Every fault of rollout and rewards, injected, and the policy that answers it; docs/development/faults.md has the table.
 
 Faults come in at the borders: the server's answer, the reward function, the replay buffer's view of TransferQueue, the
 socket to vLLM.  What is real and what stands for a process is told in ``rollout_setup``.
@@ -20,19 +20,12 @@ import pytest
 import torch
 from ray.exceptions import RayActorError, RayTaskError
 
-from tests.support.rollout_setup import (  # the fixtures are used by name
+from tests.support.rollout_setup import (
     ANSWER,
-    QUESTION,
     SPLIT,
     G,
     Setup,
-    Store,
-    ablated,
-    make_config,
     make_prompt,
-    make_worker,
-    store,
-    two_phases,
 )
 
 pytestmark = pytest.mark.faults
@@ -113,7 +106,7 @@ async def test_a_failing_candidate_is_left_out(two_phases, failure, caplog) -> N
     assert setup.store.status("v7") == ["running", "finished"]
     assert len(setup.store.rows) == G + 1
     assert setup.store.row("v7", 0)["responses"].tolist() == [12] * SPLIT
-    assert len(setup.store.row("v7", 0)["extra_fields"]["skpo"]["candidates"]) == G - 1
+    assert len(setup.store.record("v7").candidates) == G - 1
     assert "candidate 1 failed" in caplog.text
 
 
@@ -282,19 +275,16 @@ def test_the_manager_adds_up_the_failures_of_its_workers_and_does_not_wait_for_e
 
 async def test_one_sibling_left_is_a_group_without_an_advantage(two_phases) -> None:
     from recipe.skpo.method.advantage import skpo_advantage
-    from recipe.skpo.method.minibatch import counted_rows
+    from recipe.skpo.method.rows import PHASE_FIELD, Rows
 
     setup = two_phases(downstream=lambda number: [] if number else setup.tokens(f"#### {ANSWER}"))
     await setup.roll_out(make_prompt("v7"))
     assert setup.store.status("v7") == ["running", "finished"]
-    rows = [setup.store.row("v7", 0), *setup.store.siblings("v7")]
-    phase = torch.stack([row["skpo_phase"] for row in rows])
-    rewards = torch.stack([row["rm_scores"].sum() for row in rows])
-    lengths = torch.stack([row["response_mask"].sum() for row in rows])
-    prompts, padding = torch.zeros(G + 1, dtype=torch.int64), torch.zeros(G + 1, dtype=torch.bool)
-    valid = counted_rows(phase, prompts, padding, lengths)
-    assert valid.tolist() == [True, True] + [False] * (G - 1)
-    advantages = skpo_advantage(rewards, torch.zeros(G + 1), phase, prompts, valid)
+    keys = [f"v7_{session}_0" for session in range(G + 1)]
+    columns = setup.store.kv_batch_get(keys, "train", ["id", "extra_fields", "response_mask", "rm_scores", PHASE_FIELD])
+    rows = Rows.read(columns, keys, [setup.store.tags[key] for key in keys])
+    assert rows.valid_mask.tolist() == [True, True] + [False] * (G - 1)
+    advantages = skpo_advantage(rows.rewards, torch.zeros(G + 1), rows.phase, rows.prompts, rows.valid_mask)
     assert torch.isfinite(advantages).all() and not advantages[1:].any()
 
 

@@ -24,8 +24,8 @@ from ray.exceptions import RayTaskError
 
 from data_prep.schema import Row, write_parquet
 from recipe.skpo.ending import way_on
+from recipe.skpo.method.rows import SEED_FIELD, SPLIT_FIELD
 from recipe.skpo.output.metrics import read_lines
-from recipe.skpo.rollout.worker import SEED_FIELD, SPLIT_FIELD
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.checkpoints import (
     MARKER,

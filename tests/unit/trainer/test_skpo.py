@@ -1,8 +1,7 @@
 """The trainers' own logic without Ray: order of rows, baselines and trackers, log-ratios, token budget, metrics.
 
 Real here: our trainer classes and what they inherit from verl, its advantage estimators and its row functions.  In
-place of a process border: TransferQueue is a dictionary of rows that answers as TransferQueue does (jagged tensors,
-one partition after another), the workers are objects that note what they are asked.
+place of a process border: TransferQueue is a dictionary, the workers are objects that note what they are asked.
 """
 
 import copy
@@ -15,68 +14,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tensordict import NonTensorStack, TensorDict
+from tensordict import TensorDict
 
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.method.loss import DOWNSTREAM, UPSTREAM
+from recipe.skpo.method.rows import (
+    ADVANTAGE_FIELD,
+    DOWNSTREAM,
+    LENGTH_FIELD,
+    PHASE_FIELD,
+    RECORD,
+    SEED_FIELD,
+    SPLIT_FIELD,
+    STEP_FIELD,
+    UPSTREAM,
+    WEIGHT_FIELD,
+    RowKey,
+)
 from recipe.skpo.output.trees import FOLDER, TreeStore, tree_index
+from tests.support.queue import Queue
 from tests.support.reference import reference_group_relative, reference_single_stream
+from tests.support.rows import stored_row
 
 G = 2
 EOS = 2
 
 # ---------------------------------------------------------------- the borders
-
-
-def packed(values: list[Any]) -> Any:
-    """One field of several rows, as TransferQueue hands it out: jagged, scalars dense, all else as a stack."""
-    if not all(isinstance(value, torch.Tensor) for value in values):
-        return NonTensorStack(*values)
-    if all(value.dim() == 0 for value in values):
-        return torch.stack(values)
-    return torch.nested.as_nested_tensor(values, layout=torch.jagged)
-
-
-class Queue:
-    """Rows of every partition by key; what ``transfer_queue``'s synchronous functions do to them."""
-
-    def __init__(self) -> None:
-        self.rows: dict[str, dict[str, dict[str, Any]]] = {}
-        self.tags: dict[str, dict[str, dict[str, Any]]] = {}
-        self.cleared: list[str] = []
-
-    def kv_batch_put(self, keys, partition_id, fields=None, tags=None, data_parser=None):
-        from transfer_queue import KVBatchMeta
-
-        for index, key in enumerate(keys):
-            row = self.rows.setdefault(partition_id, {}).setdefault(key, {})
-            for name in fields.keys() if fields is not None else ():
-                value = fields.get(name)[index]
-                row[name] = value if isinstance(value, torch.Tensor) else getattr(value, "data", value)
-            if tags is not None:
-                self.tags.setdefault(partition_id, {})[key] = tags[index]
-        known = self.tags.get(partition_id, {})
-        return KVBatchMeta(partition_id=partition_id, keys=list(keys), tags=[known[key] for key in keys])
-
-    def kv_batch_get(self, keys, partition_id, select_fields=None):
-        rows = [self.rows[partition_id][key] for key in keys]
-        names = [name for name in rows[0] if select_fields is None or name in select_fields]
-        return TensorDict({name: packed([row[name] for row in rows]) for name in names}, batch_size=len(rows))
-
-    def kv_clear(self, keys, partition_id):
-        for key in keys:
-            self.rows[partition_id].pop(key, None)
-        self.cleared.append(partition_id)
-
-
-@pytest.fixture
-def queue(monkeypatch: pytest.MonkeyPatch) -> Queue:
-    import transfer_queue
-
-    queue = Queue()
-    for name in ("kv_batch_put", "kv_batch_get", "kv_clear"):
-        monkeypatch.setattr(transfer_queue, name, getattr(queue, name))
-    return queue
 
 
 class ActorWorkers:
@@ -103,7 +65,7 @@ class ActorWorkers:
         if self.fails:
             raise RuntimeError("a worker died")
         for key in batch.keys:
-            row = self.queue.rows[batch.partition_id][key]
+            row = self.queue.rows[key]
             # As the engine: position t holds the log-prob of token t + 1.
             row["log_probs"] = torch.cat([self.score(row["input_ids"])[1:], torch.zeros(1)])
         return batch
@@ -158,69 +120,18 @@ def make_trainer(compose_config, model_folder, tmp_path: Path, queue: Queue, mon
     return make
 
 
-def row(
-    uid: str,
-    session: int,
-    reward: float,
-    responses: list[int],
-    phase: int = DOWNSTREAM,
-    prompt_id: str | None = None,
-    opening: int = 0,
-) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Key, fields and tag of a stored row; the first ``opening`` response tokens are not trained."""
-    ids = torch.tensor(responses)
-    prompts = torch.tensor([7, 8])
-    scores = torch.zeros(len(ids))
-    scores[-1] = reward
-    mask = torch.ones(len(ids), dtype=torch.int64)
-    mask[:opening] = 0
-    record: dict[str, Any] = {"generated": len(ids) - opening, "prefilled": 2, "cached": 1}
-    if phase == UPSTREAM:
-        candidate = {"token_ids": responses, "rest_ids": [], "deviation": 0.5, "ended_early": False}
-        record |= {"split_position": len(ids), "candidates": [candidate], "chosen": 0, "deviation": 0.5}
-        record |= {"ended_early": 0.0, "seconds": 0.1, "downstream_seconds": 0.2}
-    fields = {
-        "id": prompt_id or f"id-{uid}",
-        "uid": uid,
-        "prompts": prompts,
-        "responses": ids,
-        "input_ids": torch.cat([prompts, ids]),
-        "position_ids": torch.arange(len(ids) + 2),
-        "response_mask": mask,
-        "loss_mask": mask,
-        "rm_scores": scores,
-        "rollout_log_probs": -ids.float() / 90,
-        "old_log_probs": -ids.float() / 100,
-        "skpo_phase": torch.tensor(phase),
-        "extra_fields": {"skpo": record, "num_cached_tokens": 1},
-        "raw_prompt": [{"role": "user", "content": f"question of {uid}"}],
-        "reward_model": {"ground_truth": "5"},
-        "multi_modal_inputs": {},
-        "num_turns": 2,
-    }
-    tag = {"seq_len": len(ids) + 2, "prompt_len": 2, "response_len": len(ids), "status": "success"}
-    return f"{uid}_{session}_0", fields, tag
+Stored = tuple[str, dict[str, Any], dict[str, Any]]
+"""Key, fields and tag of a row."""
 
 
-def stored(queue: Queue, rows: list[tuple[str, dict[str, Any], dict[str, Any]]]):
-    """Put rows into the queue, in this order, and return their batch."""
-    from transfer_queue import KVBatchMeta
-
-    for key, fields, tag in rows:
-        queue.rows.setdefault("train", {})[key] = fields
-        queue.tags.setdefault("train", {})[key] = tag
-    keys, tags = [key for key, _, _ in rows], [tag for _, _, tag in rows]
-    return KVBatchMeta(partition_id="train", keys=keys, tags=copy.deepcopy(tags), extra_info={"temperature": 0.6})
-
-
-def groups(count: int, seed: int = 0) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+def groups(count: int, seed: int = 0) -> list[Stored]:
     """Whole SKPO groups: siblings in sessions 1 to G, the segment in session 0."""
     rng, rows = np.random.default_rng(seed), []
     for number in range(count):
         uid, rewards = f"v{number:010d}", rng.choice([-1.0, 1.0], G)
-        rows.append(row(uid, 0, float(rewards.mean()), rng.integers(9, 60, 3).tolist(), UPSTREAM))
+        rows.append(stored_row(uid, 0, float(rewards.mean()), rng.integers(9, 60, 3).tolist(), UPSTREAM))
         for session, reward in enumerate(rewards, 1):
-            rows.append(row(uid, session, reward, rng.integers(9, 60, int(rng.integers(1, 9))).tolist()))
+            rows.append(stored_row(uid, session, reward, rng.integers(9, 60, int(rng.integers(1, 9))).tolist()))
     return rows
 
 
@@ -236,7 +147,7 @@ def test_rows_come_in_one_order_whichever_prompt_finished_first(make_trainer, qu
         trainer = make_trainer(method)
         if method != "skpo":
             rows = [item for item in rows if not item[0].endswith("_0_0")]
-        orders.append(trainer._balance_batch(stored(queue, rows), {}).keys)
+        orders.append(trainer._balance_batch(queue.store(rows), {}).keys)
     assert orders[0] == orders[1] == orders[2]
     assert sorted(orders[0]) == sorted(key for key, _, _ in rows)
 
@@ -245,8 +156,8 @@ def test_sessions_are_sorted_as_numbers(make_trainer, queue: Queue, monkeypatch)
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
     monkeypatch.setattr(PPOTrainerSync, "_balance_batch", lambda self, batch, metrics: batch)
-    rows = [row(uid, session, 1.0, [9]) for uid in ("v1", "v0") for session in (10, 2, 1)]
-    ordered = make_trainer("grpo")._balance_batch(stored(queue, rows), {})
+    rows = [stored_row(uid, session, 1.0, [9]) for uid in ("v1", "v0") for session in (10, 2, 1)]
+    ordered = make_trainer("grpo")._balance_batch(queue.store(rows), {})
     assert ordered.keys == [f"{uid}_{session}_0" for uid in ("v0", "v1") for session in (1, 2, 10)]
     assert [tag["seq_len"] for tag in ordered.tags] == [3] * 6
 
@@ -254,13 +165,13 @@ def test_sessions_are_sorted_as_numbers(make_trainer, queue: Queue, monkeypatch)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_update_sees_whole_prompts_and_padding_comes_last(make_trainer, queue: Queue, ranks: int) -> None:
     trainer = make_trainer(ranks=ranks)
-    batch = trainer._balance_batch(stored(queue, groups(3)[::-1]), {})
+    batch = trainer._balance_batch(queue.store(groups(3)[::-1]), {})
     size = 2 * (G + 1)
     assert len(batch) == 2 * size, "filled up to whole mini-batches"
     per_rank = len(batch) // ranks
     updates: list[list[str]] = [[], []]
     for position, key in enumerate(batch.keys):
-        updates[(position % per_rank) // (size // ranks)].append(key.split("_")[0])
+        updates[(position % per_rank) // (size // ranks)].append(RowKey.parse(key).uid)
     assert sorted(updates[0]) == sorted([f"v{number:010d}" for number in (0, 1)] * (G + 1))
     assert sum(uid.startswith("pad") for uid in updates[1]) == G + 1
 
@@ -273,7 +184,7 @@ def test_the_step_counts_its_tokens_and_adds_them_up_over_the_run(make_trainer, 
     for _ in range(2):
         trainer.agent_loop_manager.counts = {"generated": 30, "prefilled": 500, "cached": 400}
         metrics: dict[str, float] = {}
-        trainer._balance_batch(stored(queue, groups(4)), metrics)
+        trainer._balance_batch(queue.store(groups(4)), metrics)
         assert [metrics[f"skpo/tokens/{name}"] for name in ("generated", "prefilled", "cached")] == [30, 500, 400]
         totals.append(metrics["skpo/tokens/generated_so_far"])
     assert totals == [30, 60]
@@ -297,7 +208,6 @@ def prompts(*ids: str) -> TensorDict:
 def test_every_prompt_gets_its_own_uid_split_seed_and_the_step(make_trainer, monkeypatch, method: str) -> None:
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-    from recipe.skpo.rollout.worker import LENGTH_FIELD, SEED_FIELD, SPLIT_FIELD, STEP_FIELD
     from recipe.skpo.trainer.state import SkpoState
 
     monkeypatch.setattr(PPOTrainerSync, "_fetch_one_gen_batch", lambda self: prompts("a", "b", "a"))
@@ -363,11 +273,11 @@ def test_skpo_advantages_are_the_references_and_baselines_are_read_before_any_up
         if key.startswith(("v0000000000", "v0000000001")):
             fields["id"] = "twice"
     trainer.state.observe("id-v0000000002", 0.5, 10)
-    batch = trainer._balance_batch(stored(queue, rows), {})
+    batch = trainer._balance_batch(queue.store(rows), {})
     metrics: dict[str, Any] = {}
     trainer._compute_advantage(batch, metrics)
 
-    written = [queue.rows["train"][key] for key in batch.keys]
+    written = [queue.rows[key] for key in batch.keys]
     rewards = [float(item["rm_scores"].sum()) for item in written]
     upstream = [int(item["skpo_phase"]) == UPSTREAM for item in written]
     baselines = [0.5 if item["id"] == "id-v0000000002" else 0.0 for item in written]
@@ -378,7 +288,7 @@ def test_skpo_advantages_are_the_references_and_baselines_are_read_before_any_up
     assert len(batch) == 4 * (G + 1) and sum(upstream) == 4
     for item, first, up_value, down_value in zip(written, upstream, up, down, strict=True):
         expected = up_value if first else down_value
-        assert float(item["skpo_advantage"]) == pytest.approx(expected, abs=1e-5)
+        assert float(item[ADVANTAGE_FIELD]) == pytest.approx(expected, abs=1e-5)
         assert item["advantages"].tolist() == pytest.approx([expected] * len(item["responses"]), abs=1e-5)
         share = (
             0.5 / 2
@@ -391,7 +301,7 @@ def test_skpo_advantages_are_the_references_and_baselines_are_read_before_any_up
                 if other["uid"] == item["uid"] and not other_first
             )
         )
-        assert float(item["skpo_row_scale"]) == pytest.approx(share)
+        assert float(item[WEIGHT_FIELD]) == pytest.approx(share)
 
     assert metrics["skpo/upstream/baseline/mean"] == pytest.approx(0.5 / 4)
     assert metrics["skpo/tracker/prompts_seen"] == 3
@@ -415,7 +325,7 @@ def test_trees_that_cannot_be_written_do_not_end_the_training(make_trainer, queu
     monkeypatch.setattr(module, "EFFORT", BestEffort())
     trainer = make_trainer()
     monkeypatch.setattr(trainer.trees, "write", full)
-    batch, metrics = stored(queue, groups(4)), {}
+    batch, metrics = queue.store(groups(4)), {}
     for _ in range(2):
         trainer._compute_advantage(batch, metrics)
     assert metrics["skpo/prompts_dropped"] == 0 and not tree_index(Path(trainer.output_dir))
@@ -432,36 +342,38 @@ def test_a_hard_beginning_is_part_of_the_length_and_not_of_the_tokens_that_share
     rows = []
     for number in range(4):
         uid = f"v{number:010d}"
-        rows.append(row(uid, 0, 0.0, [9, 10, 11], UPSTREAM))
-        rows += [row(uid, session, 1.0 - 2 * (session % 2), [9, 10, 11, 20, 21], opening=3) for session in (1, 2)]
-    batch = trainer._balance_batch(stored(queue, rows), {})
+        rows.append(stored_row(uid, 0, 0.0, [9, 10, 11], UPSTREAM))
+        rows += [
+            stored_row(uid, session, 1.0 - 2 * (session % 2), [9, 10, 11, 20, 21], opening=3) for session in (1, 2)
+        ]
+    batch = trainer._balance_batch(queue.store(rows), {})
     trainer._compute_advantage(batch, {})
-    response = queue.rows["train"]["v0000000000_1_0"]
-    assert float(response["skpo_row_scale"]) == pytest.approx(0.5 / 2 / 4), "two trained tokens in each of two siblings"
+    response = queue.rows["v0000000000_1_0"]
+    assert float(response[WEIGHT_FIELD]) == pytest.approx(0.5 / 2 / 4), "two trained tokens in each of two siblings"
     assert response["advantages"].tolist() == pytest.approx([0, 0, 0, -1, -1], abs=1e-5)
     assert trainer.state.lengths.value("id-v0000000000") == 5
 
 
 def test_token_mean_pools_the_responses_of_an_update(make_trainer, queue: Queue) -> None:
     trainer = make_trainer(downstream_aggregation="token_mean", trees_per_step=0)
-    batch = trainer._balance_batch(stored(queue, groups(4, seed=5)), {})
+    batch = trainer._balance_batch(queue.store(groups(4, seed=5)), {})
     trainer._compute_advantage(batch, {})
     half = len(batch) // 2
     for keys in (batch.keys[:half], batch.keys[half:]):
-        responses = [queue.rows["train"][key] for key in keys if not key.endswith("_0_0")]
+        responses = [queue.rows[key] for key in keys if not key.endswith("_0_0")]
         tokens = sum(len(item["responses"]) for item in responses)
-        assert [float(item["skpo_row_scale"]) for item in responses] == pytest.approx([0.5 / tokens] * len(responses))
+        assert [float(item[WEIGHT_FIELD]) for item in responses] == pytest.approx([0.5 / tokens] * len(responses))
 
 
 def test_padding_moves_no_tracker(make_trainer, queue: Queue) -> None:
     trainer = make_trainer(trees_per_step=0)
-    batch = trainer._balance_batch(stored(queue, groups(3)), {})
+    batch = trainer._balance_batch(queue.store(groups(3)), {})
     metrics: dict[str, Any] = {}
     trainer._compute_advantage(batch, metrics)
     assert len(trainer.state.values) == 3 and metrics["skpo/prompts_dropped"] == 1
-    padding = [queue.rows["train"][key] for key in batch.keys if key.startswith("pad")]
+    padding = [queue.rows[key] for key in batch.keys if key.startswith("pad")]
     assert len(padding) == G + 1
-    assert all(float(item["skpo_row_scale"]) == float(item["skpo_advantage"]) == 0.0 for item in padding)
+    assert all(float(item[WEIGHT_FIELD]) == float(item[ADVANTAGE_FIELD]) == 0.0 for item in padding)
 
 
 # ---------------------------------------------------------------- log-ratios
@@ -474,7 +386,7 @@ def test_the_log_ratio_is_the_mean_move_on_what_the_prompt_was_last_trained_on(m
     trainer = make_trainer(tracker=LOGRATIO)
     trainer.state.segments.put("id-v1", [30, 40, 50], [-0.2, -0.5, -0.4])
     trainer.state.segments.put("id-v2", [60], [-0.1])
-    batch = stored(queue, [row(uid, 0, 1.0, [9, 9], UPSTREAM) for uid in ("v0", "v1", "v2")])
+    batch = queue.store([stored_row(uid, 0, 1.0, [9, 9], UPSTREAM) for uid in ("v0", "v1", "v2")])
     measured = trainer._log_ratios(batch, [0, 1, 2], ["id-v0", "id-v1", "id-v2"])
     # The actor gives token k the log-prob -k / 100.
     assert measured == {
@@ -489,8 +401,8 @@ def test_the_log_ratio_is_the_mean_move_on_what_the_prompt_was_last_trained_on(m
     }
     assert [tag["seq_len"] for tag in asked.tags] == [5, 3]
     assert asked.partition_id not in ("train", "val")
-    assert queue.cleared == [asked.partition_id] and not queue.rows[asked.partition_id]
-    assert queue.rows["train"].keys() == {"v0_0_0", "v1_0_0", "v2_0_0"}
+    assert queue.cleared == [asked.partition_id]
+    assert queue.rows.keys() == {"v0_0_0", "v1_0_0", "v2_0_0"}
 
 
 def test_the_stored_tokens_are_read_after_the_prompts_own_question(make_trainer, queue: Queue) -> None:
@@ -500,13 +412,13 @@ def test_the_stored_tokens_are_read_after_the_prompts_own_question(make_trainer,
     compute = trainer.actor_rollout_wg.compute_log_prob
 
     def spy(batch):
-        seen.extend(copy.deepcopy(queue.rows[batch.partition_id][key]) for key in batch.keys)
+        seen.extend(copy.deepcopy(queue.rows[key]) for key in batch.keys)
         return compute(batch)
 
     trainer.actor_rollout_wg.compute_log_prob = spy
-    rows = [row("v1", 0, 1.0, [9, 9, 9], UPSTREAM)]
+    rows = [stored_row("v1", 0, 1.0, [9, 9, 9], UPSTREAM)]
     rows[0][1]["prompts"] = torch.tensor([71, 72, 73])
-    trainer._log_ratios(stored(queue, rows), [0], ["id-v1"])
+    trainer._log_ratios(queue.store(rows), [0], ["id-v1"])
     assert len(seen) == 1
     assert seen[0]["prompts"].tolist() == [71, 72, 73]
     assert seen[0]["input_ids"].tolist() == [71, 72, 73, 30, 40]
@@ -519,7 +431,7 @@ def test_the_stored_tokens_are_read_after_the_prompts_own_question(make_trainer,
 def test_a_policy_that_did_not_move_has_log_ratio_zero(make_trainer, queue: Queue) -> None:
     trainer = make_trainer(tracker=LOGRATIO)
     trainer.state.segments.put("id-v1", [30, 40], [-0.3, -0.4])
-    batch = stored(queue, [row("v1", 0, 1.0, [9], UPSTREAM)])
+    batch = queue.store([stored_row("v1", 0, 1.0, [9], UPSTREAM)])
     assert trainer._log_ratios(batch, [0], ["id-v1"])["id-v1"] == pytest.approx(0.0, abs=1e-6)
 
 
@@ -527,7 +439,7 @@ def test_ranks_get_equal_parts(make_trainer, queue: Queue) -> None:
     trainer = make_trainer(ranks=4, tracker=LOGRATIO)
     for number in range(5):
         trainer.state.segments.put(f"id-v{number}", [30 + number], [0.0])
-    batch = stored(queue, [row(f"v{number}", 0, 1.0, [9], UPSTREAM) for number in range(5)])
+    batch = queue.store([stored_row(f"v{number}", 0, 1.0, [9], UPSTREAM) for number in range(5)])
     measured = trainer._log_ratios(batch, list(range(5)), [f"id-v{number}" for number in range(5)])
     assert len(trainer.actor_rollout_wg.asked[0]) == 8
     assert measured == {f"id-v{number}": pytest.approx((30 + number) / 100) for number in range(5)}
@@ -536,7 +448,7 @@ def test_ranks_get_equal_parts(make_trainer, queue: Queue) -> None:
 @pytest.mark.parametrize("drift", ["kl_steps", "nats"])
 def test_other_drifts_ask_for_no_forward_and_store_nothing(make_trainer, queue: Queue, drift: str) -> None:
     trainer = make_trainer(tracker={**LOGRATIO, "drift": drift}, trees_per_step=0)
-    batch = trainer._balance_batch(stored(queue, groups(4)), {})
+    batch = trainer._balance_batch(queue.store(groups(4)), {})
     for _ in range(2):
         trainer._compute_advantage(batch, {})
     assert not trainer.actor_rollout_wg.asked and len(trainer.state.segments) == 0
@@ -547,7 +459,7 @@ def test_rows_are_cleared_also_when_the_actor_fails(make_trainer, queue: Queue) 
     trainer.state.segments.put("id-v1", [30], [0.0])
     trainer.actor_rollout_wg.fails = True
     with pytest.raises(RuntimeError, match="a worker died"):
-        trainer._log_ratios(stored(queue, [row("v1", 0, 1.0, [9], UPSTREAM)]), [0], ["id-v1"])
+        trainer._log_ratios(queue.store([stored_row("v1", 0, 1.0, [9], UPSTREAM)]), [0], ["id-v1"])
     assert len(queue.cleared) == 1
 
 
@@ -555,12 +467,12 @@ def test_trackers_use_the_measured_ratio_and_the_next_visit_measures_what_was_tr
     make_trainer, queue: Queue
 ) -> None:
     trainer = make_trainer(tracker=LOGRATIO, trees_per_step=0)
-    batch = trainer._balance_batch(stored(queue, groups(4)), {})
+    batch = trainer._balance_batch(queue.store(groups(4)), {})
     first: dict[str, Any] = {}
     trainer._compute_advantage(batch, first)
     assert first["skpo/tracker/drift/mean"] == 0.0 and not trainer.actor_rollout_wg.asked
     tokens, logprobs = trainer.state.segments.get("id-v0000000001")
-    segment = queue.rows["train"]["v0000000001_0_0"]
+    segment = queue.rows["v0000000001_0_0"]
     assert tokens.tolist() == segment["responses"].tolist()
     np.testing.assert_allclose(logprobs, segment["old_log_probs"].numpy())
     # Now the policy moves by 0.03 per token, the half-life is 0.06: rho = 2 ** -0.5, held at rho_min.
@@ -590,22 +502,24 @@ BASELINE_METRICS = {
 } | {"skpo/prompts_dropped", "skpo/rollout_actor_logprob_gap/mean"}
 
 
-def responses_of(count: int, sessions: int = G) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+def responses_of(count: int, sessions: int = G) -> list[Stored]:
     """Plain groups of a baseline: right and wrong responses of different lengths, the first group all right."""
     rows = []
     for number in range(count):
         for session in range(sessions):
             reward = 1.0 if number == 0 or (number + session) % 2 else -1.0
-            rows.append(row(f"v{number:010d}", session, reward, list(range(10, 11 + number + 2 * session))))
+            rows.append(
+                stored_row(f"v{number:010d}", session, reward, list(range(10, 11 + number + 2 * session)), None)
+            )
     return rows
 
 
 def test_a_baseline_keeps_verls_advantages_and_logs_them_like_skpo(make_trainer, queue: Queue) -> None:
     trainer = make_trainer("grpo")
-    batch = trainer._balance_batch(stored(queue, responses_of(4)), {})
+    batch = trainer._balance_batch(queue.store(responses_of(4)), {})
     metrics: dict[str, Any] = {}
     batch = trainer._compute_advantage(batch, metrics)
-    rows = [queue.rows["train"][key] for key in batch.keys]
+    rows = [queue.rows[key] for key in batch.keys]
     uids = sorted({item["uid"] for item in rows})
     rewards = [float(item["rm_scores"].sum()) for item in rows]
     expected = reference_group_relative(rewards, [uids.index(item["uid"]) for item in rows], [True] * len(rows))
@@ -627,11 +541,11 @@ def test_a_baseline_keeps_verls_advantages_and_logs_them_like_skpo(make_trainer,
 
 def test_a_baselines_padding_is_in_no_metric(make_trainer, queue: Queue) -> None:
     trainer = make_trainer("grpo")
-    batch = trainer._balance_batch(stored(queue, responses_of(3)), {})
+    batch = trainer._balance_batch(queue.store(responses_of(3)), {})
     assert len(batch) == 8
     metrics: dict[str, Any] = {}
     trainer._compute_advantage(batch, metrics)
-    real = [queue.rows["train"][key] for key in batch.keys if not key.startswith("pad")]
+    real = [queue.rows[key] for key in batch.keys if not key.startswith("pad")]
     assert len(real) == 6
     assert metrics["skpo/downstream/length/mean"] == pytest.approx(sum(len(item["responses"]) for item in real) / 6)
     assert metrics["skpo/prompts_dropped"] == 1
@@ -643,10 +557,10 @@ def test_spo_compares_with_the_tracker_read_before_any_update(make_trainer, queu
     rows[1][1]["id"] = rows[0][1]["id"] = "twice"
     trainer.state.observe("id-v0000000002", 0.5, 10)
     before = trainer.state.values.count("id-v0000000002")
-    batch = trainer._balance_batch(stored(queue, rows), {})
+    batch = trainer._balance_batch(queue.store(rows), {})
     metrics: dict[str, Any] = {}
     batch = trainer._compute_advantage(batch, metrics)
-    written = [queue.rows["train"][key] for key in batch.keys]
+    written = [queue.rows[key] for key in batch.keys]
     rewards = [float(item["rm_scores"].sum()) for item in written]
     baselines = [0.5 if item["id"] == "id-v0000000002" else 0.0 for item in written]
     expected = reference_single_stream(rewards, baselines, [True] * 8)
@@ -665,11 +579,11 @@ def test_spo_compares_with_the_tracker_read_before_any_update(make_trainer, queu
 
 def test_spo_padding_moves_no_tracker(make_trainer, queue: Queue) -> None:
     trainer = make_trainer("spo")
-    batch = trainer._balance_batch(stored(queue, responses_of(6, sessions=1)), {})
+    batch = trainer._balance_batch(queue.store(responses_of(6, sessions=1)), {})
     assert len(batch) == 8
     trainer._compute_advantage(batch, {})
     assert len(trainer.state.values) == len(trainer.state.segments) == 6
-    padding = [queue.rows["train"][key] for key in batch.keys if key.startswith("pad")]
+    padding = [queue.rows[key] for key in batch.keys if key.startswith("pad")]
     assert all(not item["advantages"].any() for item in padding)
 
 
@@ -692,14 +606,14 @@ def test_prompts_that_fail_in_every_visit_are_counted_and_named(make_trainer, qu
     trainer.curriculum = True
     for _ in range(3):
         trainer._visited = {f"v{number:010d}": f"id {number}" for number in range(5)}
-        trainer._balance_batch(stored(queue, groups(3)), {})
+        trainer._balance_batch(queue.store(groups(3)), {})
     assert trainer.state.failures == {"id 3": 3, "id 4": 3}
     (line,) = [record.getMessage() for record in caplog.records if "failed in each" in record.getMessage()]
     assert line.endswith(
         "2 prompts have failed in each of their last 3 visits or more, and are drawn less often: id 3, id 4"
     )
     trainer._visited = {"v0000000000": "id 3"}
-    trainer._balance_batch(stored(queue, groups(3)), {})
+    trainer._balance_batch(queue.store(groups(3)), {})
     assert trainer.state.failures == {"id 4": 3}
 
 
@@ -810,9 +724,9 @@ def test_failed_requests_of_the_step_are_a_metric(make_trainer, queue: Queue, me
     trainer.on_step_begin()
     metrics: dict[str, float] = {}
     trainer.agent_loop_manager.failures = {"candidate: A": 2, "sibling: B": 3, "prompt: all failed": 1}
-    trainer._balance_batch(stored(queue, groups(4)), metrics)
+    trainer._balance_batch(queue.store(groups(4)), metrics)
     assert metrics["skpo/requests_failed"] == 5, "a prompt is no request, and is in skpo/prompts_dropped"
-    trainer._balance_batch(stored(queue, groups(4)), metrics)
+    trainer._balance_batch(queue.store(groups(4)), metrics)
     assert metrics["skpo/requests_failed"] == 0
 
 
@@ -827,8 +741,10 @@ def test_boundaries_that_nobody_writes_stop_the_first_step(
     trainer.global_steps, trainer.resumed_at = step, resumed_at
     rows = groups(4)
     for _, fields, _ in rows:
-        fields["extra_fields"]["skpo"]["at_boundary"] = share
-    batch = trainer._balance_batch(stored(queue, rows), {})
+        if int(fields[PHASE_FIELD]) == UPSTREAM:
+            record = fields["extra_fields"][RECORD]
+            record["candidates"] = [record["candidates"][0] | {"at_boundary": n < 4 * share} for n in range(4)]
+    batch = trainer._balance_batch(queue.store(rows), {})
     if not stopped:
         trainer._compute_advantage(batch, {})
         return
@@ -845,14 +761,14 @@ def test_a_reason_to_stop_ends_the_run_before_the_step_is_trained(make_trainer, 
     trainer = make_trainer()
     trainer.agent_loop_manager.failures = {"sibling: B": 3, "stop: the reward is 2; scale it": 1}
     with pytest.raises(RolloutError, match=r"^the reward is 2; scale it$"):
-        trainer._balance_batch(stored(queue, groups(4)), {})
+        trainer._balance_batch(queue.store(groups(4)), {})
 
 
 @pytest.mark.faults
 def test_a_dropped_prompt_is_counted_and_its_trackers_stay(make_trainer, queue: Queue) -> None:
     trainer = make_trainer()
     metrics: dict[str, float] = {}
-    trainer._compute_advantage(trainer._balance_batch(stored(queue, groups(3)), metrics), metrics)
+    trainer._compute_advantage(trainer._balance_batch(queue.store(groups(3)), metrics), metrics)
     assert metrics["skpo/prompts_dropped"] == 1
     assert len(trainer.state.values) == 3
 
@@ -863,7 +779,7 @@ def test_an_unknown_prompt_id_is_a_first_visit(make_trainer, queue: Queue) -> No
     trainer = make_trainer()
     trainer.state.observe("id-v0000000000", 0.5, 10.0)
     assert trainer.state.baseline("never seen") == 0.0
-    trainer._compute_advantage(trainer._balance_batch(stored(queue, groups(4)), {}), {})
+    trainer._compute_advantage(trainer._balance_batch(queue.store(groups(4)), {}), {})
     assert trainer.state.values.count("id-v0000000001") == 1.0
     assert trainer.state.values.count("id-v0000000000") > 1.0
 
@@ -878,7 +794,7 @@ def test_other_weights_in_the_servers_stop_the_run(make_trainer, queue: Queue, m
         rows = groups(4) if method == "skpo" else responses_of(8 if method == "spo" else 4, 1 if method == "spo" else G)
         for _, fields, _ in rows:
             fields["rollout_log_probs"] = fields["old_log_probs"] + gap
-        batch = trainer._balance_batch(stored(queue, rows), {})
+        batch = trainer._balance_batch(queue.store(rows), {})
         metrics: dict[str, Any] = {}
         if stops:
             with pytest.raises(RolloutError, match=rf"in step 1 .* by {gap:g} .* skpo\.max_logprob_gap=0\.5 allows"):

@@ -1,17 +1,14 @@
-"""Which rows share an update, and what share of the objective each row carries.
+"""The order in which verl trains the rows of a batch.
 
-docs/method.md, section 9: both objectives are means over the prompts of a mini-batch, and equation 5 normalises by the
-tokens of a whole group.  verl splits rows into mini-batches by position: a data-parallel rank trains a contiguous chunk
-of the batch, in equal contiguous parts, one per update.  So rows are ordered such that an update sees whole prompts,
-and every row gets a factor that does not depend on the micro-batch it lands in.
+A data-parallel rank trains a contiguous chunk of the batch, in equal contiguous parts, one per update.  Rows are
+ordered such that an update sees whole prompts, because both objectives are means over the prompts of an update and
+eq. 5 normalises by the tokens of a whole group.
 """
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
-
-from recipe.skpo.method.loss import UPSTREAM
 
 
 def slots(prompts: Sequence[str], padding: Sequence[bool], rows_per_prompt: int, prompts_per_update: int) -> list[int]:
@@ -90,63 +87,3 @@ def minibatch_of_rows(rows: int, rows_per_minibatch: int, ranks: int) -> torch.T
     """Per row of a batch in ``minibatch_order``, the number of the update that trains it; int64 (rows,)."""
     position_in_rank = torch.arange(rows) % (rows // ranks)
     return position_in_rank // (rows_per_minibatch // ranks)
-
-
-def counted_rows(
-    phase: torch.Tensor, prompts: torch.Tensor, padding: torch.Tensor, lengths: torch.Tensor
-) -> torch.Tensor:
-    """Rows that count in statistics, trackers and objectives.
-
-    Args:
-        phase, prompts: per row, as in ``row_scales``.
-        padding: bool (rows,).  Padding rows are copies of a real one, role included, so only this tells them apart.
-        lengths: trained tokens of the row, (rows,); 0 for a sibling that failed.
-
-    Returns:
-        bool (rows,): no padding, with trained tokens and, for a segment, with a sibling that counts (a prompt whose
-        responses were all lost while they were stored has no mean reward or length to learn from).
-    """
-    trained = ~padding & (lengths > 0)
-    downstream = phase != UPSTREAM
-    return trained & (downstream | torch.isin(prompts, prompts[trained & downstream]))
-
-
-def row_scales(
-    phase: torch.Tensor,
-    prompts: torch.Tensor,
-    minibatch: torch.Tensor,
-    lengths: torch.Tensor,
-    valid: torch.Tensor,
-    weight_up: float,
-    weight_down: float,
-    aggregation: str = "group_token_mean",
-) -> torch.Tensor:
-    """The per-row factor that turns row losses into the objective of the paper, equations 5 and 6.
-
-    Args:
-        phase: UPSTREAM or DOWNSTREAM, (rows,).
-        prompts: number of the row's prompt, int64 (rows,).
-        minibatch: number of the row's update, int64 (rows,).
-        lengths: trained tokens of the row, (rows,).
-        valid: bool (rows,); False for padding and for siblings that failed.
-        weight_up, weight_down: weights of the objectives.
-        aggregation: of the downstream tokens: ``group_token_mean`` (eq. 5) or ``token_mean`` over the whole update.
-
-    Returns:
-        float32 (rows,), 0 where not valid.  With P the valid prompts of the row's update: ``weight_up / P`` upstream;
-        downstream ``weight_down / (P * sum_i |o_i|)`` over the prompt's siblings or, for ``token_mean``,
-        ``weight_down / sum |o|`` over all responses of the update.
-    """
-    upstream = phase == UPSTREAM
-    # A prompt's rows share its update; its prompt count is taken once per prompt, at any of its valid rows.
-    pairs = torch.unique(torch.stack([minibatch[valid], prompts[valid]]), dim=1)
-    prompts_per_update = torch.bincount(pairs[0], minlength=int(minibatch.max()) + 1).clamp(min=1)
-    share = 1.0 / prompts_per_update[minibatch].to(torch.float64)
-    pooled = aggregation == "token_mean"
-    _, pool = torch.unique(minibatch if pooled else prompts, return_inverse=True)
-    pool_tokens = torch.zeros(int(pool.max()) + 1, dtype=torch.float64).index_add(
-        0, pool, (lengths * (valid & ~upstream)).to(torch.float64)
-    )
-    downstream = weight_down * (torch.ones_like(share) if pooled else share) / pool_tokens[pool].clamp(min=1)
-    scale = torch.where(upstream, weight_up * share, downstream)
-    return (scale * valid).to(torch.float32)
