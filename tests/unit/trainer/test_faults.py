@@ -1,4 +1,4 @@
-"""Every fault of rollout and rewards, injected, and the policy that answers it; docs/development/faults.md has the table.
+"""Every fault of rollout and rewards, injected, and the policy that answers it; see docs/development/faults.md.
 
 Faults come in at the borders: the server's answer, the reward function, the replay buffer's view of TransferQueue, the
 socket to vLLM.  What is real and what stands for a process is told in ``rollout_setup``.
