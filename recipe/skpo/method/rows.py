@@ -8,7 +8,7 @@ that knows their format: keys, fields, and the records that travel with them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,8 @@ TOKEN_FIELDS = ("response_mask", "rm_scores", "responses", "rollout_log_probs", 
 """Fields with one value per response token."""
 
 
-class RowKey(NamedTuple):
+@dataclass(frozen=True, order=True)
+class RowKey:
     """The name of a stored row, ``<uid>_<session>_<index>``; keys sort by visit, then by session.
 
     Attributes:
@@ -188,7 +189,8 @@ class Ragged:
 
         Indexing a nested tensor unbinds it every time, which is quadratic over all rows.
         """
-        if isinstance(column, torch.Tensor) and column.layout == torch.jagged and column.lengths() is None:
+        jagged = getattr(column, "layout", None) == torch.jagged
+        if jagged and column.lengths() is None:
             return cls(column.values(), column.offsets().diff())
         rows = column.unbind() if isinstance(column, torch.Tensor) else column
         return cls(torch.cat(list(rows)), torch.tensor([len(row) for row in rows]))

@@ -24,7 +24,7 @@ from tests.support.rows import make_record, make_rows, stored_row
 def test_keys_sort_by_visit_and_then_by_session_as_a_number() -> None:
     keys = ["v0000000010_2_0", "v0000000009_10_0", "v0000000009_9_0", "pad_of_verl_0_0"]
     assert sorted(keys, key=RowKey.parse) == [keys[3], keys[2], keys[1], keys[0]]
-    assert RowKey.parse("pad_of_verl_12_0") == ("pad_of_verl", 12, 0)
+    assert RowKey.parse("pad_of_verl_12_0") == RowKey("pad_of_verl", 12, 0)
 
 
 def test_a_visit_becomes_a_uid_and_four_fields() -> None:
