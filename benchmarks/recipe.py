@@ -2,12 +2,10 @@
 
 Measured apart from everything that is called: TransferQueue, tokenizer, reward function and model take no part.
 Medians of processor time on one thread, at the paper's shape: 128 prompts, G = 8, responses of 3,072 tokens, candidates
-of 512.  ``--profile`` shows where the time goes.
+of 512.  ``python -m cProfile -s tottime -m benchmarks recipe`` shows where the time goes.
 """
 
-import cProfile
 import json
-import pstats
 import statistics
 import subprocess
 import sys
@@ -314,34 +312,11 @@ def measure(repeats: int) -> list[Measured]:
     ]
 
 
-def profile(lines: int = 25) -> None:
-    """Print where a prompt's and a step's time goes, by cProfile, deepest cost first."""
-    import torch
-
-    torch.set_num_threads(1)
-    calls = {f"100 x {name}": call for name, call in prompt_parts().items()}
-    for name, call in calls.items():
-        _profiled(name, lambda call=call: [call() for _ in range(100)], lines)  # type: ignore[misc]
-    _profiled("one step", training_step(), lines)
-
-
-def _profiled(name: str, call: Callable[[], Any], lines: int) -> None:
-    call()
-    profiler = cProfile.Profile()
-    profiler.runcall(call)
-    print(f"--- {name}")
-    pstats.Stats(profiler).strip_dirs().sort_stats("tottime").print_stats(lines)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns 1 if a limit is passed."""
     parser = parser_of("recipe", __doc__ or "")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--profile", action="store_true", help="print profiles instead")
     options = parser.parse_args(argv)
-    if options.profile:
-        profile()
-        return 0
     found = measure(options.repeats)
     limits = ["" if item.limit is None else f"{item.limit:g} {item.unit}" for item in found]
     rows = [[item.name, f"{item.value:.3g} {item.unit}", limit] for item, limit in zip(found, limits, strict=True)]

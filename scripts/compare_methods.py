@@ -15,6 +15,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from data_prep.untrusted import read_yaml
+from recipe.skpo.output.console import markdown_table
 from recipe.skpo.output.metrics import training_steps
 
 METHODS = ["grpo", "skpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "spo"]
@@ -51,11 +52,18 @@ def main() -> None:
             name: sum(line[f"skpo/tokens/{name}"] for line in lines) / len(lines) / prompts
             for name in ("generated", "prefilled", "cached")
         }
-    print("| method | generated | relative to GRPO | prefilled | of which cached |\n|---|---|---|---|---|")
-    for method, row in rows.items():
-        relative = row["generated"] / rows["grpo"]["generated"]
-        share = row["cached"] / row["prefilled"]
-        print(f"| `{method}` | {row['generated']:.0f} | {relative:.2f} | {row['prefilled']:.0f} | {share:.0%} |")
+    base = rows["grpo"]["generated"]
+    table = [
+        [
+            f"`{method}`",
+            f"{row['generated']:.0f}",
+            f"{row['generated'] / base:.2f}",
+            f"{row['prefilled']:.0f}",
+            f"{row['cached'] / row['prefilled']:.0%}",
+        ]
+        for method, row in rows.items()
+    ]
+    print(markdown_table(["method", "generated", "relative to GRPO", "prefilled", "of which cached"], table))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation, from how many of a problem's k responses are right: avg@k, pass@j, intervals, tables.
+"""Score an evaluation by how many of a problem's k responses are right: avg@k, pass@j, intervals, tables.
 
 avg@k is the mean over problems of the share of right responses.  pass@j is the unbiased estimate of the probability
 that one of j responses is right, from k >= j of them (Chen et al., arXiv 2107.03374, eq. 1).  The interval of avg@k is
@@ -12,6 +12,8 @@ from math import comb
 
 import numpy as np
 
+from recipe.skpo.output.console import markdown_table
+
 
 @dataclass(frozen=True)
 class Answered:
@@ -20,9 +22,9 @@ class Answered:
     Attributes:
         id, question, ground_truth: of the problem.
         responses: texts.
-        preds: the extracted answers, "" where there is none.
+        preds: the extracted answers, "" if there is none.
         right: whether the response is right.
-        well_formed: whether an answer was found, or None where the reward does not say.
+        well_formed: whether an answer was found, or None if the reward does not say.
         lengths: in tokens, an end-of-sequence token included.
         cut: whether the response ran into the limit.
     """
@@ -51,7 +53,7 @@ class Score:
         pass_at: j to pass@j, for the powers of two below k and for k.
         length: mean over responses, in tokens.
         cut: share of responses that ran into the limit.
-        well_formed: share of responses with an answer, None where the reward does not say.
+        well_formed: share of responses with an answer, None if the reward does not say.
     """
 
     benchmark: str
@@ -67,7 +69,7 @@ class Score:
 
 
 def pass_probability(k: int, j: int) -> np.ndarray:
-    """Unbiased pass@j of a problem by how many of its k responses are right.
+    """Compute the unbiased pass@j of a problem by how many of its k responses are right.
 
     Args:
         k: responses.
@@ -80,7 +82,7 @@ def pass_probability(k: int, j: int) -> np.ndarray:
 
 
 def bootstrap_interval(right: np.ndarray, k: int, *, seed: int, resamples: int) -> tuple[float, float]:
-    """Percentile bootstrap of avg@k over problems.
+    """Bootstrap avg@k over problems, by percentiles.
 
     A resample of problems is, for avg@k, how often each count of right responses is drawn, which is multinomial: that
     is drawn at once for all resamples, and its size does not grow with the benchmark's.
@@ -102,12 +104,12 @@ def bootstrap_interval(right: np.ndarray, k: int, *, seed: int, resamples: int) 
 
 
 def powers_of_two(k: int) -> list[int]:
-    """1, 2, 4, ... below k, and k."""
+    """Return 1, 2, 4, ... below k, and k."""
     return [2**exponent for exponent in range((k - 1).bit_length())] + [k]
 
 
 def score(benchmark: str, answered: Sequence[Answered], *, seed: int, resamples: int) -> Score:
-    """A benchmark's line from its problems, which have the same number of responses each."""
+    """Compute a benchmark's line from its problems, which have the same number of responses each."""
     (k,) = {len(problem.right) for problem in answered}
     right = np.array([sum(problem.right) for problem in answered])
     low, high = bootstrap_interval(right, k, seed=seed, resamples=resamples)
@@ -127,7 +129,7 @@ def score(benchmark: str, answered: Sequence[Answered], *, seed: int, resamples:
 
 
 def markdown(scores: Sequence[Score]) -> str:
-    """The table, in percent and tokens; a second one with pass@j where there is more than one response."""
+    """Format the table, in percent and tokens, and one with pass@j if there is more than one response."""
     header = ["benchmark", "problems", "k", "avg@k", "95% interval", "pass@k", "tokens", "cut off", "well-formed"]
     rows = [
         [
@@ -146,12 +148,12 @@ def markdown(scores: Sequence[Score]) -> str:
     if len(scores) > 1:
         mean = float(np.mean([item.avg for item in scores]))
         rows.append(["mean of benchmarks", "", "", _percent(mean), "", "", "", "", ""])
-    tables = [_table(header, rows)]
+    tables = [markdown_table(header, rows, numbers=True)]
     tries = sorted({j for item in scores for j in item.pass_at})
     if tries != [1]:
         lines = [[_cell(item.benchmark), *(_percent(item.pass_at.get(j)) for j in tries)] for item in scores]
-        tables.append(_table(["benchmark", *(f"pass@{j}" for j in tries)], lines))
-    return "\n".join(tables)
+        tables.append(markdown_table(["benchmark", *(f"pass@{j}" for j in tries)], lines, numbers=True))
+    return "\n\n".join(tables) + "\n"
 
 
 def _cell(text: str) -> str:
@@ -160,8 +162,3 @@ def _cell(text: str) -> str:
 
 def _percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.2f}"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -3,6 +3,7 @@
 import io
 import logging
 import sys
+from collections.abc import Iterable, Sequence
 
 from data_prep.untrusted import LONGEST_LINE, one_line
 
@@ -22,3 +23,9 @@ class CleanFormatter(logging.Formatter):
         """Escape the message; a traceback after it stays as it is."""
         record.message = one_line(record.message, LONGEST_LINE)
         return super().formatMessage(record)
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: bool = False) -> str:
+    """Format a Markdown table; ``numbers`` aligns all columns but the first to the right."""
+    rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.comparison import phases_table, ratios_table, report, summarise
+from benchmarks.comparison import report, summarise, tables
 
 
 def phase(seconds: float, generated: int, prefilled: int = 100, cached: int = 0) -> dict[str, Any]:
@@ -31,24 +31,22 @@ def records() -> list[dict[str, Any]]:
 
 
 def test_ratios_are_taken_run_by_run() -> None:
-    grpo, skpo, naive = summarise(records())
-    assert (grpo.time_ratio, grpo.token_ratio, grpo.over_token_bound, grpo.downstream_cached) == (1, 1, 1, None)
-    assert skpo.seconds == 24.0
-    assert (skpo.time_ratio, skpo.token_ratio) == pytest.approx((1.2, 1.2))
-    assert skpo.over_token_bound == pytest.approx(1.0)
-    assert skpo.over_two_batch == pytest.approx(0.8)
-    assert skpo.tokens == {"generated": 1200, "prefilled": 300, "cached": 150}
-    assert (skpo.downstream_cached, naive.downstream_cached) == (0.75, 0.0)
-    assert (naive.over_two_batch, naive.over_token_bound) == (1.0, pytest.approx(1.25))
+    medians = summarise(records()).set_index("variant")
+    ratios = ["time_ratio", "token_ratio", "over_token_bound", "over_two_batch", "downstream_cached"]
+    assert medians.index.tolist() == ["GRPO", "SKPO, candidates=8", "two-batch SKPO"]
+    assert medians.loc["GRPO", ratios].tolist() == pytest.approx([1, 1, 1, 1 / 1.5, float("nan")], nan_ok=True)
+    assert medians.loc["SKPO, candidates=8", ratios].tolist() == pytest.approx([1.2, 1.2, 1, 0.8, 0.75])
+    assert medians.loc["two-batch SKPO", ratios].tolist() == pytest.approx([1.5, 1.2, 1.25, 1, 0])
+    skpo = medians.loc["SKPO, candidates=8", ["seconds", "generated", "prefilled", "cached"]]
+    assert skpo.tolist() == [24, 1200, 300, 150]
 
 
 def test_tables_have_a_row_per_method_and_per_phase() -> None:
-    lines = summarise(records())
-    assert [row.split(" | ")[1] for row in ratios_table(lines).splitlines()[2:]] == [line.variant for line in lines]
-    assert "| 4 prompts | SKPO, candidates=8 | 24.0 | 1.200 | 1.200 | 1.000 | 0.800 | 0.750 |" in ratios_table(lines)
-    phases = phases_table(lines).splitlines()
-    assert len(phases) == 2 + 5
+    ratios, phases = tables(records()).split("\n\n")
+    assert "| 4 prompts | SKPO, candidates=8 | 24.0 | 1.200 | 1.200 | 1.000 | 0.800 | 0.750 |" in ratios
+    assert "| 4 prompts | GRPO | 20.0 | 1.000 | 1.000 | 1.000 | 0.667 |  |" in ratios
     assert "| 4 prompts | SKPO, candidates=8 | downstream | 20.0 | 4 | 900 | 200 | 150 |" in phases
+    assert (len(ratios.splitlines()), len(phases.splitlines())) == (2 + 3, 2 + 5)
 
 
 def test_everything_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,7 +54,7 @@ def test_everything_is_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     report(records(), {"group": 8}, path)
     content = json.loads(path.read_text())
     assert content["runs"] == records() and content["settings"] == {"group": 8}
-    assert [line["variant"] for line in content["medians"]] == ["GRPO", "SKPO, candidates=8", "two-batch SKPO"]
-    assert {"measured", "cores", "load_average"} <= set(content)
-    assert ratios_table(summarise(records())) in capsys.readouterr().out
+    assert [line["downstream_cached"] for line in content["medians"]] == [None, 0.75, 0.0]
+    assert len(content["phases"]) == 5 and {"measured", "cores", "load_average"} <= set(content)
+    assert tables(records()) in capsys.readouterr().out
     assert [file.name for file in path.parent.iterdir()] == ["out.json"]
