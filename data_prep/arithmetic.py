@@ -1,14 +1,12 @@
 """One-digit word problems over reasoning-gym's `chain_sum`: the default task of a machine without a GPU.
 
-`chain_sum` draws expressions such as "4 - 1"; the template (`templates/arithmetic.yaml`) tells each as a
-story, in as many wordings as it has pairs of a name and a thing. Kept are the expressions a child could act
-out: every operand is at least 1 and no running total is negative. There are 126 with two terms; where more
-than 4,096 exist, the first 4,096 drawn are used.
+`chain_sum` draws expressions such as "4 - 1"; the template (`templates/arithmetic.yaml`) tells each as a story, in as
+many wordings as it has pairs of a name and a thing. Expressions with an operand below 1 or a negative running total are
+left out; 126 with two terms remain, and of more than 4,096 the first 4,096 drawn are used.
 
-Train and val are disjoint by expression, not only by text: the distinct expressions without the template's
-solved example are shuffled with the seed, the first quarter is held out for val in every wording, the rest is
-for train. By default that makes 32 x 12 = 384 problems for val to take from and 93 x 12 = 1116 for train.
-Neither split depends on the size of the other.
+Train and val are disjoint by expression: the distinct expressions without the template's solved example are shuffled
+with the seed, and the first quarter is held out for val in every wording. By default that makes 32 x 12 = 384 problems
+for val and 93 x 12 = 1116 for train. Neither split depends on the size of the other.
 
     python -m data_prep.arithmetic --out DIR [--train N] [--val N] [--seed S] [--min-terms 2] [--max-terms 2]
 """
@@ -19,14 +17,15 @@ import math
 import random
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import reasoning_gym
 
+from data_prep.command import run
+from data_prep.prompts import PromptTemplate, read_messages, read_template
 from data_prep.schema import DataError, Row, write_parquet
-from data_prep.untrusted import UntrustedError, error_line, one_line, read_yaml
 
 DATA_SOURCE = "skpo/arithmetic"
 TEMPLATE = Path(__file__).parent / "templates" / "arithmetic.yaml"
@@ -47,21 +46,26 @@ class Expression:
 
     @classmethod
     def parse(cls, text: str) -> "Expression":
-        """From chain_sum's own form, e.g. "3 + 4 - 2"; raises ValueError for anything else."""
+        """Parse chain_sum's own form, e.g. "3 + 4 - 2".
+
+        Raises:
+            ValueError: it is anything else.
+        """
         parts = text.split()
         signs = tuple(parts[1::2])
         if len(parts) % 2 == 0 or not set(signs) <= {"+", "-"}:
-            raise ValueError(f"{text!r} is no chain sum")
+            raise ValueError(f"{text!r} is not a chain sum")
         return cls(tuple(int(part) for part in parts[::2]), signs)
 
     def totals(self) -> list[int]:
-        """The running totals, beginning with the first operand; the last one is the answer."""
+        """Return the running totals, beginning with the first operand; the last one is the answer."""
         changes = (
             operand if sign == "+" else -operand for sign, operand in zip(self.signs, self.operands[1:], strict=True)
         )
         return list(itertools.accumulate(changes, initial=self.operands[0]))
 
     def __str__(self) -> str:
+        """Return chain_sum's own form."""
         return str(self.operands[0]) + "".join(
             f" {sign} {operand}" for sign, operand in zip(self.signs, self.operands[1:], strict=True)
         )
@@ -71,7 +75,7 @@ class Expression:
 class Template:
     """The wording: sentence parts, the names and things that vary them, and the chat around the {question}.
 
-    A wording is a (name, thing) pair; a template without names or things has "" in their place.
+    A wording is a (name, thing) pair; a template without names or things has "" instead.
     """
 
     first: str
@@ -80,10 +84,10 @@ class Template:
     end: str
     wordings: tuple[tuple[str, str], ...]
     example: Expression | None
-    messages: tuple[Mapping[str, str], ...]
+    chat: PromptTemplate
 
     def question(self, expression: Expression, wording: tuple[str, str]) -> str:
-        """The problem as a story."""
+        """Tell the problem as a story."""
         parts = [self.first.replace("{a}", str(expression.operands[0]))]
         for sign, operand in zip(expression.signs, expression.operands[1:], strict=True):
             parts.append((self.plus if sign == "+" else self.minus).replace("{b}", str(operand)))
@@ -91,56 +95,44 @@ class Template:
         return ("".join(parts) + self.end).replace("{name}", name).replace("{thing}", thing)
 
     def prompt(self, question: str) -> list[dict[str, str]]:
-        """The chat that asks the question, after the solved example if there is one."""
+        """Return the chat that asks the question, after the solved example if there is one."""
         example = self.question(self.example, self.wordings[0]) if self.example else ""
         return [
-            {
-                "role": message["role"],
-                "content": message["content"].replace("{example}", example).replace("{question}", question),
-            }
-            for message in self.messages
+            {**message, "content": message["content"].replace("{example}", example)}
+            for message in self.chat.prompt(question)
         ]
 
 
 def load_template(path: Path = TEMPLATE) -> Template:
     """Read a template file.
 
-    Raises DataError if it cannot be read, a key is missing or a placeholder is not where it belongs.
+    Raises:
+        DataError: it cannot be read, a key is missing or a placeholder is not where it belongs.
     """
-    try:
-        content = read_yaml(path)
-    except (OSError, UntrustedError) as error:
-        raise DataError(f"{path}: cannot be read as a template ({one_line(error)}); see {TEMPLATE.name}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: not a mapping; copy data_prep/templates/{TEMPLATE.name} and change that")
+    content = read_template(path)
+
+    def check(holds: bool, what: str) -> None:
+        if not holds:
+            raise DataError(f"{path}: {what}")
 
     for key, placeholder in {"first": "{a}", "plus": "{b}", "minus": "{b}", "end": ""}.items():
-        if not isinstance(content.get(key), str):
-            raise DataError(f"{path}: key {key!r} is missing or no string; add it as in {TEMPLATE.name}")
-        if placeholder not in content[key]:
-            raise DataError(f"{path}: key {key!r} lacks {placeholder}; write {placeholder} where the operand belongs")
+        text = content.get(key)
+        check(isinstance(text, str), f"key {key!r} is missing or not a string; add it as in {TEMPLATE.name}")
+        check(placeholder in str(text), f"key {key!r} lacks {placeholder}; write {placeholder} for the operand")
     story = content["first"] + content["plus"] + content["minus"] + content["end"]
     for key, placeholder in {"names": "{name}", "things": "{thing}"}.items():
         words = content.setdefault(key, [])
-        if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-            raise DataError(f"{path}: key {key!r} is not a list of strings; write it as in {TEMPLATE.name}")
-        if bool(words) != (placeholder in story):
-            raise DataError(f"{path}: key {key!r} and {placeholder} need each other; add or remove one")
-    messages = content.get("messages")
-    if not isinstance(messages, list) or not all(
-        isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
-        for message in messages
-    ):
-        raise DataError(f"{path}: key 'messages' is not a list of {{role, content}}; write it as in {TEMPLATE.name}")
-    if sum("{question}" in message["content"] for message in messages) != 1:
-        raise DataError(f"{path}: key 'messages' needs {{question}} in exactly one message; write it in the last one")
-    example = content.get("example")
-    if (example is not None) != any("{example}" in message["content"] for message in messages):
-        raise DataError(f"{path}: key 'example' and {{example}} need each other; add or remove one")
+        listed = isinstance(words, list) and all(isinstance(word, str) for word in words)
+        check(listed, f"key {key!r} is not a list of strings; write it as in {TEMPLATE.name}")
+        both = bool(words) == (placeholder in story)
+        check(both, f"key {key!r} and {placeholder} need each other; add or remove one")
+    chat, example = read_messages(path, content, TEMPLATE.name), content.get("example")
+    shown = any("{example}" in message["content"] for message in chat.messages)
+    check((example is not None) == shown, "key 'example' and {example} need each other; add or remove one")
     try:
         solved = None if example is None else Expression.parse(str(example))
     except ValueError as error:
-        raise DataError(f"{path}: key 'example' is no chain sum; write it like 3 + 4") from error
+        raise DataError(f"{path}: key 'example' is not a chain sum; write it like 3 + 4") from error
     return Template(
         first=content["first"],
         plus=content["plus"],
@@ -148,12 +140,12 @@ def load_template(path: Path = TEMPLATE) -> Template:
         end=content["end"],
         wordings=tuple(itertools.product(content["names"] or [""], content["things"] or [""])),
         example=solved,
-        messages=tuple(messages),
+        chat=chat,
     )
 
 
 def count_expressions(min_terms: int, max_terms: int) -> int:
-    """How many distinct expressions exist with one-digit operands >= 1 and no negative running total."""
+    """Count the distinct expressions with one-digit operands >= 1 and no negative running total."""
     ways: Counter[int] = Counter(range(1, 10))  # running total -> number of beginnings that reach it
     count = ways.total() if min_terms == 1 else 0
     for terms in range(2, max_terms + 1):
@@ -170,7 +162,7 @@ def count_expressions(min_terms: int, max_terms: int) -> int:
 
 
 def draw_expressions(seed: int, min_terms: int, max_terms: int) -> list[Expression]:
-    """All distinct expressions, but no more than MAX_EXPRESSIONS, in the order chain_sum draws them."""
+    """Draw all distinct expressions, at most MAX_EXPRESSIONS, in chain_sum's order."""
     generator = reasoning_gym.create_dataset(
         "chain_sum",
         size=MAX_DRAWS,
@@ -192,7 +184,11 @@ def draw_expressions(seed: int, min_terms: int, max_terms: int) -> list[Expressi
 
 
 def refuse_ambiguous(expressions: Sequence[Expression], template: Template) -> None:
-    """Raise DataError if two problems read the same, so that one could be in both splits."""
+    """Refuse a template under which two problems read the same, so that one could be in both splits.
+
+    Raises:
+        DataError: naming both.
+    """
     problem_of: dict[str, str] = {}
     for expression, wording in itertools.product(expressions, template.wordings):
         question = template.question(expression, wording)
@@ -208,7 +204,7 @@ def refuse_ambiguous(expressions: Sequence[Expression], template: Template) -> N
 def choose(
     expressions: Sequence[Expression], wordings: Sequence[tuple[str, str]], rows: int
 ) -> list[tuple[Expression, tuple[str, str]]]:
-    """`rows` different pairs that use every expression and every wording equally often (give or take one)."""
+    """Choose `rows` different pairs that use every expression and every wording equally often (give or take one)."""
     # Both lists are walked in step; where they would meet in the same pairs again, wordings moves on by one.
     period = math.lcm(len(expressions), len(wordings))
     return [
@@ -226,21 +222,33 @@ def prepare(
     max_terms: int = 2,
     template: Path = TEMPLATE,
 ) -> dict[str, Path]:
-    """Write `out`/train.parquet and `out`/val.parquet and return their paths under "train" and "val".
+    """Write `out`/train.parquet and `out`/val.parquet and print a short summary.
 
-    `train` and `val` count rows, `min_terms` and `max_terms` count operands. Prints a short summary.
-    Raises DataError for impossible arguments, e.g. more rows than problems (it says how many exist).
+    Args:
+        out: folder of the files.
+        train: training rows.
+        val: held-out rows.
+        seed: of draws and shuffles.
+        min_terms: fewest operands.
+        max_terms: most operands.
+        template: the wording.
+
+    Returns:
+        The paths under "train" and "val".
+
+    Raises:
+        DataError: for impossible arguments, e.g. more rows than problems (it says how many exist).
     """
     if train < 1 or val < 1:
         raise DataError(f"--train {train} --val {val}: both need at least 1 row")
     if not 1 <= min_terms <= max_terms:
         raise DataError(f"--min-terms {min_terms} --max-terms {max_terms}: need 1 <= min-terms <= max-terms")
-    telling = load_template(template)
+    wording = load_template(template)
     expressions = draw_expressions(seed, min_terms, max_terms)
-    refuse_ambiguous(expressions, telling)
-    if telling.example in expressions:
-        expressions.remove(telling.example)
-    wordings = list(telling.wordings)
+    refuse_ambiguous(expressions, wording)
+    if wording.example in expressions:
+        expressions.remove(wording.example)
+    wordings = list(wording.wordings)
     shuffler = random.Random(seed)
     shuffler.shuffle(expressions)
     shuffler.shuffle(wordings)
@@ -261,12 +269,12 @@ def prepare(
     paths: dict[str, Path] = {}
     for split, chosen in problems.items():
         paths[split] = out / f"{split}.parquet"
-        questions = [telling.question(expression, wording) for expression, wording in chosen]
+        questions = [wording.question(expression, pair) for expression, pair in chosen]
         write_parquet(
             [
                 Row(
                     data_source=DATA_SOURCE,
-                    prompt=telling.prompt(question),
+                    prompt=wording.prompt(question),
                     ground_truth=str(expression.totals()[-1]),
                     ability="math",
                     split=split,
@@ -285,7 +293,7 @@ def prepare(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code, 1 with one line on stderr if the request cannot be met."""
+    """Run the command; returns the exit code, 1 with one line on stderr if the request cannot be met."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.arithmetic", description="One-digit word problems.")
     parser.add_argument("--out", type=Path, required=True, help="folder for train.parquet and val.parquet")
     parser.add_argument("--train", type=int, default=TRAIN_ROWS, help="training rows (default %(default)s)")
@@ -294,12 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--min-terms", type=int, default=2, help="fewest operands (default %(default)s)")
     parser.add_argument("--max-terms", type=int, default=2, help="most operands (default %(default)s)")
     parser.add_argument("--template", type=Path, default=TEMPLATE, help="another wording (yaml)")
-    try:
-        prepare(**vars(parser.parse_args(argv)))
-    except DataError as error:
-        print(error_line(error), file=sys.stderr)
-        return 1
-    return 0
+    return run(lambda: prepare(**vars(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

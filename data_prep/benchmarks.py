@@ -1,5 +1,4 @@
-"""Benchmarks to validate with, one parquet file each: AIME 2024 and 2025, AMC 2023, MATH-500, Minerva Math,
-OlympiadBench (text, mathematics, English, open-ended), MMLU-Pro, the test split of GSM8K.
+"""Benchmarks to validate with, one parquet file each; `BENCHMARKS` lists them.
 
 `--source` is a file for one benchmark, or a folder with `<name>.jsonl` (.json, .parquet, .csv) files; without it, each
 comes from its place on the hub. A folder is taken for those that it has, unless `--names` asks for others.
@@ -21,36 +20,36 @@ from data_prep.math import boxed_problem, whole
 from data_prep.pipeline import Collected, Problem, RowError, Source, read_split, sample, text_field, write_problems
 from data_prep.reading import SUFFIXES
 from data_prep.schema import DataError
-from data_prep.untrusted import error_line
 from reward_fns.near_answer import with_tolerance
 
 LETTERS = "ABCDEFGHIJ"
 
 
 def integer_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
-    """Fields `problem` and `answer`; the answer is an integer ("033" counts as 33)."""
+    """Convert the fields `problem` and `answer`; the answer is an integer ("033" counts as 33)."""
     answer = fields.get("answer")
     text = whole(answer) if isinstance(answer, int | float) else text_field(fields, "answer").replace(",", "")
     try:
         value = int(text)
     except ValueError as error:
-        raise RowError(f"field 'answer' is no integer (found {text!r:.60})") from error
+        raise RowError(f"field 'answer' is not an integer (found {text!r:.60})") from error
     return Problem(data_source, text_field(fields, "problem", "question"), str(value))
 
 
 def olympiad_problem(fields: Mapping[str, Any], data_source: str) -> Problem | None:
-    """Fields `question`, `context`, `final_answer` (a list), `error` (a tolerance of the number, or none).
+    """Convert the fields `question`, `context`, `final_answer` (a list), `error` (a tolerance of the number, or none).
 
-    None for images, other subjects and languages, proofs.
+    Returns:
+        None for images, other subjects and languages, proofs.
     """
-    wanted = {"subject": "Math", "language": "English", "modality": "Text-only", "question_type": "Open-ended"}
-    if any(fields.get(name) not in (None, value) for name, value in wanted.items()):
+    kind = {"subject": "Math", "language": "English", "modality": "Text-only", "question_type": "Open-ended"}
+    if any(fields.get(name) not in (None, value) for name, value in kind.items()):
         return None
     if any(fields.get(f"image_{number}") for number in range(1, 10)):
         return None
     answers = fields.get("final_answer")
     if not isinstance(answers, list) or not answers or not all(isinstance(answer, str) for answer in answers):
-        raise RowError(f"field 'final_answer' is no list of strings (found {answers!r:.60})")
+        raise RowError(f"field 'final_answer' is not a list of strings (found {answers!r:.60})")
     context = fields.get("context")
     question = text_field(fields, "question")
     answer = ", ".join(answer.strip().strip("$").strip() for answer in answers)
@@ -67,12 +66,12 @@ def olympiad_problem(fields: Mapping[str, Any], data_source: str) -> Problem | N
 
 
 def choice_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
-    """Fields `question`, `options` (at most ten) and `answer` (a letter); the options become part of the question."""
+    """Convert the fields `question`, `options` (at most ten) and `answer` (a letter); the question gets the options."""
     options, letter = fields.get("options"), text_field(fields, "answer")
     if not isinstance(options, list) or not all(isinstance(option, str) for option in options):
-        raise RowError(f"field 'options' is no list of strings (found {options!r:.60})")
+        raise RowError(f"field 'options' is not a list of strings (found {options!r:.60})")
     if len(options) > len(LETTERS) or letter not in tuple(LETTERS[: len(options)]):
-        raise RowError(f"answer {letter!r:.20} is no letter of {len(options)} options")
+        raise RowError(f"answer {letter!r:.20} is not a letter of {len(options)} options")
     if fields.get("answer_index") not in (None, LETTERS.index(letter)):
         raise RowError(f"answer {letter!r} and answer_index {fields['answer_index']!r} disagree")
     listed = "\n".join(f"({LETTERS[number]}) {option.strip()}" for number, option in enumerate(options))
@@ -123,23 +122,31 @@ BENCHMARKS = {
 
 
 def benchmark(name: str) -> Source:
-    """One of `BENCHMARKS`; raises DataError for another name."""
+    """Return one of `BENCHMARKS`.
+
+    Raises:
+        DataError: for another name.
+    """
     if name not in BENCHMARKS:
         raise DataError(f"benchmark {name!r} is unknown; known are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
 def places(source: str | None, names: Sequence[str] | None) -> dict[str, str | None]:
-    """Where each benchmark is read from (None: its place on the hub). Raises DataError if one cannot be found."""
-    wanted = [benchmark(name).name for name in names or BENCHMARKS]
+    """Find where each benchmark is read from (None: its place on the hub).
+
+    Raises:
+        DataError: one cannot be found.
+    """
+    chosen = [benchmark(name).name for name in names or BENCHMARKS]
     if source is None:
-        return dict.fromkeys(wanted)
+        return dict.fromkeys(chosen)
     if not Path(source).is_dir():
-        if len(wanted) != 1:
-            raise DataError(f"--source {source}: is no folder; say with --names which one benchmark it is")
-        return {wanted[0]: source}
+        if len(chosen) != 1:
+            raise DataError(f"--source {source}: is not a folder; say with --names which one benchmark it is")
+        return {chosen[0]: source}
     found: dict[str, str | None] = {}
-    for name in wanted:
+    for name in chosen:
         files = [str(path) for suffix in SUFFIXES if (path := Path(source) / f"{name}{suffix}").is_file()]
         if len(files) > 1:
             raise DataError(f"{source}: {name} is there in several formats; keep one of {', '.join(files)}")
@@ -162,7 +169,13 @@ def prepare(
     seed: int = 1,
     skip_bad: bool = False,
 ) -> dict[str, Path]:
-    """Write ``out/<name>.parquet`` for each benchmark and return the paths by name. Raises DataError in one line."""
+    """Write ``out/<name>.parquet`` for each benchmark and return the paths by name.
+
+    The arguments are the options of the command.
+
+    Raises:
+        DataError: naming place and fix.
+    """
     found: dict[str, Collected] = {}
     for name, place in places(source, names).items():
         found[name] = read_split(BENCHMARKS[name], place, "test", skip_bad=skip_bad)
@@ -185,18 +198,13 @@ def _report_shared(found: Mapping[str, Collected]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code, 1 with one line on stderr."""
+    """Run the command; returns the exit code."""
     options = command.parser("benchmarks", "Benchmarks as parquet files for validation.")
     options.add_argument("--names", nargs="+", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} (default: all)")
     options.add_argument("--split", choices=["test"], default="test", help="a benchmark has no other")
     given = vars(options.parse_args(argv))
     del given["split"]
-    try:
-        prepare(given.pop("out"), **given)
-    except DataError as error:
-        print(error_line(error), file=sys.stderr)
-        return 1
-    return 0
+    return command.run(lambda: prepare(given.pop("out"), **given))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data_prep.pipeline import Source, prepare
@@ -10,8 +10,18 @@ from data_prep.schema import DataError
 from data_prep.untrusted import error_line
 
 
+def run(work: Callable[[], object]) -> int:
+    """Run a command; returns the exit code, 1 with one line on stderr if a request or a file is wrong."""
+    try:
+        work()
+    except DataError as error:
+        print(error_line(error), file=sys.stderr)
+        return 1
+    return 0
+
+
 def parser(module: str, description: str) -> argparse.ArgumentParser:
-    """A parser with the options that every source takes."""
+    """Return a parser with the options that every source takes."""
     options = argparse.ArgumentParser(prog=f"python -m data_prep.{module}", description=description)
     options.add_argument("--out", type=Path, required=True, help="folder for the parquet files")
     options.add_argument("--source", help="file or folder (jsonl, json, parquet, csv), or a hub name")
@@ -23,7 +33,7 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def main(source: Source, argv: Sequence[str] | None = None) -> int:
-    """The command of a source with splits; returns the exit code, 1 with one line on stderr."""
+    """Run the command of a source with splits; returns the exit code."""
     options = parser(source.name, f"{source.name} as parquet files for training (hub: {source.hub}).")
     options.add_argument("--split", choices=[*source.splits], help="only this split (default: all)")
     options.add_argument(
@@ -34,8 +44,8 @@ def main(source: Source, argv: Sequence[str] | None = None) -> int:
         help="prepared parquet files or folders whose problems must not be in the training split",
     )
     given = options.parse_args(argv)
-    try:
-        prepare(
+    return run(
+        lambda: prepare(
             source,
             given.out,
             place=given.source,
@@ -46,7 +56,4 @@ def main(source: Source, argv: Sequence[str] | None = None) -> int:
             skip_bad=given.skip_bad,
             against=given.against,
         )
-    except DataError as error:
-        print(error_line(error), file=sys.stderr)
-        return 1
-    return 0
+    )

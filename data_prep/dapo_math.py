@@ -2,7 +2,7 @@
 
 The hub's file is verl's schema already, repeats every prompt about a hundred times (1.79 million rows, some 17,400
 prompts), and wraps each problem in fixed sentences. Here the sentences are taken off, so that any template can be put
-around the bare problem, and every problem is kept once. An answer that is no integer is a malformed row.
+around the bare problem, and every problem is kept once. An answer that is not an integer is a malformed row.
 
 There is no test split: give the benchmarks that you will report by `--against`, so that their problems are left out.
 
@@ -26,7 +26,11 @@ _AFTER = re.compile(r'Remember to put your answer on its own line after "Answer:
 
 
 def bare_problem(prompt: str) -> str:
-    """The problem without the fixed sentences around it; raises RowError if only one of them is there."""
+    """Take off the fixed sentences around a problem.
+
+    Raises:
+        RowError: only one of them is there, or nothing else is.
+    """
     before, after = _BEFORE.match(prompt), _AFTER.search(prompt)
     if bool(before) != bool(after):
         raise RowError("the prompt has only one of the two sentences that DAPO puts around a problem")
@@ -37,15 +41,15 @@ def bare_problem(prompt: str) -> str:
 
 
 def convert(fields: Mapping[str, Any]) -> Problem:
-    """Fields `prompt` (a chat of one user message) and `reward_model` with `ground_truth`."""
+    """Convert the fields `prompt` (a chat of one user message) and `reward_model` with `ground_truth`."""
     prompt, reward_model = fields.get("prompt"), fields.get("reward_model")
     if not isinstance(prompt, list) or len(prompt) != 1 or not isinstance(prompt[0], dict):
-        raise RowError(f"field 'prompt' is no chat of one message (found {prompt!r:.60})")
+        raise RowError(f"field 'prompt' is not a chat of one message (found {prompt!r:.60})")
     if not isinstance(reward_model, dict):
-        raise RowError(f"field 'reward_model' is missing or no struct (found {reward_model!r:.60})")
+        raise RowError(f"field 'reward_model' is missing or not a struct (found {reward_model!r:.60})")
     answer = text_field(reward_model, "ground_truth").replace(",", "")
     if not re.fullmatch(r"[+-]?[0-9]{1,40}", answer):
-        raise RowError(f"ground_truth {answer!r:.60} is no integer")
+        raise RowError(f"ground_truth {answer!r:.60} is not an integer")
     return Problem(DATA_SOURCE, bare_problem(text_field(prompt[0], "content")), str(int(answer)))
 
 

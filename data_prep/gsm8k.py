@@ -17,7 +17,7 @@ DATA_SOURCE = "openai/gsm8k"
 
 
 def convert(fields: Mapping[str, Any]) -> Problem:
-    """Fields `question` and `answer` (the worked solution)."""
+    """Convert the fields `question` and `answer` (the worked solution)."""
     answer = numeric_answer.extract(text_field(fields, "answer"))
     if not answer:
         raise RowError("field 'answer' does not end in '#### number'")

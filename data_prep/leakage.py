@@ -17,12 +17,12 @@ _QUOTES = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "−": 
 
 
 def normalised(text: str) -> str:
-    """The text by which two problems count as the same."""
+    """Return the text by which two problems count as the same."""
     text = unicodedata.normalize("NFKC", text).translate(_QUOTES).casefold()
     text = _SIZING.sub("", _FRACTION.sub(r"\\frac", text))
     return _PUNCTUATION.sub("", text)
 
 
 def held_out(texts: Iterable[str]) -> frozenset[str]:
-    """The normalised texts to keep out of training; texts without a letter or digit say nothing and are left out."""
+    """Return the normalised texts to keep out of training; texts without a letter or digit are left out."""
     return frozenset(filter(None, map(normalised, texts)))

@@ -19,7 +19,7 @@ DATA_SOURCE = "DigitalLearningGmbH/MATH-lighteval"
 
 
 def boxed_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
-    """Fields `problem` and `solution`, or `answer`."""
+    """Convert the fields `problem` and `solution`, or `answer`."""
     question = text_field(fields, "problem", "question")
     if isinstance(fields.get("answer"), int | float):
         return Problem(data_source, question, whole(fields["answer"]))
@@ -32,13 +32,18 @@ def boxed_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
 
 
 def whole(value: float) -> str:
-    """A number as text, 27.0 as "27"; raises RowError for a boolean, NaN or infinity."""
+    """Write a number as text, 27.0 as "27".
+
+    Raises:
+        RowError: for a boolean, NaN or infinity.
+    """
     if isinstance(value, bool) or value != value or value in (float("inf"), float("-inf")):
         raise RowError(f"the answer {value!r} is not a number")
     return str(int(value)) if value == int(value) else str(value)
 
 
 def convert(fields: Mapping[str, Any]) -> Problem:
+    """Convert as ``boxed_problem``, of this data set."""
     return boxed_problem(fields, DATA_SOURCE)
 
 

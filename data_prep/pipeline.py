@@ -1,10 +1,9 @@
-"""From a source to parquet: read, convert, drop what is there twice or held out, limit, put into the template, write.
+"""From a source to parquet: read, convert, drop duplicates and held-out problems, sample, apply the template, write.
 
-What it decides: a row that is there twice (same question, same answer) is dropped and counted; one question with two
-answers is a fault of the data, as is any malformed row: both stop the run with file, line and reason, or are left out,
-counted and listed with ``--skip-bad``. Training rows whose normalised text is in the test split, or in the files given
-by ``--against``, are dropped and counted. ``--limit`` takes a seeded sample in the source's order. Nothing is written
-before everything has been read and checked, so that the splits of one command belong together.
+Exact duplicates (same question, same answer) are dropped and counted. A question with two answers and a malformed row
+stop the run with file, line and reason, or are left out, counted and listed with ``--skip-bad``. Training rows whose
+normalised text is in the test split, or in the files given by ``--against``, are dropped and counted. ``--limit`` takes
+a seeded sample in the source's order. Nothing is written before everything has been read and checked.
 """
 
 import random
@@ -28,7 +27,7 @@ LISTED = 50
 
 
 class RowError(ValueError):
-    """Why a raw row is no problem with a checkable answer; `pipeline` adds the place."""
+    """Why a raw row is not a problem with a checkable answer; `collect` adds the place."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,12 @@ class Problem:
 
     @property
     def id(self) -> str:
+        """Stable id, see ``prompt_id``."""
         return prompt_id(self.data_source, self.question)
 
 
 Convert = Callable[[Mapping[str, Any]], Problem | None]
-"""Raw fields -> problem, or None for a row that is not asked for (an image, another language); raises RowError."""
+"""Raw fields to problem, or None for a row of another kind (an image, another language); raises RowError."""
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,16 @@ class Collected:
     problems: list[Problem] = field(default_factory=list)
     read: int = 0
     duplicates: int = 0
-    not_asked_for: int = 0
+    other_kind: int = 0
     leaks: int = 0
     bad: list[str] = field(default_factory=list)
 
     def summary(self) -> str:
-        """ "7473 of 7473 rows, 0 duplicates, ..." """
+        """Say how many rows were read, kept and left out, as "7473 of 7473 rows, ..."."""
         counts = [f"{len(self.problems)} of {self.read} rows", f"{self.duplicates} exact duplicates dropped"]
         alike = len(self.problems) - len({normalised(problem.question) for problem in self.problems})
         optional = {
-            "not of the kind asked for": self.not_asked_for,
+            "of another kind": self.other_kind,
             "dropped because they are held out": self.leaks,
             "kept that differ from another in typesetting only": alike,
             "bad rows left out": len(self.bad),
@@ -90,7 +90,11 @@ class Collected:
 
 
 def text_field(fields: Mapping[str, Any], *names: str) -> str:
-    """The first of `names` that is there, stripped; raises RowError if it is missing, empty or no string."""
+    """Return the first of `names` that is there, stripped.
+
+    Raises:
+        RowError: it is missing, empty or not a string.
+    """
     for name in names:
         value = fields.get(name)
         if value is not None:
@@ -109,11 +113,12 @@ def text_field(fields: Mapping[str, Any], *names: str) -> str:
 def collect(rows: Iterable[RawRow], convert: Convert, *, skip_bad: bool = False) -> Collected:
     """Convert all rows and drop exact duplicates.
 
-    Raises DataError with place and reason for the first malformed row, unless `skip_bad`.
+    Raises:
+        DataError: with place and reason of the first malformed row, unless `skip_bad`.
     """
     found = Collected()
     first: dict[str, tuple[Problem, str]] = {}
-    torn: set[str] = set()
+    ambiguous: set[str] = set()
     for raw in rows:
         found.read += 1
         try:
@@ -121,16 +126,16 @@ def collect(rows: Iterable[RawRow], convert: Convert, *, skip_bad: bool = False)
                 raise RowError(raw.fault)
             problem = convert(raw.fields)
             if problem is None:
-                found.not_asked_for += 1
+                found.other_kind += 1
                 continue
-            if problem.id in torn:
+            if problem.id in ambiguous:
                 found.duplicates += 1
                 continue
             known, where = first.setdefault(problem.id, (problem, raw.where))
             if where == raw.where:
                 continue
             if known != problem:
-                torn.add(problem.id)
+                ambiguous.add(problem.id)
                 raise RowError(
                     f"same id {problem.id} as {where}, but the answer is {problem.answer!r} here and "
                     f"{known.answer!r} there"
@@ -141,21 +146,21 @@ def collect(rows: Iterable[RawRow], convert: Convert, *, skip_bad: bool = False)
             if not skip_bad:
                 raise DataError(f"{fault}; mend the row, or leave out such rows with --skip-bad") from error
             found.bad.append(fault)
-    found.problems = [problem for identifier, (problem, _) in first.items() if identifier not in torn]
+    found.problems = [problem for identifier, (problem, _) in first.items() if identifier not in ambiguous]
     # A question with two answers: nobody knows which one is right, so both rows go.
-    found.bad += [f"{first[torn_id][1]}: a later row has another answer" for torn_id in first if torn_id in torn]
+    found.bad += [f"{where}: a later row has another answer" for id, (_, where) in first.items() if id in ambiguous]
     return found
 
 
 def drop_held_out(found: Collected, texts: frozenset[str]) -> None:
-    """Take the problems out whose normalised text is among `texts`, and count them."""
+    """Drop and count the problems whose normalised text is among `texts`."""
     kept = [problem for problem in found.problems if normalised(problem.question) not in texts]
     found.leaks += len(found.problems) - len(kept)
     found.problems = kept
 
 
 def sample(problems: Sequence[Problem], limit: int | None, seed: int) -> list[Problem]:
-    """`limit` of the problems, drawn with the seed, in their order; all of them for None."""
+    """Draw `limit` of the problems with the seed, in their order; None keeps all."""
     if limit is None or limit >= len(problems):
         return list(problems)
     if limit < 1:
@@ -165,7 +170,7 @@ def sample(problems: Sequence[Problem], limit: int | None, seed: int) -> list[Pr
 
 
 def read_split(source: Source, place: str | None, split: str, *, skip_bad: bool = False) -> Collected:
-    """One split of a source; `place` is a file, folder or hub name, None for the source's own place on the hub."""
+    """Read one split of a source; `place` is a file, folder or hub name, None for the source's own place on the hub."""
     rows = read_rows(place or source.hub, source.splits[split], None if place else source.hub_config)
     found = collect(rows, source.convert, skip_bad=skip_bad)
     for fault in found.bad[:LISTED]:
@@ -178,7 +183,7 @@ def read_split(source: Source, place: str | None, split: str, *, skip_bad: bool 
 
 
 def questions_of(files: Iterable[Path]) -> list[str]:
-    """The questions in parquet files that this package has written; a folder stands for all of them in it."""
+    """Read the questions in parquet files written by this package; a folder stands for all of them in it."""
     questions: list[str] = []
     for file in files:
         paths = sorted(file.glob("*.parquet")) if file.is_dir() else [file]
@@ -190,16 +195,17 @@ def questions_of(files: Iterable[Path]) -> list[str]:
                 questions += [info["question"] for info in infos]
             except (OSError, pa.ArrowException, KeyError, TypeError) as error:
                 reason = str(error).splitlines()[0]
-                raise DataError(f"--against {path}: is no file of data_prep ({reason})") from error
+                raise DataError(f"--against {path}: is not a file of data_prep ({reason})") from error
     return questions
 
 
 def write_problems(splits: Mapping[Path, tuple[str, Collected]], template: str) -> None:
-    """Write every split (path -> its name and problems) and print a line for each.
+    """Write every split (path to its name and problems) and print a line for each.
 
-    Raises DataError before anything is written if two rows of different files have one id.
+    Raises:
+        DataError: before anything is written, if two rows of different files have one id.
     """
-    telling = load_prompt_template(template)
+    chat = load_prompt_template(template)
     everything = [problem for _, found in splits.values() for problem in found.problems]
     refuse_duplicates(
         [problem.id for problem in everything],
@@ -211,7 +217,7 @@ def write_problems(splits: Mapping[Path, tuple[str, Collected]], template: str) 
             [
                 Row(
                     data_source=problem.data_source,
-                    prompt=telling.prompt(problem.question),
+                    prompt=chat.prompt(problem.question),
                     ground_truth=problem.answer,
                     ability=problem.ability,
                     split=split,
@@ -241,10 +247,21 @@ def prepare(
     skip_bad: bool = False,
     against: Sequence[Path] = (),
 ) -> dict[str, Path]:
-    """Write ``out/<split>.parquet`` for each split (all of them for None) and return the paths by split.
+    """Write ``out/<split>.parquet`` for each split and return the paths by split.
 
-    `place` is a file, a folder or a hub name (None: the source's own); a single file needs a single split. `against`
-    are prepared parquet files whose problems are to be kept out of the training split. Raises DataError in one line.
+    Args:
+        source: the data set.
+        out: folder of the files.
+        place: a file (for a single split), a folder or a hub name; None is the source's own.
+        splits: None takes all.
+        limit: rows of each split at most.
+        template: name or path; None takes the source's.
+        seed: of the sample.
+        skip_bad: leave malformed rows out.
+        against: prepared parquet files whose problems are kept out of the training split.
+
+    Raises:
+        DataError: naming place and fix.
     """
     splits = tuple(splits or source.splits)
     if place is not None and Path(place).is_file() and len(splits) > 1:

@@ -1,10 +1,8 @@
 """Raw rows of a source: a local file or folder (jsonl, json, parquet, csv), or a data set of the Hugging Face hub.
 
-Every row carries the place it came from ("train.jsonl: line 7"), so that whoever finds a fault in it can name the
-place. A line that cannot be read as a row at all is handed on as a row with a `fault`: stopping or skipping is one
-decision, made in one place (`data_prep.pipeline`).
-
-What exists on the disk is read from there; anything else that looks like ``owner/name`` is asked from the hub.
+Every row carries its place ("train.jsonl: line 7") for messages. A line that cannot be read becomes a row with a
+`fault`: whether to stop or to skip it is decided in `data_prep.pipeline`. A name like ``owner/name`` that is not on the
+disk is loaded from the hub.
 """
 
 import csv
@@ -27,7 +25,7 @@ HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 @dataclass(frozen=True)
 class RawRow:
-    """One row as it was found. `fault` is "" or says why there are no `fields`."""
+    """One row as it was found; `fault` is "" or says why there are no `fields`."""
 
     where: str
     fields: Mapping[str, Any]
@@ -35,10 +33,15 @@ class RawRow:
 
 
 def read_rows(source: str, split: str, hub_config: str | None = None) -> Iterator[RawRow]:
-    """The rows of one split, in the order of the source.
+    """Read the rows of one split, in the order of the source.
 
-    `source` is a file, a folder with one file (or several shards) per split, or a hub name; `hub_config` is the hub's
-    name of a subset. Raises DataError in one line if there is no such file, split or data set.
+    Args:
+        source: a file, a folder with one file (or several shards) per split, or a hub name.
+        split: its name in the source.
+        hub_config: the hub's name of a subset.
+
+    Raises:
+        DataError: no such file, split or data set.
     """
     path = Path(source)
     if path.is_dir():
@@ -57,7 +60,7 @@ def read_rows(source: str, split: str, hub_config: str | None = None) -> Iterato
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split: ``<split>.jsonl``, shards ``<split>-*``, or everything below a folder ``<split>/``.
+    """Find the files of a split: ``<split>.jsonl``, shards ``<split>-*``, or everything below a folder ``<split>/``.
 
     They may lie in `folder` itself or in a folder inside it, as in a download from the hub. Sorted by name.
     """
@@ -107,12 +110,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _twice(names: Sequence[str]) -> str | None:
-    """The first name that is there more than once."""
+    """Return the first name that is there more than once."""
     return next((name for index, name in enumerate(names) if name in names[:index]), None)
 
 
 def _check_columns(file: Path, names: Sequence[str]) -> None:
-    """Raise DataError for a column that is there twice: which one holds the question or the answer is not known."""
+    """Refuse a column that is there twice: which one holds the question or the answer is not known."""
     twice = _twice(names)
     if twice is not None:
         raise DataError(f"{file}: has the column {twice!r} twice; rename or drop one of them")
@@ -123,7 +126,7 @@ def _row(where: str, value: object) -> RawRow:
         return RawRow(where, {}, f"has the key {value.twice!r} twice")
     if isinstance(value, dict):
         return RawRow(where, value)
-    return RawRow(where, {}, f"is no object with named fields (found {type(value).__name__})")
+    return RawRow(where, {}, f"is not an object with named fields (found {type(value).__name__})")
 
 
 def _jsonl_rows(file: Path) -> Iterator[RawRow]:
@@ -141,7 +144,7 @@ def _jsonl_rows(file: Path) -> Iterator[RawRow]:
 
 
 def _json_rows(file: Path) -> Iterator[RawRow]:
-    """A list of objects, or one object (the original MATH has a file per problem)."""
+    """Read a list of objects, or one object (the original MATH has a file per problem)."""
     try:
         content = parse_json(file.read_bytes(), _object)
     except UntrustedError as error:

@@ -1,8 +1,8 @@
 """The one shape of a prompt row: verl's RL parquet schema plus a stable `id`.
 
-`id` is what the value and length trackers are keyed on, so it depends on the question alone and neither on
-the row's position nor on the wording of the system message. A source module builds `Row`s and hands them to
-`write_parquet`; whoever is about to train calls `check_parquet` first, before any model is loaded.
+`id` is the key of the value and length trackers, so it depends on the question alone and neither on the row's position
+nor on the wording of the system message. A source module writes `Row`s by `write_parquet`; a training run calls
+`check_parquet` before any model is loaded.
 """
 
 import hashlib
@@ -42,7 +42,7 @@ class DataError(ValueError):
 
 
 def prompt_id(data_source: str, text: str) -> str:
-    """The first 16 hex digits of sha256 over source, NUL and text: same question, same id."""
+    """Return the first 16 hex digits of sha256 over source, NUL and text: same question, same id."""
     return hashlib.sha256(f"{data_source}\0{text}".encode()).hexdigest()[:16]
 
 
@@ -64,10 +64,11 @@ class Row:
 
     @property
     def id(self) -> str:
+        """Stable id, see ``prompt_id``."""
         return prompt_id(self.data_source, self.question)
 
     def record(self) -> dict[str, Any]:
-        """The row as verl reads it; columns as in `PARQUET_SCHEMA`."""
+        """Return the row as verl reads it; columns as in `PARQUET_SCHEMA`."""
         return {
             "id": self.id,
             "data_source": self.data_source,
@@ -79,9 +80,10 @@ class Row:
 
 
 def write_parquet(rows: Iterable[Row], path: Path) -> None:
-    """Write the rows to `path`: same rows, same bytes; a killed process leaves no half file there.
+    """Write the rows to `path`, atomically: same rows, same bytes.
 
-    Raises DataError if there are no rows or if two of them have the same id (the trackers would mix them up).
+    Raises:
+        DataError: there are no rows, or two of them have the same id (the trackers would mix them up).
     """
     records = [row.record() for row in rows]
     if not records:
@@ -101,14 +103,17 @@ def write_parquet(rows: Iterable[Row], path: Path) -> None:
 
 
 def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str = "prompt") -> pa.Table:
-    """Read the columns training needs (id, data_source, prompt, reward_model) and check every row; no units.
+    """Read the columns training needs (id, data_source, prompt, reward_model) and check every row.
 
-    `role` says which Hydra key the file came from (`data.train_files` or `data.val_files`), for the message.
-    Rows in messages are counted from 0. About 0.3 s for 17,000 rows.
+    Args:
+        path: the file.
+        role: which Hydra key it came from (`data.train_files` or `data.val_files`), for messages.
+        prompt_key: name of the prompt's column.
 
-    Raises DataError: file missing, unreadable, not parquet, empty or too large for memory; column missing; a prompt
-    that is not a non-empty list of {role, content}; a reward_model without ground_truth; an id or data source that is
-    missing or cannot be printed; an id there twice.
+    Raises:
+        DataError: file missing, unreadable, not parquet, empty or too large for memory; column missing; a prompt that
+            is not a non-empty list of {role, content}; a reward_model without ground_truth; an id or data source that
+            is missing or cannot be printed; an id there twice. Rows are counted from 0.
     """
     where = f"data.{role}_files: {path}"
     path = Path(path)
@@ -161,9 +166,10 @@ def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str 
 def refuse_excess(path: Path, needed: set[str], where: str) -> None:
     """Refuse a file whose content would not fit into memory: compressed, 80 GB of text may take 100 KB.
 
-    Texts stay what they are in the file, indices into a dictionary, and only their lengths are looked at.
+    Texts stay indices into a dictionary, as in the file, and only their lengths are read.
 
-    Raises DataError naming the column, and the row of a text that is too long.
+    Raises:
+        DataError: naming the column, and the row of a text that is too long.
     """
     metadata = pq.read_metadata(path)
     leaves = [metadata.schema.column(index) for index in range(metadata.num_columns)]
@@ -207,7 +213,7 @@ def refuse_excess(path: Path, needed: set[str], where: str) -> None:
 
 
 def _text_sizes(array: pa.Array) -> tuple[int, int]:
-    """Length of the longest text of an array and of all together, in bytes, with those inside lists and structs."""
+    """Measure the longest text of an array and all together, in bytes, with those inside lists and structs."""
     longest = total = 0
     for leaf in _text_leaves(array):
         lengths = pc.binary_length(leaf.dictionary)
@@ -242,7 +248,11 @@ def _is_chat(prompt: object) -> bool:
 
 
 def refuse_duplicates(ids: list[str], where: str, fix: str) -> None:
-    """Raise DataError naming the first two rows of one id: the trackers would mix them up."""
+    """Refuse two rows of one id, which the trackers would mix up.
+
+    Raises:
+        DataError: naming the first two.
+    """
     first_row: dict[str, int] = {}
     for number, identifier in enumerate(ids):
         if identifier in first_row:
@@ -251,6 +261,6 @@ def refuse_duplicates(ids: list[str], where: str, fix: str) -> None:
 
 
 def _short(value: object, longest: int = 60) -> str:
-    """The value for a one-line message, at most `longest` characters; what cannot be printed is escaped."""
+    """Show a value in a message: at most `longest` characters, unprintable ones escaped."""
     text = repr(value)
     return text if len(text) <= longest else f"{text[: longest - 4]}...{text[-1]}"

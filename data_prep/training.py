@@ -1,4 +1,4 @@
-"""The two files of a training run, made once from the run's own configuration (``data=gsm8k`` and its like).
+"""The two files of a training run, made once from the run's own configuration (``data=gsm8k`` and the like).
 
 Validation is a seeded sample of the test split, or of a benchmark, so that it stays affordable; problems of the whole
 test split, not of the sample alone, are kept out of the training file.
@@ -17,11 +17,17 @@ SOURCES = {"gsm8k": "data_prep.gsm8k", "math": "data_prep.math", "dapo_math": "d
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What `data.prepare` holds.
+    """The keys of `data.prepare`.
 
-    `source` is a file, folder or hub name, None for the data set's own hub name. `val_benchmark` is the name of a
-    benchmark (`data_prep.benchmarks`) with its `val_source`, None for the test split of `source`. `train_rows` and
-    `val_rows` are bounds, None for all.
+    Attributes:
+        name: of the data set, one of `SOURCES`.
+        source: file, folder or hub name; None for the data set's own.
+        template: name or path; None for the data set's own.
+        train_rows, val_rows: at most; None for all.
+        val_benchmark: name of a benchmark (`data_prep.benchmarks`); None for the test split of `source`.
+        val_source: of the benchmark or test split.
+        seed: of the samples.
+        skip_bad: leave malformed rows out.
     """
 
     name: str
@@ -35,28 +41,32 @@ class TrainingData:
     skip_bad: bool = False
 
 
-def prepare_training(folder: Path, wanted: TrainingData) -> dict[str, Path]:
-    """Write `folder`/train.parquet and `folder`/val.parquet; returns their paths. Raises DataError in one line."""
-    if wanted.name not in SOURCES:
-        raise DataError(f"data.prepare.name: {wanted.name} is unknown; known are {', '.join(SOURCES)}")
-    source: Source = import_module(SOURCES[wanted.name]).SOURCE
-    if wanted.val_benchmark is not None:
+def prepare_training(folder: Path, data: TrainingData) -> dict[str, Path]:
+    """Write `folder`/train.parquet and `folder`/val.parquet and return their paths.
+
+    Raises:
+        DataError: naming place and fix.
+    """
+    if data.name not in SOURCES:
+        raise DataError(f"data.prepare.name: {data.name} is unknown; known are {', '.join(SOURCES)}")
+    source: Source = import_module(SOURCES[data.name]).SOURCE
+    if data.val_benchmark is not None:
         from data_prep.benchmarks import benchmark, places
 
-        val_of = benchmark(wanted.val_benchmark)
-        val_place = places(wanted.val_source, [wanted.val_benchmark])[wanted.val_benchmark]
+        val_of = benchmark(data.val_benchmark)
+        val_place = places(data.val_source, [data.val_benchmark])[data.val_benchmark]
     else:
-        val_of, val_place = source, wanted.val_source or wanted.source
-    if val_place == wanted.source and wanted.source is not None and Path(wanted.source).is_file():
+        val_of, val_place = source, data.val_source or data.source
+    if val_place == data.source and data.source is not None and Path(data.source).is_file():
         raise DataError(
-            f"data.source: {wanted.source} is one file; give the folder that holds its train and test files, or the "
+            f"data.source: {data.source} is one file; give the folder that holds its train and test files, or the "
             f"test file by data.val_source"
         )
-    val = read_split(val_of, val_place, "test", skip_bad=wanted.skip_bad)
-    train = read_split(source, wanted.source, "train", skip_bad=wanted.skip_bad)
+    val = read_split(val_of, val_place, "test", skip_bad=data.skip_bad)
+    train = read_split(source, data.source, "train", skip_bad=data.skip_bad)
     drop_held_out(train, held_out(problem.question for problem in val.problems))
-    train.problems = sample(train.problems, wanted.train_rows, wanted.seed)
-    val.problems = sample(val.problems, wanted.val_rows, wanted.seed)
+    train.problems = sample(train.problems, data.train_rows, data.seed)
+    val.problems = sample(val.problems, data.val_rows, data.seed)
     paths = {"train": folder / "train.parquet", "val": folder / "val.parquet"}
-    write_problems({paths["train"]: ("train", train), paths["val"]: ("val", val)}, wanted.template or source.template)
+    write_problems({paths["train"]: ("train", train), paths["val"]: ("val", val)}, data.template or source.template)
     return paths

@@ -1,4 +1,4 @@
-"""What may stand in the files of strangers: JSON and YAML within bounds, and their text in one line of a terminal.
+"""Files of strangers: JSON and YAML within bounds, and their text in one line of a terminal.
 
 ``json`` and ``yaml`` answer hostile text with six kinds of exceptions, or not at all.  Here a file is read, or refused
 in one sentence, in time and memory that grow with its size alone.
@@ -138,10 +138,10 @@ _HARMLESS = frozenset("\u200c\u200d")
 
 
 def one_line(text: object, longest: int = LONGEST_QUOTE) -> str:
-    """Show text of a stranger inside a message: one line, no control character, at most ``longest`` characters.
+    r"""Show text of a stranger inside a message: one line, no control character, at most ``longest`` characters.
 
     The end of a line becomes a blank; escape sequences, marks of the reading direction and invisible characters become
-    escapes such as ``\\x1b``.  Of a longer text the beginning and the end are kept.
+    escapes such as ``\x1b``.  Of a longer text the beginning and the end are kept.
     """
     given = str(text)
     # What is cut away anyway need not be escaped.

@@ -907,7 +907,7 @@ def test_another_platform_of_verl_in_the_environment(run: Run, monkeypatch) -> N
     [
         (b"\xff\xfe\x00", "cannot be read as a template"),
         (b"messages: [", "cannot be read as a template"),
-        (b"- a list", "needs the one key 'messages'"),
+        (b"- a list", "is not a mapping"),
         (b"messages: []", "needs {question} exactly once"),
         (b"messages: hello", "key 'messages' is not a list of {role, content}"),
         (b"messages: [{role: user}]", "key 'messages' is not a list of {role, content}"),

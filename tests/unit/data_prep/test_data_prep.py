@@ -248,7 +248,7 @@ def test_a_template_without_an_example_leaves_no_expression_out(tmp_path: Path) 
         ("{a}", "some", "'first' lacks {a}"),
         ("gets {b}", "gets it", "'plus' lacks {b}"),
         ("minus:", "less:", "'minus' is missing"),
-        ("{question}", "?", "exactly one message"),
+        ("{question}", "?", "exactly once"),
         ("messages:", "messages: 3\nrest:", "not a list of"),
         ("loses {b}", "gets {b}", "both read"),
         ("[pens, eggs, cups]", "[pens, eggs, pens]", "'4 - 1' Ann pens and '4 - 1' Ann pens both read"),
@@ -259,8 +259,8 @@ def test_a_template_without_an_example_leaves_no_expression_out(tmp_path: Path) 
         ("[pens, eggs, cups]", "pens", "'things' is not a list of strings"),
         ("example: 3 + 4", "", "'example' and {example} need each other"),
         ('"{example}"', "hello", "'example' and {example} need each other"),
-        ("3 + 4\n", "3 and 4\n", "'example' is no chain sum"),
-        ("3 + 4\n", "3 +\n", "'example' is no chain sum"),
+        ("3 + 4\n", "3 and 4\n", "'example' is not a chain sum"),
+        ("3 + 4\n", "3 +\n", "'example' is not a chain sum"),
     ],
 )
 def test_a_broken_template_is_named(old: str, new: str, message: str, tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ def test_what_cannot_be_held_against_is_named(folder: Path, tmp_path: Path) -> N
 
 BAD_ROWS: list[tuple[Any, str]] = [
     ("{", "is not JSON"),
-    ("[1]", "is no object"),
+    ("[1]", "is not an object"),
     ('{"question": "a"}', "'answer' is missing"),
     ('{"question": "", "answer": "#### 1"}', "'question' is not a non-empty string"),
     ('{"question": 5, "answer": "#### 1"}', "'question' is not a non-empty string (found 5)"),
@@ -254,9 +254,9 @@ def test_a_split_without_a_usable_row_is_refused(folder: Path, tmp_path: Path) -
         prepare(gsm8k.SOURCE, tmp_path / "out", place=str(folder), skip_bad=True)
 
 
-def test_rows_not_asked_for_are_counted_apart() -> None:
+def test_rows_other_kind_are_counted_apart() -> None:
     found = collect([RawRow("a", {"x": 1}), RawRow("b", {})], lambda fields: Problem("s", "q", "1") if fields else None)
-    assert (len(found.problems), found.not_asked_for, found.read) == (1, 1, 2)
+    assert (len(found.problems), found.other_kind, found.read) == (1, 1, 2)
 
 
 def test_a_killed_command_leaves_no_half_file(folder: Path, tmp_path: Path) -> None:
@@ -452,7 +452,7 @@ def test_a_template_of_ones_own_is_given_by_path(folder: Path, tmp_path: Path) -
         ("messages: [{role: user, content: hello}]", "needs {question} exactly once"),
         ("messages: [{role: user, content: '{question}{question}'}]", "needs {question} exactly once"),
         ("text: hello", "needs the one key 'messages'"),
-        ("- a", "needs the one key 'messages'"),
+        ("- a", "is not a mapping"),
     ],
 )
 def test_a_broken_template_is_named(content: str, message: str, tmp_path: Path) -> None:
@@ -543,13 +543,13 @@ def test_dapo_leaves_out_the_benchmarks_problems(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": None}, "no chat of one message"),
-        ({"prompt": []}, "no chat of one message"),
+        ({"prompt": None}, "not a chat of one message"),
+        ({"prompt": []}, "not a chat of one message"),
         ({"prompt": [{"role": "user", "content": BEFORE + "p"}]}, "only one of the two sentences"),
         ({"prompt": [{"role": "user", "content": "p" + AFTER}]}, "only one of the two sentences"),
         ({"prompt": [{"role": "user", "content": BEFORE + AFTER}]}, "holds no problem"),
         ({"reward_model": None}, "'reward_model' is missing"),
-        ({"reward_model": {"ground_truth": "\\frac{1}{2}"}}, "is no integer"),
+        ({"reward_model": {"ground_truth": "\\frac{1}{2}"}}, "is not an integer"),
         ({"reward_model": {"ground_truth": None}}, "'ground_truth' is missing"),
     ],
 )
@@ -569,7 +569,7 @@ def test_aime_answers_are_integers() -> None:
     convert = benchmarks.BENCHMARKS["aime24"].convert
     problem = convert({"problem": "p", "answer": "033"})
     assert problem is not None and (problem.answer, problem.data_source) == ("33", "aime24")
-    with pytest.raises(RowError, match="no integer"):
+    with pytest.raises(RowError, match="not an integer"):
         convert({"problem": "p", "answer": "1/2"})
 
 
@@ -585,7 +585,7 @@ def test_olympiad_keeps_open_english_text_problems_and_joins_several_answers() -
         {"question_type": "Theorem proof"},
     ):
         assert convert({**row, **other}) is None
-    with pytest.raises(RowError, match="no list of strings"):
+    with pytest.raises(RowError, match="not a list of strings"):
         convert({**row, "final_answer": None})
     assert problem is not None and compute_score("olympiadbench", "\\boxed{-1, 2}", problem.answer)["acc"] == 1.0
 
@@ -620,10 +620,10 @@ def test_mmlu_pro_lists_its_options_and_its_letter_is_the_answer() -> None:
     assert problem == Problem("TIGER-Lab/MMLU-Pro", "Which?\n(A) red\n(B) blue", "B", "multiple choice")
     assert compute_score(problem.data_source, "so \\boxed{B}", problem.answer)["acc"] == 1.0
     for change, message in (
-        ({"answer": "C"}, "no letter of 2 options"),
+        ({"answer": "C"}, "not a letter of 2 options"),
         ({"answer_index": 0}, "disagree"),
-        ({"options": "ab"}, "no list"),
-        ({"answer": "BA"}, "no letter"),
+        ({"options": "ab"}, "not a list"),
+        ({"answer": "BA"}, "not a letter"),
     ):
         with pytest.raises(RowError, match=message):
             convert({**row, **change})
