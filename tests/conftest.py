@@ -353,3 +353,11 @@ def thinking_run(folder: Path, model: Path, reward: dict[str, Any] | None = None
     }
     (folder / "config.yaml").write_text(json.dumps(config))
     return folder
+
+
+@pytest.fixture(scope="session")
+def preloaded() -> Any:
+    """Run scripts in processes of their own that have the heavy packages imported."""
+    from tests.support.preloaded import Preloaded
+
+    return Preloaded()

@@ -1,14 +1,13 @@
-"""Fresh interpreters for the tests of the CPU platform: what it changes, it changes for the whole process."""
+"""Processes of their own for the tests of the CPU platform: what it changes, it changes for the whole process."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from recipe.skpo.cpu import environment
+from tests.support.preloaded import Done, Preloaded
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -19,8 +18,6 @@ skpo_cpu = recipe.skpo.cpu.verl_plugin
 [vllm.general_plugins]
 skpo_cpu = recipe.skpo.cpu.vllm_plugin:register
 """
-
-RunPython = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
@@ -35,20 +32,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def run_python(installed: Path) -> RunPython:
-    """Run a script in a fresh interpreter, without any variable of a CPU run but those given."""
+def run_python(installed: Path, preloaded: Preloaded) -> Callable[..., Done]:
+    """Run a script in a process of its own, without any variable of a CPU run but those given."""
 
-    def run(script: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    def run(script: str, **variables: str) -> Done:
         ours = {*environment(num_threads=1, kv_cache_gib=1), "VLLM_PLUGINS", "CUDA_VISIBLE_DEVICES"}
         ours |= {"VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS"}
         clean = {name: value for name, value in os.environ.items() if name not in ours}
         path = os.pathsep.join([str(REPOSITORY), str(installed)])
-        return subprocess.run(
-            [sys.executable, "-c", script],
-            env={**clean, "PYTHONPATH": path, **variables},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        return preloaded.run(script, variables={**clean, "PYTHONPATH": path, **variables})
 
     return run

@@ -1,8 +1,9 @@
 """`environment` and `apply_environment`: what a CPU run needs, and whose value wins."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from recipe.skpo.cpu import (
     check_active,
     environment,
 )
+from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -85,10 +87,11 @@ def test_check_says_nothing_on_another_platform(variables: None) -> None:
     check_active()
 
 
-def test_package_imports_the_standard_library_only(run_python: Any) -> None:
+def test_package_imports_the_standard_library_only() -> None:
     """Plugins are loaded through it while verl and vLLM are half imported."""
     script = "import sys, recipe.skpo.cpu; print({'torch', 'verl', 'vllm', 'ray', 'psutil'} & set(sys.modules))"
-    assert run_python(script).stdout.strip() == "set()"
+    done = subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_a_policy_that_leaves_our_plugin_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

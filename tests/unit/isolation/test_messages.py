@@ -5,8 +5,6 @@ Controller, storage and client are TransferQueue's own classes, each with its th
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -91,15 +89,9 @@ os._exit(0)
 
 
 @pytest.mark.parametrize("how", ["signed", "open"])
-def test_nobody_runs_code_through_the_three_ports(tmp_path: Path, how: str) -> None:
+def test_nobody_runs_code_through_the_three_ports(tmp_path: Path, how: str, preloaded) -> None:
     """``open`` is TransferQueue as it is: the payload runs, so the attack is a real one."""
-    done = subprocess.run(
-        [sys.executable, "-c", ATTACK, str(tmp_path), how],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "TQ_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = preloaded.run(ATTACK, str(tmp_path), how, variables={**os.environ, "TQ_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     if how == "open":

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from recipe.skpo.isolation import folder as folders
+from tests.support.preloaded import Done
 
-ROOT = Path(__file__).parents[3]
-CPU = {"VERL_PLATFORM": "cpu", "VLLM_TARGET_DEVICE": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+CPU = {"VERL_PLATFORM": "cpu", "VLLM_TARGET_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
 
 SYNC = """
 import asyncio, importlib.util, json, sys, threading, time
@@ -24,7 +23,7 @@ spec = importlib.util.spec_from_file_location("bucketed_weight_transfer", place)
 transfer = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(transfer)
 address, value, meeting = socket_address(f"ipc://{sys.argv[1]}"), float(sys.argv[2]), Path(sys.argv[3])
-for option, number in ((zmq.RCVTIMEO, 3000), (zmq.SNDTIMEO, 3000), (zmq.LINGER, 0)):
+for option, number in ((zmq.RCVTIMEO, 20_000), (zmq.SNDTIMEO, 20_000), (zmq.LINGER, 0)):
     zmq.Context.instance().setsockopt(option, number)
 weights = {f"w{n}": torch.full((50_000,), value) for n in range(12)}
 
@@ -63,28 +62,24 @@ print(json.dumps(sync()))
 """
 
 
-def test_two_runs_that_send_weights_at_once_get_their_own(tmp_path: Path) -> None:
+def test_two_runs_that_send_weights_at_once_get_their_own(tmp_path: Path, preloaded) -> None:
     """verl gives both the same name, under which weights of the other run arrive, or none."""
     made = [folders.make(False) for _ in range(2)]
     # As short as the socket that verl has in /tmp.
     shared = made[0] / "rl-colocate-zmq-01000000-replica-0-rank-0.sock"
     try:
-        runs = [
-            subprocess.Popen(
-                [sys.executable, "-c", SYNC, str(shared), str(value), str(tmp_path)],
-                env={**os.environ, **CPU, folders.VARIABLE: str(made[value])},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for value in (0, 1)
-        ]
-        outputs = [run.communicate(timeout=100) for run in runs]
-        assert [run.returncode for run in runs] == [0, 0], outputs
+
+        def run(value: int) -> Done:
+            variables = {**os.environ, **CPU, folders.VARIABLE: str(made[value])}
+            return preloaded.run(SYNC, str(shared), str(value), str(tmp_path), variables=variables)
+
+        with ThreadPoolExecutor(2) as both:
+            runs = list(both.map(run, (0, 1)))
+        assert [run.returncode for run in runs] == [0, 0], runs
     finally:
         for folder in made:
             folders.remove(folder)
-    results = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    results = [json.loads(run.stdout.splitlines()[-1]) for run in runs]
     assert results == [[[], 12, [float(value)]] for value in (0, 1)]
 
 
@@ -110,16 +105,10 @@ print(json.dumps([adapter.zmq_handle, receiver._get_zmq_handle()]))
 """
 
 
-def test_adapter_and_receiver_meet_in_the_runs_folder() -> None:
+def test_adapter_and_receiver_meet_in_the_runs_folder(preloaded) -> None:
     made = folders.make(False)
     try:
-        done = subprocess.run(
-            [sys.executable, "-c", BOTH_SIDES],
-            env={**os.environ, **CPU, folders.VARIABLE: str(made)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = preloaded.run(BOTH_SIDES, variables={**os.environ, **CPU, folders.VARIABLE: str(made)})
     finally:
         folders.remove(made)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -9,8 +9,6 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -736,16 +734,10 @@ print(json.dumps([[asyncio.run(sync(*case)) for case in CASES], [asyncio.run(cal
 """
 
 
-def test_weights_that_nobody_acknowledges_stop_the_run(tmp_path: Path) -> None:
-    """In an interpreter of its own, because importing vLLM changes the process."""
+def test_weights_that_nobody_acknowledges_stop_the_run(tmp_path: Path, preloaded) -> None:
+    """In a process of its own, because importing vLLM changes the process."""
     variables = {"VERL_PLATFORM": "cpu", "VLLM_TARGET_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", ADAPTER, str(tmp_path)],
-        env={**os.environ, **variables, "PYTHONPATH": str(REWARDS.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = preloaded.run(ADAPTER, str(tmp_path), variables={**os.environ, **variables})
     assert done.returncode == 0, done.stderr[-3000:]
     late = "vLLM did not acknowledge weights within skpo.weight_sync_timeout_s=2 s; "
     failed = "vLLM failed while it received weights: "
