@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from data_prep.untrusted import error_line
 from recipe.skpo.errors import ConfigError, describe
-from recipe.skpo.trainer.checkpoints import marked_step
+from recipe.skpo.output.run_folder import marked_step
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from recipe.skpo.output.metrics import read_lines
-from recipe.skpo.trainer.checkpoints import marked_step
+from recipe.skpo.output.run_folder import marked_step
 from tests.e2e.test_resume import MACHINE, launch
 from tests.e2e.tiny import overrides
 

@@ -23,7 +23,8 @@ import torch
 
 from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments, segments
 from recipe.skpo.output.metrics import read_lines
-from recipe.skpo.trainer.checkpoints import MARKER, METRICS_FILE, marked_step, stored_checkpoints
+from recipe.skpo.output.run_folder import MARKER, marked_step, stored_checkpoints
+from recipe.skpo.trainer.checkpoints import METRICS_FILE
 from recipe.skpo.trainer.fingerprint import FILE_NAME as FINGERPRINT
 from recipe.skpo.trainer.state import FILE_NAME
 from tests.e2e.processes import alive, seconds_until_gone

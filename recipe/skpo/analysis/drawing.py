@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's palette, which colour-blind readers can tell apart."""
+"""Okabe and Ito's palette, which colour-blind readers can distinguish."""
 
 
 def _figure(rows: int, columns: int, height: float = 3.0) -> tuple[Figure, list[Axes]]:
@@ -47,7 +47,7 @@ def _powers_of_two(axis: Axes, values: Sequence[int]) -> None:
 
 
 def draw_sign_consistency(table: pd.DataFrame) -> Figure:
-    """Sign accuracy and MAE against K, SKPO over its visits, both by class and by spread."""
+    """Draw sign accuracy and MAE against K, SKPO over its visits, both by class and by spread."""
     figure, (over_k, error, visits, by_class, by_spread, error_class) = _figure(2, 3)
     overall, monte_carlo = table[table["by"] == "all"], table[table["estimator"] == "monte_carlo"]
     curve = overall[overall["estimator"] == "monte_carlo"].sort_values("samples")
@@ -96,7 +96,7 @@ def draw_sign_consistency(table: pd.DataFrame) -> Figure:
 
 
 def draw_shortcut(means: pd.DataFrame) -> Figure:
-    """Distinct answers, all-equal groups, length and accuracy by split position, with standard errors."""
+    """Draw distinct answers, all-equal groups, length and accuracy by split position, with standard errors."""
     panels = (
         ("distinct", "Distinct answers per group", "answers"),
         ("all_equal", "Groups with equal rewards", "share of groups"),
@@ -121,7 +121,7 @@ def draw_shortcut(means: pd.DataFrame) -> Figure:
 
 
 def draw_implicit_advantage(table: pd.DataFrame) -> Figure:
-    """Value and inter-method advantage by relative position, with standard errors over problems."""
+    """Draw value and inter-method advantage by relative position, with standard errors over problems."""
     figure, axes = _figure(1, 2)
     for axis, measure, title in zip(
         axes, ("value", "advantage"), ("Value of a partial response", "Inter-method advantage"), strict=True
@@ -150,7 +150,7 @@ CURVES = {
 
 
 def draw_curves(curves: pd.DataFrame, phases: pd.DataFrame) -> Figure:
-    """Every curve that any run logged, one panel per data source of accuracies, and seconds of a step by phase."""
+    """Draw every curve that any run logged, one panel per data source of accuracies, and seconds of a step by phase."""
     panels = [
         (curve, variant)
         for curve in CURVES
@@ -178,9 +178,9 @@ def draw_curves(curves: pd.DataFrame, phases: pd.DataFrame) -> Figure:
 
 
 def _draw_phases(axis: Axes, phases: pd.DataFrame) -> None:
-    """One bar per method, its phases side by side; phases below 2% of the step, and what no timer covers, are other.
+    """Draw one bar per method, its phases side by side; phases below 2% of the step and untimed seconds are other.
 
-    Validation is no part of a step in verl's timing and not shown.
+    Validation is not part of a step in verl's timing and is not shown.
     """
     wide = phases.pivot_table(index="method", columns="phase", values="seconds", sort=False).fillna(0.0)
     step = wide["step"]
@@ -198,5 +198,5 @@ def _draw_phases(axis: Axes, phases: pd.DataFrame) -> None:
 
 
 def _plain(text: str) -> str:
-    """Names are data: a dollar sign must not start a formula."""
+    """Escape a name, which is data: a dollar sign must not start a formula."""
     return text.replace("$", r"\$")

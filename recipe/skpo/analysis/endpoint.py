@@ -234,7 +234,9 @@ def ask_stored(
         requests: with distinct keys.
         store: JSON lines, appended to after every completed request.
         samples: K, continuations per request.
-        temperature, top_p, max_tokens: of each continuation.
+        temperature: of each continuation.
+        top_p: of each continuation.
+        max_tokens: of each continuation.
         confirm: called with the estimate of the missing requests before anything is sent; raises to stop.
 
     Returns:

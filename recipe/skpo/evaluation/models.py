@@ -16,6 +16,7 @@ from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.adapters import META, has_adapter
 from recipe.skpo.evaluation.options import require
 from recipe.skpo.isolation.pickles import check_pickles
+from recipe.skpo.output.run_folder import MARKER, marked_step
 from recipe.skpo.task.run_settings import run_settings
 
 ACCEPTED = (
@@ -68,11 +69,12 @@ def find_checkpoint(given: str, trusted: Sequence[str] = ()) -> Checkpoint:
 def _latest(folder: Path) -> Path:
     """Return the latest checkpoint below a run's folder; any other folder as it is."""
     for root in (folder, folder / "checkpoints"):
-        marker = root / "latest_checkpointed_iteration.txt"
-        if marker.is_file():
-            step = root / f"global_step_{marker.read_text(encoding='utf-8').strip()}"
-            require(step.is_dir(), f"checkpoint: {marker} names {step.name}, which is not there; name another one")
-            return step
+        step = marked_step(root)
+        if step is not None:
+            path = root / f"global_step_{step}"
+            found = f"checkpoint: {root / MARKER} names {path.name}, which is not there"
+            require(path.is_dir(), f"{found}; name another one")
+            return path
     return folder
 
 

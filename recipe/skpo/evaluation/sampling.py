@@ -178,7 +178,9 @@ def draw_stored(
         requests: with distinct keys.
         store: JSON lines, appended to after every call.
         sampler: asked only if something is missing.
-        n, temperature, top_p: as in ``Sampler.sample``.
+        n: as in ``Sampler.sample``.
+        temperature: as in ``Sampler.sample``.
+        top_p: as in ``Sampler.sample``.
         prompts_per_call: prompts of one call.
         report: called with one line of progress per call.
 

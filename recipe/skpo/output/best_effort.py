@@ -1,4 +1,4 @@
-"""What a run writes only to be looked at: trees, dumps, loggers.  None of it may end the training."""
+"""Output that a run does not need: trees, dumps, loggers.  None of it may end the training."""
 
 import logging
 from collections.abc import Iterator
@@ -9,10 +9,11 @@ logger = logging.getLogger(__name__)
 
 
 class BestEffort:
-    """Writes that may fail: the first failure of each kind is logged, the training goes on."""
+    """Writes that may fail: the first failure of each kind is logged, the training continues."""
 
     def __init__(self) -> None:
-        self._told: set[str] = set()
+        """Begin without failures."""
+        self._logged: set[str] = set()
 
     @contextmanager
     def attempt(self, what: str, *errors: type[Exception]) -> Iterator[None]:
@@ -20,11 +21,11 @@ class BestEffort:
         try:
             yield
         except errors as error:
-            if what not in self._told:
-                self._told.add(what)
+            if what not in self._logged:
+                self._logged.add(what)
                 lines = str(error).splitlines() or [""]
                 logger.warning(
-                    "%s: not written (%s: %s); the training goes on, and later failures of it are not logged",
+                    "%s: not written (%s: %s); the training continues, and later failures of it are not logged",
                     what,
                     type(error).__name__,
                     lines[0],
@@ -36,22 +37,24 @@ class BestEffortLogger:
 
     Args:
         name: of the backend, as in ``trainer.logger``.
-        backend: verl's.
-        effort: notes what has failed.
+        backend: the backend.
+        effort: remembers failures.
     """
 
     def __init__(self, name: str, backend: Any, effort: BestEffort) -> None:
+        """Wrap the backend."""
         self._name, self._backend, self._effort = name, backend, effort
 
     def __getattr__(self, attribute: str) -> Any:
+        """Return the backend's attribute."""
         return getattr(self._backend, attribute)
 
     def finish(self, *args: Any, **kwargs: Any) -> None:
-        """As the backend's, which may write what is left."""
+        """Finish the backend, which may write its last lines."""
         with self._effort.attempt(f"logger {self._name}", Exception):
             self._backend.finish(*args, **kwargs)
 
     def log(self, data: Any, step: int) -> None:
-        """As the backend's: a full disk, or a service that cannot be reached, costs this line alone."""
+        """Log by the backend: a full disk, or a service that cannot be reached, costs this line alone."""
         with self._effort.attempt(f"logger {self._name}", Exception):
             self._backend.log(data=data, step=step)

@@ -9,7 +9,7 @@ from data_prep.untrusted import LONGEST_LINE, one_line
 
 
 def replace_unprintable() -> None:
-    """Let a character that the console's encoding lacks be printed as ``?``, instead of ending the command."""
+    """Print a character that the console's encoding lacks as ``?``, instead of ending the command."""
     for stream in (sys.stdout, sys.stderr):
         # A test or a notebook may have put another kind of stream there.
         if isinstance(stream, io.TextIOWrapper):
@@ -17,7 +17,7 @@ def replace_unprintable() -> None:
 
 
 class CleanFormatter(logging.Formatter):
-    """Shows each message as one line that no terminal obeys: it may quote a model, a server or a data file."""
+    """Shows each message as one line without control characters: it may quote a model, a server or a data file."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         """Escape the message; a traceback after it stays as it is."""

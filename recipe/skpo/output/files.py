@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole or not at all, and never written through a symbolic link."""
+"""Atomic writes: a file is replaced as a whole or not at all, and never written through a symbolic link."""
 
 import os
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a temporary file that takes the place of ``path`` at the end of the block.
+    """Open a temporary file that replaces ``path`` at the end of the block.
 
     A symbolic link at ``path`` is replaced, not followed.  An exception leaves ``path`` as it was.
 

@@ -2,11 +2,10 @@
 
     python -m recipe.skpo.output.page <run folder>
 
-Reads what the run wrote and writes ``report.html`` beside it.  The page needs no network and stays below
-``LARGEST_PAGE`` whatever was stored: long texts keep their beginning and end, long series and many trees are sampled
-evenly, and the page says what it leaves out.  Text of a model, a data file or a config is data: it stands in one JSON
-block of pure ASCII without ``<``, ``>`` and ``&``; the script renders it as text only; the Content-Security-Policy
-allows nothing but the page's own script and style.
+Writes ``report.html`` into the run folder.  The page needs no network and stays below ``LARGEST_PAGE``: long texts keep
+their beginning and end, long series and many trees are sampled evenly, and the page says what it leaves out.  Text of a
+model, a data file or a config stands in one JSON block of pure ASCII without ``<``, ``>`` and ``&``, and the script
+renders it as text only.  The Content-Security-Policy allows only the page's own script and style.
 """
 
 import argparse
@@ -49,7 +48,7 @@ LONGEST_NAME = 300
 """Characters of a metric's name or of one setting."""
 
 LARGEST_CURVES, LARGEST_CONFIG, LARGEST_HEADLINE = 1_500_000, 500_000, 100_000
-"""Bytes of these parts; trees get what is left."""
+"""Bytes of these parts; trees get the rest."""
 
 PAGE = Path(__file__).with_name("page_files")
 
@@ -124,14 +123,14 @@ class ReportError(ValueError):
 
 
 def number(value: Any) -> float | None:
-    """The value with six significant digits; None where it is no finite number."""
+    """Round a value to six significant digits; None if it is not a finite number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
     return float(f"{value:.6g}")
 
 
 def series_of(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """Metric name to its steps and values, finite ones only; the held-out numbers are named in words too."""
+    """Map a metric's name to its steps and values, finite ones only; held-out numbers are named in words too."""
     series: dict[str, list[list[float]]] = {}
     for line in steps:
         named = {
@@ -149,9 +148,12 @@ def series_of(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]
 
 
 def curves(steps: Sequence[Mapping[str, Any]], notes: list[str], how: str = "") -> dict[str, Any]:
-    """Series, sampled evenly where they are long, and which of them are drawn together.
+    """Collect the series, sampled evenly if they are long, and which of them are drawn together.
 
-    ``how``: what ``report.decoding`` says of the held-out numbers.
+    Args:
+        steps: of ``read_steps``.
+        notes: gets what is left out.
+        how: the held-out numbers were drawn, see ``summary.decoding``.
     """
     series = series_of(steps)
     most = min(MOST_POINTS, max(2, MOST_NUMBERS // max(1, len(series))))
@@ -177,7 +179,7 @@ def curves(steps: Sequence[Mapping[str, Any]], notes: list[str], how: str = "") 
 
 
 def headline(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Held-out numbers of the first and the last validation, steps, tokens, minutes; None where nothing tells."""
+    """Collect held-out numbers of the first and the last validation, steps, tokens, minutes; None if not logged."""
     validated = [(int(line["step"]), held_out(dict(line))) for line in steps if held_out(dict(line))]
     sources = []
     if validated:
@@ -203,7 +205,7 @@ def headline(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def settings_of(config: Mapping[str, Any]) -> list[list[str]]:
-    """Dotted path and value of every setting; secrets are hidden, wherever they are."""
+    """List dotted path and value of every setting; secrets are hidden, wherever they are."""
 
     def pairs(node: Any, path: str) -> list[list[str]]:
         if isinstance(node, Mapping) and node:
@@ -214,7 +216,7 @@ def settings_of(config: Mapping[str, Any]) -> list[list[str]]:
 
 
 def read_config(output_dir: Path, notes: list[str]) -> list[list[str]]:
-    """Settings of the run's ``config.yaml``.
+    """Read the settings of the run's ``config.yaml``.
 
     Raises:
         ReportError: the file is not a YAML mapping.
@@ -243,7 +245,7 @@ def read_config(output_dir: Path, notes: list[str]) -> list[list[str]]:
 
 
 def cut(text: str | None, longest: int) -> Any:
-    """The text, or where it is too long its head, its tail (an answer stands at the end) and its length."""
+    """Return the text, or if it is too long its head, its tail (answers are at the end) and its length."""
     if text is None or len(text) <= longest:
         return text
     head = longest * 3 // 4
@@ -251,7 +253,7 @@ def cut(text: str | None, longest: int) -> Any:
 
 
 def page_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """One stored tree as the page reads it, see ``page_files/page.js``."""
+    """Convert a stored tree to what the page reads, see ``page_files/page.js``."""
     candidates, responses = tree["candidates"] or [], tree["responses"] or []
     longest = min(LONGEST_TEXT, max(20, LARGEST_TREE // (4 + 2 * len(candidates) + 2 * len(responses))))
     segment = tree["segment"] or {}
@@ -287,7 +289,7 @@ def page_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def trees_for_page(output_dir: Path, room: int, notes: list[str]) -> list[str]:
-    """As many trees as fit into ``room`` bytes, spread evenly over the stored ones; each as embedded JSON."""
+    """Choose as many trees as fit into ``room`` bytes, spread evenly over the stored ones; each as embedded JSON."""
     index = tree_index(output_dir)
     count = min(len(index), MOST_TREES)
     encoded: list[str] = []
@@ -297,7 +299,7 @@ def trees_for_page(output_dir: Path, room: int, notes: list[str]) -> list[str]:
         size = sum(len(text) + 1 for text in encoded)
         if size <= room:
             break
-        # Never more than is there fits by this estimate; one less at the least, so that this ends.
+        # The estimate may be too high; at least one tree less, so that this ends.
         count = min(count - 1, int(count * room / size))
     else:
         encoded = []
@@ -315,7 +317,7 @@ def trees_for_page(output_dir: Path, room: int, notes: list[str]) -> list[str]:
 
 
 def embed(value: Any) -> str:
-    """JSON that can stand inside a ``<script type="application/json">``: pure ASCII, without ``<``, ``>`` and ``&``.
+    """Encode JSON for a ``<script type="application/json">``: pure ASCII, without ``<``, ``>`` and ``&``.
 
     Raises:
         ValueError: a number that is not finite, which JSON does not have.
@@ -326,7 +328,7 @@ def embed(value: Any) -> str:
 
 
 def that_fit(items: Sequence[T], room: int) -> list[T]:
-    """The first of ``items`` that are together no larger than ``room`` bytes once they are embedded."""
+    """Return the first of ``items`` that take at most ``room`` bytes once they are embedded."""
     sizes = accumulate(len(embed(item)) + 1 for item in items)
     return [item for item, size in zip(items, sizes, strict=True) if size <= room]
 
@@ -336,7 +338,7 @@ def _hash(text: str) -> str:
 
 
 def page(output_dir: Path) -> str:
-    """The whole page.
+    """Build the page.
 
     Raises:
         ReportError: there is no run in the folder, or its config cannot be read.
@@ -367,7 +369,7 @@ def page(output_dir: Path) -> str:
 
 
 def _fill(frame: str, parts: Mapping[str, str]) -> str:
-    """The frame with ``<!--name-->`` replaced, in one pass: nothing inside a part is replaced again."""
+    """Replace ``<!--name-->`` in the frame, in one pass: nothing inside a part is replaced again."""
     return re.sub(r"<!--(\w+)-->", lambda match: parts[match[1]], frame)
 
 
@@ -385,7 +387,7 @@ def write_report(output_dir: Path) -> Path:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m recipe.skpo.output.page", description="Write a run's report.html.")
     parser.add_argument("run_folder", type=Path, help="output_dir of the run")
     replace_unprintable()

@@ -1,11 +1,9 @@
-"""Keys, tokens and passwords: what looks like one, and their refusal in a run's configuration.
+"""Keys, tokens and passwords: how they are recognised, and their refusal in a run's configuration.
 
-Whatever is in the configuration is written to ``config.yaml`` and Hydra's record, and verl prints it (main_ppo.py: the
-arguments of ``ray.init`` and the whole config).  So a secret is refused there, before Hydra writes anything; it belongs
-into the environment, which every process of a Ray that the command starts inherits.
-
-Names and forms are a guess about secrets in general.  One rule is exact: whatever contains the value of a variable of
-this process's environment whose name looks secret.
+The configuration is written to ``config.yaml`` and Hydra's record, and verl prints it (main_ppo.py).  So a secret is
+refused before Hydra writes anything; it belongs into the environment, which every process of a Ray that the command
+starts inherits.  Names and forms are guesses.  One rule is exact: a value that contains that of an environment variable
+whose name looks secret.
 """
 
 import os
@@ -19,10 +17,10 @@ from hydra.errors import HydraException
 from recipe.skpo.errors import ConfigError
 
 HIDDEN = "(hidden)"
-"""In the place of a secret on a page."""
+"""Shown instead of a secret on a page."""
 
 SHORTEST = 8
-"""Characters from which on the value of a variable counts: a shorter one would be found in ordinary words."""
+"""Characters that the value of a variable must have: a shorter one would be found in ordinary words."""
 
 _WORDS = re.compile(
     "(?:api|access|private|secret)key|(?:auth|access)?tokens?|auth(?:orization)?|bearer|credentials?|passphrase|passwd"
@@ -33,10 +31,10 @@ _KEYS = re.compile(
     "|gitlab|google|gpg|groq|hf|hub|huggingface|judge|license|master|mistral|ngc|nvidia|openai|openrouter|private"
     "|replicate|rsa|secret|service|session|shared|signing|ssh|storage|subscription|swanlab|together|wandb|webhook|xai"
 )
-"""What makes a secret of a name that ends in ``key``; not ``prompt_key``."""
+"""Words before ``key`` that make a name secret; ``prompt_key`` is not."""
 
 _COUNTED = frozenset(("token", "tokens", "auth"))
-"""Last words of names whose number is a number: ``budget.tokens=300``."""
+"""Last words of names that may hold a number: ``budget.tokens=300``."""
 
 SECRET_VALUE = re.compile(
     r"""(?x)
@@ -54,11 +52,11 @@ SECRET_VALUE = re.compile(
         |x-amz-(?:signature|security-token)|accountkey|sharedaccesskey)=[^&\s]+
     """
 )
-"""Forms of keys that well-known services hand out, URLs with a password, a user of http or a key in their query."""
+"""Forms of keys of well-known services, URLs with a password, a user of http or a key in their query."""
 
 
 def is_secret_name(name: str) -> bool:
-    """Whether a key, or a variable of the environment, of this name holds secrets; not ``max_num_batched_tokens``."""
+    """Tell whether a key or an environment variable of this name holds secrets; not ``max_num_batched_tokens``."""
     words = _words(name)
     if not words:
         return False
@@ -70,7 +68,7 @@ def is_secret_name(name: str) -> bool:
 
 
 def _words(name: str) -> list[str]:
-    """``hfToken``, ``hf-token``, ``HF_TOKEN`` and ``hf_token_1`` are all hf, token."""
+    """Split a name: ``hfToken``, ``hf-token``, ``HF_TOKEN`` and ``hf_token_1`` are all hf, token."""
     parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)
     words = [word.lower() for word in re.split(r"[^A-Za-z0-9]+", parted) if word]
     while words and words[-1].isdigit():
@@ -79,7 +77,7 @@ def _words(name: str) -> list[str]:
 
 
 def environment_secrets(environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Value to name of the secret-looking variables, of ``os.environ`` unless others are given; paths are left out."""
+    """Map value to name of the secret-looking variables, by default of ``os.environ``; paths are left out."""
     given = os.environ if environment is None else environment
     return {
         value: name
@@ -93,7 +91,7 @@ def hide_secrets(config: Any, instead: Callable[[str, str], Any] = lambda path, 
 
     Args:
         config: mappings, lists and plain values.
-        instead: gives what to put in the place of a value or key, from its path and what makes it a secret.
+        instead: makes the replacement of a value or key, from its path and the reason.
     """
     known = environment_secrets()
 
@@ -146,7 +144,7 @@ def reject_secrets(config: Any) -> None:
 
 
 def reject_secret_overrides(arguments: Iterable[str]) -> None:
-    """The same for a command line, before Hydra writes it down.
+    """Refuse a command line that holds a secret, before Hydra writes it down.
 
     Raises:
         ConfigError: naming the path.
@@ -157,7 +155,7 @@ def reject_secret_overrides(arguments: Iterable[str]) -> None:
             override = parser.parse_override(argument)
             value = override.value()
         except HydraException:
-            # An option like --cfg, or what Hydra will refuse and quote.
+            # An option like --cfg, or an override that Hydra will refuse and quote.
             reject_secrets({argument.partition("=")[0]: argument.partition("=")[2]})
             continue
         plain = str(value) if override.is_sweep_override() else _plain(value)
@@ -167,7 +165,7 @@ def reject_secret_overrides(arguments: Iterable[str]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """A value of Hydra's parser, whose quoted strings and dictionary keys are classes of its own, in plain types."""
+    """Convert a value of Hydra's parser, which has classes for quoted strings and dictionary keys, to plain types."""
     if isinstance(value, Mapping):
         return {str(getattr(key, "text", key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list):

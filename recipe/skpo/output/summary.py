@@ -1,4 +1,4 @@
-"""The short summary at the end of a run, read from what the run wrote."""
+"""The short summary at the end of a run, read from its files."""
 
 from collections.abc import Mapping
 from contextlib import suppress
@@ -8,6 +8,7 @@ from typing import Any
 from data_prep.untrusted import UntrustedError, one_line, read_yaml
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.output.run_folder import stored_checkpoints
 from recipe.skpo.output.trees import read_trees, spread, tree_index
 
 LABELS = {
@@ -16,15 +17,15 @@ LABELS = {
     "well_formed": "share of well-formed answers",
     "acc_of_well_formed": "accuracy among well-formed",
 }
-"""What the held-out numbers are called."""
+"""Labels of the held-out numbers."""
 
 
 def held_out(line: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Validation numbers of one metrics line per data source.
+    """Read the validation numbers of one metrics line per data source.
 
     Returns:
         ``{source: {"acc": share correct, "well_formed": share, "acc_of_well_formed": share}}``; the last two only
-        where the reward function reports ``well_formed``.  ``{source: {"reward": mean}}`` where it reports no ``acc``.
+        if the reward function reports ``well_formed``.  ``{source: {"reward": mean}}`` if it reports no ``acc``.
     """
     found: dict[str, dict[str, float]] = {}
     for name, value in line.items():
@@ -52,10 +53,10 @@ def held_out(line: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def decoding(output_dir: Path) -> str:
-    """How a run's validation draws its responses, as ``greedy`` or ``temperature 0.6, top-p 0.95, mean of 4``.
+    """Say how a run's validation draws its responses: ``greedy``, or ``temperature 0.6, top-p 0.95, mean of 4``.
 
     Returns:
-        The words; "" where ``config.yaml`` does not say it.
+        The words; "" if ``config.yaml`` does not say it.
     """
     node: Any = None
     with suppress(UntrustedError, OSError):
@@ -75,11 +76,11 @@ def decoding(output_dir: Path) -> str:
 
 
 def summary(output_dir: Path, minutes: float | None = None) -> str:
-    """Text of the summary.
+    """Compose the summary.
 
     Args:
         output_dir: of the run.
-        minutes: wall time of this launch; None where nothing was trained.
+        minutes: wall time of this launch; None if nothing was trained.
     """
     lines = read_lines(output_dir / "metrics.jsonl")
     validated = [(int(line["step"]), held_out(line)) for line in lines if held_out(line)]
@@ -97,7 +98,7 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
                 if key in after[source]:
                     earlier = before.get(source, {}).get(key, float("nan"))
                     text.append(f"    {label:<30} {earlier:>8.3f}    {after[source][key]:>8.3f}")
-    checkpoints = sorted(output_dir.glob("checkpoints/global_step_*"), key=lambda path: int(path.name.split("_")[-1]))
+    checkpoints = list(stored_checkpoints(output_dir / "checkpoints").values())
     text += [f"  checkpoint   {checkpoints[-1]}"] if checkpoints else []
     text.append(f"  metrics      {output_dir / 'metrics.jsonl'}")
     trees = write_sample_trees(output_dir)
@@ -107,7 +108,7 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
 
 
 def write_sample_trees(output_dir: Path, count: int = 3) -> Path | None:
-    """Write ``count`` rollout trees, spread from first to last, as readable text; None where there are none."""
+    """Write ``count`` rollout trees, spread from first to last, as readable text; None if there are none."""
     index = tree_index(output_dir)
     if not index:
         return None
@@ -118,7 +119,7 @@ def write_sample_trees(output_dir: Path, count: int = 3) -> Path | None:
 
 
 def render_tree(tree: dict[str, Any]) -> str:
-    """One rollout tree as text: problem, candidates with d, chosen segment, responses with rewards."""
+    """Render one rollout tree: problem, candidates with d, chosen segment, responses with rewards."""
     lines = [f"step {tree['step']}   problem: {tree['problem']}   answer: {tree['answer']}"]
     lines.append(f"  upstream candidates, cut at t_q = {tree['split_position']}")
     for candidate in tree["candidates"]:

@@ -189,6 +189,7 @@ class TreeStore:
     """
 
     def __init__(self, folder: Path, max_mb: float, resumed_at: int) -> None:
+        """Open the folder, without files of later steps."""
         self.folder, self.max_bytes = folder, max_mb * 1e6
         folder.mkdir(parents=True, exist_ok=True)
         stale = [path for step, path in stored_steps(folder).items() if step > resumed_at]

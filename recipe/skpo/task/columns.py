@@ -1,6 +1,6 @@
-"""Columns of a user's data files: which leave the trainer with a row, and which names a row has for itself.
+"""Columns of a user's data files: which leave the trainer with a row, and which names are reserved.
 
-verl hands every column to the rollout as a keyword argument and writes it over what was generated, so a column
+verl passes every column to the rollout as a keyword argument and writes it over what was generated, so a column
 ``output`` or ``responses`` would break or replace a response.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from omegaconf import DictConfig, OmegaConf
 
 OURS = "skpo_"
-"""How the fields begin that the trainer adds to a prompt."""
+"""Prefix of the fields that the trainer adds to a prompt."""
 
 SENT = frozenset(
     {
@@ -22,10 +22,10 @@ SENT = frozenset(
 STEERING = {
     "__rollout_n__": "verl samples so many responses for it, in validation alone",
     "__do_sample__": "verl samples greedily for it, in validation alone",
-    "validate": "verl takes the row for one of validation",
+    "validate": "verl treats the row as one of validation",
     "global_steps": "verl counts steps in it",
 }
-"""Column to what it would do: refused for every method."""
+"""Column to its effect: refused for every method."""
 
 GENERATED = frozenset(
     {
@@ -39,11 +39,11 @@ GENERATED = frozenset(
         *("__num_turns__", "tool_extra_fields", "prompt_len", "response_len", "reward_scores"),
     }
 )
-"""Names that a row has for itself: refused where columns are not left out."""
+"""Names of a generated row's own fields: refused if columns are not left out."""
 
 
 def sends_all(config: DictConfig) -> bool:
-    """Whether code of the user's own gets the rows, which may read any column: an agent loop, a reward manager."""
+    """Tell whether the user's code gets the rows, which may read any column: an agent loop, a reward manager."""
     agent = config.actor_rollout_ref.rollout.agent
     return bool(
         config.reward.reward_manager.source != "register"

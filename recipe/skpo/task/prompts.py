@@ -9,10 +9,10 @@ from typing import Any
 
 
 def automatic_bos(tokenizer: Any) -> int | None:
-    """The BOS that prompts of this tokenizer start with, or None.
+    """Return the BOS that prompts of this tokenizer start with, or None.
 
     Only a token that the tokenizer or its chat template puts there as BOS counts: in ChatML models like SmolLM2 the
-    "BOS" is ``<|im_start|>``, the mark of a turn, and moving it would tear the first turn apart.
+    "BOS" is ``<|im_start|>``, the mark of a turn, and moving it would break the first turn.
     """
     bos = tokenizer.bos_token_id
     template = str(tokenizer.chat_template or "")
@@ -21,6 +21,6 @@ def automatic_bos(tokenizer: Any) -> int | None:
 
 
 def problem_tokens(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Token ids of a chat with the mark that opens the model's turn."""
+    """Tokenise a chat with the mark that opens the model's turn."""
     text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

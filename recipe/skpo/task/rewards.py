@@ -1,7 +1,7 @@
-"""The border where a reward arrives: how a reward function is called, and what it may return.
+"""How a reward function is called, and what it may return.
 
 Training, validation, evaluation and the start-up checks share it.  verl calls a function by four keyword arguments and
-passes on whatever comes back; what is not a finite number, or cannot be averaged, is found here.
+passes its result on unchecked; results that are not finite numbers, or cannot be averaged, are found here.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import torch
 import reward_fns
 
 VERLS_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
-"""What verl's reward managers call a function with, by keyword."""
+"""Keywords by which verl's reward managers call a function."""
 
 NOT_FOR_THE_RECORD = "reward"
 """Key under which verl's validation keeps the reward itself; a second value would shift all others."""
@@ -29,7 +29,7 @@ _NUMBERS = "biuf"
 
 
 class RewardError(ValueError):
-    """A reward function that cannot be called, or that returned something else than a reward; the message says what."""
+    """A reward function that cannot be called or that did not return a reward; the message says why."""
 
 
 def plain_number(value: Any) -> bool | int | float | None:
@@ -39,7 +39,7 @@ def plain_number(value: Any) -> bool | int | float | None:
         value: bool, int, float, Decimal, Fraction, numpy scalar, or an array or tensor with one element.
 
     Returns:
-        A bool, an int or a float, NaN and infinities included; None for everything that is not one real number.
+        A bool, an int or a float, NaN and infinities included; None for anything but one real number.
     """
     if isinstance(value, torch.Tensor):
         if value.numel() != 1 or value.is_complex():
@@ -91,12 +91,12 @@ def shown(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a reward function says of one response.
+    """A reward function's result for one response.
 
     Attributes:
         score: the reward, finite.
-        record: what came beside it, numbers and texts only.
-        left_out: key to type of what has no mean.
+        record: its other values, numbers and texts only.
+        left_out: key to type of values that have no mean.
     """
 
     score: float
@@ -111,7 +111,7 @@ def read_verdict(result: Any) -> Verdict:
         RewardError: there is no score, or it is not a finite number.
     """
     record: Mapping[Any, Any] = {}
-    # verl takes nothing but a dict for a record.
+    # Only a dict is a record to verl.
     if isinstance(result, dict):
         if "score" not in result:
             raise RewardError(f"it returned a record without 'score' ({shown(result)})")
@@ -124,10 +124,10 @@ def read_verdict(result: Any) -> Verdict:
 
 
 def split_record(record: Mapping[Any, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Split a reward's record into what can be averaged or shown, in Python's own types, and what cannot.
+    """Split a reward's record into values that can be averaged or shown, in Python's own types, and others.
 
     Returns:
-        The kept part, and key to reason of what is left out.
+        The kept part, and key to reason of the values left out.
     """
     kept: dict[str, Any] = {}
     left_out: dict[str, str] = {}
@@ -157,23 +157,16 @@ class RewardCall:
     """
 
     def __init__(self, path: str, name: str, kwargs: Mapping[str, Any]) -> None:
+        """Load the function."""
         self.label = f"{name} of {path}"
         try:
             function: Any = _load(path, name)
-        except Exception as error:  # a process border: the file is somebody's own
+        except Exception as error:  # a process border: the file is the user's own
             raise RewardError(f"{self.label} cannot be loaded ({_reason(error)})") from error
         if not callable(function):
             raise RewardError(f"{self.label} is a {type(function).__name__}, not a function")
         self._function: Callable[..., Any] = function
         self._kwargs = dict(kwargs)
-
-    @property
-    def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """Parameters of the function by name; empty where Python does not know them."""
-        try:
-            return inspect.signature(self._function).parameters
-        except (TypeError, ValueError):  # built in
-            return {}
 
     def check_signature(self) -> None:
         """Refuse a function that cannot take verl's arguments and ``reward_kwargs``.

@@ -1,4 +1,4 @@
-"""How a run made its prompts and rewards, read from its ``config.yaml`` by whoever looks at its model later."""
+"""How a run made its prompts and rewards, read from its ``config.yaml`` when its model is evaluated."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class RunSettings:
 
 
 def run_settings(model: str | Path) -> RunSettings | None:
-    """Settings of the run that a model belongs to.
+    """Read the settings of the run that a model belongs to.
 
     Args:
         model: a run's folder, one of its checkpoints or of their folders, or a model merged from one.

@@ -1,8 +1,8 @@
-"""Where a response's thought ends, decided from its prompt and tokens.
+"""Where a response's thought ends, found from its prompt and tokens.
 
-verl decodes a response without special tokens and without its prompt. A mark that is a special token (gpt-oss, Mistral,
-Cohere) is not in that text, and neither is one that the chat template has put at the end of the prompt (DeepSeek-R1,
-Qwen3-Thinking). So the part that counts is found here, and handed to the reward in `extra_info`.
+verl decodes a response without special tokens and without its prompt. That text misses a mark that is a special token
+(gpt-oss, Mistral, Cohere) or that the chat template puts at the end of the prompt (DeepSeek-R1, Qwen3-Thinking). So the
+part that counts is found here and passed to the reward in `extra_info`.
 """
 
 import re
@@ -17,7 +17,7 @@ _PROMPT_END = 24
 
 
 def configured_marks(path: str | None, reward_kwargs: Mapping[str, Any] | None) -> Marks | None:
-    """The marks of a reward function's settings; another function than ours has no such option: the known marks.
+    """Return the marks of a reward function's settings; functions of the user's own have no such option: known marks.
 
     Raises:
         ValueError: an unknown option of our function, or an unknown value.
@@ -36,6 +36,7 @@ class ThoughtReader:
     """
 
     def __init__(self, tokenizer: Any, marks: Marks | None) -> None:
+        """Find the tokenizer's special tokens."""
         self._tokenizer, self._marks = tokenizer, marks
         special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
@@ -44,19 +45,19 @@ class ThoughtReader:
     def extra_info(
         self, extra_info: Mapping[str, Any] | None, prompt_ids: Sequence[int], response_ids: Sequence[int]
     ) -> dict[str, Any]:
-        """A row's `extra_info` with the part of the response that counts, where its text alone does not tell.
+        """Add the part of the response that counts to a row's `extra_info`, if its text alone does not show it.
 
         Args:
             extra_info: as in the data.
             prompt_ids: tokens that the response continues; an open thought in the s of [s, q] is closed by q's turn.
             response_ids: tokens of the response.
         """
-        told = {key: value for key, value in (extra_info or {}).items() if key != AFTER_THOUGHT}
+        kept = {key: value for key, value in (extra_info or {}).items() if key != AFTER_THOUGHT}
         part = self._after_thought(prompt_ids, response_ids)
-        return told if part is None else {**told, AFTER_THOUGHT: part}
+        return kept if part is None else {**kept, AFTER_THOUGHT: part}
 
     def _after_thought(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> str | None:
-        """None where the response's text tells it, or where there is no thought."""
+        """Return that part; None if the response's text shows it, or without a thought."""
         if self._marks is None:
             return None
         opened = self._marks.opened_by(self._decode(prompt_ids[-_PROMPT_END:]))

@@ -16,11 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from recipe.skpo.errors import ConfigError, RunError
 from recipe.skpo.output.files import write_atomic
+from recipe.skpo.output.run_folder import MARKER, stored_checkpoints
 from recipe.skpo.trainer.fingerprint import FILE_NAME as FINGERPRINT
 from recipe.skpo.trainer.state import FILE_NAME
-
-MARKER = "latest_checkpointed_iteration.txt"
-"""verl's file with the number of the checkpoint that counts."""
 
 DATA_FILE = "data.pt"
 """verl's file with the position in the training data, the last one before the marker."""
@@ -30,32 +28,6 @@ METRICS_FILE = "step_metrics.json"
 
 ACTOR_FILES = {"model": "model", "optimizer": "optim", "extra": "extra_state"}
 """``checkpoint.load_contents`` to how verl's FSDP engine begins the name of a rank's file."""
-
-
-def stored_checkpoints(folder: Path) -> dict[int, Path]:
-    """Step to folder of all checkpoints, whole or not, in the order of steps."""
-    found = {}
-    for path in folder.glob("global_step_*"):
-        if (match := re.fullmatch(r"global_step_(\d+)", path.name)) and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
-
-
-def marked_step(folder: Path) -> int | None:
-    """The step that the marker names, None without a marker.
-
-    Raises:
-        ConfigError: the marker holds no step.
-    """
-    marker = folder / MARKER
-    if not marker.is_file():
-        return None
-    text = marker.read_text(errors="replace", encoding="utf-8").strip()
-    if not text.isdecimal():
-        raise ConfigError(
-            f"{marker}: holds {text[:40]!r} and no step; write the number of the last whole global_step_<N> into it"
-        )
-    return int(text)
 
 
 def mark(folder: Path, step: int | None) -> None:

@@ -9,15 +9,9 @@ from omegaconf import DictConfig
 
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.isolation.pickles import check_pickles
+from recipe.skpo.output.run_folder import MARKER, marked_step, stored_checkpoints
 from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.trainer.checkpoints import (
-    DATA_FILE,
-    MARKER,
-    marked_step,
-    missing_piece,
-    newest_whole,
-    stored_checkpoints,
-)
+from recipe.skpo.trainer.checkpoints import DATA_FILE, missing_piece, newest_whole
 from recipe.skpo.trainer.fingerprint import Difference, Fingerprint, differences, lines, refuse
 from recipe.skpo.trainer.state import SkpoState, require_state_file
 

@@ -45,7 +45,7 @@ def test_a_logger_that_cannot_write_loses_its_lines_and_is_named_once(caplog) ->
     guarded.log(data={"a": 4}, step=4)
     assert backend.lines == [({"a": 1}, 1), ({"a": 4}, 4)]
     assert [record.getMessage() for record in caplog.records] == [
-        "logger tensorboard: not written (OSError: [Errno 28] No space left on device); the training goes on, and "
+        "logger tensorboard: not written (OSError: [Errno 28] No space left on device); the training continues, and "
         "later failures of it are not logged"
     ]
     assert guarded.project == "p"

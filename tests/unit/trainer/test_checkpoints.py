@@ -8,20 +8,18 @@ import pytest
 from omegaconf import OmegaConf
 
 from recipe.skpo.errors import ConfigError
+from recipe.skpo.output.run_folder import MARKER, marked_step, stored_checkpoints
 from recipe.skpo.trainer.checkpoints import (
     DATA_FILE,
-    MARKER,
     METRICS_FILE,
     check_room,
     expected_bytes,
     mark,
-    marked_step,
     missing_piece,
     newest_whole,
     remove_checkpoint,
     remove_older,
     stored_bytes,
-    stored_checkpoints,
 )
 from recipe.skpo.trainer.state import FILE_NAME
 from tests.conftest import write_checkpoint

@@ -19,8 +19,9 @@ from data_prep.schema import Row, write_parquet
 from recipe.skpo import main
 from recipe.skpo.checks.run_folder import locked
 from recipe.skpo.errors import ConfigError
+from recipe.skpo.output.run_folder import marked_step
 from recipe.skpo.settings import SkpoSettings, known_keys
-from recipe.skpo.trainer.checkpoints import mark, marked_step
+from recipe.skpo.trainer.checkpoints import mark
 from recipe.skpo.trainer.fingerprint import (
     FILE_NAME,
     MOST_LINES,

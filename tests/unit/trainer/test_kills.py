@@ -26,16 +26,9 @@ from data_prep.schema import Row, write_parquet
 from recipe.skpo.ending import way_on
 from recipe.skpo.method.rows import SEED_FIELD, SPLIT_FIELD
 from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.output.run_folder import MARKER, marked_step, stored_checkpoints
 from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.trainer.checkpoints import (
-    MARKER,
-    METRICS_FILE,
-    SaveError,
-    mark,
-    marked_step,
-    repair_marker,
-    stored_checkpoints,
-)
+from recipe.skpo.trainer.checkpoints import METRICS_FILE, SaveError, mark, repair_marker
 from recipe.skpo.trainer.fingerprint import FILE_NAME as FINGERPRINT
 from recipe.skpo.trainer.identity import fingerprint
 from recipe.skpo.trainer.resume import ResumePlan, plan_resume

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from recipe.skpo.errors import ConfigError
+from recipe.skpo.output.run_folder import MARKER
 from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.trainer.checkpoints import DATA_FILE, MARKER, repair_marker
+from recipe.skpo.trainer.checkpoints import DATA_FILE, repair_marker
 from recipe.skpo.trainer.identity import fingerprint
 from recipe.skpo.trainer.resume import plan_resume, resume_folder
 from recipe.skpo.trainer.state import FILE_NAME, SkpoState, StateError
