@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -439,20 +438,14 @@ def test_truncated_and_foreign_folders_are_refused(model: Path, tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def trained(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(preloaded, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder with a checkpoint of step 3 from two ranks, and ``reference``, the weights that went into it."""
     folder = tmp_path_factory.mktemp("trained")
     actor = folder / "run/checkpoints/global_step_3/actor"
     actor.mkdir(parents=True)
-    command = [
-        sys.executable,
-        "-m",
-        "tests.support.fsdp_checkpoint",
-        str(model_folder),
-        str(actor),
-        str(folder / "reference"),
-    ]
-    done = subprocess.run(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True, timeout=250)
+    script = "import runpy; runpy.run_module('tests.support.fsdp_checkpoint', run_name='__main__')"
+    paths = (model_folder, actor, folder / "reference")
+    done = preloaded.run(script, *map(str, paths), variables=dict(os.environ))
     assert done.returncode == 0, done.stderr
     (folder / "run/checkpoints/latest_checkpointed_iteration.txt").write_text("3")
     return folder

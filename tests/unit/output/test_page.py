@@ -6,8 +6,8 @@ import json
 import math
 import random
 import re
-import subprocess
 import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -419,21 +419,26 @@ def test_the_page_is_replaced_as_a_whole(run_folder: Path, tmp_path: Path, monke
 # ---------------------------------------------------------------- the command
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess:
-    program = [sys.executable, "-m", "recipe.skpo.output.page", *arguments]
-    return subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run ``python -m recipe.skpo.output.page``."""
+
+    def run(folder: Path) -> None:
+        monkeypatch.setattr(sys, "argv", ["page", str(folder)])
+        page_module.main()
+
+    return run
 
 
-def test_the_command_writes_the_page_and_says_where(run_folder: Path) -> None:
+def test_the_command_writes_the_page_and_says_where(command, run_folder: Path, capsys) -> None:
     (run_folder / "report.html").unlink(missing_ok=True)
-    done = command(str(run_folder))
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.startswith(f"{run_folder / 'report.html'} (0.")
+    command(run_folder)
+    assert capsys.readouterr().out.startswith(f"{run_folder / 'report.html'} (0.")
     assert data_of((run_folder / "report.html").read_text())["run"] == "demo"
 
 
-def test_a_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path) -> None:
-    done = command(str(tmp_path))
-    assert done.returncode != 0 and done.stdout == ""
-    message = f"error: {tmp_path / 'metrics.jsonl'}: missing or empty; name the folder of a run (output_dir)\n"
-    assert done.stderr == message
+def test_a_folder_that_is_no_run_is_refused_in_one_line(command, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as error:
+        command(tmp_path)
+    message = f"error: {tmp_path / 'metrics.jsonl'}: missing or empty; name the folder of a run (output_dir)"
+    assert error.value.code == message
