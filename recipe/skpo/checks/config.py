@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.skpo.checks.engine import choose_engine, flash_attention_installed
+from recipe.skpo.checks.engine import check_model_engine, choose_engine, flash_attention_installed
 from recipe.skpo.checks.gpus import check_ranks, check_token_budgets
+from recipe.skpo.checks.options import check_options
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.settings import SkpoSettings
 
@@ -26,6 +27,16 @@ METHOD_SETTINGS = {
     "curriculum": ["curriculum"],
 }
 """Keys below ``skpo`` by the part of a method that reads them; all others are read by every method."""
+
+
+def check_given(config: DictConfig, overrides: Iterable[str]) -> None:
+    """Refuse values with which the rest of the config cannot be computed, and settings that the method ignores.
+
+    Raises:
+        ConfigError: naming the config path, the value and what it must be.
+    """
+    check_method_settings(config, overrides)
+    check_numbers(config)
 
 
 def check_method_settings(config: DictConfig, overrides: Iterable[str]) -> None:
@@ -121,12 +132,24 @@ def check_numbers(config: DictConfig) -> None:
             raise ConfigError(f"{path}: is {value!r}, must be {number}")
 
 
-def check_config(config: DictConfig, settings: SkpoSettings) -> None:
-    """Refuse combinations that the method cannot train with.
+def check_config(config: DictConfig, settings: SkpoSettings, overrides: Sequence[str] = ()) -> None:
+    """Refuse options that are not installed, that nothing would read, or that cannot be trained with together.
+
+    Args:
+        config: resolved.
+        settings: its ``skpo`` node.
+        overrides: of the command line.
 
     Raises:
         ConfigError: naming the config path, what it is and what it must be.
     """
+    check_model_engine(config)
+    _check_combinations(config, settings)
+    check_options(config, overrides)
+    check_loggers(config)
+
+
+def _check_combinations(config: DictConfig, settings: SkpoSettings) -> None:
     required: dict[str, tuple[Any, str]] = {
         "algorithm.use_kl_in_reward": (False, "no method here has a KL penalty"),
         "algorithm.rollout_correction.rollout_is": (None, "the objectives have no importance weights"),

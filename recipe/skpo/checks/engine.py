@@ -1,6 +1,7 @@
-"""Which engine computes the actor's rows, from ``packed_attention``, ``share_prefixes`` and verl's own options."""
+"""Which engine computes the actor's rows, by ``packed_attention``, ``share_prefixes`` and ``model_engine``."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -117,3 +118,23 @@ def sequence_parallel_size(config: Any) -> int:
         for name in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
     )
     return max([1, *(int(size) for size in sizes if size is not None)])
+
+
+ENGINES = {"megatron": "megatron.core", "torchtitan": "torchtitan", "veomni": "veomni"}
+"""verl's engines that need a package, to its module."""
+
+
+def check_model_engine(config: DictConfig) -> None:
+    """Refuse an engine that cannot run on this platform or is not installed.
+
+    Raises:
+        ConfigError: naming the engine and what it needs.
+    """
+    engine = config.model_engine
+    if engine not in ENGINES:
+        return
+    if config.platform.name == "cpu":
+        raise ConfigError(f"model_engine: is {engine}, which needs GPUs; leave it out on the CPU platform")
+    package = ENGINES[engine]
+    if find_spec(package.partition(".")[0]) is None or find_spec(package) is None:
+        raise ConfigError(f"model_engine: {engine} needs the package {package}, which is not installed; install it")

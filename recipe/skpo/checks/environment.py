@@ -53,6 +53,25 @@ _RAYS_PART = "/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_sto
 """What Ray puts below its temporary folder, as long as it can be."""
 
 
+def check_variables() -> None:
+    """Refuse variables of the environment that cannot be used: Hydra would answer with a page about its search path.
+
+    Raises:
+        ConfigError: naming the variable, its value and what it may be.
+    """
+    platform, threads = os.environ.get("SKPO_PLATFORM", "cpu"), os.environ.get("SKPO_NUM_THREADS", "1")
+    if platform not in LOCKS:
+        raise ConfigError(f"SKPO_PLATFORM: is {platform!r} in the environment, must be cpu or gpu, or unset")
+    if not threads.isdecimal() or int(threads) < 1:
+        raise ConfigError(
+            f"SKPO_NUM_THREADS: is {threads!r} in the environment, must be a whole number above 0, or unset"
+        )
+    for name in ("SKPO_CACHE", "TENSORBOARD_DIR"):
+        folder = os.environ.get(name)
+        if folder and Path(folder).exists() and not Path(folder).is_dir():
+            raise ConfigError(f"{name}: {folder} is a file; set it to a folder, or leave it unset")
+
+
 # ---------------------------------------------------------------- packages
 
 

@@ -68,14 +68,14 @@ def estimate(config: DictConfig, size: ModelSize, gpu_bytes: int) -> Estimate:
 def check_memory(config: DictConfig) -> None:
     """Refuse a model that cannot be trained on the GPUs, and offload the actor where it would be in vLLM's way.
 
-    Nothing is said without a GPU whose memory is known on this machine, or for an engine other than FSDP.
+    Nothing is estimated without a GPU whose memory is known on this machine, or for an engine other than FSDP.
 
     Raises:
         ConfigError: with the gigabytes that are needed and there.
     """
     known = [size for size in list_gpus() if size]
     actor = config.actor_rollout_ref.actor
-    if not known or actor.strategy not in ("fsdp", "fsdp2"):
+    if config.platform.name != "gpu" or not known or actor.strategy not in ("fsdp", "fsdp2"):
         return
     gpu_bytes = min(known)
     size = model_size(config)

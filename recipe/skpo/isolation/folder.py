@@ -15,6 +15,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from recipe.skpo.errors import ConfigError
+
 VARIABLE = "SKPO_RUN_FOLDER"
 """Names the folder to every process of the run."""
 
@@ -38,7 +40,7 @@ _YOUNG_S = 60.0
 _locks: dict[Path, int] = {}
 
 
-class FolderError(RuntimeError):
+class FolderError(ConfigError):
     """There is no folder in which a run's sockets could be; one line that says what to do."""
 
 

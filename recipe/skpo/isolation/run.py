@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
+from recipe.skpo.errors import ConfigError
 from recipe.skpo.isolation import folder as folders
 from recipe.skpo.isolation.http_guard import OPEN_PATHS
 from recipe.skpo.isolation.worker import OWN_CLUSTER
@@ -21,7 +22,7 @@ RECEIVER = "recipe.skpo.isolation.receiver.PrivateReceiver"
 GUARD = "recipe.skpo.isolation.http_guard.RequireKey"
 
 
-class IsolationError(ValueError):
+class IsolationError(ConfigError):
     """A setting that would open the run to others; one line that names it."""
 
 

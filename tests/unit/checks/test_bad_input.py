@@ -27,6 +27,7 @@ from data_prep.schema import DataError, Row, write_parquet
 from recipe.skpo import main
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.output.run_folder import MARKER
+from recipe.skpo.launch import apply_platform
 from recipe.skpo.settings import SkpoSettings, TrackerSettings
 from recipe.skpo.trainer.checkpoints import DATA_FILE, mark
 from recipe.skpo.trainer.state import FILE_NAME, SkpoState
@@ -732,10 +733,10 @@ def _(run: Run) -> None:
 
 STATE = f"{{checkpoint}}/{FILE_NAME}: "
 CANNOT = "{checkpoint}: cannot be resumed from: "
-ANEW = "start anew with trainer.resume_mode=disable"
+AGAIN = "with trainer.resume_mode=disable"
 
 
-@case("checkpoint: no state", f"{{checkpoint}}: holds no {FILE_NAME}", "start anew with trainer.resume_mode=disable")
+@case("checkpoint: no state", f"{{checkpoint}}: holds no {FILE_NAME}", AGAIN)
 def _(run: Run) -> None:
     (run.checkpoint / FILE_NAME).unlink()
 
@@ -771,32 +772,32 @@ def _(run: Run) -> None:
     other_settings(run, tracker=TrackerSettings(drift="nats"))
 
 
-@case("checkpoint: no data.pt", CANNOT + f"{DATA_FILE} is missing or cut off", ANEW)
+@case("checkpoint: no data.pt", CANNOT + f"{DATA_FILE} is missing or cut off", AGAIN)
 def _(run: Run) -> None:
     (run.checkpoint / DATA_FILE).unlink()
 
 
-@case("checkpoint: data.pt cut off", CANNOT + f"{DATA_FILE} is missing or cut off", ANEW)
+@case("checkpoint: data.pt cut off", CANNOT + f"{DATA_FILE} is missing or cut off", AGAIN)
 def _(run: Run) -> None:
     os.truncate(run.checkpoint / DATA_FILE, 100)
 
 
-@case("checkpoint: no optimizer", CANNOT + "actor/optim_world_size_1_rank_0.pt is missing or cut off", ANEW)
+@case("checkpoint: no optimizer", CANNOT + "actor/optim_world_size_1_rank_0.pt is missing or cut off", AGAIN)
 def _(run: Run) -> None:
     (run.checkpoint / "actor/optim_world_size_1_rank_0.pt").unlink()
 
 
-@case("checkpoint: weights cut off", CANNOT + "actor/model_world_size_1_rank_0.pt is missing or cut off", ANEW)
+@case("checkpoint: weights cut off", CANNOT + "actor/model_world_size_1_rank_0.pt is missing or cut off", AGAIN)
 def _(run: Run) -> None:
     os.truncate(run.checkpoint / "actor/model_world_size_1_rank_0.pt", 100)
 
 
-@case("checkpoint: no actor", CANNOT + "actor/model_world_size_1_rank_0.pt is missing or cut off", ANEW)
+@case("checkpoint: no actor", CANNOT + "actor/model_world_size_1_rank_0.pt is missing or cut off", AGAIN)
 def _(run: Run) -> None:
     shutil.rmtree(run.checkpoint / "actor")
 
 
-@case("checkpoint: other ranks", CANNOT + "actor/ was saved by 2 rank(s), this run has 1 (trainer.nnodes * ", ANEW)
+@case("checkpoint: other ranks", CANNOT + "actor/ was saved by 2 rank(s), this run has 1 (trainer.nnodes * ", AGAIN)
 def _(run: Run) -> None:
     shutil.rmtree(run.checkpoint / "actor")
     write_checkpoint(run.checkpoint, SkpoState(SkpoSettings(), 64), ranks=2)
@@ -820,7 +821,7 @@ def _(run: Run) -> None:
 @case(
     "checkpoint: the marked one is gone",
     f"{{folder}}/out/checkpoints/{MARKER}: names global_step_3",
-    "remove it to start anew",
+    "remove it to start again",
 )
 def _(run: Run) -> None:
     shutil.rmtree(run.checkpoint)
@@ -831,21 +832,23 @@ def resume_from(run: Run, path: Path) -> None:
     run.set("trainer.resume_from_path", str(path))
 
 
-@case("checkpoint: another folder", "trainer.resume_from_path: {model} is no folder named global_step_<N>", "")
+@case("checkpoint: another folder", "trainer.resume_from_path: {model} is not a folder named global_step_<N>", "")
 def _(run: Run) -> None:
     resume_from(run, run.model)
 
 
 @case(
     "checkpoint: its actor folder",
-    "trainer.resume_from_path: {checkpoint}/actor is no folder named global_step_<N>",
+    "trainer.resume_from_path: {checkpoint}/actor is not a folder named global_step_<N>",
     "",
 )
 def _(run: Run) -> None:
     resume_from(run, run.checkpoint / "actor")
 
 
-@case("checkpoint: a file", "trainer.resume_from_path: {folder}/global_step_9 is no folder named global_step_<N>", "")
+@case(
+    "checkpoint: a file", "trainer.resume_from_path: {folder}/global_step_9 is not a folder named global_step_<N>", ""
+)
 def _(run: Run) -> None:
     (run.folder / "global_step_9").write_text("")
     resume_from(run, run.folder / "global_step_9")
@@ -897,7 +900,7 @@ def test_another_platform_of_verl_in_the_environment(run: Run, monkeypatch) -> N
     monkeypatch.undo()
     monkeypatch.setenv("VERL_PLATFORM", "nvidia")
     with pytest.raises(RuntimeError, match=r"^VERL_PLATFORM=nvidia is set .* unset VERL_PLATFORM or choose the same"):
-        main.apply_platform(run.config)
+        apply_platform(run.config)
 
 
 # ---------------------------------------------------------------- prompt templates

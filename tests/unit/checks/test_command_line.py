@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from recipe.skpo.checks.command_line import reject_unknown_settings, sentence
+from recipe.skpo.checks.engine import check_model_engine
 from recipe.skpo.checks.known_keys import MOVED, OPTIONAL
-from recipe.skpo.checks.model_engine import check_model_engine
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.settings import known_keys
 
@@ -228,7 +228,7 @@ def test_known_settings_and_other_arguments_pass() -> None:
 
 @pytest.mark.parametrize("engine", ["megatron", "torchtitan", "veomni"])
 def test_an_engine_that_is_not_installed(monkeypatch, engine: str) -> None:
-    monkeypatch.setattr("recipe.skpo.checks.model_engine.find_spec", lambda name: None)
+    monkeypatch.setattr("recipe.skpo.checks.engine.find_spec", lambda name: None)
     config = SimpleNamespace(model_engine=engine, platform=SimpleNamespace(name="gpu"))
     with pytest.raises(ConfigError, match=rf"^model_engine: {engine} needs the package \S+, which is not installed"):
         check_model_engine(config)  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from recipe.skpo.checks.config import check_config
 from recipe.skpo.checks.resolvers import context_length, rows_per_prompt
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.main import single_responses
+from recipe.skpo.main import scale_batch_for_spo
 from recipe.skpo.settings import SkpoSettings, TrackerSettings, default_node
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -308,7 +308,7 @@ def test_every_method_composes_and_passes_the_checks(run_config, method: str, ru
     from verl.utils.config import validate_config
 
     config = run_config(run, f"method={method}")
-    single_responses(config)
+    scale_batch_for_spo(config)
     check_config(config, SkpoSettings.from_config(config.skpo))
     validate_config(config, use_reference_policy=False, use_critic=False)
     assert config.method.name == method
@@ -414,7 +414,7 @@ def test_an_unknown_method_is_refused_with_the_known_ones(compose_config, method
 
 def test_spo_gets_the_budget_of_the_others(run_config) -> None:
     config = run_config("llama", "method=spo", "skpo.group_size=4")
-    single_responses(config)
+    scale_batch_for_spo(config)
     assert config.data.train_batch_size == 4 * 128
     assert config.actor_rollout_ref.actor.ppo_mini_batch_size == 4 * 32, "in as many updates"
     assert config.actor_rollout_ref.rollout.n == 1
@@ -423,7 +423,7 @@ def test_spo_gets_the_budget_of_the_others(run_config) -> None:
 @pytest.mark.parametrize("method", ["skpo", "grpo"])
 def test_other_methods_sample_groups(run_config, method: str) -> None:
     config = run_config("llama", f"method={method}", "skpo.group_size=4")
-    single_responses(config)
+    scale_batch_for_spo(config)
     assert (config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size) == (128, 32)
     assert config.actor_rollout_ref.rollout.n == (5 if method == "skpo" else 4)
 

@@ -46,11 +46,11 @@ def test_gpus_are_counted_as_cuda_sees_them(devices: str | None, number: int, mo
 @pytest.mark.parametrize("method", ["skpo", "grpo", "spo"])
 @pytest.mark.parametrize("number", range(1, 9))
 def test_the_default_job_runs_on_any_number_of_gpus(number: int, method: str, with_gpus, compose_config) -> None:
-    from recipe.skpo.main import single_responses
+    from recipe.skpo.main import scale_batch_for_spo
 
     with_gpus(number)
     config = compose_config("platform=gpu", f"method={method}")
-    single_responses(config)
+    scale_batch_for_spo(config)
     check_config(config, SkpoSettings.from_config(config.skpo))
     used = config.trainer.n_gpus_per_node
     assert used == config.actor_rollout_ref.rollout.n_gpus_per_node

@@ -18,7 +18,8 @@ import ray
 from omegaconf import OmegaConf
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
-from recipe.skpo import ending, main
+from recipe.skpo import ending
+from recipe.skpo import launch as module
 from recipe.skpo.ending import Ending, Watch, last_words, way_on
 from recipe.skpo.errors import ConfigError, RunError, describe
 from recipe.skpo.rollout.worker import RolloutError
@@ -174,7 +175,7 @@ def test_a_signal_ends_the_command_with_one_line(number: int, ignored: bool, cod
 
 @pytest.fixture
 def launched(compose_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """``main.launch`` with a ``run_ppo`` that does what the test says; Ray is not started."""
+    """``launch`` with a ``run_ppo`` that does what the test says; Ray is not started."""
     import verl.trainer.main_ppo as verl_main
     import verl.utils.config as verl_config
 
@@ -185,16 +186,16 @@ def launched(compose_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         mark(tmp_path, saved)
         monkeypatch.setattr(verl_main, "run_ppo", run_ppo)
         monkeypatch.setattr(verl_config, "validate_config", lambda *args, **options: None)
-        monkeypatch.setattr(ending, "shut_down", lambda: shut.append(main.ENDING.held))
+        monkeypatch.setattr(ending, "shut_down", lambda: shut.append(module.ENDING.held))
         with pytest.raises(SystemExit) as left:
-            main.launch(config)
+            module.launch(config)
         assert shut == [True], "Ray is shut down, and no second signal interrupts that"
         return left.value
 
     shut: list[bool] = []
-    monkeypatch.setattr(main, "ENDING", Ending())
-    monkeypatch.setattr(main, "isolated", lambda config: nullcontext())
-    with main.ENDING.handling():
+    monkeypatch.setattr(module, "ENDING", Ending())
+    monkeypatch.setattr(module, "isolated", lambda config: nullcontext())
+    with module.ENDING.handling():
         yield launch
 
 

@@ -17,7 +17,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf, open_dict
 
-from recipe.skpo import main
+from recipe.skpo import launch, main
 from recipe.skpo.trainer.resume import ResumePlan
 from tests.conftest import COMMAND, write_checkpoint
 
@@ -205,8 +205,8 @@ def test_spo_is_checked_and_launched_with_its_larger_batch(compose_config, confi
 @pytest.mark.parametrize(
     ("budget", "said"),
     [
-        ("steps", "to go on trainer.total_training_steps=<more than 3>"),
-        ("tokens", "to go on budget.tokens=<more than 700>"),
+        ("steps", "or trainer.total_training_steps=<more than 3> to continue it"),
+        ("tokens", "or budget.tokens=<more than 700> to continue it"),
     ],
 )
 def test_a_finished_run_is_not_launched_again(config, steps, tmp_path: Path, capsys, budget: str, said: str) -> None:
@@ -309,7 +309,7 @@ def test_warnings_are_seen_where_vllm_is_imported(monkeypatch, capsys) -> None:
     ours = logging.getLogger("recipe.skpo")
     for name in ("handlers", "propagate", "level"):
         monkeypatch.setattr(ours, name, getattr(ours, name))
-    main.keep_warnings()
+    launch.configure_logging()
     # What importing vLLM's server does (model_hosting_container_standards/logging_config.py).
     monkeypatch.setattr(logging.root, "level", logging.ERROR)
     logging.getLogger("recipe.skpo.trainer.base").warning("failures in step 3")
@@ -326,10 +326,10 @@ def test_attention_follows_what_is_installed(
     compose_config, monkeypatch, installed: bool, given: str | None, used: str | None
 ) -> None:
     monkeypatch.setenv("TENSORBOARD_DIR", "elsewhere")
-    monkeypatch.setattr(main, "flash_attention_installed", lambda: installed)
+    monkeypatch.setattr(launch, "flash_attention_installed", lambda: installed)
     extra = [f"+actor_rollout_ref.model.override_config.attn_implementation={given}"] if given else []
     config = compose_config("platform=gpu", "packed_attention=none", *extra)
-    main.apply_platform(config)
+    launch.apply_platform(config)
     assert config.actor_rollout_ref.model.override_config.get("attn_implementation") == used
     assert config.ray_kwargs.ray_init.runtime_env.env_vars == {"TENSORBOARD_DIR": "elsewhere", "PYTHONUTF8": "1"}
 
@@ -348,7 +348,7 @@ def test_the_engine_reaches_every_worker(compose_config, monkeypatch, given, ove
         monkeypatch.setenv(name, "before")
     extra = [f"actor_rollout_ref.model.external_lib={given}"] if given else []
     config = compose_config(*overrides, *extra)
-    main.apply_platform(config)
+    launch.apply_platform(config)
     libraries = list(config.actor_rollout_ref.model.external_lib)
     assert libraries[-3:] == ["recipe.skpo.trainer.weight_sync_registration", "recipe.skpo.engine.backends", library]
     assert libraries[:-3] == ([] if given is None else given.strip("[]").split(", "))

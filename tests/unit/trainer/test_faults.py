@@ -765,7 +765,7 @@ def test_weights_that_nobody_acknowledges_stop_the_run(tmp_path: Path, preloaded
 
 @pytest.mark.parametrize("given", [None, "mine", ["mine", "other"]])
 def test_every_run_registers_the_adapter(compose_config, monkeypatch, given) -> None:
-    from recipe.skpo.main import apply_platform
+    from recipe.skpo.launch import apply_platform
 
     config = compose_config("platform=gpu", "data=files", "packed_attention=none")
     monkeypatch.setenv("TENSORBOARD_DIR", "x")

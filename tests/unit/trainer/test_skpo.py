@@ -96,7 +96,7 @@ def make_trainer(compose_config, model_folder, tmp_path: Path, queue: Queue, mon
 
         import recipe.skpo.trainer.baselines  # noqa: F401
         import recipe.skpo.trainer.skpo  # noqa: F401
-        from recipe.skpo.main import single_responses
+        from recipe.skpo.main import scale_batch_for_spo
 
         config = compose_config("platform=cpu", f"method={method}", f"skpo.group_size={G}")
         for key, value in skpo.items():
@@ -104,7 +104,7 @@ def make_trainer(compose_config, model_folder, tmp_path: Path, queue: Queue, mon
         config.output_dir = str(tmp_path)
         config.trainer.default_local_dir = str(tmp_path / "checkpoints")
         config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size = 4, 2
-        single_responses(config)
+        scale_batch_for_spo(config)
         trainer = get_trainer_cls(config.trainer.v1.trainer_mode)(config)
         trainer.global_steps, trainer.total_training_steps, trainer.timing_raw = 1, 10, {}
         trainer.curr_step_profile = False

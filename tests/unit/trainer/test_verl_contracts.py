@@ -322,19 +322,19 @@ SEAMS = [
         "loss.skpo_loss hands its sums over by it",
     ),
     # main.py
-    ("verl.trainer.main_ppo:run_ppo", "(config, task_runner_class)", "main.launch calls it"),
+    ("verl.trainer.main_ppo:run_ppo", "(config, task_runner_class)", "launch.launch calls it"),
     (
         "verl.trainer.main_ppo:TaskRunnerV1.__ray_actor_class__.run",
         "(self, config)",
-        "main.SkpoTaskRunner.run extends it: it imports our trainers first",
+        "launch.SkpoTaskRunner.run extends it: it imports our trainers first",
     ),
     (
         "verl.utils.config:validate_config",
         "(config, use_reference_policy, use_critic)",
-        "main.launch calls it before Ray starts",
+        "launch.launch calls it before Ray starts",
     ),
-    ("verl.trainer.ppo.utils:need_critic", "(config)", "main.launch calls it"),
-    ("verl.trainer.ppo.utils:need_reference_policy", "(config)", "main.launch calls it"),
+    ("verl.trainer.ppo.utils:need_critic", "(config)", "launch.launch calls it"),
+    ("verl.trainer.ppo.utils:need_reference_policy", "(config)", "launch.launch calls it"),
 ]
 
 
