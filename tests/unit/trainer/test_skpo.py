@@ -330,7 +330,7 @@ def test_trees_that_cannot_be_written_do_not_end_the_training(make_trainer, queu
         trainer._compute_advantage(batch, metrics)
     assert metrics["skpo/prompts_dropped"] == 0 and not tree_index(Path(trainer.output_dir))
     assert [text for text in caplog.messages if "trees" in text] == [
-        "trees: not written (OSError: [Errno 28] No space left on device); the training goes on, and later failures "
+        "trees: not written (OSError: [Errno 28] No space left on device); the training continues, and later failures "
         "of it are not logged"
     ]
 
