@@ -19,7 +19,7 @@ PARTS = ("rollout", "engine", "recipe", "update", "threads")
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command; returns the exit code, of the first part that failed where all are run."""
+    """Run the command; returns the exit code, of the first part that failed if all are run."""
     if argv and argv[0] in PARTS:
         return int(importlib.import_module(f"benchmarks.{argv[0]}").main(argv[1:]))
     if argv:

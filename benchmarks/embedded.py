@@ -7,14 +7,14 @@ from typing import Any
 
 
 def model_folder() -> Path:
-    """SmolLM2-135M-Instruct, made if the cache does not hold it."""
+    """Return the folder of SmolLM2-135M-Instruct, made if the cache does not hold it."""
     from data_prep import smollm2
 
     return smollm2.prepare(Path(os.environ.get("SKPO_CACHE", ".cache")) / "smollm2-135m-instruct")
 
 
 def problems(count: int) -> list[dict[str, Any]]:
-    """So many training rows of the arithmetic task."""
+    """Make ``count`` training rows of the arithmetic task."""
     import pandas
 
     from data_prep import arithmetic

@@ -28,6 +28,7 @@ class EngineClient:
     """verl's ``LLMServerClient.generate`` in front of a vLLM engine in this process; one replica needs no router."""
 
     def __init__(self, engine: Any, budget: int) -> None:
+        """Serve an engine; ``budget`` is the longest response of requests without a limit."""
         self.engine, self.budget = engine, budget
 
     async def generate(
@@ -39,19 +40,19 @@ class EngineClient:
         priority: int = 0,
         **media: Any,
     ) -> Any:
-        """One completion with its log-probs, as verl's server makes it."""
+        """Return one completion with its log-probs, as verl's server makes it."""
         from verl.workers.rollout.replica import TokenOutput
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
-        asked = dict(sampling_params)
+        options = dict(sampling_params)
         params = SamplingParams(
-            # verl's server gives requests that name none the response budget.
-            max_tokens=asked.pop("max_tokens", self.budget),
-            logprobs=0 if asked.pop("logprobs", False) else None,
+            # As verl's server for requests without a limit.
+            max_tokens=options.pop("max_tokens", self.budget),
+            logprobs=0 if options.pop("logprobs", False) else None,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            **asked,
+            **options,
         )
         prompt = TokensPrompt(prompt_token_ids=list(prompt_ids))
         final = None
@@ -69,7 +70,7 @@ class EngineClient:
 
 
 def _start_engine(model: Path, config: Any) -> Any:
-    """vLLM with the settings of the composed config, as verl hands them on."""
+    """Start vLLM with the settings of the composed config, as verl passes them."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -95,7 +96,7 @@ def _start_engine(model: Path, config: Any) -> Any:
 async def _measure(
     options: argparse.Namespace, rows: Sequence[dict[str, Any]], keep: Callable[[list[dict[str, Any]]], None]
 ) -> list[dict[str, Any]]:
-    """All rollouts, one record each; ``keep`` gets those that there are after every repetition."""
+    """Measure all rollouts, one record each; ``keep`` gets the records so far after every repetition."""
     from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 
     from benchmarks.workers import Prompt, compose, roll_out, variants
@@ -117,7 +118,7 @@ async def _measure(
             ]
         )
 
-    # One replica leaves nothing to be routed, and first visits expect the same length of all: these change nothing.
+    # With one replica and equal expected lengths, routing and priorities change nothing.
     compared = [variant for variant in variants(options.group) if variant.method not in ("barrier", "arrival")]
     configs = {variant.name: composed(variant.config_method, variant.candidates) for variant in compared}
     # SKPO's, whose sequences are the longest.
@@ -160,7 +161,7 @@ async def _measure(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command; returns the exit code."""
     parser = parser_of("engine", __doc__ or "")
     parser.add_argument("--prompts", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--group", type=int, default=8)

@@ -1,10 +1,10 @@
-"""What to run on a machine with a GPU before trusting it: ``bash scripts/gpu_check.sh``.
+"""Checks for a machine with a GPU before it is trusted: ``bash scripts/gpu_check.sh``.
 
 One function per part; the script bounds each in time and prints the table at the end.
 
     attention     losses and gradients of every attention against float32, then seconds and memory of an update
     default       the default job, killed with SIGKILL after its first checkpoint if ``resume`` follows
-    resume        the same command again: it goes on from that checkpoint to the end
+    resume        the same command again: it resumes from that checkpoint and ends
     compare       SKPO, GRPO and GRPO with separate rows at 128 prompts of 8 responses
     determinism   two runs side by side with full_determinism: whether their metrics are equal
 
@@ -36,7 +36,7 @@ from recipe.skpo.output.summary import held_out
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = ("timing", "perf/", "seconds")
-"""Parts of the names of metrics that measure the machine."""
+"""Parts of names of metrics that measure the machine."""
 METRICS = "out/metrics.jsonl"
 GAP = "skpo/rollout_actor_logprob_gap/mean"
 MOST_GAP = 0.02
@@ -51,7 +51,7 @@ class Result:
         part: of the check.
         what: was measured.
         values: name to number or text.
-        passed: None where there is nothing to pass.
+        passed: None if there is nothing to pass.
     """
 
     part: str
@@ -61,9 +61,10 @@ class Result:
 
 
 class Check:
-    """The options, and where results go: printed and appended to ``results.jsonl`` as soon as they are there."""
+    """The options, and where results go: printed and appended to ``results.jsonl`` at once."""
 
     def __init__(self, options: argparse.Namespace) -> None:
+        """Read the options and make the folder."""
         self.cpu, self.tiny = options.device == "cpu", bool(options.tiny)
         self.parts, self.data = options.parts, options.data
         self.out: Path = options.out.resolve()
@@ -83,7 +84,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model and the rows of SKPO that it is given; ``response`` is the longest, ``repeats`` of the timing."""
+    """A model and its rows of SKPO; ``response`` is the longest, ``repeats`` is of the timing."""
 
     model: dict[str, Any]
     prompts: int
@@ -94,6 +95,7 @@ class Sizes:
     repeats: int
 
     def __str__(self) -> str:
+        """Describe the sizes in one line."""
         rows = f"{self.prompts} prompts x {self.group}, q {self.problem}, s {self.segment}, up to {self.response}"
         return f"{self.model['num_hidden_layers']} layers of {self.model['hidden_size']}, {rows}"
 
@@ -130,13 +132,13 @@ def attention(check: Check) -> None:
     )  # fmt: skip
     small, large = SMALL, SMALL if check.tiny else LARGE
     rows = at_64(Shape(small.prompts, small.group, small.problem, small.segment, small.response))
-    wanted = Update(small, None, True, device, torch.float32).run(rows)
-    noise = Update(small, None, True, device, dtype).run(rows).distance(wanted)
+    exact = Update(small, None, True, device, torch.float32).run(rows)
+    noise = Update(small, None, True, device, dtype).run(rows).distance(exact)
     kinds: list[str] = [attentions.VARLEN, *([] if check.cpu else [attentions.BLOCKS])]
     for kind in kinds:
         for share in (True, False):
             with guarded_part(check, "attention", f"{kind}, {'shared' if share else 'separate'}"):
-                correct(check, kind, share, Update(small, kind, share, device, dtype).run(rows), wanted, noise)
+                correct(check, kind, share, Update(small, kind, share, device, dtype).run(rows), exact, noise)
     if check.cpu:
         check.add("attention", "skpo_blocks", {"not run": "FlexAttention has no backward on a CPU"})
     shape = Shape(large.prompts, large.group, large.problem, large.segment, large.response)
@@ -150,7 +152,7 @@ def attention(check: Check) -> None:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of one update: log-probs of response tokens and the gradient, both float32 on the CPU, and what was seen."""
+    """Results of an update: response log-probs and gradient, both float32 on the CPU, and counts of kernels."""
 
     log_probs: Any
     gradient: Any
@@ -160,7 +162,7 @@ class Gradients:
     documents: bool
 
     def distance(self, other: "Gradients") -> tuple[float, float]:
-        """Mean distance of the log-probs in nats, and the gradients' relative to the other's norm."""
+        """Return the log-probs' mean distance in nats, and the gradients' relative to the other's norm."""
         gap = (self.log_probs - other.log_probs).abs().mean()
         relative = (self.gradient - other.gradient).norm() / other.gradient.norm()
         return float(gap), float(relative)
@@ -172,6 +174,7 @@ class Update:
     def __init__(
         self, sizes: Sizes, kind: str | None, share: bool, device: Any, dtype: Any, checkpointed: bool = False
     ) -> None:
+        """Make the model and the engine."""
         import torch
         from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -226,7 +229,7 @@ class Update:
 
 
 def of_responses(values: Any, data: Any) -> Any:
-    """Log-probs of the response tokens, out of verl's rows of prompt and response."""
+    """Take the response tokens' log-probs from verl's rows of prompt and response."""
     import torch
 
     ends, lengths = data["input_ids"].offsets()[1:].tolist(), data["responses"].offsets().diff().tolist()
@@ -234,7 +237,7 @@ def of_responses(values: Any, data: Any) -> Any:
 
 
 def whole(packed: Any) -> bool:
-    """Whether the documents are what the kernels need: int32, none empty, up to the last position."""
+    """Tell whether the documents are as the kernels need them: int32, none empty, up to the last position."""
     import torch
 
     pieces = packed.pieces.cu_seqlens
@@ -242,7 +245,7 @@ def whole(packed: Any) -> bool:
 
 
 def at_64(shape: Any) -> list[Any]:
-    """Rows whose padded length is 64 modulo 128, and whose packed one is as well.
+    """Make rows whose padded length is 64 modulo 128, and whose packed one is as well.
 
     With such lengths cuDNN's attention has returned NaN gradients (pytorch issue 196678).
     """
@@ -259,12 +262,12 @@ def at_64(shape: Any) -> list[Any]:
 
 
 def correct(
-    check: Check, kind: str, share: bool, found: Gradients, wanted: Gradients, noise: tuple[float, float]
+    check: Check, kind: str, share: bool, found: Gradients, exact: Gradients, noise: tuple[float, float]
 ) -> None:
-    """Note whether an attention's results are those of float32 within the noise of padded rows of its dtype."""
+    """Check that an attention's results are those of float32 within the noise of padded rows of its dtype."""
     import torch
 
-    gap, relative = found.distance(wanted)
+    gap, relative = found.distance(exact)
     layers = SMALL.model["num_hidden_layers"] * len(found.positions)
     finite = bool(torch.isfinite(found.log_probs).all() and torch.isfinite(found.gradient).all())
     values: dict[str, Any] = {
@@ -282,7 +285,7 @@ def correct(
 
 
 def timed(check: Check, update: Update, rows: Sequence[Any], repeats: int) -> None:
-    """Note seconds and peak memory of an update."""
+    """Measure seconds and peak memory of an update."""
     import torch
 
     seconds = []
@@ -305,7 +308,7 @@ def timed(check: Check, update: Update, rows: Sequence[Any], repeats: int) -> No
 
 @contextmanager
 def guarded_part(check: Check, part: str, what: str) -> Iterator[None]:
-    """Note an error, out of memory for example, as a result; what follows is measured all the same."""
+    """Note an error, out of memory for example, as a result; the next measurements still run."""
     try:
         yield
     except Exception as error:  # one attention of several
@@ -316,10 +319,9 @@ def guarded_part(check: Check, part: str, what: str) -> Iterator[None]:
 
 
 def job(check: Check, folder: Path, *more: str, fast: bool = True) -> list[str]:
-    """The command of a run in ``folder``: the embedded model's, or the tiny model's.
+    """Return the command of a run in ``folder``: the embedded model's, or the tiny model's.
 
-    Args:
-        fast: no CUDA graphs in vLLM, which take about a minute to make.
+    ``fast`` leaves out vLLM's CUDA graphs, which take about a minute to make.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if check.tiny:
@@ -333,7 +335,7 @@ def job(check: Check, folder: Path, *more: str, fast: bool = True) -> list[str]:
     if not check.cpu:
         settings += ["++ray_kwargs.ray_init.include_dashboard=false"]
         settings += ["actor_rollout_ref.rollout.enforce_eager=true"] if fast else []
-    # Of equal keys the last one counts, and Hydra refuses a choice of a group that is given twice.
+    # Of equal keys the last one counts; Hydra refuses a choice of a group that is given twice.
     last = {item.split("=", 1)[0].lstrip("+"): item for item in [*settings, *more, *check.overrides]}
     return [sys.executable, "-m", "recipe.skpo.main", *last.values()]
 
@@ -366,7 +368,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def per_step(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Median seconds of a step and of its phases, without the first step, which compiles."""
+    """Take median seconds of a step and of its phases, without the first step, which compiles."""
     later = lines[1:] or lines
     names = [name for name in later[-1] if name.startswith("timing_s/") and name.count("/") == 1]
     return {
@@ -376,13 +378,13 @@ def per_step(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def mean(lines: Sequence[dict[str, Any]], name: str) -> float:
-    """Mean of a metric over the steps that have it, NaN without any."""
+    """Average a metric over the steps that have it, NaN without any."""
     values = [line[name] for line in lines if name in line]
     return sum(values) / len(values) if values else float("nan")
 
 
 def default_command(check: Check) -> tuple[Path, list[str]]:
-    """The default job; of the tiny model four steps."""
+    """Return folder and command of the default job; of the tiny model four steps."""
     folder = check.out / "default"
     more = ["trainer.total_training_steps=4", "trainer.test_freq=1000"] if check.tiny else []
     return folder, job(check, folder, *more, fast=False)
@@ -408,7 +410,7 @@ def default(check: Check) -> None:
 
 
 def describe(check: Check, part: str, folder: Path) -> None:
-    """Note what a run's metrics say: held-out numbers, seconds, the gap between rollout and actor."""
+    """Note a run's held-out numbers, seconds, and the gap between rollout and actor."""
     lines = training_steps(folder / METRICS)
     for line in read_lines(folder / METRICS):
         for source, numbers in held_out(line).items():
@@ -419,7 +421,7 @@ def describe(check: Check, part: str, folder: Path) -> None:
 
 
 def resume(check: Check) -> None:
-    """Run the command of ``default`` again: it goes on from the checkpoint to the end."""
+    """Run the command of ``default`` again: it resumes from the checkpoint and ends."""
     folder, command = default_command(check)
     before = [line["step"] for line in training_steps(folder / METRICS)]
     finish(start(command, folder), folder)
@@ -507,7 +509,7 @@ PARTS: dict[str, Callable[[Check], None]] = {
 
 
 def shown(value: Any) -> str:
-    """A value of the table."""
+    """Format a value of the table."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -524,7 +526,7 @@ def show(out: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: one part, or ``table``; returns the exit code."""
+    """Run one part, or print the ``table``; returns the exit code."""
     parser = argparse.ArgumentParser(prog="bash scripts/gpu_check.sh", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("part", choices=[*PARTS, "table"])
     parser.add_argument("--parts", type=lambda text: text.split(","), default=list(PARTS))
@@ -540,7 +542,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check = Check(options)
     try:
         PARTS[options.part](check)
-    except Exception as error:  # process border: the script goes on with the next part
+    except Exception as error:  # process border: the script runs the next part
         traceback.print_exc()
         check.add(options.part, "failed", {"error": f"{type(error).__name__}: {error}"[:400]}, False)
         return 1

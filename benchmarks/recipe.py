@@ -28,7 +28,7 @@ DAPO_PROMPTS, MILLION = 17_398, 1_000_000
 
 @dataclass(frozen=True)
 class Measured:
-    """One quantity, its unit and the limit that it must stay under; None where it is only reported."""
+    """One quantity, its unit and the limit that it must stay under; None if it is only reported."""
 
     name: str
     value: float
@@ -37,7 +37,7 @@ class Measured:
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median processor time of a call, after one that is not counted.
+    """Measure the median processor time of a call, after one that is not counted.
 
     Not wall time, so that other work on the machine does not count; with one thread, as here, they are otherwise equal.
     """
@@ -54,7 +54,7 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def prompt_parts() -> dict[str, Callable[[], Any]]:
-    """What the recipe does for one prompt on top of verl, by name; what it computes on is made beforehand."""
+    """Return the recipe's work for one prompt on top of verl, by name; its inputs are made beforehand."""
     from verl.workers.rollout.replica import TokenOutput
 
     from recipe.skpo.method.segments import cut_segment, select_segment, skip_prompt
@@ -196,12 +196,12 @@ def training_step(prompts: int = PROMPTS) -> Callable[[], dict[str, float]]:
 
 
 def prompt_key(number: int) -> str:
-    """An id as data preparation makes them: 16 hex digits."""
+    """Make an id as data preparation does: 16 hex digits."""
     return f"{number * 0x9E3779B97F4A7C15 % 2**64:016x}"
 
 
 def visited_state(count: int) -> Any:
-    """A run's state after one visit of every prompt."""
+    """Make a run's state after one visit of every prompt."""
     from recipe.skpo.settings import SkpoSettings
     from recipe.skpo.trainer.state import SkpoState
 
@@ -212,13 +212,13 @@ def visited_state(count: int) -> Any:
 
 
 def _highest_memory() -> int:
-    """Highest resident memory of this process in bytes (``ru_maxrss`` would count the parent's)."""
+    """Read the highest resident memory of this process in bytes (``ru_maxrss`` would count the parent's)."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
 
 
 def million(count: int = MILLION) -> dict[str, float]:
-    """Costs of trackers that know ``count`` prompts, in a process that did nothing else: see ``fresh_million``.
+    """Measure trackers that know ``count`` prompts, in a process that did nothing else: see ``fresh_million``.
 
     Returns:
         ``memory_mb``: growth of resident memory by the state; ``peak_mb``: growth by the end of a save, at its
@@ -265,7 +265,7 @@ def million(count: int = MILLION) -> dict[str, float]:
 
 
 def fresh_million(count: int = MILLION) -> dict[str, float]:
-    """``million`` in a process of its own, so that its memory is nobody else's."""
+    """Run ``million`` in a process of its own, so that its memory is measured alone."""
     code = f"import json; from benchmarks.recipe import million; print(json.dumps(million({count})))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, encoding="utf-8", errors="replace", check=True
@@ -275,7 +275,7 @@ def fresh_million(count: int = MILLION) -> dict[str, float]:
 
 
 def draw_seconds(prompts: int, repeats: int) -> float:
-    """Median time of drawing one batch of 128 by priority from ``prompts`` ids, all visited."""
+    """Measure the median time of drawing one batch of 128 by priority from ``prompts`` ids, all visited."""
     from recipe.skpo.method.curriculum import PrioritisedBatches
 
     state = visited_state(prompts)
@@ -289,7 +289,7 @@ def draw_seconds(prompts: int, repeats: int) -> float:
 
 
 def measure(repeats: int) -> list[Measured]:
-    """Every quantity with its limit."""
+    """Measure every quantity."""
     import torch
 
     torch.set_num_threads(1)
@@ -313,7 +313,7 @@ def measure(repeats: int) -> list[Measured]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns 1 if a limit is passed."""
+    """Run the command; returns 1 if a limit is passed."""
     parser = parser_of("recipe", __doc__ or "")
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args(argv)

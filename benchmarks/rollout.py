@@ -50,13 +50,14 @@ class Workload:
 
 _VOCABULARY, _END = 1000, 2
 _KEY_TOKENS = 64
-"""A problem is known by its last tokens, with which [s, q] ends as well."""
+"""A problem is recognised by its last tokens, with which [s, q] ends as well."""
 
 
 class LongTailedModel:
     """Writes responses of drawn lengths; the same prompt and request seed give the same length under every method."""
 
     def __init__(self, workload: Workload, seed: int) -> None:
+        """Draw the problems and their mean lengths."""
         self.workload, self.seed = workload, seed
         rng = np.random.default_rng([seed, 0])
         self.log_means = np.log(workload.median_length) + workload.prompt_sigma * rng.standard_normal(workload.prompts)
@@ -68,17 +69,17 @@ class LongTailedModel:
         self._numbers: dict[tuple[int, ...], tuple[int, int]] = {}
 
     def know(self, number: int, problem_ids: Sequence[int]) -> None:
-        """Recognise the templated problem from now on."""
+        """Remember a templated problem."""
         self._numbers[tuple(problem_ids[-_KEY_TOKENS:])] = (number, len(problem_ids))
 
     def length(self, number: int, request_seed: int, skip: bool) -> int:
-        """Tokens of one whole response, the end token included, before any cut."""
+        """Return the tokens of one whole response, the end token included, before any cut."""
         z = np.random.default_rng([self.seed, 1, number, request_seed]).standard_normal()
         tokens = np.exp(self.log_means[number] + self.workload.response_sigma * z)
         return max(1, round(float(tokens) * (self.workload.skip_factor if skip else 1.0)))
 
     def write(self, prompt_ids: Sequence[int], sampling_params: dict[str, Any]) -> list[int]:
-        """Token ids of one completion; a ``simulated_server.Writer``."""
+        """Write one completion; a ``simulated_server.Writer``."""
         number, problem_tokens = self._numbers[tuple(prompt_ids[-_KEY_TOKENS:])]
         request_seed = int(sampling_params["seed"])
         length = self.length(number, request_seed, skip=len(prompt_ids) > problem_tokens)
@@ -91,7 +92,7 @@ class LongTailedModel:
 
 
 def write_tokenizer(folder: Path) -> Path:
-    """A model folder without weights: token n is the word "wn"."""
+    """Write a model folder without weights: token n is the word "wn"."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
@@ -121,7 +122,7 @@ def write_tokenizer(folder: Path) -> Path:
 def simulate(
     workload: Workload, replicas: int, seeds: Sequence[int], constants: ServerConstants, compared: Sequence[Variant]
 ) -> list[dict[str, Any]]:
-    """Every variant on every seed, on a cluster of so many replicas; one record per rollout."""
+    """Run every variant on every seed, on a cluster of so many replicas; one record per rollout."""
     records = []
     configs: dict[tuple[str, int], Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -181,7 +182,7 @@ async def _rollout(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command; returns the exit code."""
     parser = parser_of("rollout", __doc__ or "")
     shapes = ["32x1x64", "32x1x256", "128x8x256", "128x64x256"]
     help_text = "prompts x replicas x sequences that a replica runs at once"

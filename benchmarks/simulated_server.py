@@ -1,12 +1,10 @@
 """A cluster of language-model servers without a model: continuous batching, prefix cache and routing in virtual time.
 
-What it keeps of vLLM 0.28 (v1 scheduler): running sequences decode one token per step; prompts are prefilled in chunks
-in the same steps, within a token budget; waiting requests are admitted by priority, then in order, while there are
-slots and cache blocks; full blocks of a prompt can be shared from the moment they are scheduled, also within one step;
-at least the last prompt token is always computed; blocks that nobody uses are evicted least recently used first.  What
-it leaves out: preemption (a request is admitted when all that it will write fits), sharing of generated tokens, and
-speculative anything.
-The clients in front are verl's own, with verl's own router.
+As vLLM 0.28 (v1 scheduler): running sequences decode one token per step; prompts are prefilled in chunks in the same
+steps, within a token budget; waiting requests are admitted by priority, then in order, if there are slots and cache
+blocks; full blocks of a prompt are shared once they are scheduled, also within one step; at least the last prompt token
+is computed; unused blocks are evicted least recently used first.  Left out: preemption (a request is admitted when all
+its tokens fit), sharing of generated tokens, speculation.  The clients and the router are verl's own.
 """
 
 import asyncio
@@ -23,7 +21,7 @@ from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
 Writer = Callable[[Sequence[int], dict[str, Any]], list[int]]
-"""What a model would write: (prompt token ids, sampling parameters) to token ids, cut at ``max_tokens``."""
+"""A model: (prompt token ids, sampling parameters) to token ids, cut at ``max_tokens``."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +62,18 @@ class PrefixCache:
     """Blocks of one replica: held by sequences, or idle and evictable."""
 
     def __init__(self, blocks: int) -> None:
+        """Begin empty, with room for so many blocks."""
         self.blocks = blocks
         self._held: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._private = 0
 
     def hits(self, hashes: Sequence[int]) -> int:
-        """How many of the first blocks are there."""
+        """Count the first blocks that are in the cache."""
         return sum(1 for _ in itertools.takewhile(lambda key: key in self._held or key in self._idle, hashes))
 
     def admit(self, hits: Sequence[int], others: int) -> bool:
-        """Hold the ``hits`` and reserve ``others`` more blocks; False, and nothing changes, where they do not fit."""
+        """Hold the ``hits`` and reserve ``others`` more blocks; False, and nothing changes, if they do not fit."""
         woken = sum(key in self._idle for key in hits)
         if len(self._held) + woken + self._private + others > self.blocks:
             return False
@@ -85,12 +84,12 @@ class PrefixCache:
         return True
 
     def share(self, key: int) -> None:
-        """A reserved block is full of prompt tokens: others may use it."""
+        """Let others use a reserved block, which is full of prompt tokens."""
         self._private -= 1
         self._hold(key)
 
     def release(self, shared: Sequence[int], private: int) -> None:
-        """A sequence is gone; what it shared becomes idle once nobody else holds it, its end first to be evicted."""
+        """End a sequence; its shared blocks become idle once no other holds them, the last ones evicted first."""
         self._private -= private
         for key in reversed(shared):
             self._held[key] -= 1
@@ -111,6 +110,7 @@ class Replica:
     """One server; ``generate`` has the signature of verl's vLLM server."""
 
     def __init__(self, constants: ServerConstants, write: Writer) -> None:
+        """Start serving."""
         self.constants, self.write = constants, write
         self.cache = PrefixCache(constants.cache_tokens // constants.block_size)
         self._waiting: list[tuple[int, int, _Sequence]] = []  # heap by priority and arrival
@@ -130,7 +130,7 @@ class Replica:
         priority: int = 0,
         **media: Any,
     ) -> TokenOutput:
-        """One completion, when it is written; a lower ``priority`` is admitted first."""
+        """Return one completion, when it is written; a lower ``priority`` is admitted first."""
         tokens = self.write(prompt_ids, sampling_params)
         await asyncio.sleep(self.constants.request_seconds)
         sequence = _Sequence(
@@ -176,7 +176,7 @@ class Replica:
             self._collect()
 
     def _schedule(self) -> int:
-        """Give the step's token budget away; returns the prompt tokens computed in it."""
+        """Spend the step's token budget; returns the prompt tokens computed in it."""
         budget = self.constants.batched_tokens - len(self._decoding)
         granted = 0
         for sequence in self._prefilling:
@@ -217,7 +217,7 @@ class Replica:
         return granted
 
     def _collect(self) -> None:
-        """After a step: prompts that are complete have written their first token, others perhaps their last one."""
+        """End a step: complete prompts have written their first token, others perhaps their last one."""
         complete = [sequence for sequence in self._prefilling if sequence.computed == sequence.prompt_tokens]
         if complete:
             self._prefilling = [sequence for sequence in self._prefilling if sequence.computed < sequence.prompt_tokens]
@@ -236,9 +236,11 @@ class LocalHandle:
     """A Ray handle of an object in this process: ``handle.method.remote(...)`` gives something to await."""
 
     def __init__(self, target: Any) -> None:
+        """Hold the object."""
         self._target = target
 
     def __getattr__(self, name: str) -> Any:
+        """Return a method with ``remote``."""
         method = getattr(self._target, name)
 
         def remote(*args: Any, **kwargs: Any) -> Any:
@@ -257,6 +259,7 @@ class Cluster:
     """Replicas behind verl's router, and the client that verl's workers talk to; use inside a running loop."""
 
     def __init__(self, config: Any, replicas: int, constants: ServerConstants, write: Writer) -> None:
+        """Start the replicas."""
         self.replicas = [Replica(constants, write) for _ in range(replicas)]
         servers: dict[str, Any] = {str(number): LocalHandle(replica) for number, replica in enumerate(self.replicas)}
         router: Any = LocalHandle(GlobalRequestLoadBalancer(servers))

@@ -29,7 +29,7 @@ sys.stdin.read()
 
 
 def update_seconds(threads: int, policy: str, beside: bool, options: Sequence[str]) -> float:
-    """Median seconds of an update with shared prompts; ``beside``: an idle pool of as many threads is there."""
+    """Measure the median seconds of an update with shared prompts, beside an idle pool of threads or alone."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy}
     with ExitStack() as stack:
         out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "update.json"
@@ -46,7 +46,7 @@ def update_seconds(threads: int, policy: str, beside: bool, options: Sequence[st
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command; returns the exit code."""
     parser = parser_of("threads", __doc__ or "")
     parser.add_argument("--model", default="", help="checkpoint folder, or random (default: the embedded model)")
     parser.add_argument("--repeats", type=int, default=5)

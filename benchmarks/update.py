@@ -33,7 +33,7 @@ class Shape:
     response: int
 
     def rows(self, generator: torch.Generator) -> list[Rows]:
-        """Per prompt, the prompts and responses of its rows."""
+        """Make, per prompt, the prompts and responses of its rows."""
 
         def tokens(count: int) -> torch.Tensor:
             return torch.randint(VOCABULARY, (count,), generator=generator)
@@ -48,7 +48,7 @@ class Shape:
 
 
 def load_model(folder: str) -> Any:
-    """The checkpoint, or with ``random`` a small random model, in float32 with sdpa, as the CPU platform trains it."""
+    """Load a checkpoint, or with ``random`` make a small model, in float32 with sdpa, as on the CPU platform."""
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     if folder != "random":
@@ -66,7 +66,7 @@ def load_model(folder: str) -> Any:
 
 
 def micro_batch(rows: Sequence[Rows]) -> Any:
-    """The rows as verl hands them to an engine."""
+    """Pack rows as verl passes them to an engine."""
     from tensordict import TensorDict
     from verl.utils import tensordict_utils as tu
 
@@ -87,7 +87,7 @@ def micro_batch(rows: Sequence[Rows]) -> Any:
 
 
 def update(engine_class: type, model: Any, batches: Sequence[Any]) -> tuple[float, int]:
-    """Forward and backward over all micro-batches: seconds, and positions that the model computed, padding included."""
+    """Run forward and backward over all micro-batches; returns seconds, and computed positions, padding included."""
     engine: Any = object.__new__(engine_class)
     engine.pad_to_length = None
     engine.use_ulysses_sp = False
@@ -104,7 +104,7 @@ def update(engine_class: type, model: Any, batches: Sequence[Any]) -> tuple[floa
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code."""
+    """Run the command; returns the exit code."""
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
     from recipe.skpo.engine.dense import SharedPrefixEngine

@@ -1,7 +1,7 @@
-"""An asyncio event loop whose clock jumps: nobody sleeps, yet everything happens in the order of its time.
+"""An asyncio event loop whose clock jumps: nothing sleeps, yet everything happens in the order of its time.
 
-When nothing is ready, a loop would wait for its next timer; this one sets its clock to that timer instead.  Work that
-asyncio hands to threads runs at once and takes no time, so a run depends on nothing but its seeds.
+When nothing is ready, the loop sets its clock to its next timer instead of waiting.  Work for threads runs at once and
+takes no time, so a run depends only on its seeds.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 class StalledError(RuntimeError):
-    """Every task waits for something that no timer will bring."""
+    """Every task waits, and no timer is left to wake one."""
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -37,11 +37,12 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """``time()`` starts at 0 and moves only when all tasks wait for a later time."""
 
     def __init__(self) -> None:
+        """Begin at 0."""
         self._jumping = _JumpingSelector()
         super().__init__(self._jumping)
 
     def time(self) -> float:
-        """Virtual seconds since the loop was made."""
+        """Return the virtual seconds since the loop was made."""
         return self._jumping.now
 
     def run_in_executor(  # type: ignore[override]
@@ -57,7 +58,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
 
 
 def run_virtual(main: Coroutine[Any, Any, Result]) -> Result:
-    """``asyncio.run`` in virtual time.
+    """Run as ``asyncio.run``, in virtual time.
 
     Raises:
         StalledError: the tasks wait for each other.

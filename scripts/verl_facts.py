@@ -1,4 +1,6 @@
-"""What the text of the installed verl says, beyond the signatures that the unit tests pin: pytest scripts/verl_facts.py
+"""Check the text of the installed verl, beyond the signatures that the unit tests pin.
+
+    pytest scripts/verl_facts.py
 
 ``scripts/check_verl_version.py`` runs this for another release.  The facts are in verl_facts.yaml; where one no longer
 holds, read the change upstream and then what the message names on our side.
@@ -17,7 +19,7 @@ FACTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="u
 
 
 def text_of(place: str) -> str:
-    """Source of an object, or of a file of verl's, with single blanks."""
+    """Return the source of an object, or of a file of verl, with single blanks."""
     if place.endswith(".py"):
         text = (Path(verl.__file__).parent / place).read_text(encoding="utf-8")
     else:
@@ -27,6 +29,7 @@ def text_of(place: str) -> str:
 
 @pytest.mark.parametrize(("place", "says"), [(place, says) for place, texts in FACTS.items() for says in texts])
 def test_source_still_says_so(place: str, says: str) -> None:
+    """The text is still there."""
     ours = FACTS[place][says]
     try:
         text = text_of(place)
@@ -36,6 +39,7 @@ def test_source_still_says_so(place: str, says: str) -> None:
 
 
 def test_the_synchronous_trainer_overrides_nothing_that_the_facts_were_read_in() -> None:
+    """Methods of the base class are those that run."""
     base, sync = locate(BASE), locate(SYNC)
     read = {place.rpartition(".")[2] for place in FACTS if place.startswith(BASE)}
     assert not {name for name in read if getattr(sync, name) is not getattr(base, name)}

@@ -105,7 +105,7 @@ def test_two_callers_convert_once(tmp_path: Path, fake_conversion: list[Path]) -
 def test_a_folder_that_is_something_else_is_left_alone(tmp_path: Path, fake_conversion: list[Path]) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("mine")
-    with pytest.raises(ModelError, match="no checkpoint"):
+    with pytest.raises(ModelError, match="not a checkpoint"):
         prepare(tmp_path / "model")
     assert visible(tmp_path / "model") == ["thesis.txt"]
     assert fake_conversion == []
