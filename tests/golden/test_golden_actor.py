@@ -6,9 +6,6 @@ ranks: a wrong normaliser anywhere between the trainer and the optimizer shows h
 """
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,34 +196,16 @@ def rows_of(visits: list[Visit], ranks: int, whole: bool) -> list[dict[str, Any]
     ]
 
 
-def run_ranks(folder: Path, ranks: int) -> None:
-    """Start the processes of ``tests.golden.actor`` and wait for them."""
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.golden.actor", str(folder), str(rank), str(ranks)],
-            cwd=ROOT,
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    try:
-        logs = [process.communicate(timeout=280)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, log in zip(processes, logs, strict=True):
-        assert process.returncode == 0, log[-6000:]
-
-
 @pytest.mark.parametrize(
-    ("ranks", "device", "variants"), [(1, "cuda", VARIANTS), (2, "cuda", VARIANTS), (2, "packed", PACKED)]
+    ("ranks", "device", "variants"),
+    [
+        pytest.param(1, "cuda", VARIANTS, marks=pytest.mark.nightly),  # as in test_golden_batch.py, without an engine
+        (2, "cuda", VARIANTS),
+        (2, "packed", PACKED),
+    ],
 )
 def test_the_gradient_of_verls_actor_is_that_of_the_paper(
-    ranks: int, device: str, variants: dict[str, Any], tmp_path: Path, compose_config: Callable[..., Any]
+    ranks: int, device: str, variants: dict[str, Any], tmp_path: Path, compose_config: Callable[..., Any], preloaded
 ) -> None:
     from transformers import LlamaForCausalLM
 
@@ -253,7 +232,7 @@ def test_the_gradient_of_verls_actor_is_that_of_the_paper(
     rows = rows_of(visits, ranks, whole=device == "packed")
     job = {"rows": rows, "rows_per_update": PER_UPDATE * (GROUP + 1), "variants": variants, "device": device}
     torch.save(job, tmp_path / "rows.pt")
-    run_ranks(tmp_path, ranks)
+    preloaded.run_ranks("tests.golden.actor", *((str(tmp_path), str(rank), str(ranks)) for rank in range(ranks)))
 
     updates = torch.load(tmp_path / "updates.pt")
     assert list(updates) == list(variants)

@@ -4,9 +4,6 @@ Random G, lengths, padding, missing siblings, updates, micro-batches and ranks; 
 that of the plain loops, whatever the split.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,28 +106,10 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(seed: int) -> None:
 GLOO_SEEDS = [11, 12, 13, 14, 15, 16]
 
 
-def test_two_gloo_processes_get_the_gradient_of_the_reference(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.golden.ranks", str(tmp_path)]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), "2", *map(str, GLOO_SEEDS)],
-            cwd=ROOT,
-            env=variables,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        logs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, log in zip(processes, logs, strict=True):
-        assert process.returncode == 0, log[-4000:]
-
+def test_two_gloo_processes_get_the_gradient_of_the_reference(tmp_path: Path, preloaded) -> None:
+    preloaded.run_ranks(
+        "tests.golden.ranks", *((str(tmp_path), str(rank), "2", *map(str, GLOO_SEEDS)) for rank in (0, 1))
+    )
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     found: dict[tuple[int, torch.dtype], torch.Tensor] = {}
     for (seed, dtype, update, loss, gradient), (*_, same) in zip(first, second, strict=True):

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -64,3 +65,14 @@ class Preloaded:
                 child.kill()
             printed = [(Path(folder) / name).read_text(encoding="utf-8") for name in ("stdout", "stderr")]
         return Done(code, *printed)
+
+    def run_ranks(self, module: str, *arguments: Sequence[str], timeout: float = 280) -> None:
+        """Run ``python -m module`` once per tuple of arguments, side by side; raises AssertionError if one fails."""
+        script = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+
+        def rank(words: Sequence[str]) -> Done:
+            return self.run(script, *words, variables=dict(os.environ), timeout=timeout)
+
+        with ThreadPoolExecutor(len(arguments)) as threads:
+            for done in threads.map(rank, arguments):
+                assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]

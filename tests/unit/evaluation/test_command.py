@@ -443,10 +443,8 @@ def trained(preloaded, model_folder: Path, tmp_path_factory: pytest.TempPathFact
     folder = tmp_path_factory.mktemp("trained")
     actor = folder / "run/checkpoints/global_step_3/actor"
     actor.mkdir(parents=True)
-    script = "import runpy; runpy.run_module('tests.support.fsdp_checkpoint', run_name='__main__')"
     paths = (model_folder, actor, folder / "reference")
-    done = preloaded.run(script, *map(str, paths), variables=dict(os.environ))
-    assert done.returncode == 0, done.stderr
+    preloaded.run_ranks("tests.support.fsdp_checkpoint", tuple(map(str, paths)))
     (folder / "run/checkpoints/latest_checkpointed_iteration.txt").write_text("3")
     return folder
 
