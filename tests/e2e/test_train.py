@@ -110,7 +110,7 @@ def test_trackers_go_on_where_they_were(run: dict) -> None:
     assert 4 <= len(seen) <= 8, "two steps of four prompts"
     assert list(after.prompts)[: len(seen)] == seen
     # What the third step did not visit stays as it was saved; what it did has one observation more.
-    kept = [key for key in seen if after.values.count(key) == before.values.count(key)]
+    kept = [key for key in seen if after.prompts.count(key) == before.prompts.count(key)]
     assert len(after.prompts) - len(kept) == 4
     for tracker, earlier in ((after.values, before.values), (after.lengths, before.lengths)):
         assert [tracker.value(key) for key in kept] == [earlier.value(key) for key in kept]

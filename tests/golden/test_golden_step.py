@@ -241,5 +241,5 @@ def test_steps_follow_the_reference(
         for number in range(9):
             name = f"prompt {number}"
             assert real.state.baseline(name) == pytest.approx(run.baseline(name), rel=1e-6, abs=1e-6)
-            assert real.state.lengths.value(name) == pytest.approx(run.length(name), rel=1e-6)
-            assert real.state.values.count(name) == pytest.approx(run.count(name), rel=1e-6)
+            assert real.state.prompts.length(name) == pytest.approx(run.length(name), rel=1e-6)
+            assert real.state.prompts.count(name) == pytest.approx(run.count(name), rel=1e-6)

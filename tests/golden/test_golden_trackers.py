@@ -1,6 +1,6 @@
 """Trackers over whole runs, docs/method.md section 6: hundreds of visits of many prompts, drift in every unit.
 
-The reference keeps the history alone and computes each number anew from the first visit on.
+The reference keeps only the history and computes each number from the first visit on.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recipe.skpo.method.tracker import DriftClock, KLAdaptiveTracker
+from recipe.skpo.method.tracker import PromptTable
 from recipe.skpo.settings import SkpoSettings, TrackerSettings
 from recipe.skpo.trainer.state import SkpoState
 from tests.support.reference import ReferenceRun, reference_drift, reference_tracker
@@ -20,40 +20,41 @@ TOLERANCE = 1e-9
 
 @settings(max_examples=20)
 @given(seed=seeds)
-def test_a_tracker_follows_the_reference_over_hundreds_of_visits(seed: int) -> None:
+def test_a_table_follows_the_reference_over_hundreds_of_visits(seed: int) -> None:
     rng = np.random.default_rng(seed)
     rho_min, rho_max = sorted(rng.uniform(0, 1, 2).tolist())
     constants = (rho_min, rho_max, float(rng.uniform(0.05, 10)))
-    tracker = KLAdaptiveTracker(0.5, *constants)
-    visits: dict[str, list[tuple[float, float]]] = {}
+    table = PromptTable(30.0, *constants)
+    visits: dict[str, list[tuple[float, float, float]]] = {}
     for _ in range(300):
-        key = f"prompt {rng.integers(12)}"
-        visits.setdefault(key, []).append((float(rng.uniform(0, 1)), float(rng.exponential(constants[2] / 3))))
-        tracker.update(key, *visits[key][-1])
+        key, drift = f"prompt {rng.integers(12)}", float(rng.exponential(constants[2] / 3))
+        visits.setdefault(key, []).append((float(rng.uniform(0, 1)), float(rng.uniform(1, 90)), drift))
+        table.visit(key, *visits[key][-1])
     for key, seen in visits.items():
-        value, count = reference_tracker(seen, 0.5, *constants)[-1]
-        assert tracker.value(key) == pytest.approx(value, rel=TOLERANCE)
-        assert tracker.count(key) == pytest.approx(count, rel=TOLERANCE)
+        value, count = reference_tracker([(value, drift) for value, _, drift in seen], 0.5, *constants)[-1]
+        length, _ = reference_tracker([(length, drift) for _, length, drift in seen], 30.0, *constants)[-1]
+        assert (table.value(key), table.length(key)) == pytest.approx((value, length), rel=TOLERANCE)
+        assert table.count(key) == pytest.approx(count, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("unit", ["kl_steps", "nats"])
 @settings(max_examples=20)
 @given(seed=seeds)
-def test_the_clock_follows_the_reference(unit: str, seed: int) -> None:
+def test_the_drift_follows_the_reference(unit: str, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    clock = DriftClock(unit)
+    table = PromptTable(unit=unit)
     steps: list[float] = []
     visited: dict[str, int] = {}
     idle = rng.random() < 0.2  # a run that never sees any KL counts steps
     for _ in range(60):
         for key in (f"prompt {number}" for number in rng.integers(0, 8, 3)):
             expected = reference_drift(steps, visited[key], unit) if key in visited else 0.0
-            assert clock.drift(key) == pytest.approx(expected, rel=TOLERANCE, abs=1e-12)
+            assert table.drift(key) == pytest.approx(expected, rel=TOLERANCE, abs=1e-12)
             if rng.random() < 0.7:
-                clock.visit(key)
+                table.visit(key, 0.5, 1.0)
                 visited[key] = len(steps)
         kl = 0.0 if idle else float(rng.normal(0.02, 0.02))
-        clock.advance(kl)
+        table.clock.advance(kl)
         steps.append(max(kl, 0.0))
 
 
@@ -86,9 +87,8 @@ def test_a_whole_run_follows_the_reference(drift: str, seed: int) -> None:
         visits += len(batch)
         for key in (*batch, "never seen"):
             assert state.baseline(key) == pytest.approx(run.baseline(key), rel=TOLERANCE, abs=1e-12)
-            assert state.lengths.value(key) == pytest.approx(run.length(key), rel=TOLERANCE)
-            assert state.values.count(key) == pytest.approx(run.count(key), rel=TOLERANCE)
-            assert state.lengths.count(key) == pytest.approx(run.count(key), rel=TOLERANCE)
+            assert state.prompts.length(key) == pytest.approx(run.length(key), rel=TOLERANCE)
+            assert state.prompts.count(key) == pytest.approx(run.count(key), rel=TOLERANCE)
 
 
 @settings(max_examples=10)

@@ -25,7 +25,7 @@ from recipe.skpo.analysis.common import add_out, parser_of, write_results
 from recipe.skpo.evaluation.options import add_flags, check_options, option, read_flags, require
 from recipe.skpo.evaluation.results import run_cli
 from recipe.skpo.method.advantage import group_relative_advantage, single_stream_advantage
-from recipe.skpo.method.tracker import KLAdaptiveTracker
+from recipe.skpo.method.tracker import PromptTable
 
 ZERO = 1e-9
 """Below it an advantage is a rounding error of 0."""
@@ -193,7 +193,7 @@ def upstream_scores(
         Estimator (``skpo``: tracked baseline; ``skpo_exact_baseline``: the true value instead), number of
         earlier visits, and its scores, arrays (prompts,).
     """
-    tracker = KLAdaptiveTracker(0.5)
+    tracker = PromptTable()
     keys = [str(index) for index in range(config.prompts)]
     logit = np.log(np.clip(prompts.value, 1e-9, 1 - 1e-9)) - np.log(np.clip(1 - prompts.value, 1e-9, 1 - 1e-9))
     for visit in range(config.visits):
@@ -222,7 +222,7 @@ def upstream_scores(
                 ),
             )
         for key, observed in zip(keys, reward, strict=True):
-            tracker.update(key, (observed + 1) / 2, config.drift)
+            tracker.visit(key, (observed + 1) / 2, 1.0, config.drift)
 
 
 def spread_bins(spread: np.ndarray, edges: Sequence[float]) -> np.ndarray:

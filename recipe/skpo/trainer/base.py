@@ -126,7 +126,7 @@ class BaseTrainer(PPOTrainerSync):
                 [str(prompt_id) for prompt_id in self.train_dataset.dataframe["id"]],
                 self.config.data.train_batch_size,
                 self.settings.curriculum.epsilon,
-                self.state.values.value,
+                self.state.prompts.value,
                 lambda: self.state.rng,
                 lambda: self.state.failures,
             )
@@ -445,11 +445,11 @@ class BaseTrainer(PPOTrainerSync):
         metrics.update(
             {
                 "skpo/upstream/baseline/mean": float(baselines[visited].mean()),
-                "skpo/tracker/value/mean": mean(self.state.values.value(key) for key in ids),
-                "skpo/tracker/effective_count/mean": mean(self.state.values.count(key) for key in ids),
-                "skpo/tracker/length/mean": mean(self.state.lengths.value(key) for key in ids),
+                "skpo/tracker/value/mean": mean(self.state.prompts.value(key) for key in ids),
+                "skpo/tracker/effective_count/mean": mean(self.state.prompts.count(key) for key in ids),
+                "skpo/tracker/length/mean": mean(self.state.prompts.length(key) for key in ids),
                 "skpo/tracker/drift/mean": mean(drifts),
-                "skpo/tracker/prompts_seen": len(self.state.values),
+                "skpo/tracker/prompts_seen": len(self.state.prompts),
             }
         )
 

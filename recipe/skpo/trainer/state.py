@@ -8,7 +8,7 @@ pickle, written under a temporary name and renamed, so that it is whole or absen
 import json
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,25 @@ import numpy as np
 from data_prep.untrusted import one_line, parse_json
 from recipe.skpo.method.rows import Visit
 from recipe.skpo.method.segments import fixed_split_position, sample_split_position
-from recipe.skpo.method.tracker import DriftClock, KLAdaptiveTracker, PromptRows
+from recipe.skpo.method.tracker import DriftClock, PromptTable
 from recipe.skpo.output.files import replacing
 from recipe.skpo.settings import SkpoSettings
 
 FILE_NAME = "skpo_state.npz"
-_FORMAT = 3
+_FORMAT = 4
+_FORMAT_3 = {
+    "prompts.lengths": "prompts.sizes",
+    "values.values": "prompts.values",
+    "values.counts": "prompts.counts",
+    "lengths.values": "prompts.lengths",
+    "clock.visit_steps": "prompts.visit_steps",
+    "clock.visit_kl": "prompts.visit_kl",
+    "clock.steps": "prompts.steps",
+    "clock.total_kl": "prompts.total_kl",
+}
+"""Arrays of format 3 that have another name now.  Its ``lengths.counts`` are equal to ``values.counts``."""
+
 _SEED_BOUND = 2**31 - 1
-
-
-_LONGEST_RESPONSE = 10**7
-"""Tokens: no tracked mean length is above."""
 
 DAMAGE = (
     *(OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, NotImplementedError, zipfile.BadZipFile),
@@ -96,34 +104,33 @@ class StoredSegments:
 
 
 class SkpoState:
-    """Trackers, drift clock, stored segments, generator and counters of one run.
+    """Table of prompts, stored segments, generator and counters of one run.
 
     Args:
         settings: the run's settings.
         response_budget: longest response in tokens; bounds the assumed length of a prompt never visited.
+
+    Attributes:
+        failures: prompt id to the number of its last visits in a row that left nothing to train on.
     """
 
     def __init__(self, settings: SkpoSettings, response_budget: int) -> None:
         self.settings = settings
-        constants = {
-            "rho_min": settings.tracker.rho_min,
-            "rho_max": settings.tracker.rho_max,
-            "half_life": settings.tracker.half_life,
-        }
-        self.prompts = PromptRows()
-        # 0.5 in [0, 1] is reward 0: the baseline of a first visit (docs/method.md, section 7).
-        self.values = KLAdaptiveTracker(0.5, **constants, rows=self.prompts, highest=1.0)
-        first_length = min(settings.initial_length, response_budget)
-        self.lengths = KLAdaptiveTracker(first_length, **constants, rows=self.prompts, highest=_LONGEST_RESPONSE)
-        drift = settings.tracker.drift
-        # The log-ratio is measured by the actor; the clock then only counts steps.
-        self.clock = DriftClock(drift if drift in DriftClock.UNITS else "kl_steps", self.prompts)
+        tracker = settings.tracker
+        self.prompts = PromptTable(
+            min(settings.initial_length, response_budget),
+            tracker.rho_min,
+            tracker.rho_max,
+            tracker.half_life,
+            # The log-ratio is measured by the actor; the clock then only counts steps.
+            tracker.drift if tracker.drift in DriftClock.UNITS else "kl_steps",
+        )
+        self.clock = self.prompts.clock
         self.segments = StoredSegments()
         self.rng = np.random.default_rng(settings.seed)
         self.visits = 0
         self.tokens_generated = 0
         self.failures: dict[str, int] = {}
-        """Prompt id to the number of its last visits, one after the other, that left nothing to train on."""
 
     def next_visit(self, prompt_id: str, step: int) -> Visit:
         """Draw the split position (unless it is fixed) and the seed of the next rollout of ``prompt_id``.
@@ -133,7 +140,7 @@ class SkpoState:
             step: training step, from 1.
         """
         bounds = (self.settings.split_low, self.settings.split_high)
-        mean_length = self.lengths.value(prompt_id)
+        mean_length = self.prompts.length(prompt_id)
         if self.settings.split == "fixed":
             split = fixed_split_position(mean_length, step, *bounds)
         else:
@@ -151,28 +158,25 @@ class SkpoState:
         return self.failures[prompt_id]
 
     def baseline(self, prompt_id: str) -> float:
-        """V of the prompt mapped to reward units, in [-1, 1]; 0 on the first visit."""
-        return 2.0 * self.values.value(prompt_id) - 1.0
+        """Return V of the prompt mapped to reward units, in [-1, 1]; 0 on the first visit."""
+        return 2.0 * self.prompts.value(prompt_id) - 1.0
 
     def observe(self, prompt_id: str, reward: float, mean_length: float, log_ratio: float | None = None) -> float:
-        """Update both trackers after a visit.
+        """Update V and L of a prompt after a visit.
 
         Args:
+            prompt_id: stable id.
             reward: R_I in [-1, 1].
             mean_length: mean token length of the prompt's downstream responses.
-            log_ratio: D as measured by the actor, in place of the clock's.
+            log_ratio: D as measured by the actor; None takes the clock's.
 
         Returns:
-            The drift D since the previous visit that both updates used.
+            The drift D since the previous visit that was used.
         """
-        drift = self.clock.drift(prompt_id) if log_ratio is None else log_ratio
-        self.values.update(prompt_id, (reward + 1.0) / 2.0, drift)
-        self.lengths.update(prompt_id, mean_length, drift)
-        self.clock.visit(prompt_id)
-        return drift
+        return self.prompts.visit(prompt_id, (reward + 1.0) / 2.0, mean_length, log_ratio)
 
     def save(self, folder: Path) -> Path:
-        """Write the state into ``folder`` (made if absent), atomically; returns the file."""
+        """Write the state into ``folder`` (made if absent), atomically; return the file."""
         folder.mkdir(parents=True, exist_ok=True)
         meta = {
             "format": _FORMAT,
@@ -199,9 +203,10 @@ class SkpoState:
         try:
             with _opened(path) as archive:
                 meta = _meta(path, archive)
-                for name in set(archive.files) ^ {"meta", *known}:
-                    raise ValueError(f"it {'has' if name in archive.files else 'lacks'} {one_line(name, 60)}")
-                arrays = {name: archive[name] for name in known}
+                names = _names(archive.files, meta["format"])
+                for name in names.keys() ^ known.keys():
+                    raise ValueError(f"it {'has' if name in names else 'lacks'} {one_line(name, 60)}")
+                arrays = {name: archive[names[name]] for name in known}
             self._check_meta(path, meta)
             for name, array in arrays.items():
                 if not _alike(array, known[name]):
@@ -226,22 +231,24 @@ class SkpoState:
                 )
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        """What the file holds beside ``meta``: part and name to array."""
+        """Return what the file holds beside ``meta``: part and name to array."""
         return {
             f"{part}.{name}": array
             for part, source in self._parts().items()
             for name, array in source.state_dict().items()
         }
 
-    def _parts(self) -> dict[str, PromptRows | KLAdaptiveTracker | DriftClock | StoredSegments]:
-        """In the order in which they are loaded: the tables after the rows that they share."""
-        return {
-            "prompts": self.prompts,
-            "values": self.values,
-            "lengths": self.lengths,
-            "clock": self.clock,
-            "segments": self.segments,
-        }
+    def _parts(self) -> dict[str, PromptTable | StoredSegments]:
+        return {"prompts": self.prompts, "segments": self.segments}
+
+
+def _names(stored: Iterable[str], file_format: int) -> dict[str, str]:
+    """Return the arrays of a file: name in the current format to name in the file."""
+    names = {name: name for name in stored if name != "meta"}
+    if file_format == 3:
+        names.pop("lengths.counts", None)
+        names = {_FORMAT_3.get(name, name): name for name in names}
+    return names
 
 
 @contextmanager
@@ -278,10 +285,11 @@ def _count(meta: Mapping[str, Any], name: str) -> int:
 
 def _meta(path: Path, archive: Mapping[str, np.ndarray]) -> dict[str, Any]:
     meta: dict[str, Any] = parse_json(str(archive["meta"]))
-    if meta["format"] != _FORMAT:
+    if meta["format"] not in (3, _FORMAT):
         raise StateError(
-            f"{path}: has format {meta['format']}, this version of verl-skpo reads {_FORMAT}; resume with the "
-            f"version that wrote it, or start anew with trainer.resume_mode=disable and another output_dir"
+            f"{path}: has format {one_line(meta['format'], 20)}, this version of verl-skpo reads 3 and {_FORMAT}; "
+            f"resume with the version that wrote it, or start a new run with trainer.resume_mode=disable and another "
+            f"output_dir"
         )
     return meta
 
@@ -303,6 +311,6 @@ def require_state_file(folder: Path) -> Path:
     if not path.is_file():
         raise StateError(
             f"{folder}: holds no {FILE_NAME}, so the trackers of this run are lost; resume from a checkpoint that "
-            f"SKPO wrote, or start anew with trainer.resume_mode=disable and another output_dir"
+            f"SKPO wrote, or start a new run with trainer.resume_mode=disable and another output_dir"
         )
     return path

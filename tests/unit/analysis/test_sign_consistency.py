@@ -25,7 +25,7 @@ from recipe.skpo.analysis.sign_consistency import (
     upstream_scores,
 )
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.method.tracker import KLAdaptiveTracker
+from recipe.skpo.method.tracker import PromptTable
 
 
 def binomial(k: int, n: int, p: float) -> float:
@@ -180,13 +180,14 @@ def test_later_visits_read_the_tracker_before_it_moves() -> None:
 def updates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
     """Observation and drift of every update of a tracker."""
     seen: list[tuple[float, float]] = []
-    original = KLAdaptiveTracker.update
+    original = PromptTable.visit
 
-    def update(self: KLAdaptiveTracker, key: str, observation: float, drift: float) -> float:
-        seen.append((observation, drift))
-        return original(self, key, observation, drift)
+    def visit(self: PromptTable, key: str, value: float, length: float, drift: float | None = None) -> float:
+        assert drift is not None
+        seen.append((value, drift))
+        return original(self, key, value, length, drift)
 
-    monkeypatch.setattr(KLAdaptiveTracker, "update", update)
+    monkeypatch.setattr(PromptTable, "visit", visit)
     return seen
 
 

@@ -43,7 +43,7 @@ def test_a_prompt_never_visited_has_the_largest_weight() -> None:
     state = SkpoState(SkpoSettings(), 64)
     for key, reward in (("solved", 1.0), ("failed", -1.0), ("nearly", 0.75)):
         state.observe(key, reward, 10)
-    values = np.array([state.values.value(key) for key in ("new", "solved", "failed", "nearly")])
+    values = np.array([state.prompts.value(key) for key in ("new", "solved", "failed", "nearly")])
     weights = prompt_weights(values, 0.05)
     assert weights[0] == 0.55 and weights[1] == weights[2] == 0.05
     assert weights[0] > weights[3] > weights[1]
@@ -52,7 +52,7 @@ def test_a_prompt_never_visited_has_the_largest_weight() -> None:
 def test_a_prompt_that_fails_again_and_again_is_drawn_less_and_less() -> None:
     state = SkpoState(SkpoSettings(), 64)
     batches = PrioritisedBatches(
-        ["good", "bad"], 1, 0.05, state.values.value, lambda: state.rng, lambda: state.failures
+        ["good", "bad"], 1, 0.05, state.prompts.value, lambda: state.rng, lambda: state.failures
     )
 
     def share_of_bad() -> float:
@@ -121,7 +121,7 @@ class Run:
     def __init__(self, seed: int = 3, epsilon: float = 0.05) -> None:
         self.state = SkpoState(SkpoSettings(seed=seed), 64)
         self.batches = PrioritisedBatches(
-            IDS, BATCH, epsilon, lambda key: self.state.values.value(key), lambda: self.state.rng
+            IDS, BATCH, epsilon, lambda key: self.state.prompts.value(key), lambda: self.state.rng
         )
         self.loader = StatefulDataLoader(IDS, batch_sampler=self.batches, num_workers=0, collate_fn=list)
         self.iterator: Any = None

@@ -56,7 +56,7 @@ def test_a_checkpoint_of_another_format_is_refused_before_anything_starts(config
     path = checkpoints / "global_step_10" / FILE_NAME
     with np.load(path) as archive:
         arrays = dict(archive)
-    arrays["meta"] = np.array(str(arrays["meta"]).replace('"format": 3', '"format": 2'))
+    arrays["meta"] = np.array(str(arrays["meta"]).replace('"format": 4', '"format": 2'))
     np.savez(path, **arrays)
     with pytest.raises(StateError) as error:
         resume(config)

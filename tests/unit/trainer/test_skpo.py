@@ -218,7 +218,7 @@ def test_every_prompt_gets_its_own_uid_split_seed_and_the_step(make_trainer, mon
         state.observe("a", 1.0, 12.4)
     for first in (0, 3):
         batch = trainer._fetch_one_gen_batch()
-        assert batch[LENGTH_FIELD].tolist() == [12, round(twin.lengths.value("b")), 12]
+        assert batch[LENGTH_FIELD].tolist() == [12, round(twin.prompts.length("b")), 12]
         visits = [twin.next_visit(key, 5) for key in ("a", "b", "a")]
         assert list(batch["uid"]) == [f"v{first + index:010d}" for index in range(3)]
         assert batch[SPLIT_FIELD].tolist() == [visit.split_position for visit in visits]
@@ -311,7 +311,7 @@ def test_skpo_advantages_are_the_references_and_baselines_are_read_before_any_up
     # A prompt's length is that of its own siblings.
     uid = "v0000000003"
     own = [len(item["responses"]) for item in written if item["uid"] == uid and int(item["skpo_phase"]) == DOWNSTREAM]
-    assert trainer.state.lengths.value(f"id-{uid}") == pytest.approx(sum(own) / G)
+    assert trainer.state.prompts.length(f"id-{uid}") == pytest.approx(sum(own) / G)
 
 
 @pytest.mark.faults
@@ -351,7 +351,7 @@ def test_a_hard_beginning_is_part_of_the_length_and_not_of_the_tokens_that_share
     response = queue.rows["v0000000000_1_0"]
     assert float(response[WEIGHT_FIELD]) == pytest.approx(0.5 / 2 / 4), "two trained tokens in each of two siblings"
     assert response["advantages"].tolist() == pytest.approx([0, 0, 0, -1, -1], abs=1e-5)
-    assert trainer.state.lengths.value("id-v0000000000") == 5
+    assert trainer.state.prompts.length("id-v0000000000") == 5
 
 
 def test_token_mean_pools_the_responses_of_an_update(make_trainer, queue: Queue) -> None:
@@ -370,7 +370,7 @@ def test_padding_moves_no_tracker(make_trainer, queue: Queue) -> None:
     batch = trainer._balance_batch(queue.store(groups(3)), {})
     metrics: dict[str, Any] = {}
     trainer._compute_advantage(batch, metrics)
-    assert len(trainer.state.values) == 3 and metrics["skpo/prompts_dropped"] == 1
+    assert len(trainer.state.prompts) == 3 and metrics["skpo/prompts_dropped"] == 1
     padding = [queue.rows[key] for key in batch.keys if key.startswith("pad")]
     assert len(padding) == G + 1
     assert all(float(item[WEIGHT_FIELD]) == float(item[ADVANTAGE_FIELD]) == 0.0 for item in padding)
@@ -480,7 +480,7 @@ def test_trackers_use_the_measured_ratio_and_the_next_visit_measures_what_was_tr
     second: dict[str, Any] = {}
     trainer._compute_advantage(batch, second)
     assert second["skpo/tracker/drift/mean"] == pytest.approx(0.03, abs=1e-6)
-    assert trainer.state.values.count("id-v0000000001") == pytest.approx(0.875 + 1)
+    assert trainer.state.prompts.count("id-v0000000001") == pytest.approx(0.875 + 1)
     assert 2 ** (-0.03 / 0.06) < 0.875
 
 
@@ -536,7 +536,7 @@ def test_a_baseline_keeps_verls_advantages_and_logs_them_like_skpo(make_trainer,
     assert metrics["skpo/downstream/tokens_prefilled"] == 16
     assert metrics["skpo/downstream/prefix_cache/hit_rate"] == 0.5
     assert metrics["skpo/prompts_dropped"] == 0
-    assert len(trainer.state.values) == 0, "no tracker"
+    assert len(trainer.state.prompts) == 0, "no tracker"
 
 
 def test_a_baselines_padding_is_in_no_metric(make_trainer, queue: Queue) -> None:
@@ -556,7 +556,7 @@ def test_spo_compares_with_the_tracker_read_before_any_update(make_trainer, queu
     rows = responses_of(8, sessions=1)
     rows[1][1]["id"] = rows[0][1]["id"] = "twice"
     trainer.state.observe("id-v0000000002", 0.5, 10)
-    before = trainer.state.values.count("id-v0000000002")
+    before = trainer.state.prompts.count("id-v0000000002")
     batch = trainer._balance_batch(queue.store(rows), {})
     metrics: dict[str, Any] = {}
     batch = trainer._compute_advantage(batch, metrics)
@@ -571,9 +571,9 @@ def test_spo_compares_with_the_tracker_read_before_any_update(make_trainer, queu
     assert metrics["skpo/tracker/prompts_seen"] == 7
     assert metrics["skpo/prompts_dropped"] == 0
     assert {name for name in metrics if name.startswith("skpo/")} > BASELINE_METRICS
-    assert trainer.state.values.count("id-v0000000002") > before
-    assert trainer.state.lengths.value("id-v0000000003") == 4, "a response's length is what its prompt's is"
-    assert trainer.state.values.value("twice") == pytest.approx(1.0), "both were right"
+    assert trainer.state.prompts.count("id-v0000000002") > before
+    assert trainer.state.prompts.length("id-v0000000003") == 4, "a response's length is what its prompt's is"
+    assert trainer.state.prompts.value("twice") == pytest.approx(1.0), "both were right"
     assert "id-v0000000003" in trainer.state.segments, "SPO's own drift needs what was trained"
 
 
@@ -582,7 +582,7 @@ def test_spo_padding_moves_no_tracker(make_trainer, queue: Queue) -> None:
     batch = trainer._balance_batch(queue.store(responses_of(6, sessions=1)), {})
     assert len(batch) == 8
     trainer._compute_advantage(batch, {})
-    assert len(trainer.state.values) == len(trainer.state.segments) == 6
+    assert len(trainer.state.prompts) == len(trainer.state.segments) == 6
     padding = [queue.rows[key] for key in batch.keys if key.startswith("pad")]
     assert all(not item["advantages"].any() for item in padding)
 
@@ -770,7 +770,7 @@ def test_a_dropped_prompt_is_counted_and_its_trackers_stay(make_trainer, queue: 
     metrics: dict[str, float] = {}
     trainer._compute_advantage(trainer._balance_batch(queue.store(groups(3)), metrics), metrics)
     assert metrics["skpo/prompts_dropped"] == 1
-    assert len(trainer.state.values) == 3
+    assert len(trainer.state.prompts) == 3
 
 
 @pytest.mark.faults
@@ -780,8 +780,8 @@ def test_an_unknown_prompt_id_is_a_first_visit(make_trainer, queue: Queue) -> No
     trainer.state.observe("id-v0000000000", 0.5, 10.0)
     assert trainer.state.baseline("never seen") == 0.0
     trainer._compute_advantage(trainer._balance_batch(queue.store(groups(4)), {}), {})
-    assert trainer.state.values.count("id-v0000000001") == 1.0
-    assert trainer.state.values.count("id-v0000000000") > 1.0
+    assert trainer.state.prompts.count("id-v0000000001") == 1.0
+    assert trainer.state.prompts.count("id-v0000000000") > 1.0
 
 
 @pytest.mark.faults

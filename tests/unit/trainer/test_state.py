@@ -30,7 +30,7 @@ def train(state: SkpoState, rng: np.random.Generator, steps: int) -> list[tuple[
             key = f"prompt-{number}"
             said.append((state.next_visit(key, step), state.baseline(key)))
             reward, mean_length = float(rng.integers(-8, 9)) / 8, float(rng.uniform(1, 200))
-            said.append((state.observe(key, reward, mean_length), state.lengths.value(key), state.values.count(key)))
+            said.append((state.observe(key, reward, mean_length), state.prompts.length(key), state.prompts.count(key)))
             size = int(rng.integers(1, 9))
             state.segments.put(key, rng.integers(0, 99, size), rng.normal(size=size))
             state.tokens_generated += size
@@ -39,7 +39,7 @@ def train(state: SkpoState, rng: np.random.Generator, steps: int) -> list[tuple[
 
 
 def content(state: SkpoState) -> str:
-    parts = (state.prompts, state.values, state.lengths, state.clock, state.segments)
+    parts = (state.prompts, state.segments)
     counters = (state.visits, state.tokens_generated)
     return repr(([part.state_dict() for part in parts], state.rng.bit_generator.state, counters))
 
@@ -54,7 +54,7 @@ def test_first_visit_uses_zero_baseline() -> None:
 def test_baseline_is_the_tracked_value_in_reward_units() -> None:
     state = fresh()
     state.observe("a", reward=-0.5, mean_length=10)
-    assert state.values.value("a") == 0.25  # kept in [0, 1]
+    assert state.prompts.value("a") == 0.25  # kept in [0, 1]
     assert state.baseline("a") == -0.5
     assert state.baseline("b") == 0.0
 
@@ -78,8 +78,8 @@ def test_both_trackers_follow_the_reference_with_the_drift_of_the_clock() -> Non
     constants = (0.5, 0.9, 2.0)
     values = reference_tracker([((r + 1) / 2, d) for r, d in zip(rewards, drifts, strict=True)], 0.5, *constants)
     counted = reference_tracker(list(zip(lengths, drifts, strict=True)), 200.0, *constants)
-    assert (state.values.value("a"), state.values.count("a")) == pytest.approx(values[-1])
-    assert (state.lengths.value("a"), state.lengths.count("a")) == pytest.approx(counted[-1])
+    assert (state.prompts.value("a"), state.prompts.count("a")) == pytest.approx(values[-1])
+    assert (state.prompts.length("a"), state.prompts.count("a")) == pytest.approx(counted[-1])
 
 
 def test_drift_is_counted_since_the_previous_visit_of_the_same_prompt() -> None:
@@ -100,7 +100,7 @@ def test_visits_are_numbered_over_the_run() -> None:
 @pytest.mark.parametrize(("initial_length", "budget", "assumed"), [(1024, 120, 120), (60, 120, 60)])
 def test_assumed_length_is_bounded_by_the_response_budget(initial_length: int, budget: int, assumed: int) -> None:
     state = fresh(budget, initial_length=initial_length)
-    assert state.lengths.value("a") == assumed
+    assert state.prompts.length("a") == assumed
     splits = {state.next_visit("a", 1).split_position for _ in range(600)}
     assert (min(splits), max(splits)) == (assumed // 6, assumed // 2)
 
@@ -155,8 +155,8 @@ def test_a_measured_log_ratio_takes_the_place_of_the_clock() -> None:
     assert state.observe("a", -1.0, 40, log_ratio=0.03) == 0.03
     values = reference_tracker([(1.0, 0.0), (0.0, 0.03)], 0.5, *constants.values())
     lengths = reference_tracker([(20.0, 0.0), (40.0, 0.03)], 200.0, *constants.values())
-    assert (state.values.value("a"), state.values.count("a")) == pytest.approx(values[-1])
-    assert (state.lengths.value("a"), state.lengths.count("a")) == pytest.approx(lengths[-1])
+    assert (state.prompts.value("a"), state.prompts.count("a")) == pytest.approx(values[-1])
+    assert (state.prompts.length("a"), state.prompts.count("a")) == pytest.approx(lengths[-1])
 
 
 def test_without_a_measurement_logratio_counts_steps() -> None:
@@ -365,12 +365,12 @@ def swap_lengths(lengths: np.ndarray) -> None:
         (lambda meta, arrays: meta.pop("rng"), "cannot be read.*rng"),
         (lambda meta, arrays: meta["rng"].update(bit_generator="MT19937"), "cannot be read"),
         (lambda meta, arrays: meta.pop("tokens_generated"), "cannot be read.*tokens_generated"),
-        (lambda meta, arrays: meta.update(format=2), "format 2.*reads 3; resume with the version that wrote it"),
-        (lambda meta, arrays: arrays.pop("values.counts"), "cannot be read.*lacks.*counts"),
-        (lambda meta, arrays: arrays.pop("clock.total_kl"), "cannot be read.*lacks.*total_kl"),
+        (lambda meta, arrays: meta.update(format=2), "format 2.*reads 3 and 4; resume with the version that wrote it"),
+        (lambda meta, arrays: arrays.pop("prompts.counts"), "cannot be read.*lacks.*counts"),
+        (lambda meta, arrays: arrays.pop("prompts.total_kl"), "cannot be read.*lacks.*total_kl"),
         (lambda meta, arrays: arrays.pop("prompts.text"), "cannot be read.*lack.*text"),
-        (lambda meta, arrays: arrays.update({"lengths.values": np.zeros(1)}), "cannot be read.*different lengths"),
-        (lambda meta, arrays: arrays["values.values"].fill(math.nan), "cannot be read.*not a number"),
+        (lambda meta, arrays: arrays.update({"prompts.lengths": np.zeros(1)}), "cannot be read.*different lengths"),
+        (lambda meta, arrays: arrays["prompts.values"].fill(math.nan), "cannot be read.*not a number"),
         (lambda meta, arrays: arrays.pop("segments.keys"), "cannot be read.*keys"),
         (lambda meta, arrays: arrays.pop("segments.logprobs"), "cannot be read.*logprobs"),
         (
@@ -383,19 +383,19 @@ def swap_lengths(lengths: np.ndarray) -> None:
         ),
         (lambda meta, arrays: arrays.update({"segments.keys": np.array(["a"])}), "cannot be read.*different lengths"),
         (lambda meta, arrays: swap_lengths(arrays["segments.lengths"]), "cannot be read.*0 tokens"),
-        (lambda meta, arrays: arrays["values.values"].fill(1.5), "cannot be read.*outside 0 to 1"),
-        (lambda meta, arrays: arrays["lengths.values"].fill(2.0**62), "cannot be read.*outside 0 to 1e"),
-        (lambda meta, arrays: arrays["lengths.values"].fill(-3), "cannot be read.*outside 0 to"),
-        (lambda meta, arrays: arrays["values.counts"].fill(-1), "cannot be read.*not a number in range"),
-        (lambda meta, arrays: arrays["clock.visit_steps"].fill(10**9), "cannot be read.*not a number in range"),
-        (lambda meta, arrays: arrays["clock.visit_kl"].fill(math.inf), "cannot be read.*not a number in range"),
+        (lambda meta, arrays: arrays["prompts.values"].fill(1.5), "cannot be read.*outside 0 to 1"),
+        (lambda meta, arrays: arrays["prompts.lengths"].fill(2.0**62), "cannot be read.*outside 0 to 1e"),
+        (lambda meta, arrays: arrays["prompts.lengths"].fill(-3), "cannot be read.*outside 0 to"),
+        (lambda meta, arrays: arrays["prompts.counts"].fill(-1), "cannot be read.*not a number in range"),
+        (lambda meta, arrays: arrays["prompts.visit_steps"].fill(10**9), "cannot be read.*not a number in range"),
+        (lambda meta, arrays: arrays["prompts.visit_kl"].fill(math.inf), "cannot be read.*not a number in range"),
         (lambda meta, arrays: arrays["segments.token_ids"].fill(-1), "cannot be read.*out of range"),
         (lambda meta, arrays: arrays["segments.logprobs"].fill(math.nan), "cannot be read.*out of range"),
         (lambda meta, arrays: meta.update(visits=-1), "cannot be read.*visits is -1"),
         (lambda meta, arrays: meta.update(visits=math.inf), "cannot be read.*visits is inf"),
         (lambda meta, arrays: meta.update(tokens_generated=10**80), "cannot be read.*tokens_generated is 1"),
         (lambda meta, arrays: meta["rng"]["state"].update(state=10**80), "cannot be read"),
-        (lambda meta, arrays: arrays.update({"values.values": np.ones(2, np.int64)}), "cannot be read.*another kind"),
+        (lambda meta, arrays: arrays.update({"prompts.values": np.ones(2, np.int64)}), "cannot be read.*another kind"),
         (lambda meta, arrays: arrays.update(more=np.zeros(1)), "cannot be read.*has more"),
     ],
 )
@@ -407,6 +407,40 @@ def test_a_foreign_or_incomplete_file_is_refused(
     with pytest.raises(StateError, match=message) as caught:
         fresh().load(tmp_path)
     assert str(path) in str(caught.value)
+
+
+def test_a_file_of_the_previous_format_is_read(tmp_path: Path) -> None:
+    """Format 3 had a table each for values and lengths, and one for visits, over a shared numbering."""
+    state = fresh()
+    state.clock.advance(0.25)
+    for key, reward, length in (("a", 0.5, 30.0), ("é", -1.0, 8.0), ("a", 1.0, 50.0)):
+        state.observe(key, reward, length)
+    state.segments.put("a", [7, 8], [-0.5, -0.25])
+    state.clock.advance(0.5)
+    path = state.save(tmp_path)
+    kept, counts = content(state), [state.prompts.count("a"), 1.0]
+    meta = json.loads(str(np.load(path)["meta"])) | {"format": 3}
+    arrays = {
+        "prompts.text": np.frombuffer("aé".encode(), dtype=np.uint8),
+        "prompts.lengths": np.array([1, 1], dtype=np.int32),
+        "values.values": np.array([state.prompts.value("a"), 0.0]),
+        "values.counts": np.array(counts),
+        "lengths.values": np.array([state.prompts.length("a"), 8.0]),
+        "lengths.counts": np.array(counts),
+        "clock.visit_steps": np.array([1, 1]),
+        "clock.visit_kl": np.array([0.25, 0.25]),
+        "clock.steps": np.array(2),
+        "clock.total_kl": np.array(0.75),
+        "segments.keys": np.array(["a"]),
+        "segments.lengths": np.array([2]),
+        "segments.token_ids": np.array([7, 8], dtype=np.int32),
+        "segments.logprobs": np.array([-0.5, -0.25], dtype=np.float32),
+    }
+    with path.open("wb") as file:
+        np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+    resumed = fresh(seed=9)
+    resumed.load(tmp_path)
+    assert content(resumed) == kept
 
 
 def test_an_archive_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -435,4 +469,4 @@ def test_other_settings_may_change_between_runs(tmp_path: Path) -> None:
     resumed = fresh(clip_high=0.3, split_high=0.4, tracker=TrackerSettings(half_life=2.0))
     resumed.load(tmp_path)
     assert resumed.baseline("a") == 0.5
-    assert resumed.values.half_life == 2.0
+    assert resumed.prompts.half_life == 2.0
