@@ -148,7 +148,7 @@ class BaseTrainer(PPOTrainerSync):
                 self.saved_metrics = read_numbers(folder / METRICS_FILE)
             own = self.resumed_at if folder.resolve() == self._checkpoint_folder().resolve() else None
         # Later steps are trained again: a marker that still named one of them would make a kill in the middle of
-        # saving it anew look like a whole checkpoint.
+        # saving it again look like a whole checkpoint.
         mark(self._checkpoint_folder().parent, own)
 
     def _follow_the_command(self, saved: Fingerprint | None) -> None:

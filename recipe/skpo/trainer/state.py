@@ -227,7 +227,7 @@ class SkpoState:
             if meta[name] != mine:
                 raise StateError(
                     f"{path}: was saved with {name}={meta[name]}, this run has {mine}; use the same value, or start "
-                    f"a new run with trainer.resume_mode=disable and another output_dir"
+                    f"again with trainer.resume_mode=disable and another output_dir"
                 )
 
     def _arrays(self) -> dict[str, np.ndarray]:
@@ -288,7 +288,7 @@ def _meta(path: Path, archive: Mapping[str, np.ndarray]) -> dict[str, Any]:
     if meta["format"] not in (3, _FORMAT):
         raise StateError(
             f"{path}: has format {one_line(meta['format'], 20)}, this version of verl-skpo reads 3 and {_FORMAT}; "
-            f"resume with the version that wrote it, or start a new run with trainer.resume_mode=disable and another "
+            f"resume with the version that wrote it, or start again with trainer.resume_mode=disable and another "
             f"output_dir"
         )
     return meta
@@ -311,6 +311,6 @@ def require_state_file(folder: Path) -> Path:
     if not path.is_file():
         raise StateError(
             f"{folder}: holds no {FILE_NAME}, so the trackers of this run are lost; resume from a checkpoint that "
-            f"SKPO wrote, or start a new run with trainer.resume_mode=disable and another output_dir"
+            f"SKPO wrote, or start again with trainer.resume_mode=disable and another output_dir"
         )
     return path

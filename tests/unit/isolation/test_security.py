@@ -43,7 +43,7 @@ def hostile_files(target: Path) -> dict[str, bytes]:
     np.savez(meta, meta=bomb)
     with np.load(REFERENCE, allow_pickle=False) as whole:
         good = {name: whole[name] for name in whole.files}
-    np.savez(archive, **{**good, "values.keys": bomb})
+    np.savez(archive, **{**good, "prompts.values": bomb})
     np.save(array, bomb)
     return {
         "a plain pickle": pickle.dumps(Bomb(target)),

@@ -160,7 +160,7 @@ state_case(
 
 @refused("state: tokens beyond numbers", f"{FILE_NAME}: cannot be read as SKPO state")
 def _(folder: Path) -> None:
-    state_file(folder, lambda m: m.update({"meta.npy": array(np.array('{"format": 3, "tokens_generated": Infinity}'))}))
+    state_file(folder, lambda m: m.update({"meta.npy": array(np.array('{"format": 4, "tokens_generated": Infinity}'))}))
     SkpoState(SkpoSettings(), 64).load(folder)
 
 

@@ -60,7 +60,7 @@ def test_a_checkpoint_of_another_format_is_refused_before_anything_starts(config
     np.savez(path, **arrays)
     with pytest.raises(StateError) as error:
         resume(config)
-    assert one_line(error).startswith(f"{path}: has format 2, this version of verl-skpo reads 3; resume with")
+    assert one_line(error).startswith(f"{path}: has format 2, this version of verl-skpo reads 3 and 4; resume with")
 
 
 def test_without_a_marker_verl_starts_again(config, checkpoints: Path) -> None:
