@@ -26,8 +26,8 @@ from data_prep.prompts import load_prompt_template
 from data_prep.schema import DataError, Row, write_parquet
 from recipe.skpo import main
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.output.run_folder import MARKER
 from recipe.skpo.launch import apply_platform
+from recipe.skpo.output.run_folder import MARKER
 from recipe.skpo.settings import SkpoSettings, TrackerSettings
 from recipe.skpo.trainer.checkpoints import DATA_FILE, mark
 from recipe.skpo.trainer.state import FILE_NAME, SkpoState
