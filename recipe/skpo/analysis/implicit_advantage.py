@@ -90,6 +90,11 @@ class Draws:
             f"--temperature: must be > 0, or 0 with --{flag} 1, got {self.temperature}",
         )
 
+    def request(self, key: str, prompt: tuple[int, ...], name: str, count: int) -> Request:
+        """Make a request for ``count`` completions, seeded by ``name``."""
+        seed = request_seed(self.seed, name, count)
+        return Request(key, prompt, self.max_tokens, seed, count, self.temperature, self.top_p)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Draws):
@@ -166,17 +171,14 @@ def sample_responses(
         tokenizer = load_tokenizer(folder, asked.chat)
         judge = Judge(Reward(asked.reward), tokenizer)
         judge.reward.check_truths(problems, where)
+        prompts = prompts_of(problems, tokenizer, where)
         requests = [
-            Request(
-                problem.id,
-                prompt,
-                config.max_tokens,
-                request_seed(config.seed, f"{method}/{problem.id}", config.responses),
-            )
-            for problem, prompt in zip(problems, prompts_of(problems, tokenizer, where), strict=True)
+            config.request(problem.id, prompt, f"{method}/{problem.id}", config.responses)
+            for problem, prompt in zip(problems, prompts, strict=True)
         ]
+        store = out / f"draws-{method}.jsonl"
         with LazySampler(lambda folder=folder: (open_sampler or config.engine.open)(folder)) as sampler:  # type: ignore[misc]
-            drawn = _draw(requests, out / f"draws-{method}.jsonl", sampler, config, config.engine, config.responses)
+            drawn = draw_stored(requests, store, sampler, config.engine.prompts_per_call)
         solved = 0
         for problem, request in zip(problems, requests, strict=True):
             checked = [judge(problem, request.prompt_ids, item.token_ids) for item in drawn[problem.id]]
@@ -185,20 +187,6 @@ def sample_responses(
             solved += bool(right)
         print(f"{method}: correct responses to {solved} of {len(problems)} problems")
     return kept
-
-
-def _draw(
-    requests: Sequence[Request], store: Path, sampler: Sampler, draws: Draws, engine: EngineConfig, count: int
-) -> dict[str, list[Completion]]:
-    return draw_stored(
-        requests,
-        store,
-        sampler,
-        n=count,
-        temperature=draws.temperature,
-        top_p=draws.top_p,
-        prompts_per_call=engine.prompts_per_call,
-    )
 
 
 def write_responses(path: Path, responses: Sequence[Response]) -> None:
@@ -335,17 +323,13 @@ def continue_locally(
     tokenizer = load_tokenizer(model, config.asked.chat)
     problems = {state.problem.chat: state.problem for state in states}
     prompts = dict(zip(problems, prompts_of(list(problems.values()), tokenizer, "--responses"), strict=True))
-    requests = [
-        Request(
-            state.key,
-            (*prompts[state.problem.chat], *tokenizer(state.partial, add_special_tokens=False)["input_ids"]),
-            config.max_tokens,
-            request_seed(config.seed, state.key, config.samples),
-        )
-        for state in states
-    ]
+    requests = []
+    for state in states:
+        partial = tokenizer(state.partial, add_special_tokens=False)["input_ids"]
+        prompt = (*prompts[state.problem.chat], *partial)
+        requests.append(config.request(state.key, prompt, state.key, config.samples))
     with LazySampler(lambda: (open_sampler or engine.open)(model)) as sampler:
-        return _draw(requests, store, sampler, config, engine, config.samples)
+        return draw_stored(requests, store, sampler, engine.prompts_per_call)
 
 
 def continue_remotely(

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,7 @@ class Plan:
         self.prompts = {problem.id: prompt for problem, prompt in zip(problems, prompts, strict=True)}
         self.bos = automatic_bos(tokenizer)
         self.judge = Judge(Reward(config.asked.reward), tokenizer)
+        self.request = partial(Request, n=config.group_size, temperature=config.temperature, top_p=config.top_p)
 
     def seed(self, *place: int) -> int:
         """Return the seed of the request at this place; the next G - 1 belong to its other completions."""
@@ -186,7 +188,7 @@ class Plan:
     def plain(self) -> list[Request]:
         """Return one request per problem for its plain responses."""
         return [
-            Request(f"{id}/unconditional", prompt, self.config.max_tokens, self.seed(0, number))
+            self.request(f"{id}/unconditional", prompt, self.config.max_tokens, self.seed(0, number))
             for number, (id, prompt) in enumerate(self.prompts.items())
         ]
 
@@ -248,19 +250,7 @@ class Plan:
 
 def collect(plan: Plan, store: Path, sampler: Sampler) -> list[Group]:
     """Draw all groups, stored ones from the store; plain groups first."""
-    config = plan.config
-
-    def draw(requests: Sequence[Request]) -> dict[str, list[Completion]]:
-        return draw_stored(
-            requests,
-            store,
-            sampler,
-            n=config.group_size,
-            temperature=config.temperature,
-            top_p=config.top_p,
-            prompts_per_call=config.engine.prompts_per_call,
-        )
-
+    draw = partial(draw_stored, store=store, sampler=sampler, prompts_per_call=plan.config.engine.prompts_per_call)
     plain = draw(plan.plain())
     planned = plan.conditional(plain)
     drawn = draw([item.request for item in planned])

@@ -13,6 +13,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -215,19 +216,20 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
     with LazySampler(lambda: (open_sampler or engine.open)(merged_model(checkpoint, out))) as sampler:
         for benchmark in benchmarks:
             name, k = benchmark.name, counts[benchmark.name]
-            drawn = draw_stored(
-                [
-                    Request(problem.id, prompt, config.max_response_length, request_seed(config.seed, problem.id, k))
-                    for problem, prompt in zip(benchmark.problems, benchmark.prompts, strict=True)
-                ],
-                out / name / "draws.jsonl",
-                sampler,
-                n=k,
-                temperature=config.temperature,
-                top_p=config.top_p,
-                prompts_per_call=engine.prompts_per_call,
-                report=lambda line, name=name: print(f"{name}/{line}", flush=True),  # type: ignore[misc]
-            )
+            requests = [
+                Request(
+                    problem.id,
+                    prompt,
+                    config.max_response_length,
+                    request_seed(config.seed, problem.id, k),
+                    k,
+                    config.temperature,
+                    config.top_p,
+                )
+                for problem, prompt in zip(benchmark.problems, benchmark.prompts, strict=True)
+            ]
+            report = partial(print, f"{name}/", sep="", flush=True)
+            drawn = draw_stored(requests, out / name / "draws.jsonl", sampler, engine.prompts_per_call, report)
             problems = answered(benchmark, drawn, judge)
             written.append(out / name / "problems.parquet")
             write_problems(written[-1], problems)

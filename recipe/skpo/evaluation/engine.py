@@ -80,17 +80,15 @@ class VllmSampler:
             raise ConfigError(f"vLLM cannot be imported ({error}); install the platform's requirements") from error
         self._llm: Any = LLM(model=model, **config.arguments())
 
-    def sample(
-        self, requests: Sequence[Request], *, n: int, temperature: float, top_p: float
-    ) -> list[list[Completion]]:
+    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """See ``Sampler.sample``."""
         from vllm import SamplingParams, TokensPrompt
 
         parameters = [
             SamplingParams(
-                n=n,
-                temperature=temperature,
-                top_p=top_p,
+                n=request.n,
+                temperature=request.temperature,
+                top_p=request.top_p,
                 max_tokens=request.max_tokens,
                 # vLLM gives child i of a request with n > 1 the seed + i.
                 seed=request.seed,

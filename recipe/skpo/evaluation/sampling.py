@@ -40,19 +40,25 @@ class Completion:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to sample for.
+    """One prompt, and how to sample for it.
 
     Attributes:
         key: unique among the requests of one store, and stable: a rerun finds its completions by it.
         prompt_ids: token ids.
         max_tokens: longest completion.
         seed: of its first completion; completion i is drawn with ``seed + i``.
+        n: completions; 1 if ``temperature`` is 0.
+        temperature: 0 is greedy.
+        top_p: share of the probability mass that is sampled from.
     """
 
     key: str
     prompt_ids: tuple[int, ...]
     max_tokens: int
     seed: int
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 def request_seed(seed: int, name: str, count: int) -> int:
@@ -64,20 +70,8 @@ def request_seed(seed: int, name: str, count: int) -> int:
 class Sampler(Protocol):
     """What evaluation and analyses need of a model."""
 
-    def sample(
-        self, requests: Sequence[Request], *, n: int, temperature: float, top_p: float
-    ) -> list[list[Completion]]:
-        """Draw ``n`` completions for each request.
-
-        Args:
-            requests: prompts, limits and seeds.
-            n: completions per prompt; 1 if ``temperature`` is 0.
-            temperature: 0 is greedy.
-            top_p: share of the probability mass that is sampled from.
-
-        Returns:
-            Per request its ``n`` completions, in the order of ``requests``.
-        """
+    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
+        """Draw each request's completions, in the order of ``requests``."""
         ...
 
     def close(self) -> None:
@@ -106,12 +100,10 @@ class LazySampler:
         if self._sampler is not None:
             self._sampler.close()
 
-    def sample(
-        self, requests: Sequence[Request], *, n: int, temperature: float, top_p: float
-    ) -> list[list[Completion]]:
+    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """See ``Sampler.sample``."""
         self._sampler = self._sampler or self._open()
-        return self._sampler.sample(requests, n=n, temperature=temperature, top_p=top_p)
+        return self._sampler.sample(requests)
 
     def close(self) -> None:
         """Leave closing to the end of the block."""
@@ -162,10 +154,6 @@ def draw_stored(
     requests: Sequence[Request],
     store: Path,
     sampler: Sampler,
-    *,
-    n: int,
-    temperature: float,
-    top_p: float,
     prompts_per_call: int = 16,
     report: Callable[[str], None] = print,
 ) -> dict[str, list[Completion]]:
@@ -178,9 +166,6 @@ def draw_stored(
         requests: with distinct keys.
         store: JSON lines, appended to after every call.
         sampler: asked only if something is missing.
-        n: as in ``Sampler.sample``.
-        temperature: as in ``Sampler.sample``.
-        top_p: as in ``Sampler.sample``.
         prompts_per_call: prompts of one call.
         report: called with one line of progress per call.
 
@@ -191,22 +176,21 @@ def draw_stored(
         ValueError: two requests with one key.
         ConfigError: the store holds another number of completions per prompt.
     """
-    keys = [request.key for request in requests]
-    if len(set(keys)) != len(keys):
+    if len({request.key for request in requests}) != len(requests):
         raise ValueError(f"{store}: two requests have the same key")
     stored = read_completions(store)
-    for key in keys:
-        if key in stored and len(stored[key]) != n:
+    for request in requests:
+        found = len(stored.get(request.key, ()))
+        if found not in (0, request.n):
             raise ConfigError(
-                f"{store}: holds {len(stored[key])} completions of {key!r}, this command draws {n}; give another "
+                f"{store}: holds {found} completions of {request.key!r}, this command draws {request.n}; give another "
                 f"output folder"
             )
     calls = [requests[start : start + prompts_per_call] for start in range(0, len(requests), prompts_per_call)]
     missing = [call for call in calls if any(request.key not in stored for request in call)]
     for number, call in enumerate(missing, start=1):
-        drawn = sampler.sample(call, n=n, temperature=temperature, top_p=top_p)
-        new = {request.key: completions for request, completions in zip(call, drawn, strict=True)}
+        new = {request.key: drawn for request, drawn in zip(call, sampler.sample(call), strict=True)}
         append_completions(store, new)
         stored |= new
         report(f"{store.name}: {number} of {len(missing)} calls drawn")
-    return {key: stored[key] for key in keys}
+    return {request.key: stored[request.key] for request in requests}

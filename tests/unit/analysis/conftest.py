@@ -38,15 +38,14 @@ class FakeSampler:
         self.calls: list[dict[str, Any]] = []
         self.closed = False
 
-    def sample(
-        self, requests: Sequence[Request], *, n: int, temperature: float, top_p: float
-    ) -> list[list[Completion]]:
+    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         if self.fail_after is not None and len(self.calls) >= self.fail_after:
             raise KeyboardInterrupt
+        (n, temperature, top_p) = {(request.n, request.temperature, request.top_p) for request in requests}.pop()
         prompts = [list(request.prompt_ids) for request in requests]
         limits, seeds = [request.max_tokens for request in requests], [request.seed for request in requests]
-        settings = {"temperature": temperature, "top_p": top_p}
-        self.calls.append({"prompts": prompts, "n": n, "limits": limits, "seeds": seeds, **settings})
+        settings = {"n": n, "temperature": temperature, "top_p": top_p}
+        self.calls.append({"prompts": prompts, "limits": limits, "seeds": seeds, **settings})
         return [
             [self._complete(prompt, seed + index, limit) for index in range(n)]
             for prompt, seed, limit in zip(prompts, seeds, limits, strict=True)

@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf, open_dict
 
-from data_prep.prompts import load_prompt_template
-from data_prep.schema import DataError, Row, write_parquet
+from data_prep.schema import Row, write_parquet
 from recipe.skpo import main
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.launch import apply_platform
@@ -901,32 +900,6 @@ def test_another_platform_of_verl_in_the_environment(run: Run, monkeypatch) -> N
     monkeypatch.setenv("VERL_PLATFORM", "nvidia")
     with pytest.raises(RuntimeError, match=r"^VERL_PLATFORM=nvidia is set .* unset VERL_PLATFORM or choose the same"):
         apply_platform(run.config)
-
-
-# ---------------------------------------------------------------- prompt templates
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"\xff\xfe\x00", "cannot be read as a template"),
-        (b"messages: [", "cannot be read as a template"),
-        (b"- a list", "is not a mapping"),
-        (b"messages: []", "needs {question} exactly once"),
-        (b"messages: hello", "key 'messages' is not a list of {role, content}"),
-        (b"messages: [{role: user}]", "key 'messages' is not a list of {role, content}"),
-        (b"messages: [{role: user, content: 5}]", "key 'messages' is not a list of {role, content}"),
-        (b"messages: [{role: user, content: hello}]", "needs {question} exactly once"),
-        (b"messages: [{role: user, content: '{question} {question}'}]", "needs {question} exactly once"),
-    ],
-)
-def test_a_bad_prompt_template(tmp_path: Path, content: bytes, said: str) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_bytes(content)
-    with pytest.raises(DataError) as error:
-        load_prompt_template(str(file))
-    message = str(error.value)
-    assert message.startswith(f"{file}: ") and said in message and len(message.splitlines()) == 1
 
 
 def test_config_error_is_what_main_catches() -> None:

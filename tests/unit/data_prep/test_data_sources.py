@@ -446,6 +446,7 @@ def test_a_template_of_ones_own_is_given_by_path(folder: Path, tmp_path: Path) -
     ("content", "message"),
     [
         ("messages: [", "cannot be read as a template"),
+        ("messages: []", "needs {question} exactly once"),
         ("messages: 5", "not a list of"),
         ("messages: [{role: user}]", "not a list of"),
         ("messages: [{role: user, content: 5}]", "not a list of"),

@@ -144,14 +144,6 @@ def test_finished_evaluation_needs_no_model(command) -> None:
     assert Path("out/table.md").read_bytes() == before
 
 
-def test_sampler_is_closed_when_drawing_fails(command, monkeypatch: pytest.MonkeyPatch) -> None:
-    closed = []
-    monkeypatch.setattr(FakeSampler, "close", lambda self: closed.append(self))
-    with pytest.raises(KeyboardInterrupt):
-        command(fail_after=0)
-    assert len(closed) == 1
-
-
 def test_other_draws_are_not_mixed_in(command, model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command("output_dir=out")
     for override in ("temperature=0.7", "top_p=0.9", "seed=2", "k.default=2", "max_response_length=8"):

@@ -30,27 +30,26 @@ class CountingSampler:
         self.calls: list[list[int]] = []
         self.fail_at, self.closed = fail_at, False
 
-    def sample(
-        self, requests: Sequence[Request], *, n: int, temperature: float, top_p: float
-    ) -> list[list[Completion]]:
+    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         if len(self.calls) == self.fail_at:
             raise KeyboardInterrupt
-        seeds = [request.seed for request in requests]
-        self.calls.append(seeds)
-        return [[Completion((seed + i,), f"t{seed + i}", "stop", (-0.5,)) for i in range(n)] for seed in seeds]
+        self.calls.append([request.seed for request in requests])
+        return [
+            [Completion((seed,), f"t{seed}", "stop", (-0.5,)) for seed in range(request.seed, request.seed + request.n)]
+            for request in requests
+        ]
 
     def close(self) -> None:
         self.closed = True
 
 
-def requests(count: int = 5) -> list[Request]:
-    return [Request(f"p{index}", (1, index), 10 + index, 100 * index) for index in range(count)]
+def requests(count: int = 5, n: int = 2) -> list[Request]:
+    return [Request(f"p{index}", (1, index), 10 + index, 100 * index, n) for index in range(count)]
 
 
 def draw(store: Path, sampler: CountingSampler | None, count: int = 5, n: int = 2) -> dict[str, list[Completion]]:
-    options: dict[str, Any] = {"n": n, "temperature": 1.0, "top_p": 1.0, "prompts_per_call": 2}
     none: Any = None
-    return draw_stored(requests(count), store, sampler or none, report=lambda _: None, **options)
+    return draw_stored(requests(count, n), store, sampler or none, prompts_per_call=2, report=lambda _: None)
 
 
 def test_draws_are_in_order(tmp_path: Path) -> None:
@@ -119,7 +118,7 @@ def test_file_that_is_no_store_is_refused(tmp_path: Path) -> None:
 def test_equal_keys_are_refused(tmp_path: Path) -> None:
     twice = [*requests(1), *requests(1)]
     with pytest.raises(ValueError, match="same key"):
-        draw_stored(twice, tmp_path / "s.jsonl", CountingSampler(), n=1, temperature=1.0, top_p=1.0)
+        draw_stored(twice, tmp_path / "s.jsonl", CountingSampler())
 
 
 def test_a_lazy_sampler_is_opened_once_by_its_first_draw_and_closed_whatever_happens() -> None:
@@ -134,7 +133,7 @@ def test_a_lazy_sampler_is_opened_once_by_its_first_draw_and_closed_whatever_hap
     assert opened == []
     with pytest.raises(KeyboardInterrupt), LazySampler(open_sampler) as sampler:
         for request in requests(3):
-            sampler.sample([request], n=1, temperature=1.0, top_p=1.0)
+            sampler.sample([request])
     assert [(len(made.calls), made.closed) for made in opened] == [(2, True)]
 
 
@@ -181,8 +180,7 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_vllm_is_asked_prompt_by_prompt(fake_vllm: None) -> None:
     sampler = EngineConfig(platform="gpu", max_model_len=99).open("m")
     assert (FakeEngine.made["model"], FakeEngine.made["max_model_len"]) == ("m", 99)
-    asked = [Request("a", (1, 2), 5, 10), Request("b", (3,), 6, 20)]
-    drawn = sampler.sample(asked, n=2, temperature=0.7, top_p=0.9)
+    drawn = sampler.sample([Request("a", (1, 2), 5, 10, 2, 0.7, 0.9), Request("b", (3,), 6, 20, 2, 0.7, 0.9)])
     assert drawn == [[Completion((7,), "seven", "length", (-0.25,))] * 2] * 2
     assert [item["prompt_token_ids"] for item, _ in FakeEngine.asked] == [[1, 2], [3]]
     assert [(p.n, p.temperature, p.top_p, p.max_tokens, p.seed, p.logprobs) for _, p in FakeEngine.asked] == [
