@@ -10,15 +10,13 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from recipe.skpo.evaluation.results import CONFIG_NAME, json_bytes
+from recipe.skpo.evaluation.results import CONFIG_NAME, Parser, json_bytes
 from recipe.skpo.output.files import write_atomic
 
 
-def parser_of(name: str, description: str | None) -> argparse.ArgumentParser:
+def parser_of(name: str, description: str | None) -> Parser:
     """Return the parser of an analysis, whose module's docstring is its help."""
-    parser = argparse.ArgumentParser(prog=f"python -m recipe.skpo.analysis.{name}", description=description)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    return parser
+    return Parser(prog=f"python -m recipe.skpo.analysis.{name}", description=description)
 
 
 def add_out(parser: argparse.ArgumentParser, help: str = "folder for picture, numbers and config") -> None:

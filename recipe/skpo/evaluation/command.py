@@ -8,7 +8,6 @@ stored responses again.  The paper gives k but no temperature: 0.6 with top-p 0.
 ``temperature=0 k.default=1`` is greedy, as the trainer's validation.
 """
 
-import argparse
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +26,7 @@ from recipe.skpo.evaluation.engine import FREE, detected_platform
 from recipe.skpo.evaluation.models import Checkpoint, find_checkpoint, merged_model
 from recipe.skpo.evaluation.options import require
 from recipe.skpo.evaluation.problems import Judge, Problem, Reward, load_tokenizer, prompts_of, read_problems
-from recipe.skpo.evaluation.results import check_same_config, json_bytes, run_cli
+from recipe.skpo.evaluation.results import Parser, check_same_config, json_bytes, run_cli
 from recipe.skpo.evaluation.sampling import (
     Completion,
     LazySampler,
@@ -249,8 +248,7 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m recipe.skpo.evaluation", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog="python -m recipe.skpo.evaluation", description=__doc__)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of config/evaluate.yaml, as Hydra reads them"
     )

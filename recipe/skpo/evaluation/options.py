@@ -11,6 +11,7 @@ from recipe.skpo.errors import ConfigError
 from recipe.skpo.task.run_settings import Chat, run_settings
 from reward_fns import OUR_REWARD
 from reward_fns.forms import OLD_FORMATS, AnswerFormat
+from reward_fns.thoughts import read_marks
 
 Record = TypeVar("Record")
 
@@ -60,7 +61,10 @@ def _reader(kind: Any) -> Callable[[str], Any]:
     parts = [part for part in get_args(kind) if part not in (NoneType, Ellipsis)]
 
     def values(text: str) -> tuple[Any, ...]:
-        return tuple(parts[0](part) for part in text.split(","))
+        try:
+            return tuple(parts[0](part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers separated by commas") from None
 
     return values if get_origin(kind) is tuple else parts[0] if parts else kind
 
@@ -208,4 +212,9 @@ def _mapping(text: str) -> dict[str, Any]:
 
 
 def _marks(text: str) -> str | tuple[str, ...]:
-    return tuple(text.split(",")) if "," in text else text
+    marks = tuple(text.split(",")) if "," in text else text
+    try:
+        read_marks(marks)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not auto, none or two different marks OPEN,CLOSE") from None
+    return marks

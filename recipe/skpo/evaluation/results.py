@@ -1,12 +1,13 @@
 """The config of an evaluation or analysis as a file, and the frame of their commands."""
 
+import argparse
 import dataclasses
 import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pandas as pd
@@ -91,3 +92,15 @@ def run_cli(run: Callable[[], Sequence[Path]]) -> int:
         print(error_line(error), file=sys.stderr)
         return 1
     return 0
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line and prints its description as it is written."""
+
+    def __init__(self, **options: Any) -> None:
+        """Take the options of ``argparse.ArgumentParser``."""
+        super().__init__(**({"formatter_class": argparse.RawDescriptionHelpFormatter} | options))
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and exit, without the usage, which may be longer than a screen."""
+        self.exit(2, f"error: {message.removeprefix('argument ')}; --help lists the flags\n")

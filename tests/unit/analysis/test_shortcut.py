@@ -301,6 +301,27 @@ def test_problem_whose_answer_cannot_be_checked_is_named(tmp_path: Path, model_f
     assert f"error: --data {path}: row 0: ground_truth 'seven' is not a number" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--thought-marks", "off"],
+            "--thought-marks: 'off' is not auto, none or two different marks OPEN,CLOSE",
+        ),
+        (["--thought-marks", "<a>,<a>"], "--thought-marks: '<a>,<a>' is not auto"),
+        (["--chat-template-kwargs", "[1]"], "--chat-template-kwargs: '[1]' is not a JSON object"),
+        (["--platform", "tpu"], "--platform: invalid choice: 'tpu'"),
+        (["--problems", "x"], "--problems: invalid int value: 'x'"),
+        (["--nope"], "unrecognized arguments: --nope"),
+    ],
+)
+def test_a_flag_that_cannot_be_read_is_refused_in_one_line(arguments: list[str], said: str, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        shortcut.main(["--model", "m", "--data", "d", "--out", "o", *arguments])
+    error = capsys.readouterr().err
+    assert (ended.value.code, error.count("\n")) == (2, 1) and error.startswith(f"error: {said}")
+
+
 def test_thought_marks_of_the_command_and_of_the_run_are_obeyed(
     tmp_path: Path, model_folder: Path, problems_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
