@@ -12,7 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe.skpo.checks.known_keys import nearest, reference_keys, unknown_key
+from recipe.skpo.checks.known_keys import nearest, reference_keys, unknown_choice, unknown_key
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.settings import RECORDS, known_keys
 
@@ -181,7 +181,7 @@ def _missing_config(error: MissingConfigException) -> str:
     if error.options is None or not group:
         reason = str(error).splitlines()[0].rstrip(".")
         return f"{name or 'config'}: {reason}; check --config-name, --config-dir and hydra.searchpath"
-    return f"{group}: {choice!r} is unknown; known are {', '.join(sorted(error.options))}"
+    return unknown_choice(group, choice, error.options)
 
 
 def _key_of(error: BaseException, text: str) -> str | None:

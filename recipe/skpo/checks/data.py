@@ -26,6 +26,9 @@ _PATTERN = ("*", "?", "[", "]", "::")
 _AGENT = "single_turn_agent"
 """verl's agent that training with SKPO stands for."""
 
+_OF_TOOLS = {"tools_kwargs", "interaction_kwargs"}
+"""Fields of ``extra_info`` that verl hands to the tools of other agents."""
+
 _INDEX_OF_PANDAS = "__index_level_0__"
 
 
@@ -193,6 +196,12 @@ def _check_columns(config: DictConfig, file: DataFile) -> None:
             raise DataError(
                 f"{file.where}: column 'extra_info' is {kind}, and verl reads fields of it; make it a struct"
             )
+        if "rollout" in config.method.uses and file.role == "train" and pa.types.is_struct(kind):
+            for name in _OF_TOOLS & {field.name for field in kind}:
+                print(
+                    f"note: {file.where}: field {name!r} of column 'extra_info' has no effect: training with "
+                    f"method={config.method.name} samples one turn and calls no tool"
+                )
     if "agent_name" in file.names and "rollout" in config.method.uses:
         others = [agent for agent in _column(file.path, "agent_name").unique().to_pylist() if agent != _AGENT]
         if others:

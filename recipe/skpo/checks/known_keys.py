@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from difflib import SequenceMatcher
 from functools import cache
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -92,10 +93,33 @@ def check_structure(given: Mapping[str, Any], choices: Mapping[str, Any]) -> Non
     for group in GROUPS:
         if choices.get(group) is None:
             raise ConfigError(f"{group}: cannot be taken out; give one of its choices, which --help lists")
+        if choices[group] in _of_verl(group):
+            raise ConfigError(unknown_choice(group, choices[group]))
     known = reference(choices)
     _check_former(given, known)
     # A choice of the user's own need not have every key that a choice of ours may have.
     _check_whole(given, known if not _foreign(choices) else {}, "")
+
+
+def unknown_choice(group: str, choice: str, known: Iterable[str] = ()) -> str:
+    """Say that a group does not have a choice, and which it has.
+
+    Args:
+        group: its name.
+        choice: as given.
+        known: choices on Hydra's search path; those of verl's own files are left out.
+    """
+    ours = {path.stem for path in (CONFIG / group).glob("*.yaml")} | set(known)
+    return f"{group}: {choice!r} is unknown; known are {', '.join(sorted(ours - _of_verl(group)))}"
+
+
+def _of_verl(group: str) -> set[str]:
+    """Choices that verl's own files, on the same search path, add to a group of ours."""
+    spec = find_spec("verl")
+    if group not in GROUPS or group == "model_engine" or spec is None or spec.origin is None:
+        return set()
+    folder = Path(spec.origin).parent / "trainer" / "config" / group
+    return {path.stem for path in folder.glob("*.yaml")}
 
 
 def check_keys(given: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
@@ -134,16 +158,21 @@ def unknown_key(path: str, known: Iterable[str]) -> str:
 def nearest(path: str, known: Iterable[str]) -> str | None:
     """The known key that looks most like ``path``; None where none does."""
     away = tuple(node for node in _ELSEWHERE if not _below(path, node))
-    words = set(re.split(r"[._]", path))
+    words = _words(path)
 
     def likeness(other: str) -> float:
-        theirs = set(re.split(r"[._]", other))
+        theirs = _words(other)
         last = SequenceMatcher(None, path.rpartition(".")[2], other.rpartition(".")[2]).ratio()
         return len(words & theirs) / len(words | theirs) + SequenceMatcher(None, path, other).ratio() + last
 
     candidates = [key for key in known if not any(_below(key, node) for node in (*away, *MOVED))]
     best = max(candidates, key=likeness, default=None)
     return best if best is not None and likeness(best) > 1.3 else None
+
+
+def _words(path: str) -> set[str]:
+    """Words of a key, singular and plural alike."""
+    return {word.removesuffix("s") for word in re.split(r"[._]", path)}
 
 
 def reference_keys(overrides: Iterable[str]) -> list[str]:

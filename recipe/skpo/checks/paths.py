@@ -118,7 +118,7 @@ def resolve_paths(config: DictConfig, overrides: Sequence[str]) -> None:
         overrides: of the command line.
 
     Raises:
-        ConfigError: a template's file cannot be read.
+        ConfigError: a template's file cannot be read, or a home folder is unknown.
     """
     with open_dict(config):
         for key in (*NAMES, *FILES):
@@ -128,11 +128,14 @@ def resolve_paths(config: DictConfig, overrides: Sequence[str]) -> None:
             given = overridden(key, overrides) or not _is_computed(config, key)
             base = caller() if given else Path.cwd()
             must_exist = key in NAMES
-            absolute = (
-                _absolute(value, base, must_exist)
-                if isinstance(value, str)
-                else [_absolute(item, base, must_exist) for item in value]
-            )
+            try:
+                absolute = (
+                    _absolute(value, base, must_exist)
+                    if isinstance(value, str)
+                    else [_absolute(item, base, must_exist) for item in value]
+                )
+            except RuntimeError:
+                raise ConfigError(f"{key}: {value} names the home folder of an unknown user; give its path") from None
             OmegaConf.update(config, key, absolute)
         template = OmegaConf.select(config, TEMPLATE)
         if template and isinstance(template, str) and (text := _text_of_file(template)) is not None:

@@ -187,6 +187,10 @@ GOOD_FILES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     "an index of pandas": (with_column("__index_level_0__", lambda n: list(range(n))), ""),
     "extra_info that is null": (with_column("extra_info", pa.nulls), ""),
     "no extra_info": (lambda table: table.drop_columns(["extra_info", "ability"]), ""),
+    "arguments of a tool": (
+        with_column("extra_info", lambda n: [{"index": k, "tools_kwargs": {"a": 1}} for k in range(n)]),
+        "data.train_files: ",
+    ),
     "images of no row": (with_column("images", lambda n: [[] for _ in range(n)]), ""),
     "videos that are null": (with_column("videos", pa.nulls), ""),
     "verl's one agent": (with_column("agent_name", lambda n: ["single_turn_agent"] * n), ""),
