@@ -43,7 +43,7 @@ from recipe.skpo.evaluation.options import (
     read_flags,
     require,
 )
-from recipe.skpo.evaluation.problems import Judge, Problem, Reward, load_tokenizer, prompts_of, read_problems
+from recipe.skpo.evaluation.problems import Judge, Problem, Reward, prompts_of, read_problems
 from recipe.skpo.evaluation.results import check_same_config, run_cli
 from recipe.skpo.evaluation.sampling import (
     Completion,
@@ -54,6 +54,7 @@ from recipe.skpo.evaluation.sampling import (
     request_seed,
 )
 from recipe.skpo.output.files import write_atomic
+from recipe.skpo.task.model_files import load_tokenizer
 
 CONTINUATIONS = "continuations.jsonl"
 # A word: letters and digits, with a backslash in front (\frac) and decimals behind (3.5, 1,200).  Else a run of signs.

@@ -36,10 +36,11 @@ from recipe.skpo.evaluation.options import (
     read_flags,
     require,
 )
-from recipe.skpo.evaluation.problems import Judge, Problem, Reward, load_tokenizer, prompts_of, read_problems
+from recipe.skpo.evaluation.problems import Judge, Problem, Reward, prompts_of, read_problems
 from recipe.skpo.evaluation.results import check_same_config, run_cli
 from recipe.skpo.evaluation.sampling import SEED_BOUND, Completion, LazySampler, Request, Sampler, draw_stored
 from recipe.skpo.method.segments import Segment, cut_segment, select_segment, skip_prompt
+from recipe.skpo.task.model_files import load_tokenizer
 from recipe.skpo.task.prompts import automatic_bos, problem_tokens
 
 MODES = ("unconditional", "continual", "skip", "quote")

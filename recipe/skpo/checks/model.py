@@ -17,6 +17,8 @@ from recipe.skpo.checks.data import prompt_files
 from recipe.skpo.checks.paths import caller
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.isolation.child import LOAD_SECONDS, PROMPT_SECONDS, Place, Stopped, in_child
+from recipe.skpo.task.model_files import count_parameters, load_tokenizer
+from recipe.skpo.task.run_settings import Chat
 from recipe.skpo.task.thoughts import configured_marks
 from reward_fns import OUR_REWARD
 
@@ -73,8 +75,6 @@ def check_model(config: DictConfig) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    from safetensors import SafetensorError, safe_open
-
     where = "actor_rollout_ref.model.path"
     index = folder / "model.safetensors.index.json"
     if index.is_file():
@@ -91,15 +91,7 @@ def _check_weights(folder: Path) -> None:
         names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names and not any(folder.glob("*.bin")):
         raise ConfigError(f"{where}: {folder} holds no weights (*.safetensors); give the folder of a whole checkpoint")
-    for name in names:
-        try:
-            with safe_open(folder / name, "numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            reason = one_line(error)
-            raise ConfigError(
-                f"{where}: {folder / name} is missing or cut off ({reason}); copy or download the model again"
-            ) from None
+    count_parameters((folder / name for name in names), f"{where}: ")
 
 
 def check_prompt_lengths(config: DictConfig) -> None:
@@ -136,8 +128,14 @@ def check_prompt_lengths(config: DictConfig) -> None:
 def _count_prompts(config: DictConfig, files: Sequence[str], train: Sequence[str], place: Place) -> tuple[int, bool]:
     """Training prompts within the limit, after every prompt was checked, and whether any prompt opens a thought."""
     place.move("actor_rollout_ref.model.path", LOAD_SECONDS)
-    tokenizer, limit = _tokenizer(config), config.data.max_prompt_length
+    limit, model = config.data.max_prompt_length, config.actor_rollout_ref.model
     options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
+    tokenizer = load_tokenizer(
+        model.get("tokenizer_path") or model.path,
+        Chat(model.get("custom_chat_template"), options),
+        "actor_rollout_ref.model.path: ",
+        model.get("trust_remote_code", False),
+    )
     left, filtered, thinks = 0, config.data.filter_overlong_prompts, False
     reward = config.reward.custom_reward_function
     marks = configured_marks(reward.path, reward.get("reward_kwargs"))
@@ -145,7 +143,7 @@ def _count_prompts(config: DictConfig, files: Sequence[str], train: Sequence[str
         for index, messages in enumerate(_prompts(file, config.data.prompt_key)):
             place.move(f"{file}: row {index}", PROMPT_SECONDS)
             try:
-                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
                 if len(text) > LONGEST_PROMPT:
                     raise ValueError(f"it makes {len(text)} characters of it")
             except MemoryError:
@@ -170,24 +168,3 @@ def _prompts(file: str, column: str) -> Iterator[list[dict[str, str]]]:
     with pq.ParquetFile(file) as table:
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
             yield from batch.column(column).to_pylist()
-
-
-def _tokenizer(config: DictConfig):
-    from transformers import AutoTokenizer
-
-    model = config.actor_rollout_ref.model
-    path = model.get("tokenizer_path") or model.path
-    try:
-        with quiet_hub():
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.get("trust_remote_code", False))
-    except Exception as error:  # a process border: five libraries read these files, each with errors of its own
-        reason = one_line(error) or type(error).__name__
-        raise ConfigError(f"actor_rollout_ref.model.path: no tokenizer can be loaded from {path} ({reason})") from error
-    if model.get("custom_chat_template"):
-        tokenizer.chat_template = model.custom_chat_template
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"actor_rollout_ref.model.path: the tokenizer of {path} has no chat template; give one by "
-            f"actor_rollout_ref.model.custom_chat_template, or an instruct model"
-        )
-    return tokenizer

@@ -25,7 +25,7 @@ from recipe.skpo.evaluation.config import EvaluationConfig, read_config
 from recipe.skpo.evaluation.engine import FREE, detected_platform
 from recipe.skpo.evaluation.models import Checkpoint, find_checkpoint, merged_model
 from recipe.skpo.evaluation.options import require
-from recipe.skpo.evaluation.problems import Judge, Problem, Reward, load_tokenizer, prompts_of, read_problems
+from recipe.skpo.evaluation.problems import Judge, Problem, Reward, prompts_of, read_problems
 from recipe.skpo.evaluation.results import Parser, check_same_config, json_bytes, run_cli
 from recipe.skpo.evaluation.sampling import (
     Completion,
@@ -38,6 +38,7 @@ from recipe.skpo.evaluation.sampling import (
 from recipe.skpo.evaluation.scores import Answered, markdown, score
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.redaction import reject_secret_overrides
+from recipe.skpo.task.model_files import load_tokenizer
 from recipe.skpo.task.run_settings import Chat, run_settings
 
 # ---------------------------------------------------------------- benchmarks

@@ -17,6 +17,7 @@ from recipe.skpo.evaluation.adapters import META, has_adapter
 from recipe.skpo.evaluation.options import require
 from recipe.skpo.isolation.pickles import check_pickles
 from recipe.skpo.output.run_folder import MARKER, marked_step
+from recipe.skpo.task.model_files import count_parameters
 from recipe.skpo.task.run_settings import run_settings
 
 ACCEPTED = (
@@ -107,7 +108,6 @@ def _fsdp_checkpoint(actor: Path, trusted: Sequence[str]) -> Checkpoint:
 
 
 def _whole_model(folder: Path) -> Checkpoint:
-    from safetensors import SafetensorError, safe_open
     from verl.model_merger.output_validation import validate_hf_model_output
 
     try:
@@ -115,13 +115,7 @@ def _whole_model(folder: Path) -> Checkpoint:
     except RuntimeError as error:
         raise ConfigError(f"checkpoint: {error}") from None
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    for file in weights:
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "numpy"):
-                    pass
-            except SafetensorError as error:
-                raise ConfigError(f"checkpoint: {file} is cut short or not a safetensors file ({error})") from None
+    count_parameters((file for file in weights if file.suffix == ".safetensors"), where="checkpoint: ")
     return Checkpoint(_label(folder), str(folder), None, _files_digest(weights))
 
 

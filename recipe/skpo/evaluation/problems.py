@@ -3,13 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_prep.hub import quiet_hub
 from data_prep.schema import DataError, check_parquet
 from data_prep.untrusted import one_line
 from recipe.skpo.errors import ConfigError
@@ -17,7 +15,6 @@ from recipe.skpo.evaluation.options import RewardFunction, require
 from recipe.skpo.isolation.child import PROMPT_SECONDS, Place, Stopped, in_child
 from recipe.skpo.task.prompts import problem_tokens
 from recipe.skpo.task.rewards import RewardCall, RewardError
-from recipe.skpo.task.run_settings import Chat
 from recipe.skpo.task.thoughts import ThoughtReader, configured_marks
 
 
@@ -80,36 +77,6 @@ def read_problems(path: Path, option: str, count: int | None = None) -> list[Pro
 
 
 # ---------------------------------------------------------------- tokens
-
-
-def load_tokenizer(model: str, chat: Chat | None = None) -> Any:
-    """Load the tokenizer of a Hugging Face folder or name.
-
-    Args:
-        model: folder or name.
-        chat: template and options that ``apply_chat_template`` is to use; None is the tokenizer's own template.
-
-    Raises:
-        ConfigError: none can be loaded, or it has no chat template.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        with quiet_hub():
-            tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{model}: no tokenizer can be loaded ({one_line(error)}); name a Hugging Face folder"
-        ) from None
-    if chat is not None:
-        tokenizer.chat_template = chat.custom_chat_template or tokenizer.chat_template
-        # So that every prompt gets them, whoever builds it.
-        tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **chat.chat_template_kwargs)
-    require(
-        bool(tokenizer.chat_template),
-        f"{model}: its tokenizer has no chat template; name an instruct model, or give a custom chat template",
-    )
-    return tokenizer
 
 
 def prompts_of(problems: Sequence[Problem], tokenizer: Any, where: str) -> list[tuple[int, ...]]:

@@ -6,7 +6,6 @@ marker names it, the marker is only ever moved to a whole one, and an older chec
 names a newer one (verl's own removal does not look at the marker and does not know our file).
 """
 
-import math
 import re
 import shutil
 import zipfile
@@ -17,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from recipe.skpo.errors import ConfigError, RunError
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.run_folder import MARKER, stored_checkpoints
+from recipe.skpo.task.model_files import count_parameters
 from recipe.skpo.trainer.fingerprint import FILE_NAME as FINGERPRINT
 from recipe.skpo.trainer.state import FILE_NAME
 
@@ -138,27 +138,16 @@ def expected_bytes(config: DictConfig) -> int | None:
     whole = [path for path in stored_checkpoints(Path(config.trainer.default_local_dir)).values() if is_whole(path)]
     if whole:
         return stored_bytes(whole[-1])
-    weights = _parameters(Path(config.actor_rollout_ref.model.path))
+    try:
+        weights = count_parameters(Path(config.actor_rollout_ref.model.path).glob("*.safetensors"))
+    except ConfigError:  # what is wrong with it is said by the model's own check
+        return None
     if not weights:
         return None
     dtype = OmegaConf.select(config, "actor_rollout_ref.actor.fsdp_config.model_dtype")
     # Of an adapter the optimizer holds next to nothing.
     tensors = 1 if config.actor_rollout_ref.model.get("lora_rank", 0) else 3
     return weights * tensors * (2 if dtype in ("bf16", "bfloat16", "fp16", "float16") else 4)
-
-
-def _parameters(folder: Path) -> int:
-    """Numbers in the safetensors files of a model's folder, from their headers."""
-    from safetensors import SafetensorError, safe_open
-
-    count = 0
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, "numpy") as file:
-                count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-        except (SafetensorError, OSError):
-            return 0  # what is wrong with it is said by the model's own check
-    return count
 
 
 def is_whole(folder: Path) -> bool:

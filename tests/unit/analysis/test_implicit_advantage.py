@@ -30,8 +30,9 @@ from recipe.skpo.analysis.implicit_advantage import (
     tabulate,
 )
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.evaluation.problems import Problem, load_tokenizer
+from recipe.skpo.evaluation.problems import Problem
 from recipe.skpo.evaluation.sampling import Completion
+from recipe.skpo.task.model_files import load_tokenizer
 from tests.unit.analysis.conftest import SOURCE, FakeSampler, engine, reward
 
 

@@ -24,9 +24,10 @@ from recipe.skpo.analysis.shortcut import (
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation import problems
 from recipe.skpo.evaluation.engine import EngineConfig
-from recipe.skpo.evaluation.problems import load_tokenizer, prompts_of, read_problems
+from recipe.skpo.evaluation.problems import prompts_of, read_problems
 from recipe.skpo.evaluation.sampling import Completion, read_completions
 from recipe.skpo.method.segments import skip_prompt
+from recipe.skpo.task.model_files import load_tokenizer
 from tests.conftest import thinking_run
 from tests.unit.analysis.conftest import FakeSampler, engine
 

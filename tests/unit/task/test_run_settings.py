@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.options import add_model_flags, model_settings
-from recipe.skpo.evaluation.problems import load_tokenizer
+from recipe.skpo.task.model_files import load_tokenizer
 from recipe.skpo.task.prompts import problem_tokens
 from recipe.skpo.task.run_settings import Chat, run_settings
 from tests.conftest import thinking_run

@@ -198,7 +198,8 @@ async def test_a_thought_that_the_continued_segment_opens_is_open_in_its_respons
 
 def test_evaluation_follows_the_same_rule(thinking_folder: Path) -> None:
     from recipe.skpo.evaluation.options import RewardFunction
-    from recipe.skpo.evaluation.problems import Judge, Problem, Reward, load_tokenizer
+    from recipe.skpo.evaluation.problems import Judge, Problem, Reward
+    from recipe.skpo.task.model_files import load_tokenizer
     from recipe.skpo.task.prompts import problem_tokens
 
     tokenizer = load_tokenizer(str(thinking_folder))
