@@ -22,8 +22,10 @@ if [[ $# -eq 0 || "${SKPO_LINT:-0}" == 1 ]]; then
     "$python" .venv/bin/lint-imports || status=1
 fi
 if [[ $# -eq 0 ]]; then
-    # Test files side by side; then whole training runs, which need the cores for themselves.
-    "$python" -m pytest -n logical --maxprocesses 8 --dist loadfile -m "not e2e and not nightly and not fuzz" || status=$?
+    # Test files side by side, in their order, because the first take longest; then whole training runs, which need the
+    # cores for themselves.
+    "$python" -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder \
+        -m "not e2e and not nightly and not fuzz" || status=$?
     "$python" -m pytest -m "e2e and not nightly and not fuzz" || status=$?
 else
     "$python" -m pytest "$@" || status=$?
