@@ -135,8 +135,7 @@ class Watch(threading.Thread):
     """Looks after the run's processes: one that died ends the run, and so does a start that takes too long.
 
     Some deaths the run notices by itself, at once or at its next call; others, such as a reward worker's or a storage
-    unit's, it would wait for.  So every actor with a name is asked for a sign of life, which a dead one answers with
-    Ray's error.
+    unit's, it would wait for.  So every named actor is pinged; a dead one answers with Ray's error.
 
     Args:
         ending: told when the run is to end.
@@ -244,7 +243,7 @@ class WatchedRunner:
 
 
 def begun(config: DictConfig) -> Callable[[], bool]:
-    """A look at whether the start is over: the trainer opens its metrics file anew after the first weight sync."""
+    """Check whether the start is over: the trainer reopens its metrics file after the first weight sync."""
     path = Path(config.output_dir) / "metrics.jsonl"
 
     def state() -> tuple[int, int] | None:

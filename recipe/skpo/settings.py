@@ -238,7 +238,7 @@ class SkpoSettings:
         self._check_combinations()
 
     def _check_combinations(self) -> None:
-        """Refuse values that would be ignored or could not be told apart from another choice."""
+        """Refuse values that would be ignored or would equal another choice."""
         _require(
             self.candidates is None or 1 <= self.candidates <= self.group_size,
             f"skpo.candidates: must be between 1 and skpo.group_size={self.group_size}, or null for as many; "

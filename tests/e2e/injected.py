@@ -1,7 +1,7 @@
-"""Faults in a real run: a rollout manager and a reward function that the config names in place of the product's.
+"""Faults in a real run: a rollout manager and a reward function that the config names instead of the product's.
 
 Servers: ``FaultyClient`` stands between vLLM's answer and everything that checks it.  Rewards: ``compute_score``.  The
-rate is the environment variable ``FAULT_RATE``; draws are seeded by what is asked for, so a run can be repeated.  Each
+rate is the environment variable ``FAULT_RATE``; draws are seeded by the request, so a run can be repeated.  Each
 kind hits that share of requests or rewards; the two that cost a whole time-out hit it per prompt.
 """
 

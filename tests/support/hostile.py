@@ -19,7 +19,7 @@ HOSTILE_ANSWERS = [
     "0." + "3" * 5000,
     "1e999999999",
     "1 \\times 10^{999999999}",
-    # sums, products, integrals, limits that take for ever
+    # sums, products, integrals, limits that take forever
     "\\sum_{n=1}^{10000000} n^n",
     "\\sum_{n=1}^{\\infty} \\frac{\\sin(n^n)}{n!}",
     "\\prod_{n=1}^{1000000} (x+n)",

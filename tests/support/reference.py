@@ -133,7 +133,7 @@ def reference_drift(step_kls: Sequence[float], visited_after: int, unit: str) ->
 
 
 class ReferenceRun:
-    """Baselines, tracked lengths and drifts of a run, computed anew from all that happened whenever one is asked for.
+    """Baselines, tracked lengths and drifts of a run, computed again from the whole history at every request.
 
     Args:
         initial_length: of a prompt never visited, in tokens.

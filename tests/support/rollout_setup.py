@@ -1,7 +1,7 @@
 """A rollout worker by its real constructor, and what stands for the processes around it.
 
 Real here: verl's worker with its constructor and ``generate_sequences``, chat template, verl's reward worker with our
-reward function.  In place of a process border: the LLM client is a fake, TransferQueue's two asynchronous puts are
+reward function.  Instead of a process border: the LLM client is a fake, TransferQueue's two asynchronous puts are
 caught, the reward worker lives in this process behind a handle that pickles what it is given.
 """
 
@@ -29,7 +29,7 @@ class RewardHandle:
     """Stands for the Ray handle of verl's reward worker: arguments are copied as Ray would copy them.
 
     Attributes:
-        calls: number of rewards asked for.
+        calls: number of requested rewards.
         raises_at: numbers of the calls that raise.
         hangs: no call ever returns.
     """
@@ -147,7 +147,7 @@ def make_config(compose_config, model_folder):
             "data.max_response_length=32",
             *overrides,
         )
-        for key, value in (skpo or {}).items():  # without composing anew
+        for key, value in (skpo or {}).items():  # without composing again
             config.skpo[key] = value
         return config
 
@@ -197,7 +197,7 @@ def two_phases(make_worker) -> Callable[..., Setup]:
 
 @pytest.fixture
 def ablated(make_worker) -> Callable[..., Setup]:
-    """As ``two_phases`` for any ``skip``: phases are told apart by routing id; ``own`` completes a candidate.
+    """As ``two_phases`` for any ``skip``: the routing id distinguishes the phases; ``own`` completes a candidate.
 
     Keyword arguments are settings below ``skpo``.
     """

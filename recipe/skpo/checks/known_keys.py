@@ -2,7 +2,7 @@
 
 Hydra takes any key behind a ``+`` and from a config file of the user's; a training that ignores it is another training
 than its command says.  A key is known if the composed config has it, or verl's dataclass of its node, or if verl reads
-it without naming it anywhere (``OPTIONAL``).  What verl hands on to other programs is open (``OPEN``).
+it without naming it anywhere (``OPTIONAL``).  Options that verl passes to other programs are open (``OPEN``).
 """
 
 import re

@@ -142,7 +142,7 @@ def _verl_problems() -> list[str]:
         problems.append(f"no platform 'cpu' is registered with verl ({_why_not_loaded()})")
     elif not isinstance(get_platform(), CpuPlatform):
         problems.append(
-            f"verl had already settled on {type(get_platform()).__name__}: something asked for the platform "
+            f"verl had already settled on {type(get_platform()).__name__}: something requested the platform "
             f"before the plugin was loaded"
         )
     if not process_group.OVERRIDE.is_installed():

@@ -29,7 +29,7 @@ def draw_prompts(weights: np.ndarray, count: int, rng: np.random.Generator) -> l
 
 
 class PrioritisedBatches:
-    """Batches of dataset positions for torch's ``DataLoader(batch_sampler=...)``, drawn when they are asked for.
+    """Batches of dataset positions for torch's ``DataLoader(batch_sampler=...)``, drawn when they are requested.
 
     An epoch has as many batches as the dataset fills; within it a prompt may come up again, in another batch.  All
     randomness is in the generator behind ``rng``, whose state the trainer keeps in the checkpoint, so the sampler's
@@ -73,7 +73,7 @@ class PrioritisedBatches:
         self.drawn = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """How many batches of the epoch are drawn; torchdata asks for it in place of drawing them again."""
+        """Return the number of drawn batches of the epoch, which torchdata stores instead of drawing them again."""
         return {"drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

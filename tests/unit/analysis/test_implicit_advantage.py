@@ -80,7 +80,7 @@ def test_cuts_rise_and_stay_inside_any_text(text: str, positions: int) -> None:
     assert len(lengths) == positions and lengths[0] == 0
     assert lengths == sorted(lengths) and lengths[-1] <= len(text)
     words = text.split()
-    # Nothing is torn: what is kept of a run of letters and digits is all of it.
+    # Nothing is split: a run of letters and digits is kept completely.
     for end in lengths:
         assert not (0 < end < len(text) and text[end - 1].isalnum() and text[end].isalnum())
     assert not words or lengths[-1] < len(text)

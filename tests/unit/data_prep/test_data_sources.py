@@ -160,8 +160,8 @@ def test_exact_duplicates_are_dropped_and_counted(folder: Path, tmp_path: Path, 
 
 
 def test_one_question_with_two_answers_stops_the_run_or_loses_both_rows(folder: Path, tmp_path: Path, capsys) -> None:
-    torn = word_problem(1) | {"answer": "#### 99"}
-    file = jsonl(folder / "train.jsonl", [word_problem(1), word_problem(2), torn, torn])
+    contradicted = word_problem(1) | {"answer": "#### 99"}
+    file = jsonl(folder / "train.jsonl", [word_problem(1), word_problem(2), contradicted, contradicted])
     with pytest.raises(DataError) as caught:
         prepare(gsm8k.SOURCE, tmp_path / "out", place=str(folder))
     message = one_line(caught)

@@ -51,7 +51,7 @@ def words_of(line: str) -> tuple[list[str], bool]:
 
 
 class Parsed(Exception):
-    """Raised in place of going on behind a successful parse."""
+    """Raised after a successful parse, to stop there."""
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def check_training(words: list[str], command_line, monkeypatch) -> None:
         words = [word.replace(gap, own) for word in words]
     if "data=files" in words and not any(word.startswith("data.train_files=") for word in words):
         words += ["data.train_files=train.parquet", "data.val_files=val.parquet"]
-    # The paper's models are for GPUs, which a real machine is asked for.
+    # The paper's models are for GPUs, which are looked for on a real machine.
     platform = "gpu" if any(word.startswith("model=") for word in words) else "cpu"
     monkeypatch.setenv("SLURM_NNODES", "2")
     words = [re.sub(r"\$\{?(\w+)\}?", "2", word) if "$SLURM" in word or "$address" in word else word for word in words]

@@ -391,7 +391,7 @@ def test_a_data_set_is_made_once_from_the_files_given(compose_config, tmp_path: 
     config.data.train_files = config.data.val_files = "my.parquet"
     val.unlink()
     main.prepare_data(config)
-    assert not val.exists(), "it is not asked for"
+    assert not val.exists(), "nobody requested it"
 
 
 def test_nothing_is_made_for_ones_own_files_and_model(config, monkeypatch) -> None:

@@ -394,7 +394,7 @@ async def test_without_the_own_reward_the_prompt_is_dropped(ablated, caplog, fai
         return RuntimeError("the server died") if fails == "request" else setup.tokens(f"#### {ANSWER}")
 
     setup = ablated(own=own, upstream_reward="own")
-    # Siblings answer at once, the completion's reward is asked for among theirs; all calls but one succeed.
+    # Siblings answer at once, the completion's reward is requested among theirs; all calls but one succeed.
     if fails == "reward":
         compute = setup.worker._compute_score
 

@@ -303,7 +303,7 @@ async def test_a_split_position_beyond_what_was_written_halves_the_candidate(two
 
 @pytest.mark.parametrize(("room", "status"), [(1, "finished"), (0, "failure")])
 async def test_a_skip_prompt_at_the_length_limit(two_phases, room: int, status: str) -> None:
-    """One token of room is a response of one token; none drops the prompt before anything is asked for."""
+    """One token of room is a response of one token; none drops the prompt before any request."""
     setup = two_phases()
     setup.worker.rollout_config.max_model_len = SPLIT + len(setup.problem_ids()) + room
     await setup.roll_out(make_prompt("v7"))

@@ -92,7 +92,7 @@ def train(config: Any) -> None:
 
 
 def made_up_step(trainer: Any, metrics: dict[str, float], timing_raw: dict[str, float]) -> None:
-    """In place of verl's: what it changes, without a model."""
+    """Replace verl's method by what it changes, without a model."""
     batch = trainer._next_train_batch()
     trainer.on_sample_begin()
     visits = zip(batch.get("id").tolist(), batch[SPLIT_FIELD].tolist(), batch[SEED_FIELD].tolist(), strict=True)
@@ -305,7 +305,7 @@ def test_a_changed_learning_rate_reaches_every_worker(make_config, tmp_path: Pat
 
 
 def test_starting_anew_forgets_the_old_mark(make_config, tmp_path: Path) -> None:
-    config = make_config("anew", True)
+    config = make_config("new", True)
     assert launch(lambda: train(config), tmp_path / "log") == 0
     config.trainer.resume_mode = "disable"
     assert launch(lambda: killed(config, "generation", 1), tmp_path / "log") == -signal.SIGKILL
