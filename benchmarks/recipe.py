@@ -58,7 +58,7 @@ def prompt_parts() -> dict[str, Callable[[], Any]]:
     from verl.workers.rollout.replica import TokenOutput
 
     from recipe.skpo.method.segments import cut_segment, select_segment, skip_prompt
-    from recipe.skpo.rollout.worker import Candidate, SkpoAgentLoopWorker
+    from recipe.skpo.rollout.two_phases import Candidate, SkpoAgentLoopWorker
     from recipe.skpo.settings import SkpoSettings
     from recipe.skpo.trainer.state import SkpoState
 

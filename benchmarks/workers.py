@@ -20,11 +20,8 @@ from verl.workers.rollout.replica import TokenOutput
 
 from benchmarks.comparison import GRPO, TWO_BATCH
 from recipe.skpo.method.rows import Visit, visit_columns
-from recipe.skpo.rollout.worker import (
-    Candidate,
-    MeteredWorker,
-    SkpoAgentLoopWorker,
-)
+from recipe.skpo.rollout.two_phases import Candidate, SkpoAgentLoopWorker
+from recipe.skpo.rollout.worker import RolloutWorker
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -139,8 +136,8 @@ class TwoBatchWorker(BarrierWorker, ArrivalWorker):
         return await super()._generate(f"{uid}-{index}-{phase}", index, *rest)
 
 
-WORKERS: dict[str, type[MeteredWorker]] = {
-    "grpo": MeteredWorker,
+WORKERS: dict[str, type[RolloutWorker]] = {
+    "grpo": RolloutWorker,
     "skpo": SkpoAgentLoopWorker,
     "two-batch": TwoBatchWorker,
     "barrier": BarrierWorker,

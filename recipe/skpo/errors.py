@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 _PROCESSES = {
     "vLLMHttpServer": "a vLLM server",
     "AgentLoopWorker": "a rollout worker",
-    "MeteredWorker": "a rollout worker",
+    "RolloutWorker": "a rollout worker",
     "RewardLoopWorker": "a reward worker",
     "RewardComputeWorker": "a reward worker",
     "WorkerDict": "an actor rank",

@@ -11,7 +11,8 @@ import os
 import random
 from typing import Any
 
-from recipe.skpo.rollout.worker import SkpoAgentLoopManager, SkpoAgentLoopWorker
+from recipe.skpo.rollout.manager import SkpoAgentLoopManager
+from recipe.skpo.rollout.two_phases import SkpoAgentLoopWorker
 from tests.e2e import tiny
 
 RATE = float(os.environ.get("FAULT_RATE", "0.02"))

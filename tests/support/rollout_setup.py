@@ -157,7 +157,7 @@ def make_config(compose_config, model_folder):
 @pytest.fixture
 def make_worker(make_config, fake_llm, queue: Queue) -> Callable[..., Setup]:
     """Make an ``SkpoAgentLoopWorker`` by its real constructor; ``script`` answers its requests."""
-    from recipe.skpo.rollout.worker import SkpoAgentLoopWorker
+    from recipe.skpo.rollout.two_phases import SkpoAgentLoopWorker
 
     def make(script=None, *overrides: str, worker_class=SkpoAgentLoopWorker, **options: Any) -> Setup:
         config = make_config(*overrides, **options)

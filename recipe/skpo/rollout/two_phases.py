@@ -1,48 +1,27 @@
-"""The rollout hook: one coroutine per prompt, from q to the G + 1 rows of verl's TransferQueue.
+"""SKPO's rollout worker: one coroutine per prompt, from q to its G + 1 stored rows.
 
-docs/method.md, sections 1 to 5.  Per prompt: G candidates of at most t_q tokens under q; the median one is kept
-as s; G responses under [s, q]; their rewards while others still generate; then the rows are stored:
-
-    session 0        the segment under q              reward = mean of the siblings     phase UPSTREAM
-    session 1..G     the responses under [s, q]       reward of each                    phase DOWNSTREAM
-
-Nothing waits for other prompts.  All requests of one phase carry one routing id, so that they land on one replica and
-share its prefix cache.  Where requests queue for a replica, those of the longest prompts go first: a prompt with long
-responses has a long segment too, so in order of arrival its siblings would come last and be waited for alone.  A
-sibling that fails leaves a row without trained tokens; a prompt without a usable candidate or sibling is marked failed
-and stores nothing.  Validation is verl's own path, plain pi(.|q).
-
-No request is tried again: its siblings are the reserve, and what failed once under a seed fails again.  Answers of the
-server and rewards are checked where they arrive, for every method; docs/operations.md has every fault and its policy.
-
-The ablations (docs/method.md, section 12) change what the siblings continue (``skip``), where candidates are cut
-(``split``), which one is kept (``selection``) and whose reward the segment gets (``upstream_reward``).  The baselines
-use the worker ``MeteredWorker``: verl's own rollout with counted tokens and a seed per request.
+Paper section 3; docs/method.md, sections 1 to 4 and 12.  Per prompt: G candidates of at most t_q tokens under q; the
+median one is kept as s; G responses under [s, q]; their rewards while others still generate; then the rows are stored.
+No prompt waits for another one.  All requests of a phase carry one routing id, so that they share a replica's prefix
+cache; those of the longest prompts go first.  A failed request is not retried: the rest of the group is enough, and
+the same seed would fail the same way.  Validation is verl's own path, plain pi(.|q).
 """
 
 import asyncio
 import logging
-import math
 import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import ray
 import torch
 import transfer_queue as tq
-from ray.exceptions import RayTaskError
-from tensordict import TensorDict
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
-from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl.workers.rollout.replica import TokenOutput
 
-from recipe.skpo.errors import RunError
 from recipe.skpo.method.rows import (
     DOWNSTREAM,
     LENGTH_FIELD,
@@ -57,35 +36,13 @@ from recipe.skpo.method.rows import (
     TokenCounts,
 )
 from recipe.skpo.method.segments import Segment, cut_segment, last_boundary, select_segment, skip_prompt
-from recipe.skpo.rollout.admission import AbortingHandle, Admission, Clock, slots_of_worker
-from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.task.columns import sends_all, sent
+from recipe.skpo.rollout.admission import Clock
+from recipe.skpo.rollout.client import CLOCK, cached_tokens
+from recipe.skpo.rollout.failures import RolloutError, cause_of
+from recipe.skpo.rollout.worker import RolloutWorker
 from recipe.skpo.task.prompts import automatic_bos
-from recipe.skpo.task.rewards import finite_number, shown, split_record
-from recipe.skpo.task.thoughts import ThoughtReader, configured_marks
 
 logger = logging.getLogger(__name__)
-
-_CLOCK: ContextVar[Clock | None] = ContextVar("skpo_clock", default=None)
-"""The clock of the prompt, or of the baseline's response, that this task works on."""
-
-_REQUEST_ID: ContextVar[str | None] = ContextVar("skpo_request_id", default=None)
-"""Name of the response that this task samples, where verl would call all of them alike."""
-
-_ANSWER_S = 120.0
-"""Seconds within which every worker must have told its counts, whatever else it does."""
-
-
-class RolloutError(RunError):
-    """A prompt that cannot be rolled out; the message names it and why."""
-
-
-class RolloutStop(RolloutError):
-    """A fault that no later prompt would be without: the run stops with this message after the batch."""
-
-
-_STOP = "stop: "
-"""How the cause of a ``RolloutStop`` begins where failures are counted."""
 
 
 @dataclass(frozen=True)
@@ -112,211 +69,7 @@ class SkipPrompt:
     opening: Segment | None = None
 
 
-def cause_of(kind: str, error: BaseException) -> str:
-    """What is counted of a failure: ``kind`` (prompt, candidate, sibling, session) and the first line of the error.
-
-    Of an error in another Ray actor it is the first line of that error: Ray's own line has process numbers in it, by
-    which equal causes would be counted apart.
-    """
-    while isinstance(error, RayTaskError) and error.cause is not None:
-        error = error.cause
-    if isinstance(error, RolloutStop):
-        return f"{_STOP}{error}"
-    lines = str(error).splitlines() or [""]
-    return f"{kind}: {type(error).__name__}: {lines[0]}"[:300]
-
-
-def stop_reason(failures: Iterable[str]) -> str | None:
-    """Find the message of a ``RolloutStop`` among causes as ``cause_of`` makes them."""
-    return next((cause.removeprefix(_STOP) for cause in failures if cause.startswith(_STOP)), None)
-
-
-def flaw(output: TokenOutput, vocabulary: int) -> str | None:
-    """Why an answer of the server cannot be used; None for a good one.
-
-    Good are at least one token id within ``[0, vocabulary)`` with one finite log-prob each, of a request that was not
-    aborted.
-    """
-    tokens, logprobs = output.token_ids, output.log_probs or ()
-    if not tokens or len(tokens) != len(logprobs):
-        return f"{len(tokens)} tokens with {len(logprobs)} log-probs"
-    if output.stop_reason == "aborted":
-        return f"aborted after {len(tokens)} tokens"
-    if min(tokens) < 0 or max(tokens) >= vocabulary:
-        return f"token ids from {min(tokens)} to {max(tokens)}, the model has {vocabulary}"
-    if not math.isfinite(math.fsum(logprobs)):
-        return "a log-prob that is not finite"
-    return None
-
-
-class MeteredClient:
-    """verl's LLM client, which counts the tokens of every request, discarded ones included, and checks its answer.
-
-    Requests beyond what the servers run at once wait here, lowest ``priority`` first; the clock of a request's prompt
-    starts when the first of them is sent.
-
-    Args:
-        client: verl's.
-        vocabulary: number of token ids that the model knows.
-        slots: requests in flight.
-    """
-
-    def __init__(self, client: Any, vocabulary: int, slots: int) -> None:
-        self._client, self._vocabulary = client, vocabulary
-        self._admission = Admission(slots)
-        if hasattr(client, "_acquire_server"):
-            acquire = client._acquire_server
-
-            async def acquire_aborting(*args: Any, **kwargs: Any) -> tuple[str, AbortingHandle]:
-                server_id, server = await acquire(*args, **kwargs)
-                return server_id, AbortingHandle(server)
-
-            client._acquire_server = acquire_aborting
-        self.tokens = {"generated": 0, "prefilled": 0, "cached": 0}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
-
-    async def generate(self, request_id: str, *, prompt_ids: list[int], **kwargs: Any) -> TokenOutput:
-        """As verl's client; prompt tokens and generated ones are added up.
-
-        Raises:
-            RolloutError: an answer that cannot be used, see ``flaw``.
-        """
-        request_id = _REQUEST_ID.get() or request_id
-        clock = _CLOCK.get()
-        async with self._admission.slot(kwargs.get("priority") or 0, clock):
-            if clock is not None:
-                clock.start()
-            output = await self._client.generate(request_id=request_id, prompt_ids=prompt_ids, **kwargs)
-        self.tokens["generated"] += len(output.token_ids)
-        self.tokens["prefilled"] += len(prompt_ids)
-        self.tokens["cached"] += _cached(output)
-        problem = flaw(output, self._vocabulary)
-        if problem is not None:
-            raise RolloutError(f"{problem} (stop reason {output.stop_reason})")
-        return output
-
-
-class MeteredWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name-defined,misc]
-    """verl's TransferQueue rollout worker with counted tokens and, if ``skpo.seed_requests``, a seed per request.
-
-    ``AgentLoopWorkerTQ`` is a Ray actor class and cannot be subclassed itself, hence ``__ray_actor_class__``.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.settings = SkpoSettings.from_config(self.config.skpo)
-        vocabulary = self.model_config.hf_config.get_text_config().vocab_size
-        self.llm_client: MeteredClient = MeteredClient(self.llm_client, vocabulary, slots_of_worker(self.config))
-        self.failures: Counter[str] = Counter()
-        reward = self.config.reward.custom_reward_function
-        self.thoughts = ThoughtReader(self.tokenizer, configured_marks(reward.path, reward.get("reward_kwargs")))
-        self._record_types: dict[str, type] = {}
-        self._left_out: set[str] = set()
-
-    def take_failures(self) -> dict[str, int]:
-        """How often what failed since the last call; keys as ``cause_of`` makes them."""
-        taken, self.failures = self.failures, Counter()
-        return dict(taken)
-
-    def _note_failures(self, results: Sequence[object], kind: str, where: str) -> None:
-        """Count every exception among gathered results, and log it with its traceback."""
-        for index, result in enumerate(results):
-            if isinstance(result, BaseException):
-                self.failures[cause_of(kind, result)] += 1
-                logger.error("%s: %s %d failed", where, kind, index, exc_info=result)
-
-    def take_tokens(self) -> dict[str, int]:
-        """Tokens of all requests since the last call: ``generated``, ``prefilled``, ``cached``."""
-        taken = self.llm_client.tokens
-        self.llm_client.tokens = dict.fromkeys(taken, 0)
-        return taken
-
-    async def _run_agent_loop(
-        self,
-        sampling_params: dict[str, Any],
-        trajectory: dict[str, Any],
-        *,
-        agent_name: str,
-        trace: bool = True,
-        **kwargs: Any,
-    ) -> Any:
-        """One response of a prompt; overrides verl's, which neither seeds nor names a request and has no time limit."""
-        if not trajectory["validate"] and self.settings.seed_requests:
-            sampling_params = dict(sampling_params, seed=int(kwargs[SEED_FIELD]) + int(kwargs["session_id"]))
-        if self.rollout_config.full_determinism:
-            # verl's agent loop gives all requests one name there, and requests are routed by name: to one server.
-            # The uid of a validation prompt is random, its id is not.
-            validated = f"val-{kwargs.get('data_source')}-{kwargs.get('id')}-{trajectory['sample_index']}"
-            _REQUEST_ID.set(f"{validated if trajectory['validate'] else kwargs['uid']}-{kwargs['session_id']}")
-        # Validation sends all its prompts at once, most of which only wait: there, the replay buffer watches progress.
-        limit = None if trajectory["validate"] else self.settings.prompt_timeout_s
-        try:
-            async with asyncio.timeout(None) as bound:
-                # The row is stored after the reward, and a time-out must not leave half of it.
-                _CLOCK.set(Clock(bound, limit, until_reward=True))
-                return await super()._run_agent_loop(
-                    sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
-                )
-        except Exception as error:  # counted; verl logs it and marks the prompt
-            self.failures[cause_of("session", error)] += 1
-            raise
-
-    async def _compute_score(self, outputs: list[AgentLoopOutput], kwargs: dict) -> None:
-        """Compute the reward of the last output; overrides verl's, which has no time-out and takes whatever comes.
-
-        Raises:
-            RolloutError: a reward that is not a finite number.
-            RolloutStop: in training of a method with trackers, one that is not within [-1, 1].
-            TimeoutError: none within ``skpo.prompt_timeout_s``.
-        """
-        last = outputs[-1]
-        # verl's reward managers see neither the prompt nor special tokens, and both may hold the marks of a thought.
-        told = await asyncio.get_running_loop().run_in_executor(
-            None, self.thoughts.extra_info, kwargs.get("extra_info"), last.prompt_ids, last.response_ids
-        )
-        async with asyncio.timeout(self.settings.prompt_timeout_s):
-            await super()._compute_score(outputs, kwargs=dict(kwargs, extra_info=told))
-        reward = finite_number(last.reward_score)
-        if reward is None:
-            raise RolloutError(f"the reward function returned {shown(last.reward_score)}, which is not a finite number")
-        # Left out, such a response would be selected by what earned its reward, its length for example.
-        trains = SEED_FIELD in kwargs
-        if trains and "tracker" in self.config.method.uses and not -1 <= reward <= 1:
-            raise RolloutStop(
-                f"the reward function returned {reward:g} for prompt {kwargs.get('id')}, and "
-                f"method={self.config.method.name} needs rewards within [-1, 1]; scale the reward, or choose a method "
-                f"without a tracker (method=grpo)"
-            )
-        last.reward_score = reward
-        self._reduce_record(last)
-        clock = _CLOCK.get()
-        if clock is not None:
-            clock.rewarded()
-
-    def _reduce_record(self, output: AgentLoopOutput) -> None:
-        """Keep what can be averaged or shown of what the reward returned beside its score; verl averages all of it.
-
-        A key is either numbers or texts: verl goes by its first value.
-        """
-        kept, left_out = split_record(output.extra_fields.get("reward_extra_info") or {})
-        for key, value in list(kept.items()):
-            kind = str if isinstance(value, str) else float
-            if value is not None and self._record_types.setdefault(key, kind) is not kind:
-                left_out[key] = "a text here and a number there"
-                del kept[key]
-        for key in left_out.keys() - self._left_out:
-            self._left_out.add(key)
-            logger.warning(
-                "the reward function returned %r (%s) beside its score: it has no mean, and is left out of the metrics",
-                key,
-                left_out[key],
-            )
-        output.extra_fields["reward_extra_info"] = kept
-
-
-class SkpoAgentLoopWorker(MeteredWorker):
+class SkpoAgentLoopWorker(RolloutWorker):
     """verl's rollout worker with the two SKPO phases in place of n independent samples."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -345,7 +98,7 @@ class SkpoAgentLoopWorker(MeteredWorker):
         await tq.async_kv_put(key=uid, partition_id="train", tag={"status": "running"})
         try:
             async with asyncio.timeout(None) as bound:
-                _CLOCK.set(Clock(bound, self.settings.prompt_timeout_s))
+                CLOCK.set(Clock(bound, self.settings.prompt_timeout_s))
                 rows = await self._roll_out(prompt, sampling_params)
             # Outside the time-out: half of a prompt's rows must never be stored.
             puts = [self._agent_loop_postprocess(output, False, **fields) for output, fields in rows]
@@ -476,7 +229,7 @@ class SkpoAgentLoopWorker(MeteredWorker):
         """One downstream sibling with its reward."""
         # Seeds of the siblings follow those of the candidates: no two requests of a prompt share one.
         output = await self._generate(route, index, skip.request_ids, params, seed + self.settings.group_size)
-        record = TokenCounts(len(output.token_ids), len(skip.request_ids), _cached(output))
+        record = TokenCounts(len(output.token_ids), len(skip.request_ids), cached_tokens(output))
         row = self._row(skip.row_ids, output.token_ids, output.log_probs, output.extra_fields | {RECORD: record})
         if skip.opening is not None:
             # Under q, the segment is the hard beginning of the response: read and scored, not trained again.
@@ -551,7 +304,7 @@ class SkpoAgentLoopWorker(MeteredWorker):
         record = RolloutRecord(
             generated=sum(len(candidate.output.token_ids) for candidate in candidates) + written,
             prefilled=len(problem_ids) * len(candidates),
-            cached=sum(_cached(candidate.output) for candidate in candidates),
+            cached=sum(cached_tokens(candidate.output) for candidate in candidates),
             split_position=split_position,
             candidates=tuple(
                 CandidateRecord(
@@ -580,44 +333,3 @@ class SkpoAgentLoopWorker(MeteredWorker):
         row.reward_score = 0.0
         row.extra_fields["reward_extra_info"] = {}
         return row
-
-
-def _cached(output: TokenOutput) -> int:
-    """Prompt tokens of a request that came from the server's prefix cache."""
-    return int(output.extra_fields.get("num_cached_tokens") or 0)
-
-
-class MeteredManager(AgentLoopManagerTQ):
-    """Starts our workers; ``actor_rollout_ref.rollout.agent.agent_loop_manager_class`` names it."""
-
-    worker_class: type = MeteredWorker
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # verl's constructor sets its own worker class; workers are started later, by ``create``.
-        self.agent_loop_workers_class = ray.remote(self.worker_class)
-
-    def generate_sequences(self, prompts: TensorDict) -> None:
-        """Send prompts to the workers; overrides verl's, which sends columns of the user's that nobody reads too."""
-        if not sends_all(self.config):
-            prompts = prompts.select(*sent(prompts.keys()))
-        super().generate_sequences(prompts)
-
-    def take_tokens(self) -> dict[str, int]:
-        """Tokens of all workers' requests since the last call: ``generated``, ``prefilled``, ``cached``."""
-        counts = self._ask("take_tokens")
-        return {name: sum(count[name] for count in counts) for name in counts[0]}
-
-    def take_failures(self) -> Counter[str]:
-        """How often what failed in all workers since the last call; keys as ``cause_of`` makes them."""
-        return sum(map(Counter, self._ask("take_failures")), Counter())
-
-    def _ask(self, method: str) -> list[dict[str, int]]:
-        workers: list[Any] = self.agent_loop_workers
-        return ray.get([getattr(worker, method).remote() for worker in workers], timeout=_ANSWER_S)
-
-
-class SkpoAgentLoopManager(MeteredManager):
-    """The manager of the two SKPO phases."""
-
-    worker_class = SkpoAgentLoopWorker

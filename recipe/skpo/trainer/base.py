@@ -36,7 +36,8 @@ from recipe.skpo.output.best_effort import BestEffort, BestEffortLogger
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.metrics import MetricsFile, mean, plain_numbers, read_numbers, rollout_metrics
 from recipe.skpo.output.trees import FOLDER, TreeStore
-from recipe.skpo.rollout.worker import MeteredManager, RolloutError, stop_reason
+from recipe.skpo.rollout.failures import RolloutError, stop_reason
+from recipe.skpo.rollout.manager import RolloutManager
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.checkpoints import (
     METRICS_FILE,
@@ -52,9 +53,8 @@ from recipe.skpo.trainer.fingerprint import Fingerprint, differences, restarts_e
 from recipe.skpo.trainer.logprob_gap import METRIC as GAP_METRIC
 from recipe.skpo.trainer.logprob_gap import allowed_gap, mean_gap
 from recipe.skpo.trainer.order import minibatch_of_rows, minibatch_order, prompts_fit_ranks, slots
-from recipe.skpo.trainer.replay import BoundedReplayBuffer
-from recipe.skpo.trainer.replicas import BoundedCheckpointManager
 from recipe.skpo.trainer.state import SkpoState
+from recipe.skpo.trainer.timeouts import CheckpointManagerWithTimeout, ReplayBufferWithTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ _DRIFT_PARTITION = "skpo_drift"
 class BaseTrainer(PPOTrainerSync):
     """verl's synchronous trainer with the state, order and logging that all methods share."""
 
-    agent_loop_manager: MeteredManager
+    agent_loop_manager: RolloutManager
     resumed_at = 0
     """Step of the checkpoint that was resumed from, 0 for a fresh start."""
     curriculum = False
@@ -113,10 +113,12 @@ class BaseTrainer(PPOTrainerSync):
         if type(buffer) is not ReplayBuffer:
             return buffer
         limits = (self.settings.prompt_timeout_s, self.settings.max_dropped_share)
-        return BoundedReplayBuffer(buffer, *limits, lambda: self.agent_loop_manager.take_failures())
+        return ReplayBufferWithTimeout(buffer, *limits, lambda: self.agent_loop_manager.take_failures())
 
     def on_init_end(self) -> None:
-        self.checkpoint_manager = BoundedCheckpointManager(self.checkpoint_manager, self.settings.weight_sync_timeout_s)
+        self.checkpoint_manager = CheckpointManagerWithTimeout(
+            self.checkpoint_manager, self.settings.weight_sync_timeout_s
+        )
         super().on_init_end()
 
     def _init_dataloader(self) -> None:

@@ -1,20 +1,26 @@
-"""verl's replay buffer with an end to its waiting, and to training on what few prompts are left.
+"""Every time-out around verl: the replay buffer, the rollout servers, the weight sync.
 
-verl's polls until every prompt of a batch has ended, for ever if a worker died with some of them, and hands on whatever
-was stored.  This one stops the run, and says why, when no prompt ends for too long, and when more prompts were dropped
-than ``skpo.max_dropped_share`` allows.  Both hold for training and validation, for every method.
+verl's ``ReplayBuffer`` polls until every prompt in the batch has finished; if a worker dies, it polls forever.  Its
+calls to a rollout server, and its sender of weights, have no time-out either.  The classes here stop the run instead,
+and say what did not answer.  Time limits of single prompts are in ``rollout.worker``.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import zmq
 from transfer_queue import KVBatchMeta
+from verl.checkpoint_engine import CheckpointEngineManager
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.utils.ray_utils import auto_await
 
 from recipe.skpo.errors import RunError
 from recipe.skpo.method.rows import RowKey
-from recipe.skpo.rollout.worker import stop_reason
+from recipe.skpo.rollout.failures import RolloutError, stop_reason
 
 _GRACE_S = 60.0
 """What storing rows and telling verl of a prompt's end may take beyond the prompt's own time limit."""
@@ -22,12 +28,34 @@ _GRACE_S = 60.0
 _SHOWN = 3
 _NO_ROWS = "no materializable trajectories"
 
+_LOOK_MS = 200
+"""Milliseconds between two looks at the receiver, while a socket waits for it."""
+
+
+@asynccontextmanager
+async def answer_within(seconds: float, error: Exception) -> AsyncIterator[None]:
+    """Wait no longer than ``seconds`` for what is awaited inside.
+
+    Raises:
+        Exception: ``error``, when the time is over.  A TimeoutError of what is awaited passes as it is.
+    """
+    try:
+        async with asyncio.timeout(seconds) as bound:
+            yield
+    except TimeoutError as timeout:
+        if not bound.expired():
+            raise
+        raise error from timeout
+
+
+# ---------------------------------------------------------------- batches
+
 
 class BatchError(RunError):
     """A batch that does not arrive, or of which too little does; the message says how much is missing and why."""
 
 
-class BoundedReplayBuffer(ReplayBuffer):
+class ReplayBufferWithTimeout(ReplayBuffer):
     """A replay buffer of verl's that gives up.
 
     Args:
@@ -99,3 +127,103 @@ class BoundedReplayBuffer(ReplayBuffer):
         if not causes:
             return "the rollout workers report no failure; see their log"
         return "causes: " + "; ".join(f"{count} x {cause}" for cause, count in causes[:_SHOWN])
+
+
+# ---------------------------------------------------------------- rollout servers
+
+
+class CheckpointManagerWithTimeout(CheckpointEngineManager):
+    """A manager of verl's that gives up on a server that does not fall asleep.
+
+    Args:
+        manager: verl's own, taken over as verl built it.
+        timeout_s: seconds within which every server must have answered.
+    """
+
+    def __init__(self, manager: CheckpointEngineManager, timeout_s: float) -> None:
+        self.__dict__.update(vars(manager))
+        self.timeout_s = timeout_s
+
+    @auto_await
+    async def sleep_replicas(self) -> Any:
+        """As verl's.
+
+        Raises:
+            RolloutError: a server did not answer in time.
+        """
+        error = RolloutError(
+            f"a rollout server is alive and has not answered within skpo.weight_sync_timeout_s={self.timeout_s:g} s"
+        )
+        async with answer_within(self.timeout_s, error):
+            await super().sleep_replicas()
+
+
+# ---------------------------------------------------------------- weights
+
+
+class WeightSyncError(RunError):
+    """Weights did not reach the inference server; the message says why, where that is known."""
+
+
+class HandleWithTimeout:
+    """A server's Ray handle that waits for no answer longer than ``seconds``, counted from when it is awaited."""
+
+    def __init__(self, handle: Any, seconds: float) -> None:
+        self._handle, self._seconds = handle, seconds
+
+    def __getattr__(self, method: str) -> "_Method":
+        return _Method(method, getattr(self._handle, method), self._seconds)
+
+
+@dataclass(frozen=True)
+class _Method:
+    name: str
+    method: Any
+    seconds: float
+
+    def remote(self, *args: Any, **kwargs: Any) -> "_Answer":
+        return _Answer(self.name, self.method.remote(*args, **kwargs), self.seconds)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    name: str
+    answer: Any
+    seconds: float
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        error = WeightSyncError(f"vLLM did not answer {self.name} within skpo.weight_sync_timeout_s={self.seconds:g} s")
+        async with answer_within(self.seconds, error):
+            return await self.answer
+
+
+def watched_socket(seconds: float, failure: Callable[[float], str | None]) -> type[zmq.Socket]:
+    """A class of sockets whose waits end as soon as ``failure`` gives a reason.
+
+    Args:
+        seconds: after which ``failure`` gives one in any case.
+        failure: takes the seconds that have been waited.
+    """
+
+    class WatchedSocket(zmq.Socket):
+        """Raises WeightSyncError where another would wait on."""
+
+        def recv(self, *args: Any, **kwargs: Any) -> Any:
+            self._wait_for(zmq.POLLIN)
+            return super().recv(*args, **kwargs)
+
+        def send(self, *args: Any, **kwargs: Any) -> Any:
+            self._wait_for(zmq.POLLOUT)
+            return super().send(*args, **kwargs)
+
+        def _wait_for(self, event: int) -> None:
+            started = time.monotonic()
+            while not self.poll(_LOOK_MS, event):
+                reason = failure(time.monotonic() - started)
+                if reason is not None:
+                    raise WeightSyncError(reason)
+
+    return WatchedSocket

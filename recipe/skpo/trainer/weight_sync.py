@@ -1,75 +1,28 @@
-"""Weights to vLLM with a bound on every wait for its answer.
+"""verl's adapter of an actor to its vLLM server, with a time-out.
 
 verl's sender waits without a time-out for the acknowledgement of every bucket, and its receiver sends none when it
-fails (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py): the run would stand still for good.  Here every
-socket that is opened during a sync waits for a bounded time, and no longer once the receiver has failed, whose error
-becomes the sync's.  Every call to the server around it, such as the one that wakes it up, is bounded too.
-
-Importing ``recipe.skpo.trainer.weight_sync_registration`` (``model.external_lib``) puts this class in place of verl's.
+fails (verl/workers/rollout/vllm_rollout/bucketed_weight_transfer.py): the run would hang.  Here every socket that is
+opened during a sync waits for a bounded time, and no longer once the receiver has failed, whose error becomes the
+sync's.  ``weight_sync_registration`` registers this class with verl.
 """
 
-import time
-from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import zmq
 from verl.workers.rollout.vllm_rollout import ServerAdapter
 
-from recipe.skpo.errors import RunError, describe
+from recipe.skpo.errors import describe
 from recipe.skpo.isolation.folder import socket_address
-from recipe.skpo.trainer.bounds import answer_within
+from recipe.skpo.trainer.timeouts import HandleWithTimeout, watched_socket
 
 RECEIVE = "update_weights_from_ipc"
-
-_LOOK_MS = 200
-"""Milliseconds between two looks at the receiver, while a socket waits for it."""
 
 _LOST_S = 5.0
 """Seconds in which an acknowledgement must follow the receiver's report of success."""
 
 
-class WeightSyncError(RunError):
-    """Weights did not reach the inference server; the message says why, where that is known."""
-
-
-class BoundedHandle:
-    """A server's Ray handle that waits for no answer longer than ``seconds``, counted from when it is awaited."""
-
-    def __init__(self, handle: Any, seconds: float) -> None:
-        self._handle, self._seconds = handle, seconds
-
-    def __getattr__(self, method: str) -> "_BoundedMethod":
-        return _BoundedMethod(method, getattr(self._handle, method), self._seconds)
-
-
-@dataclass(frozen=True)
-class _BoundedMethod:
-    name: str
-    method: Any
-    seconds: float
-
-    def remote(self, *args: Any, **kwargs: Any) -> "_BoundedAnswer":
-        return _BoundedAnswer(self.name, self.method.remote(*args, **kwargs), self.seconds)
-
-
-@dataclass(frozen=True)
-class _BoundedAnswer:
-    name: str
-    answer: Any
-    seconds: float
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        return self._wait().__await__()
-
-    async def _wait(self) -> Any:
-        error = WeightSyncError(f"vLLM did not answer {self.name} within skpo.weight_sync_timeout_s={self.seconds:g} s")
-        async with answer_within(self.seconds, error):
-            return await self.answer
-
-
-class BoundedServerAdapter(ServerAdapter):
+class ServerAdapterWithTimeout(ServerAdapter):
     """verl's adapter of an actor to its vLLM server; ``rollout.custom.weight_sync_timeout_s`` bounds its waits."""
 
     receiving: Future | None = None
@@ -86,8 +39,8 @@ class BoundedServerAdapter(ServerAdapter):
 
     def _ensure_server_handle(self) -> bool:
         reached = super()._ensure_server_handle()
-        if reached and not isinstance(self.server_handle, BoundedHandle):
-            self.server_handle: Any = BoundedHandle(self.server_handle, self.timeout_s)
+        if reached and not isinstance(self.server_handle, HandleWithTimeout):
+            self.server_handle: Any = HandleWithTimeout(self.server_handle, self.timeout_s)
         return reached
 
     async def _execute_method(self, method: str, *args: Any, **kwargs: Any) -> Any:
@@ -129,32 +82,3 @@ class BoundedServerAdapter(ServerAdapter):
             return f"vLLM failed while it received weights: {describe(error)}"
         lost = "vLLM reports that it has received the weights, but its acknowledgement was lost"
         return lost if waited > min(_LOST_S, seconds) else None
-
-
-def watched_socket(seconds: float, failure: Callable[[float], str | None]) -> type[zmq.Socket]:
-    """A class of sockets whose waits end as soon as ``failure`` gives a reason.
-
-    Args:
-        seconds: after which ``failure`` gives one in any case.
-        failure: takes the seconds that have been waited.
-    """
-
-    class WatchedSocket(zmq.Socket):
-        """Raises WeightSyncError where another would wait on."""
-
-        def recv(self, *args: Any, **kwargs: Any) -> Any:
-            self._wait_for(zmq.POLLIN)
-            return super().recv(*args, **kwargs)
-
-        def send(self, *args: Any, **kwargs: Any) -> Any:
-            self._wait_for(zmq.POLLOUT)
-            return super().send(*args, **kwargs)
-
-        def _wait_for(self, event: int) -> None:
-            started = time.monotonic()
-            while not self.poll(_LOOK_MS, event):
-                reason = failure(time.monotonic() - started)
-                if reason is not None:
-                    raise WeightSyncError(reason)
-
-    return WatchedSocket

@@ -6,6 +6,6 @@ it vLLM, only where weights are sent.
 
 from verl.workers.rollout import base
 
-ADAPTER = "recipe.skpo.trainer.weight_sync.BoundedServerAdapter"
+ADAPTER = "recipe.skpo.trainer.weight_sync.ServerAdapterWithTimeout"
 
 base._ROLLOUT_REGISTRY[("vllm", "async")] = ADAPTER

@@ -116,7 +116,7 @@ def test_skpo_is_what_verl_is_told_to_run(run_config, run: str) -> None:
     assert config.algorithm.adv_estimator == config.trainer.v1.trainer_mode == "skpo"
     assert config.trainer.use_v1 is True
     assert rollout.name == "vllm" and rollout.calculate_log_probs is True
-    assert rollout.agent.agent_loop_manager_class == "recipe.skpo.rollout.worker.SkpoAgentLoopManager"
+    assert rollout.agent.agent_loop_manager_class == "recipe.skpo.rollout.manager.SkpoAgentLoopManager"
     assert config.reward.custom_reward_function.path == "pkg://reward_fns"
     assert config.actor_rollout_ref.rollout.prompt_length == config.data.max_prompt_length
     assert config.actor_rollout_ref.rollout.response_length == config.data.max_response_length
@@ -318,8 +318,8 @@ def test_every_method_composes_and_passes_the_checks(run_config, method: str, ru
     assert config.output_dir.endswith(f"-{method}")
     rollout, skpo = config.actor_rollout_ref.rollout, method == "skpo"
     assert rollout.n == (9 if skpo else 1 if method == "spo" else 8)
-    worker = "SkpoAgentLoopManager" if skpo else "MeteredManager"
-    assert rollout.agent.agent_loop_manager_class == f"recipe.skpo.rollout.worker.{worker}"
+    worker = "SkpoAgentLoopManager" if skpo else "RolloutManager"
+    assert rollout.agent.agent_loop_manager_class == f"recipe.skpo.rollout.manager.{worker}"
     longest = config.data.max_response_length + (config.data.max_response_length // 2 if skpo else 0)
     assert rollout.max_model_len == config.data.max_prompt_length + longest
 

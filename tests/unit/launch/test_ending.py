@@ -22,9 +22,9 @@ from recipe.skpo import ending
 from recipe.skpo import launch as module
 from recipe.skpo.ending import Ending, Watch, last_words, way_on
 from recipe.skpo.errors import ConfigError, RunError, describe
-from recipe.skpo.rollout.worker import RolloutError
+from recipe.skpo.rollout.failures import RolloutError
 from recipe.skpo.trainer.checkpoints import mark
-from recipe.skpo.trainer.replay import BatchError
+from recipe.skpo.trainer.timeouts import BatchError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.faults

@@ -531,10 +531,10 @@ async def test_records_and_counts_agree_where_nothing_fails(ablated) -> None:
 @pytest.fixture
 def make_baseline(make_worker) -> Callable[..., Setup]:
     """Make the worker of the baselines; its requests are answered at random by prompt and seed."""
-    from recipe.skpo.rollout.worker import MeteredWorker
+    from recipe.skpo.rollout.worker import RolloutWorker
 
     def make(*overrides: str, **skpo: Any) -> Setup:
-        return make_worker(None, "method=grpo", *overrides, worker_class=MeteredWorker, skpo=skpo)
+        return make_worker(None, "method=grpo", *overrides, worker_class=RolloutWorker, skpo=skpo)
 
     return make
 
@@ -775,7 +775,7 @@ def test_both_end_tokens_of_the_generation_config_are_known(make_worker) -> None
 def test_the_manager_starts_our_workers(make_config, fake_llm) -> None:
     from verl.utils.import_utils import load_class_from_fqn
 
-    from recipe.skpo.rollout.worker import SkpoAgentLoopWorker
+    from recipe.skpo.rollout.two_phases import SkpoAgentLoopWorker
 
     config = make_config()
     manager_class = load_class_from_fqn(
@@ -788,13 +788,23 @@ def test_the_manager_starts_our_workers(make_config, fake_llm) -> None:
 def test_the_baselines_manager_starts_the_baselines_worker(make_config, fake_llm) -> None:
     from verl.utils.import_utils import load_class_from_fqn
 
-    from recipe.skpo.rollout.worker import MeteredWorker
+    from recipe.skpo.rollout.worker import RolloutWorker
 
     config = make_config("method=grpo")
     name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
     manager_class = load_class_from_fqn(name, "AgentLoopManager")
     manager = manager_class(config=config, llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[])
-    assert manager.agent_loop_workers_class.__ray_actor_class__ is MeteredWorker
+    assert manager.agent_loop_workers_class.__ray_actor_class__ is RolloutWorker
+
+
+@pytest.mark.parametrize("name", ["SkpoAgentLoopManager", "MeteredManager"])
+def test_configs_of_version_0_1_find_their_manager(name: str) -> None:
+    from verl.utils.import_utils import load_class_from_fqn
+
+    from recipe.skpo.rollout import manager
+
+    found = load_class_from_fqn(f"recipe.skpo.rollout.{name}", "AgentLoopManager")
+    assert found is (manager.RolloutManager if name == "MeteredManager" else manager.SkpoAgentLoopManager)
 
 
 @pytest.mark.parametrize("own_code", [False, True])
@@ -805,14 +815,14 @@ async def test_columns_that_nobody_reads_stay_in_the_trainer(
     """Sent, each of them would break the response or replace a part of it."""
     import ray
 
-    from recipe.skpo.rollout.worker import MeteredManager
+    from recipe.skpo.rollout.manager import RolloutManager
 
     setup = make_worker(lambda request: setup.tokens("#### 5"))
     columns = {"output": "#### 6", "responses": [[1, 2]], "rm_scores": 9.0, "trace": True, "session_id": 3, "day": None}
     batch = make_batch([make_prompt(f"v{n}", **columns, prompt=[]) for n in range(2)], validate)
     config = setup.worker.config
     config.actor_rollout_ref.rollout.agent.agent_loop_config_path = "loops.yaml" if own_code else None
-    manager = MeteredManager(
+    manager = RolloutManager(
         config=config, llm_client=setup.llm, teacher_client=None, reward_loop_worker_handles=[setup.reward]
     )
     sent: list[Any] = []
@@ -831,7 +841,7 @@ async def test_columns_that_nobody_reads_stay_in_the_trainer(
 def test_the_manager_adds_up_the_tokens_of_its_workers(make_config, fake_llm, monkeypatch) -> None:
     import ray
 
-    from recipe.skpo.rollout.worker import SkpoAgentLoopManager
+    from recipe.skpo.rollout.manager import SkpoAgentLoopManager
 
     manager = SkpoAgentLoopManager(
         config=make_config(), llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[]

@@ -235,7 +235,7 @@ async def test_what_failed_is_counted_by_its_cause(two_phases) -> None:
 
 
 def test_an_error_of_another_actor_is_counted_by_its_first_line() -> None:
-    from recipe.skpo.rollout.worker import cause_of
+    from recipe.skpo.rollout.failures import cause_of
 
     remote = [RayTaskError("compute_score", "the traceback", ValueError("bad\nworse"), pid=pid) for pid in (1, 2)]
     assert {cause_of("sibling", error) for error in remote} == {"sibling: ValueError: bad"}
@@ -253,7 +253,7 @@ def test_the_manager_adds_up_the_failures_of_its_workers_and_does_not_wait_for_e
 ) -> None:
     import ray
 
-    from recipe.skpo.rollout.worker import SkpoAgentLoopManager
+    from recipe.skpo.rollout.manager import SkpoAgentLoopManager
 
     manager = SkpoAgentLoopManager(
         config=make_config(), llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[]
@@ -413,9 +413,9 @@ async def test_dapos_reward_manager_punishes_long_responses(make_worker) -> None
 
 
 def metered() -> type:
-    from recipe.skpo.rollout.worker import MeteredWorker
+    from recipe.skpo.rollout.worker import RolloutWorker
 
-    return MeteredWorker
+    return RolloutWorker
 
 
 def baseline(make_worker, script=None, *overrides: str) -> Setup:
@@ -452,8 +452,8 @@ async def test_only_training_with_trackers_bounds_the_reward(make_worker) -> Non
 @pytest.mark.parametrize("name", ["too_large", "too_small_for_long_ones"])
 async def test_a_reward_out_of_bounds_is_a_reason_to_stop(two_phases, make_config, name: str) -> None:
     """One sibling is enough: without it, responses would be selected by what earned them such a reward."""
-    from recipe.skpo.rollout.worker import stop_reason
-    from recipe.skpo.trainer.replay import BoundedReplayBuffer
+    from recipe.skpo.rollout.failures import stop_reason
+    from recipe.skpo.trainer.timeouts import ReplayBufferWithTimeout
 
     setup = two_phases(None, lambda number: setup.tokens("#### 5" + "  " * number), *custom(name))
     await setup.roll_out(make_prompt("v7"))
@@ -461,7 +461,7 @@ async def test_a_reward_out_of_bounds_is_a_reason_to_stop(two_phases, make_confi
     reason = stop_reason(failures)
     assert reason is not None and reason.endswith("(method=grpo)") and len(reason) < 250
     buffer = SimpleNamespace(causes=lambda: failures)
-    assert BoundedReplayBuffer._why(buffer) == reason, "said instead of three causes"
+    assert ReplayBufferWithTimeout._why(buffer) == reason, "said instead of three causes"
     assert stop_reason(["sibling: ValueError: stop: 3"]) is None
 
 
@@ -523,7 +523,7 @@ class Tags:
         monkeypatch.setattr(transfer_queue, "kv_list", self.list)
         # The clock of the buffer: one second per poll, on a busy machine too.
         monkeypatch.setattr(
-            "recipe.skpo.trainer.replay.time", SimpleNamespace(monotonic=lambda: float(self.polls + self.idle))
+            "recipe.skpo.trainer.timeouts.time", SimpleNamespace(monotonic=lambda: float(self.polls + self.idle))
         )
         monkeypatch.setattr(transfer_queue, "kv_clear", lambda keys, partition_id: None)
 
@@ -544,7 +544,7 @@ def make_buffer():
     def make(causes: dict[str, int] | Exception | None = None, share: float = 0.5, patience: float = 30.0):
         from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-        from recipe.skpo.trainer.replay import BoundedReplayBuffer
+        from recipe.skpo.trainer.timeouts import ReplayBufferWithTimeout
 
         def ask() -> Counter[str]:
             if isinstance(causes, Exception):
@@ -552,7 +552,7 @@ def make_buffer():
             return Counter(causes or {})
 
         inner = ReplayBuffer("sync", {}, 1, "drop", {}, poll_interval=0.001, train_batch_size=4)
-        buffer = BoundedReplayBuffer(inner, 1.0, share, ask)
+        buffer = ReplayBufferWithTimeout(inner, 1.0, share, ask)
         assert buffer.patience_s == 61.0
         buffer.patience_s = patience
         return buffer
@@ -569,7 +569,7 @@ def sample(buffer, size: int = 4, partition: str = "train"):
 def test_more_dropped_prompts_than_the_share_stop_the_run(
     monkeypatch, make_buffer, dropped: int, share: float, stops: bool, partition: str
 ) -> None:
-    from recipe.skpo.trainer.replay import BatchError
+    from recipe.skpo.trainer.timeouts import BatchError
 
     tags = Tags(monkeypatch, partition)
     for number in range(4):
@@ -588,7 +588,7 @@ def test_more_dropped_prompts_than_the_share_stop_the_run(
 
 @pytest.mark.parametrize("partition", ["train", "val"])
 def test_a_batch_without_a_row_always_stops_the_run(monkeypatch, make_buffer, partition: str) -> None:
-    from recipe.skpo.trainer.replay import BatchError
+    from recipe.skpo.trainer.timeouts import BatchError
 
     tags = Tags(monkeypatch, partition)
     for number in range(4):
@@ -610,7 +610,7 @@ def test_other_errors_of_the_replay_buffer_are_its_own(monkeypatch, make_buffer)
 
 
 def test_prompts_of_a_worker_that_died_stop_the_run(monkeypatch, make_buffer) -> None:
-    from recipe.skpo.trainer.replay import BatchError
+    from recipe.skpo.trainer.timeouts import BatchError
 
     tags = Tags(monkeypatch)
     for number in range(4):
@@ -659,7 +659,7 @@ from verl.workers.rollout.base import get_rollout_class
 from recipe.skpo.trainer import weight_sync
 
 adapter = get_rollout_class("vllm", "async")
-assert adapter is weight_sync.BoundedServerAdapter
+assert adapter is weight_sync.ServerAdapterWithTimeout
 weight_sync._LOST_S = 0.5
 
 class Answer:  # stands for a Ray object that may never come

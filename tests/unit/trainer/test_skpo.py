@@ -756,7 +756,7 @@ def test_boundaries_that_nobody_writes_stop_the_first_step(
 
 @pytest.mark.faults
 def test_a_reason_to_stop_ends_the_run_before_the_step_is_trained(make_trainer, queue: Queue) -> None:
-    from recipe.skpo.rollout.worker import RolloutError
+    from recipe.skpo.rollout.failures import RolloutError
 
     trainer = make_trainer()
     trainer.agent_loop_manager.failures = {"sibling: B": 3, "stop: the reward is 2; scale it": 1}
@@ -787,7 +787,7 @@ def test_an_unknown_prompt_id_is_a_first_visit(make_trainer, queue: Queue) -> No
 @pytest.mark.faults
 @pytest.mark.parametrize("method", ["skpo", "grpo", "spo"])
 def test_other_weights_in_the_servers_stop_the_run(make_trainer, queue: Queue, method: str) -> None:
-    from recipe.skpo.rollout.worker import RolloutError
+    from recipe.skpo.rollout.failures import RolloutError
 
     for gap, stops in ((0.4, False), (0.6, True), (math.nan, True)):
         trainer = make_trainer(method)
@@ -833,7 +833,7 @@ def test_a_replica_that_does_not_fall_asleep_is_not_waited_for_without_end(make_
 
     from verl.checkpoint_engine import CheckpointEngineManager
 
-    from recipe.skpo.rollout.worker import RolloutError
+    from recipe.skpo.rollout.failures import RolloutError
 
     async def sleep() -> None:
         await (asyncio.Event().wait() if error is None else asyncio.sleep(0))
@@ -858,12 +858,12 @@ def test_a_replica_that_does_not_fall_asleep_is_not_waited_for_without_end(make_
 
 @pytest.mark.faults
 def test_every_trainer_waits_with_a_bound(make_trainer) -> None:
-    from recipe.skpo.trainer.replay import BoundedReplayBuffer
+    from recipe.skpo.trainer.timeouts import ReplayBufferWithTimeout
 
     for method in ("skpo", "grpo", "spo", "dapo"):
         trainer = make_trainer(method, prompt_timeout_s=7.0, max_dropped_share=0.25)
         buffer = trainer.replay_buffer
-        assert isinstance(buffer, BoundedReplayBuffer)
+        assert isinstance(buffer, ReplayBufferWithTimeout)
         assert (buffer.patience_s, buffer.max_dropped_share) == (67.0, 0.25)
         assert buffer.poll_interval == trainer.settings.poll_interval_s
         assert (buffer.filter_groups_metric is not None) == (method == "dapo")

@@ -28,25 +28,25 @@ ENGINE = "verl.workers.engine.fsdp.transformer_impl:FSDPEngineWithLMHead"
 # the methods of an actor class; it is left out here.
 SEAMS = [
     # rollout.py: overridden
-    (f"{WORKER}.__init__", "(self, *args, **kwargs)", "rollout.MeteredWorker.__init__ puts its client around verl's"),
+    (f"{WORKER}.__init__", "(self, *args, **kwargs)", "rollout.RolloutWorker.__init__ puts its client around verl's"),
     (
         f"{WORKER}._run_agent_loop",
         "async (self, sampling_params, trajectory, *, agent_name, trace=True, **kwargs)",
-        "rollout.MeteredWorker._run_agent_loop adds a seed to the sampling parameters of a session",
+        "rollout.RolloutWorker._run_agent_loop adds a seed to the sampling parameters of a session",
     ),
     (
         f"{WORKER}._run_prompt",
         "async (self, prompt, sampling_params, trajectory, trace=False)",
         "rollout.SkpoAgentLoopWorker._run_prompt overrides it",
     ),
-    (f"{MANAGER}.__init__", "(self, *args, **kwargs)", "rollout.MeteredManager.__init__ extends it"),
+    (f"{MANAGER}.__init__", "(self, *args, **kwargs)", "rollout.RolloutManager.__init__ extends it"),
     # rollout.py: called, or what calls us
     (
         f"{WORKER}.generate_sequences",
         "async (self, batch)",
         "it starts one rollout._run_prompt per prompt, in the background",
     ),
-    (f"{MANAGER}.generate_sequences", "(self, prompts)", "rollout.MeteredManager leaves out columns that nobody reads"),
+    (f"{MANAGER}.generate_sequences", "(self, prompts)", "rollout.RolloutManager leaves out columns that nobody reads"),
     (
         f"{DATASET}:RLHFDataset.__init__",
         "(self, data_files, tokenizer, config, processor=None, max_samples=-1)",
@@ -66,25 +66,25 @@ SEAMS = [
     (
         f"{WORKER}._compute_score",
         "async (self, outputs, kwargs)",
-        "rollout.MeteredWorker._compute_score bounds it in time and checks the reward; rollout._respond gets a "
+        "rollout.RolloutWorker._compute_score bounds it in time and checks the reward; rollout._respond gets a "
         "sibling's reward by it, rollout._complete that of a candidate's own response",
     ),
     (
         f"{MANAGER}._init_agent_loop_workers",
         "async (self)",
-        "it starts self.agent_loop_workers_class, which rollout.MeteredManager sets, as self.agent_loop_workers, whose "
+        "it starts self.agent_loop_workers_class, which rollout.RolloutManager sets, as self.agent_loop_workers, whose "
         "counts take_tokens adds up",
     ),
     (
         "verl.workers.rollout.llm_server:LLMServerClient._acquire_server",
         "async (self, request_id, **extra)",
-        "rollout.MeteredClient replaces it by one whose server aborts what is cancelled",
+        "rollout.CheckedLLMClient replaces it by one whose server aborts what is cancelled",
     ),
     (
         "verl.workers.rollout.llm_server:LLMServerClient.generate",
         "async (self, request_id, *, prompt_ids, sampling_params, image_data=None, video_data=None, audio_data=None, "
         "mm_processor_kwargs=None, **kwargs)",
-        "rollout.MeteredClient wraps it for verl's agent loop and for rollout._generate; "
+        "rollout.CheckedLLMClient wraps it for verl's agent loop and for rollout._generate; "
         "tests/conftest.py:FakeLLMClient stands for it",
     ),
     (
@@ -135,7 +135,7 @@ SEAMS = [
     (
         f"{REPLICAS}.sleep_replicas",
         "(self)",
-        "replicas.BoundedCheckpointManager gives it a time-out",
+        "timeouts.CheckpointManagerWithTimeout gives it a time-out",
     ),
     (f"{SYNC}._load_checkpoint", "(self)", "base_trainer.BaseTrainer loads its state after it"),
     (f"{SYNC}._save_checkpoint", "(self)", "base_trainer.BaseTrainer saves its state before it; on_train_end calls it"),
@@ -148,17 +148,17 @@ SEAMS = [
     (
         f"{BUFFER}.sample",
         "(self, global_steps, partition_id, batch_size)",
-        "replay.BoundedReplayBuffer.sample counts the prompts that are missing",
+        "timeouts.ReplayBufferWithTimeout.sample counts the prompts that are missing",
     ),
     (
         f"{BUFFER}._wait_for_next_poll",
         "(self, partition_id, last_debug_time)",
-        "replay.BoundedReplayBuffer._wait_for_next_poll gives up",
+        "timeouts.ReplayBufferWithTimeout._wait_for_next_poll gives up",
     ),
     (
         "verl.workers.rollout.base:get_rollout_class",
         "(rollout_name, mode='async')",
-        "it finds weight_sync.BoundedServerAdapter by the name that weight_sync_registration puts into its registry",
+        "weight_sync_registration puts the name of weight_sync.ServerAdapterWithTimeout into its registry",
     ),
     (
         f"{SYNC}._write_generations",
@@ -371,13 +371,13 @@ def test_signature_is_the_pinned_one(place: str, pinned: str, ours: str) -> None
 def our_classes() -> dict[str, tuple[type, str]]:
     """Every class of ours that stands below one of verl's, with the latter's place."""
     from recipe.skpo.engine import dense, fsdp
-    from recipe.skpo.rollout import worker as rollout
+    from recipe.skpo.rollout import manager, two_phases, worker
     from recipe.skpo.trainer import base as base_trainer
-    from recipe.skpo.trainer import baselines, replay, replicas
+    from recipe.skpo.trainer import baselines, timeouts
     from recipe.skpo.trainer import skpo as trainer
 
     found = {}
-    for module in (rollout, replay, replicas, base_trainer, trainer, baselines, dense, fsdp):
+    for module in (worker, two_phases, manager, timeouts, base_trainer, trainer, baselines, dense, fsdp):
         for name, value in vars(module).items():
             if inspect.isclass(value) and value.__module__ == module.__name__:
                 for place in (WORKER, MANAGER, SYNC, BUFFER, REPLICAS, ENGINE):
@@ -386,10 +386,10 @@ def our_classes() -> dict[str, tuple[type, str]]:
     return found
 
 
-OURS = ["MeteredWorker", "SkpoAgentLoopWorker", "MeteredManager", "SkpoAgentLoopManager"]
+OURS = ["RolloutWorker", "SkpoAgentLoopWorker", "RolloutManager", "SkpoAgentLoopManager"]
 OURS += [
-    "BoundedReplayBuffer",
-    "BoundedCheckpointManager",
+    "ReplayBufferWithTimeout",
+    "CheckpointManagerWithTimeout",
     "BaseTrainer",
     "SkpoTrainer",
     "BaselineTrainer",
@@ -404,7 +404,7 @@ def overridden(name: str) -> dict[str, Any]:
     ours, place = our_classes()[name]
     base = locate(place)
     found = {key: value for key, value in vars(ours).items() if callable(value) and hasattr(base, key)}
-    if name.startswith("Bounded"):
+    if name.endswith("WithTimeout"):
         del found["__init__"]  # it takes over what verl's has built, and calls none
     return found
 
