@@ -656,7 +656,7 @@ import torch, zmq
 import recipe.skpo.cpu.verl_plugin
 import recipe.skpo.trainer.weight_sync_registration
 from verl.workers.rollout.base import get_rollout_class
-from recipe.skpo.trainer import weight_sync
+from recipe.skpo.trainer import timeouts, weight_sync
 
 adapter = get_rollout_class("vllm", "async")
 assert adapter is weight_sync.ServerAdapterWithTimeout
@@ -713,7 +713,7 @@ async def sync(outcome, peer=False, rank_has_server=True):
     before, started = (dict(context.sockopts), context._socket_class), time.monotonic()
     try:
         await made.update_weights(iter([("w", torch.ones(2))]))
-    except weight_sync.WeightSyncError as error:
+    except timeouts.WeightSyncError as error:
         message = str(error)
     assert (context.sockopts, context._socket_class) == before, "other sockets of the process wait as they did"
     other.destroy(linger=0)
