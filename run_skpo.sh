@@ -36,7 +36,7 @@ if [[ -z "$requested" ]]; then
     set -- "${arguments[@]}"
 fi
 
-# A package of this name that is a regular one hides ours, wherever it stands, so that not even an error of ours is seen.
+# A regular package of this name hides this project's, wherever it stands, so that not even its errors are seen.
 IFS=: read -ra places <<<"${PYTHONPATH:-}"
 for place in ${places[@]+"${places[@]}"} .venv/lib/python3.*/site-packages; do
     if [[ -n "$place" && -f "$place/recipe/__init__.py" ]]; then

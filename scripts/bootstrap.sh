@@ -71,7 +71,7 @@ stamp_for() {
 # the other; and console scripts and the editable install hold the absolute path of the project.
 made_for() { printf '%s in %s\n' "$platform" "$PWD"; }
 
-# Sets `outdated` to why the environment is not current. Reads alone: whoever can read the project may run it.
+# Sets `outdated` to why the environment is not current. It only reads, so everyone who can read the project may run it.
 is_current() {
     local version made
     outdated="there is none"
@@ -96,7 +96,7 @@ check_writable() {
     for place in . .venv .venv.lock; do
         if [[ -e "$place" && ! -w "$place" ]]; then
             fail "the environment in .venv must be made or completed ($outdated), and $(id -un) may not write to" \
-                "$PWD${place#.}: ask whoever owns it to run scripts/bootstrap.sh, or clone the project into a folder of" \
+                "$PWD${place#.}: ask its owner to run scripts/bootstrap.sh, or clone the project into a folder of" \
                 "your own."
         fi
     done

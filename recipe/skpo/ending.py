@@ -40,13 +40,14 @@ _NOTE_S = 60.0
 """Seconds after which a start says what it waits for."""
 
 _ON_PURPOSE = ("ray.kill", "references to the actor were removed", "owner has died")
-"""Parts of what Ray says about an actor that was ended by the run itself."""
+"""Parts of Ray's message about an actor that the run itself ended."""
 
 
 def last_words(error: BaseException, died: str | None, config: DictConfig) -> str:
-    """The last line of a run that an error ended.
+    """Compose the last line of a run that an error ended.
 
     Args:
+        error: raised by the run.
         died: the process that ``Watch`` found dead, which the error itself may not name.
         config: of the run.
     """
@@ -58,7 +59,7 @@ def last_words(error: BaseException, died: str | None, config: DictConfig) -> st
 
 
 def way_on(config: DictConfig) -> str:
-    """How to go on after a run ended early: which checkpoint counts, and what the same command does."""
+    """Say how to continue after an early end: which checkpoint counts, and what the same command does."""
     trainer = config.trainer
     try:
         step = marked_step(Path(trainer.default_local_dir))
@@ -75,11 +76,12 @@ def way_on(config: DictConfig) -> str:
 
 
 class Ending:
-    """Why the command is to end; signal handlers note it and interrupt whatever the main thread waits for."""
+    """The reason for an early end; signal handlers note it and interrupt whatever the main thread waits for."""
 
     NAMES: ClassVar[dict[int, str]] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
     def __init__(self) -> None:
+        """Start without a reason."""
         self.number: int | None = None
         self.reason: str | None = None
         self.held = False
@@ -119,7 +121,7 @@ class Ending:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def leave(self, way_on: str) -> NoReturn:
-        """Print the last line and exit: by 1 for a reason of our own, else by 128 and the signal's number."""
+        """Print the last line and exit: with 1 for the run's own reason, else with 128 plus the signal's number."""
         number = self.number or signal.SIGINT
         what = f"error: {self.reason}" if self.reason else f"stopped by {self.NAMES[number]}"
         # Nobody may be there to read it: after a SIGHUP the terminal is gone.
@@ -144,6 +146,7 @@ class Watch(threading.Thread):
     """
 
     def __init__(self, ending: Ending, begun: Callable[[], bool], start_timeout_s: float) -> None:
+        """Prepare the thread; ``start`` begins to look."""
         super().__init__(name="skpo-watch", daemon=True)
         self.ending, self.begun, self.start_timeout_s = ending, begun, start_timeout_s
         self.over = threading.Event()
@@ -188,7 +191,7 @@ class Watch(threading.Thread):
                 self.died = self._look(_LAST_LOOK_S)
 
     def _look(self, seconds: float = 0.0) -> str | None:
-        """What died since the last look."""
+        """Return which process died since the last look."""
         import ray
         from ray.exceptions import RayActorError
 
@@ -230,14 +233,15 @@ class WatchedRunner:
     """The task runner's actor class as ``run_ppo`` uses it; ``ready`` runs between ``ray.init`` and its start."""
 
     def __init__(self, actor_class: Any, ready: Callable[[], None]) -> None:
+        """Wrap a Ray actor class."""
         self.actor_class, self.ready = actor_class, ready
 
     def options(self, **options: Any) -> "WatchedRunner":
-        """As Ray's."""
+        """Do as Ray's."""
         return WatchedRunner(self.actor_class.options(**options), self.ready)
 
     def remote(self) -> Any:
-        """As Ray's."""
+        """Do as Ray's."""
         self.ready()
         return self.actor_class.remote()
 

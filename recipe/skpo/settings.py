@@ -111,6 +111,7 @@ class TrackerSettings:
     drift: str = "kl_steps"
 
     def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
         _require_finite(self, "skpo.tracker")
         _require(
             0 <= self.rho_min <= self.rho_max <= 1,
@@ -133,6 +134,7 @@ class CurriculumSettings:
     epsilon: float = 0.05
 
     def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
         _require_finite(self, "skpo.curriculum")
         _require(
             self.epsilon > 0,
@@ -179,7 +181,7 @@ class SkpoSettings:
         max_logprob_gap: mean difference in nats per token between the log-probs of rollout and actor above which the
             run stops, since the servers cannot have the actor's weights then; None for no limit.
         start_timeout_s: seconds that the start may take, from the command's Ray to the first weights in the servers.
-        poll_interval_s: seconds between two looks of verl's replay buffer at what has finished.
+        poll_interval_s: seconds between two polls of verl's replay buffer for finished prompts.
         trees_per_step: rollout trees (candidates, segment, responses, rewards) stored per step for people to read.
         trees_max_mb: bound of all stored trees in megabytes; over it, steps are removed so that the rest stays even.
     """
@@ -273,7 +275,7 @@ class SkpoSettings:
 
     @classmethod
     def from_config(cls, node: DictConfig | Mapping[str, Any]) -> "SkpoSettings":
-        """The settings in a config's ``skpo`` node.
+        """Read the settings in a config's ``skpo`` node.
 
         Raises:
             ConfigError: an unknown key, a value of the wrong type, or one out of range.
@@ -313,13 +315,13 @@ RECORDS: dict[str, type] = {"tracker": TrackerSettings, "curriculum": Curriculum
 
 
 def known_keys() -> list[str]:
-    """Dotted keys below ``skpo``."""
+    """Return the dotted keys below ``skpo``."""
     top = [item.name for item in fields(SkpoSettings) if item.name not in RECORDS]
     return top + [f"{name}.{item.name}" for name, record in RECORDS.items() for item in fields(record)]
 
 
 def unknown_keys(node: Mapping[str, Any]) -> list[str]:
-    """Dotted keys in ``node`` that the settings do not have."""
+    """Return the dotted keys in ``node`` that the settings do not have."""
     known = set(known_keys())
     given = [key for key in node if key not in RECORDS]
     given += [f"{name}.{key}" for name in RECORDS for key in (node.get(name) or {})]

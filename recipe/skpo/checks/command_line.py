@@ -1,4 +1,4 @@
-"""One sentence for whatever Hydra or OmegaConf refuse of a command line: what was found, where, and what to do."""
+"""One sentence for every command line that Hydra or OmegaConf refuse: what was found, where, and what to do."""
 
 import os
 import re
@@ -27,7 +27,7 @@ def one_sentence(task: Callable[..., Any], overrides: Sequence[str]) -> Iterator
     With ``HYDRA_FULL_ERROR=1`` in the environment the traceback is shown instead.
 
     Args:
-        task: the function that Hydra calls with the config; what it raises is raised on.
+        task: the function that Hydra calls with the config; its own errors pass.
         overrides: the arguments of the command.
     """
     given = os.environ.get(_TRACEBACK)
@@ -46,7 +46,7 @@ def one_sentence(task: Callable[..., Any], overrides: Sequence[str]) -> Iterator
 
 
 def sentence(error: BaseException, overrides: Iterable[str] = ()) -> str:
-    """One sentence for an error of Hydra, OmegaConf or a check of ours.
+    """Say in one sentence what Hydra, OmegaConf or a check of the recipe refused.
 
     Args:
         error: what was raised.
@@ -117,7 +117,7 @@ def reject_unknown_settings(arguments: Iterable[str]) -> None:
 
 
 def _with_key(config: DictConfig, error: OmegaConfBaseException) -> OmegaConfBaseException:
-    """The same error with the key that it belongs to, which ``OmegaConf.resolve`` does not say."""
+    """Return the same error with its key, which ``OmegaConf.resolve`` does not say."""
     for path in interpolations(OmegaConf.to_container(config, resolve=False)):
         try:
             OmegaConf.select(config, path, throw_on_missing=True)
@@ -145,7 +145,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _unreadable(error: OverrideParseException) -> str:
-    """An argument outside Hydra's grammar."""
+    """Describe an argument outside Hydra's grammar."""
     given = error.override
     key, sign, value = given.partition("=")
     if not sign:
@@ -185,7 +185,7 @@ def _missing_config(error: MissingConfigException) -> str:
 
 
 def _key_of(error: BaseException, text: str) -> str | None:
-    """The key that a composition error calls unknown; None where that is not its reason."""
+    """Return the key that a composition error calls unknown; None if it has another reason."""
     if match := re.search(r"Could not delete from config. '([^']+)' does not exist", text):
         return match[1]
     for cause in (error, error.__cause__):
@@ -196,12 +196,12 @@ def _key_of(error: BaseException, text: str) -> str | None:
 
 
 def _unresolved(error: OmegaConfBaseException, overrides: Iterable[str]) -> str:
-    """A value that refers to what is not there."""
+    """Describe a value that refers to something missing."""
     reason = str(error).splitlines()[0]
     key = error.full_key or "config"
 
     def named(part: str) -> str:
-        """The key of the argument that holds ``part``: the config may refer to it from elsewhere."""
+        """Return the key of the argument that holds ``part``: the config may refer to it from elsewhere."""
         return next((word.partition("=")[0].lstrip("+") for word in overrides if part in word), key)
 
     if match := re.search(r"Environment variable '([^']+)' not found", reason):

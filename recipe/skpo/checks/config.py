@@ -54,7 +54,7 @@ def check_method_settings(config: DictConfig, overrides: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Number:
-    """What a number in verl's part of the config may be.
+    """Bounds of a number in verl's part of the config.
 
     Attributes:
         whole: an integer is needed.
@@ -69,7 +69,7 @@ class Number:
     none: bool = False
 
     def holds(self, value: Any) -> bool:
-        """Whether the value is such a number."""
+        """Return whether the value is such a number."""
         if value is None:
             return self.none
         if isinstance(value, bool) or not isinstance(value, int if self.whole else (int, float)):
@@ -77,6 +77,7 @@ class Number:
         return (self.low < value if self.above else self.low <= value) and value <= self.high and math.isfinite(value)
 
     def __str__(self) -> str:
+        """Put the bounds into words."""
         text = ("a whole number" if self.whole else "a number") + (" above " if self.above else " of at least ")
         text += f"{self.low:g}" + (f" and at most {self.high:g}" if self.high < math.inf else "")
         return text + (", or null" if self.none else "")
@@ -110,11 +111,11 @@ NUMBERS = {
     "trainer.test_freq": Number(whole=True, low=-1),
     "trainer.max_actor_ckpt_to_keep": Number(whole=True, low=1, none=True),
 }
-"""Config path to what it may be: what verl itself would take and then fail on, or train nothing with."""
+"""Config path to its bounds: outside of them verl accepts the value, and later fails or trains nothing."""
 
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
-"""What vLLM computes in."""
+"""Types that vLLM computes in."""
 
 
 def check_numbers(config: DictConfig) -> None:

@@ -21,7 +21,7 @@ Role = Literal["train", "val"]
 ROLES: tuple[Role, ...] = ("train", "val")
 
 _PATTERN = ("*", "?", "[", "]", "::")
-"""What the reader that verl uses takes for a pattern or a chain of file systems."""
+"""Texts that verl's reader takes for a pattern or a chain of file systems."""
 
 _AGENT = "single_turn_agent"
 """verl's agent that training with SKPO stands for."""
@@ -50,7 +50,7 @@ class DataFile:
 
     @property
     def where(self) -> str:
-        """The beginning of a message about it."""
+        """Begin a message about it."""
         return f"data.{self.role}_files: {self.path}"
 
 
@@ -88,7 +88,7 @@ def check_data(config: DictConfig) -> None:
 
 
 def prompt_files(config: DictConfig, role: Role) -> list[str]:
-    """``data.train_files`` or ``data.val_files`` as a list.
+    """Return ``data.train_files`` or ``data.val_files`` as a list.
 
     Raises:
         ConfigError: none is named.
@@ -216,7 +216,7 @@ def _column(path: str, name: str) -> pa.ChunkedArray:
 
 
 def _is_empty(column: pa.ChunkedArray) -> bool:
-    """Whether every value is null or an empty list."""
+    """Return whether every value is null or an empty list."""
     if column.null_count == len(column):
         return True
     kind = column.type
@@ -275,7 +275,7 @@ def _read(config: DictConfig, files: Sequence[DataFile]) -> Any:
 
     options: Any = OmegaConf.create(OmegaConf.to_container(config.data))
     with open_dict(options):
-        # Both need the tokenizer; model_checks looks at the lengths.
+        # Both need the tokenizer; checks.model looks at the lengths.
         options.filter_overlong_prompts, options.tool_config_path = False, None
     quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -341,7 +341,7 @@ def _truths(files: Iterable[DataFile]) -> Iterator[tuple[str, str, Any]]:
 
 
 def _samples(files: Iterable[DataFile]) -> Iterator[Sample]:
-    """The first row of every data source, training rows first."""
+    """Yield the first row of every data source, training rows first."""
     seen: set[tuple[str, str]] = set()
     for file in files:
         extra = _column(file.path, "extra_info") if "extra_info" in file.names else None

@@ -31,16 +31,17 @@ class EngineChoice:
 
 
 def flash_attention_installed() -> bool:
-    """Whether transformers can use flash-attn 2; a package that only carries its name does not count."""
+    """Return whether transformers can use flash-attn 2; a package that only carries its name does not count."""
     from transformers.utils.import_utils import is_flash_attn_2_available
 
     return is_flash_attn_2_available()
 
 
 def choose_engine(config: DictConfig, flash_attention: bool) -> EngineChoice:
-    """The engine that the options lead to.
+    """Choose the engine by the options.
 
     Args:
+        config: resolved.
         flash_attention: whether flash-attn is installed.
 
     Raises:
@@ -87,7 +88,7 @@ def choose_engine(config: DictConfig, flash_attention: bool) -> EngineChoice:
 
 
 def _obstacle(config: DictConfig, kind: str) -> str | None:
-    """Why the engines of this recipe cannot be used, None if they can."""
+    """Say why the engines of this recipe cannot be used; None if they can."""
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     if actor.strategy not in ("fsdp", "fsdp2"):
         return f"actor_rollout_ref.actor.strategy is {actor.strategy}, and only fsdp and fsdp2 can pack rows"
@@ -111,7 +112,7 @@ def _obstacle(config: DictConfig, kind: str) -> str | None:
 
 
 def sequence_parallel_size(config: Any) -> int:
-    """Ulysses ranks per sequence, by the larger of verl's two spellings of the option."""
+    """Return the Ulysses ranks per sequence: the larger value, since verl has two options for it."""
     actor = config.actor_rollout_ref.actor
     sizes = (
         OmegaConf.select(actor, name)

@@ -1,4 +1,4 @@
-"""What the machine must offer: packages, Ray's CPUs and GPUs, shared memory, room for sockets and checkpoints.
+"""Requirements on the machine: packages, Ray's CPUs and GPUs, shared memory, room for sockets and checkpoints.
 
 All of it is looked at before Ray starts, but for a cluster's resources, which only Ray knows.
 """
@@ -109,13 +109,13 @@ def check_packages(platform: str, prefix: Path | None = None) -> None:
 
 
 def _pinned(lock: Path) -> dict[str, SpecifierSet]:
-    """Distribution to version of a lock's plain pins."""
+    """Read distribution to version of a lock's plain pins."""
     pins = re.findall(r"^([a-z0-9][a-z0-9.-]*)(==[0-9][^ ;\n]*)", lock.read_text(encoding="utf-8"), re.MULTILINE)
     return {name: SpecifierSet(version) for name, version in pins}
 
 
 def _declared(platform: str) -> dict[str, SpecifierSet]:
-    """Distribution to version of what the installed project requires; nothing where it is not installed."""
+    """Read distribution to version of what the installed project requires; nothing where it is not installed."""
     try:
         lines = metadata.requires("verl-skpo") or []
     except metadata.PackageNotFoundError:
@@ -174,13 +174,13 @@ def check_recipe(path: str | None, where: str) -> None:
 
 
 def starts_ray(config: DictConfig) -> bool:
-    """Whether the command starts a Ray of its own, instead of joining one."""
+    """Return whether the command starts a Ray of its own, instead of joining one."""
     address = OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS")
     return not address or bool(address == "local")
 
 
 def needed_cpus(config: DictConfig) -> tuple[int, str]:
-    """CPUs that the run's actors ask Ray for, and what for."""
+    """Count the CPUs that the run's actors request from Ray, and say what for."""
     ranks = config.trainer.nnodes * config.trainer.n_gpus_per_node
     units = config.transfer_queue.backend.SimpleStorage.num_data_storage_units or 0
     # The others hold none, nor does Ray want one to be free to place them.
@@ -221,9 +221,10 @@ def check_ray(config: DictConfig) -> None:
 
 
 def check_cluster(config: DictConfig, nodes: list[Mapping[str, Any]]) -> None:
-    """Refuse a Ray in which the run can never start, whoever else uses it.
+    """Refuse a Ray in which the run can never start, even if nobody else uses it.
 
     Args:
+        config: resolved.
         nodes: as ``ray.nodes()`` returns them.
 
     Raises:

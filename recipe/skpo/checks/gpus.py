@@ -14,14 +14,14 @@ from recipe.skpo.errors import ConfigError
 
 
 def visible_gpus(environment: Mapping[str, str] = os.environ) -> int:
-    """GPUs that a process started here can use; CUDA_VISIBLE_DEVICES narrows the machine's."""
+    """Count the GPUs that a process started here can use; CUDA_VISIBLE_DEVICES narrows them."""
     present = len(list_gpus())
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     return present if chosen is None else min(present, len([name for name in chosen.split(",") if name.strip()]))
 
 
 def gpus_to_use(prompts_per_update: int, rows_per_prompt: int, per_replica: int = 1, visible: int | None = None) -> int:
-    """The most GPUs of this machine over which the rows of an update split evenly, at least 1.
+    """Return the largest number of GPUs of this machine over which the rows of an update split evenly, at least 1.
 
     Args:
         prompts_per_update: ``actor_rollout_ref.actor.ppo_mini_batch_size``.
@@ -44,7 +44,7 @@ class Ranks:
 
 
 def actor_ranks(config: DictConfig) -> Ranks:
-    """Ranks of the actor, by its engine.
+    """Count the ranks of the actor, by its engine.
 
     Raises:
         ConfigError: the GPUs do not split into data-parallel ranks.

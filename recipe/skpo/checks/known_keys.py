@@ -1,4 +1,4 @@
-"""Keys of verl's config that verl does not have, or has and no longer reads.
+"""Keys that verl's config does not have, or that verl no longer reads.
 
 Hydra takes any key behind a ``+`` and from a config file of the user's; a training that ignores it is another training
 than its command says.  A key is known if the composed config has it, or verl's dataclass of its node, or if verl reads
@@ -97,7 +97,7 @@ def check_structure(given: Mapping[str, Any], choices: Mapping[str, Any]) -> Non
             raise ConfigError(unknown_choice(group, choices[group]))
     known = reference(choices)
     _check_former(given, known)
-    # A choice of the user's own need not have every key that a choice of ours may have.
+    # A user's own choice may lack keys of the recipe's choices.
     _check_whole(given, known if not _foreign(choices) else {}, "")
 
 
@@ -107,14 +107,14 @@ def unknown_choice(group: str, choice: str, known: Iterable[str] = ()) -> str:
     Args:
         group: its name.
         choice: as given.
-        known: choices on Hydra's search path; those of verl's own files are left out.
+        known: choices on Hydra's search path; choices from verl's own files are left out.
     """
     ours = {path.stem for path in (CONFIG / group).glob("*.yaml")} | set(known)
     return f"{group}: {choice!r} is unknown; known are {', '.join(sorted(ours - _of_verl(group)))}"
 
 
 def _of_verl(group: str) -> set[str]:
-    """Choices that verl's own files, on the same search path, add to a group of ours."""
+    """Return the choices that verl's files, on the same search path, add to a group of the recipe."""
     spec = find_spec("verl")
     if group not in GROUPS or group == "model_engine" or spec is None or spec.origin is None:
         return set()
@@ -128,7 +128,8 @@ def check_keys(given: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
     The platform must have been applied, because verl's dataclasses are imported.
 
     Args:
-        given, choices: as for ``check_structure``.
+        given: as for ``check_structure``.
+        choices: as for ``check_structure``.
 
     Raises:
         ConfigError: naming the key, and the nearest one that is known.
@@ -140,7 +141,7 @@ def check_keys(given: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
 
 
 def unknown_key(path: str, known: Iterable[str]) -> str:
-    """The sentence for a key that nobody reads.
+    """Say that nobody reads a key, and which is nearest.
 
     Args:
         path: the key.
@@ -156,7 +157,7 @@ def unknown_key(path: str, known: Iterable[str]) -> str:
 
 
 def nearest(path: str, known: Iterable[str]) -> str | None:
-    """The known key that looks most like ``path``; None where none does."""
+    """Return the known key that looks most like ``path``; None if none does."""
     away = tuple(node for node in _ELSEWHERE if not _below(path, node))
     words = _words(path)
 
@@ -176,15 +177,15 @@ def _words(path: str) -> set[str]:
 
 
 def reference_keys(overrides: Iterable[str]) -> list[str]:
-    """Dotted paths of all keys of the config under the groups chosen by ``overrides``."""
+    """Return the dotted paths of all keys of the config under the groups chosen by ``overrides``."""
     choices = (re.fullmatch(rf"\+{{0,2}}({'|'.join(GROUPS)})=(\w+)", override) for override in overrides)
     return _offered(reference({match[1]: match[2] for match in choices if match}))
 
 
 def reference(choices: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config that the recipe composes for these choices, without any override; plain and unresolved.
+    """Compose the config of these choices without any override; plain and unresolved.
 
-    A choice of the user's own may have the keys of any choice of ours in its group.
+    A user's own choice may have the keys of any of the recipe's choices in its group.
     """
     foreign = _foreign(choices)
     chosen = {group: str(choices[group]) for group in GROUPS if choices.get(group) and group not in foreign}
@@ -200,7 +201,7 @@ def reference(choices: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _foreign(choices: Mapping[str, Any]) -> list[str]:
-    """Groups whose choice is a file of the user's own."""
+    """Return the groups whose choice is a file of the user's own."""
     ours = [group for group in GROUPS if group != "model_engine" and choices.get(group)]
     return [group for group in ours if not (CONFIG / group / f"{choices[group]}.yaml").is_file()]
 
@@ -218,7 +219,7 @@ def _composed(choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
 
 
 def _leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted path and value of every key, nodes included."""
+    """Yield dotted path and value of every key, nodes included."""
     for key, value in node.items():
         place = f"{path}.{key}" if path else str(key)
         yield place, value
@@ -227,7 +228,7 @@ def _leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
 
 
 def _offered(known: Mapping[str, Any]) -> list[str]:
-    """Keys that may be named as the nearest: groups, and keys that have a value."""
+    """Return the keys that may be named as the nearest: groups, and keys that have a value."""
     return [path for path, value in _leaves(known) if "." not in path or not isinstance(value, Mapping)]
 
 
@@ -262,7 +263,7 @@ def _check_whole(given: Mapping[str, Any], known: Mapping[str, Any], path: str) 
 
 
 def _unknown(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> Iterator[str]:
-    """Keys of ``given`` that nobody reads."""
+    """Yield the keys of ``given`` that nobody reads."""
     name, parent = path.rpartition(".")[2], path.rpartition(".")[0].rpartition(".")[2]
     if name in OPEN or parent in OPEN:
         return
@@ -285,7 +286,7 @@ def _is_reference(value: Any) -> bool:
 
 
 def _fields(target: str | None) -> set[str]:
-    """Fields of a dataclass of verl's."""
+    """Return the fields of one of verl's dataclasses."""
     return {item.name for item in fields(get_class(target))} if target else set()  # type: ignore[arg-type]
 
 

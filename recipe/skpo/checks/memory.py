@@ -40,9 +40,10 @@ class ModelSize:
 
 
 def estimate(config: DictConfig, size: ModelSize, gpu_bytes: int) -> Estimate:
-    """Memory per GPU of the FSDP engine.
+    """Estimate the memory per GPU of the FSDP engine.
 
     Args:
+        config: resolved.
         size: of the model.
         gpu_bytes: of one GPU.
     """
@@ -103,7 +104,7 @@ def check_memory(config: DictConfig) -> None:
 
 
 def model_size(config: DictConfig) -> ModelSize:
-    """The size of the model, from its config alone."""
+    """Count the model's parameters from its config alone."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

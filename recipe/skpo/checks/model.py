@@ -126,7 +126,7 @@ def check_prompt_lengths(config: DictConfig) -> None:
 
 
 def _count_prompts(config: DictConfig, files: Sequence[str], train: Sequence[str], place: Place) -> tuple[int, bool]:
-    """Training prompts within the limit, after every prompt was checked, and whether any prompt opens a thought."""
+    """Check every prompt; return how many training prompts are within the limit, and whether any opens a thought."""
     place.move("actor_rollout_ref.model.path", LOAD_SECONDS)
     limit, model = config.data.max_prompt_length, config.actor_rollout_ref.model
     options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))

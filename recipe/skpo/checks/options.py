@@ -1,7 +1,7 @@
 """Options of verl that this recipe, or verl's V1 trainer, would accept and then not read.
 
 Each is refused or warned about in one line when it is not what verl has by default.  What a method here does honour is
-not in the tables; neither is what ``preflight`` requires of every run.
+not in the tables; neither is what ``config`` requires of every run.
 """
 
 from collections.abc import Iterable, Iterator
@@ -24,7 +24,7 @@ class Unread:
         path: in the config.
         default: verl's, with which there is nothing to say.
         reason: why it has no effect, and what to set instead.
-        refused: stop the run; otherwise say so and go on.
+        refused: stop the run; otherwise note it and continue.
     """
 
     path: str
@@ -160,7 +160,7 @@ def check_options(config: DictConfig, overrides: Iterable[str] = ()) -> None:
 
 
 def _combinations(config: DictConfig) -> Iterator[str]:
-    """Sentences on options that contradict each other."""
+    """Yield sentences on options that contradict each other."""
     rollout, bypass = config.actor_rollout_ref.rollout, config.algorithm.rollout_correction.bypass_mode
     tracks = "tracker" in config.method.uses
     if bypass and tracks and config.skpo.tracker.drift == "logratio":
@@ -192,7 +192,7 @@ def _combinations(config: DictConfig) -> Iterator[str]:
 
 
 def _remarks(config: DictConfig) -> Iterator[str]:
-    """Sentences on options that are honoured in one place and not in another."""
+    """Yield sentences on options that are honoured in one place and not in another."""
     rollout = config.actor_rollout_ref.rollout
     if _nucleus(rollout):
         yield (
@@ -209,7 +209,7 @@ def _remarks(config: DictConfig) -> Iterator[str]:
 
 
 def _nucleus(rollout: DictConfig) -> str:
-    """``top_p=...`` or ``top_k=...`` where sampling leaves tokens out, else an empty text."""
+    """Return ``top_p=...`` or ``top_k=...`` where sampling leaves tokens out, else an empty text."""
     if rollout.top_p not in (None, 1):
         return f"top_p={rollout.top_p}"
     return f"top_k={rollout.top_k}" if rollout.top_k not in (None, -1, 0) else ""

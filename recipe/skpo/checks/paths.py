@@ -98,7 +98,7 @@ def resolve_environment() -> None:
 
 
 def overridden(key: str, overrides: Iterable[str]) -> bool:
-    """Whether a command line sets ``key`` or a node that it is in."""
+    """Return whether a command line sets ``key`` or a node that it is in."""
     for override in overrides:
         name = override.lstrip("+~").partition("=")[0].partition("@")[0]
         # data=files chooses a file of a group and sets no value.
@@ -160,7 +160,7 @@ def _absolute(value: Any, base: Path, must_exist: bool) -> Any:
 
 
 def _text_of_file(value: str) -> str | None:
-    """What is in the file of that name; None for a template's own text."""
+    """Return the text of the file of that name; None for a template's own text."""
     if "{" in value or "\n" in value or len(value) > 4000:
         return None
     path = caller() / Path(value).expanduser()
@@ -186,7 +186,7 @@ def _plain(text: str, longest: int = 40) -> str:
 
 @dataclass(frozen=True)
 class Choices:
-    """What a run is named after: the choices of the config's groups, and the command line.
+    """The parts of a run's name: the choices of the config's groups, and the command line.
 
     Attributes:
         model, data, method: names of the chosen files in ``config/``.
@@ -254,7 +254,7 @@ def scratch_folder() -> str:
 
 
 def is_sweep() -> bool:
-    """Whether this is a job of ``-m``."""
+    """Return whether this is a job of ``-m``."""
     config: Any = HydraConfig.instance().cfg
     return config is not None and str(OmegaConf.select(config, "hydra.mode")).endswith("MULTIRUN")
 

@@ -21,33 +21,33 @@ CPU_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 def rows_per_prompt(group_size: int) -> int:
-    """Rows that one prompt stores: G siblings and the segment."""
+    """Count the rows that one prompt stores: G siblings and the segment."""
     return _number("skpo.group_size", group_size) + 1
 
 
 def context_length(prompt: int, response: int, split_high: float) -> int:
-    """Tokens of the longest [s, q] with a full response: problem, longest segment, response."""
+    """Count the tokens of the longest [s, q] with a full response: problem, longest segment, response."""
     prompt, response = _number("data.max_prompt_length", prompt), _number("data.max_response_length", response)
     return prompt + int(_number("skpo.split_high", split_high, float) * response) + response
 
 
 def gpus(prompts: int, rows: int, server: int) -> int:
-    """GPUs of a node that a run uses; without a GPU here, on the head node of a cluster for example, of verl's 8."""
+    """Count the GPUs of a node that a run uses; of 8, verl's default, if this machine has none."""
     return gpus_to_use(int(prompts), int(rows), int(server), visible_gpus() or 8)
 
 
 def fifth(response: int) -> int:
-    """Last fifth of the response budget, over which DAPO punishes long responses."""
+    """Return the last fifth of the response budget, over which DAPO punishes long responses."""
     return max(1, _number("data.max_response_length", response) // 5)
 
 
 def half_life(drift: str) -> float:
-    """Default half-life of a unit of the drift; an unknown one is refused by the settings, which name the known."""
+    """Return the default half-life of a unit of the drift; the settings refuse an unknown unit by name."""
     return HALF_LIVES.get(drift, 8.0)
 
 
 def cpu_dtype(name: str) -> str:
-    """verl's name of the rollout's dtype.
+    """Translate the rollout's dtype into verl's name.
 
     Raises:
         ConfigError: the CPU platform does not compute in it.
@@ -60,7 +60,7 @@ def cpu_dtype(name: str) -> str:
 
 
 def digest(choices: Any) -> str:
-    """Eight hex digits that differ when any of the choices does."""
+    """Return eight hex digits that differ when any of the choices does."""
     plain = OmegaConf.to_container(choices, resolve=True) if OmegaConf.is_config(choices) else choices
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 

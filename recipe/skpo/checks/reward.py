@@ -21,7 +21,7 @@ _TRIAL_S = 300.0
 
 
 def is_ours(config: DictConfig) -> bool:
-    """Whether the reward is the one of this recipe."""
+    """Return whether the reward is the one of this recipe."""
     reward = config.reward.custom_reward_function
     return bool(reward.path == OUR_REWARD and reward.name == "compute_score")
 
@@ -133,7 +133,7 @@ def try_reward(config: DictConfig, call: RewardCall, samples: Iterable[Sample]) 
 
 
 def _tried(config: DictConfig, call: RewardCall, sample: Sample) -> Verdict:
-    """One call in a thread of its own: a function that hangs is left behind."""
+    """Call once in a thread of its own: a function that hangs is left behind."""
     result: list[Verdict | BaseException] = []
     # verl's managers add these two.
     extra_info = {**sample.extra_info, "num_turns": 2, "rollout_reward_scores": {}}
@@ -167,7 +167,7 @@ def _tried(config: DictConfig, call: RewardCall, sample: Sample) -> Verdict:
 
 
 def try_every_truth(call: RewardCall, rows: Iterable[tuple[str, str, Any]]) -> None:
-    """Ask the reward of this recipe for every row whether it can check answers to it.
+    """Let the reward of this recipe check an answer to every row.
 
     Args:
         call: of ``reward_fns.compute_score``.

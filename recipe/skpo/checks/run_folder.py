@@ -1,4 +1,4 @@
-"""The folder of a run: whose it is, that nothing in it leads elsewhere, and that one command at a time uses it."""
+"""The folder of a run: its owner, links out of it, and the lock that lets one command at a time use it."""
 
 import errno
 import fcntl
@@ -59,7 +59,7 @@ class Holder:
             return None
 
     def is_over(self) -> bool:
-        """Whether the process is known to have ended; False if it ran on another machine."""
+        """Return whether the process is known to have ended; False if it ran on another machine."""
         if self.host != socket.gethostname():
             return False
         try:
@@ -71,6 +71,7 @@ class Holder:
             return False
 
     def __str__(self) -> str:
+        """Name process, machine and start."""
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.started))
         return f"the command with process {self.pid} on {self.host}, started {since}"
 
@@ -172,7 +173,7 @@ def check_links(output_dir: Path) -> None:
     for path in (output_dir / name for name in LINKS):
         if path.is_symlink():
             option = instead.get(path.name)
-            way = f"give {option}{path.resolve()}" if option else "put a folder in its place"
+            way = f"give {option}{path.resolve()}" if option else "make a folder of that name"
             raise ConfigError(
                 f"output_dir: {path} is a symbolic link to {path.readlink()}, and no run writes through a link in its "
                 f"folder; remove the link and {way}"

@@ -20,7 +20,7 @@ _MEMORY = 2 * 2**30
 """Bytes that the child may take beyond what it begins with."""
 
 LOAD_SECONDS, PROMPT_SECONDS = 300.0, 20.0
-"""What a tokenizer may take to load, from the hub too, and a prompt to be rendered and tokenised."""
+"""Limits for loading a tokenizer, from the hub too, and for rendering and tokenising one prompt."""
 
 _PAGE = struct.Struct("d")
 
@@ -29,6 +29,7 @@ class Stopped(RuntimeError):
     """The child was stopped; the message says what it exceeded, and ``at`` where it was."""
 
     def __init__(self, message: str, at: str) -> None:
+        """Note message and place."""
         super().__init__(message)
         self.at = at
 
@@ -37,6 +38,7 @@ class Place:
     """Where the child is and when it must be elsewhere, in memory that both processes see."""
 
     def __init__(self) -> None:
+        """Map the shared page."""
         self._shared = mmap.mmap(-1, 4096)
         self.move("the start", 60)
 
@@ -48,11 +50,11 @@ class Place:
 
     @property
     def at(self) -> str:
-        """The place that was noted last."""
+        """Return the place that was noted last."""
         return self._shared[_PAGE.size :].rstrip(b"\0").decode("utf-8", "replace")
 
     def left(self) -> float:
-        """Seconds left at this place."""
+        """Return the seconds left at this place."""
         return float(_PAGE.unpack(self._shared[: _PAGE.size])[0]) - time.monotonic()
 
 

@@ -45,10 +45,11 @@ class FolderError(ConfigError):
 
 
 def make(holds_ray: bool, bases: list[str] | None = None) -> Path:
-    """Make and lock the folder of a new run, in the first of ``bases`` that will do: TMPDIR, then /tmp.
+    """Make and lock the folder of a new run, in the first of ``bases`` that will do.
 
     Args:
         holds_ray: whether Ray's session, whose sockets have the longest names, will be in it.
+        bases: folders to try; TMPDIR and /tmp if None.
 
     Raises:
         FolderError: every base has too long a path or cannot be written.
@@ -122,7 +123,7 @@ def _remove_all_but_lock(folder: Path) -> bool:
 
 
 def socket_address(address: str) -> str:
-    """Move a ZeroMQ address of verl's, such as ``ipc:///tmp/<name>.sock``, into the run's folder."""
+    """Move one of verl's ZeroMQ addresses, such as ``ipc:///tmp/<name>.sock``, into the run's folder."""
     return f"ipc://{enter() / Path(address.removeprefix('ipc://')).name}"
 
 

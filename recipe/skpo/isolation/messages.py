@@ -1,8 +1,9 @@
-"""TransferQueue's messages, signed: what does not bear this run's key is refused before it is decoded.
+"""TransferQueue's messages, signed: a message without this run's key is refused before it is decoded.
 
-TransferQueue unpickles what reaches its ports (transfer_queue/utils/serial_utils.py:419), so whoever reached one could
-run code.  ``encode`` and ``decode`` there, through which every message of every process goes, get one frame more: an
-HMAC-SHA256 over the others.  The servers answer a refused message with an error, log one line, and continue.
+TransferQueue unpickles everything that reaches its ports (transfer_queue/utils/serial_utils.py:419), so a stranger who
+reached one could run code.  ``encode`` and ``decode`` there, through which every message of every process goes, get
+one frame more: an HMAC-SHA256 over the others.  The servers answer a refused message with an error, log one line, and
+continue.
 
 The key is random per run.  It lies in the store of Ray's own server, which gives it to those who may run code in the
 cluster anyway: no file, variable or log has it.  Nothing is encrypted, and who can record a run's traffic on a network

@@ -25,7 +25,7 @@ MOST_LINES = 12
 
 
 class Rule(Enum):
-    """What happens to a command that differs from the checkpoint it would resume from."""
+    """The fate of a command that differs from the checkpoint it would resume from."""
 
     REFUSED = "refused"
     SAID = "said"
@@ -67,12 +67,13 @@ class Content:
     rows: int | None = None
 
     def __str__(self) -> str:
+        """Show path and rows."""
         return shown(self.path) + (f" ({self.rows} rows)" if self.rows is not None else "")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What decides what a run is.
+    """The parts of a run that make it this run.
 
     Attributes:
         method: name.
@@ -142,7 +143,7 @@ def shown(value: Any, longest: int = 100) -> str:
 
 @dataclass(frozen=True)
 class SettingRule:
-    """What becomes of a changed setting.
+    """The rule for a changed setting.
 
     Attributes:
         pattern: matches the whole dotted path.
@@ -221,7 +222,7 @@ def compared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which a command differs from the run that it would resume.
+    """One difference of a command from the run that it would resume.
 
     Attributes:
         what: config path or name.
@@ -352,7 +353,7 @@ def _filters(*fingerprints: Fingerprint) -> bool:
 
 
 def restarts_epoch(found: Iterable[Difference]) -> bool:
-    """Whether the position in the training data does not count any more."""
+    """Return whether the position in the training data is lost."""
     return any(difference.restarts_epoch for difference in found)
 
 

@@ -81,7 +81,7 @@ def _file_digest(path: Path) -> str | None:
 
 
 def _code_digest(path: str) -> str | None:
-    """Digest of a Python file, or of all files of a ``pkg://`` package."""
+    """Return a digest of a Python file, or of all files of a ``pkg://`` package."""
     if not path.startswith("pkg://"):
         return _file_digest(Path(path.removeprefix("file://")))
     try:
@@ -127,7 +127,7 @@ def _model(model: DictConfig) -> Model:
 
 
 def _folder(path: str) -> Path | None:
-    """The model's folder; of a name on the hub, the one in its cache."""
+    """Return the model's folder; for a name on the hub, the one in its cache."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import try_to_load_from_cache
@@ -153,7 +153,7 @@ def _weights(folder: Path) -> str | None:
 
 
 def _sampled_digest(path: Path) -> str:
-    """Digest of a file's size, its beginning (a safetensors header) and blocks spread evenly over it."""
+    """Return a digest of a file's size, its beginning (a safetensors header) and blocks spread evenly over it."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with path.open("rb") as file:
@@ -198,7 +198,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The recipe's commit, marked where files differ from it; None outside of a checkout."""
+    """Return the recipe's commit, marked if files differ from it; None outside of a checkout."""
     if not (ROOT / ".git").exists():
         return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]

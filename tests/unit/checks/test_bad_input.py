@@ -2,9 +2,7 @@
 
 One table.  Every case starts from a run that would be launched and resumed, spoils one thing, and goes through all of
 ``main.run`` but the launch.  Elsewhere: values of ``skpo.*`` in test_settings.py, combinations of options and methods
-in test_config.py and test_preflight.py, the command line and its exit codes in test_main.py, single bytes of a state
-file in test_state.py, raw data sources and their commands in test_data_sources.py and test_data_prep.py, checkpoints
-and benchmarks of an evaluation in test_evaluate.py.
+in test_compose.py and test_options.py, the command line in test_command_line.py, what data may be in test_data.py.
 """
 
 import json
@@ -350,6 +348,11 @@ def column(name: str, column: str, change: Callable[[list], list] | None, begins
     case(f"parquet: {name}", begins, fix)(spoil)
 
 
+for role in ("train", "val"):
+    for nothing in (None, [], ""):
+        value(f"data.{role}_files", nothing, f"data.{role}_files: is not set; name a parquet file", "data=<name>")
+value("data.train_batch_size", 8, "data.train_files: 6 rows are fewer than data.train_batch_size=8", "")
+value("data.prompt_key", "question", "data.train_files: {train}: missing column(s) question", "")
 TRAIN, WRITE = "data.train_files: {train}: ", "python -m data_prep."
 column("no column id", "id", None, TRAIN + "missing column(s) id", WRITE)
 column("no column prompt", "prompt", None, TRAIN + "missing column(s) prompt", WRITE)

@@ -3,8 +3,10 @@
 import pytest
 from omegaconf import OmegaConf, open_dict
 
+from recipe.skpo.checks.config import METHOD_SETTINGS, check_method_settings
 from recipe.skpo.checks.options import UNREAD, UNREAD_BY_SKPO, Unread, check_options
 from recipe.skpo.errors import ConfigError
+from recipe.skpo.settings import RECORDS, known_keys
 
 OTHER = {bool: lambda value: not value, float: lambda value: value + 0.5, int: lambda value: value + 1}
 METHODS = ["skpo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
@@ -106,3 +108,46 @@ def test_combinations_that_contradict_each_other(overrides, refused: bool, sente
         return
     with pytest.raises(ConfigError, match=sentence):
         check_options(config)
+
+
+# ---------------------------------------------------------------- settings that a method would ignore
+
+
+METHOD_PARTS = {
+    "skpo": {"rollout", "objective", "tracker", "curriculum"},
+    "spo": {"tracker", "curriculum"},
+    "grpo": set(),
+}
+
+
+@pytest.mark.parametrize("method", METHOD_PARTS)
+def test_a_setting_that_the_method_ignores_is_refused(compose_config, method: str) -> None:
+    config = compose_config("platform=cpu", f"method={method}")
+    for part, keys in METHOD_SETTINGS.items():
+        for key in keys:
+            for override in (f"skpo.{key}=1", f"+skpo.{key}.x=1", f"++skpo.{key}=1", f"~skpo.{key}"):
+                if part in METHOD_PARTS[method]:
+                    check_method_settings(config, [override])
+                else:
+                    with pytest.raises(ConfigError) as error:
+                        check_method_settings(config, ["data.seed=1", override])
+                    assert str(error.value) == f"skpo.{key}: has no effect with method={method}; leave it out"
+
+
+@pytest.mark.parametrize("method", METHOD_PARTS)
+def test_settings_of_every_method_and_other_options_pass(compose_config, method: str) -> None:
+    config = compose_config("platform=cpu", f"method={method}")
+    shared = ["group_size", "seed", "seed_requests", "poll_interval_s"]
+    shared += ["prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s", "start_timeout_s", "max_logprob_gap"]
+    check_method_settings(config, [f"skpo.{key}=1" for key in shared])
+    check_method_settings(config, ["data.skpo.skip=1", "trainer.nnodes=1", f"method={method}", "~hydra.run.dir"])
+
+
+def test_every_setting_has_a_part_or_is_read_by_every_method() -> None:
+    """A setting added later must be put into METHOD_SETTINGS, or here if all methods read it."""
+    listed = [key for keys in METHOD_SETTINGS.values() for key in keys]
+    assert len(listed) == len(set(listed))
+    top = {key for key in known_keys() if "." not in key} | set(RECORDS)
+    shared = {"group_size", "seed", "seed_requests", "poll_interval_s"}
+    shared |= {"prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s", "start_timeout_s", "max_logprob_gap"}
+    assert top - set(listed) == shared

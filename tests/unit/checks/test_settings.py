@@ -9,21 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.settings import HALF_LIVES, CurriculumSettings, SkpoSettings, TrackerSettings, known_keys, unknown_keys
-
-
-def test_defaults_are_those_of_the_paper() -> None:
-    settings = SkpoSettings.from_config({})
-    assert settings == SkpoSettings()
-    assert (settings.group_size, settings.selection, settings.skip) == (8, "median", "concat")
-    assert (settings.split_low, settings.split_high, settings.initial_length) == (1 / 6, 1 / 2, 1024)
-    assert (settings.weight_up, settings.weight_down, settings.clip_low, settings.clip_high) == (0.5, 0.5, 0.2, 0.28)
-    assert settings.tracker == TrackerSettings(rho_min=0.875, rho_max=0.96, half_life=8.0, drift="kl_steps")
-    assert settings.curriculum == CurriculumSettings(enable=True, epsilon=0.05)
-    assert (settings.split, settings.upstream_reward) == ("adaptive", "mc")
-    assert settings.downstream_aggregation == "group_token_mean"
-    assert settings.candidates is None and settings.candidate_count == settings.group_size
-    assert settings.boundaries == []
+from recipe.skpo.settings import SkpoSettings, TrackerSettings, known_keys, unknown_keys
 
 
 def test_values_of_a_hydra_node_are_read() -> None:
@@ -253,11 +239,3 @@ def test_known_and_unknown_keys_are_dotted() -> None:
 @pytest.mark.parametrize(("candidates", "count"), [(None, 6), (1, 1), (4, 4), (6, 6)])
 def test_candidates_are_as_many_as_the_group_unless_said_otherwise(candidates: int | None, count: int) -> None:
     assert SkpoSettings(group_size=6, candidates=candidates).candidate_count == count
-
-
-def test_every_drift_has_a_default_half_life() -> None:
-    from recipe.skpo.settings import DRIFTS
-
-    assert set(HALF_LIVES) == set(DRIFTS)
-    assert HALF_LIVES["kl_steps"] == TrackerSettings().half_life == 8.0
-    assert HALF_LIVES["logratio"] == 0.06, "that of SPO, whose measure it is"

@@ -5,7 +5,6 @@ import io
 import os
 import pickle
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from recipe.skpo.trainer.state import FILE_NAME, SkpoState, StateError
 from tests.conftest import COMMAND
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-TREES = ("recipe", "data_prep", "data_prep", "reward_fns", "scripts")
 
 # ---------------------------------------------------------------- a hostile checkpoint
 
@@ -75,115 +73,17 @@ def test_a_hostile_state_file_is_refused_and_runs_nothing(tmp_path: Path, name: 
 
 # ---------------------------------------------------------------- our own source
 
-FORBIDDEN_CALLS = {
-    "eval": "runs text as code",
-    "exec": "runs text as code",
-    "compile": "makes code of text",
-    "__import__": "imports by a computed name; use importlib where it must be",
-    "pickle.load": "runs what the file says",
-    "pickle.loads": "runs what the bytes say",
-    "marshal.loads": "runs what the bytes say",
-    "shelve.open": "is pickle",
-    "joblib.load": "is pickle",
-    "dill.load": "is pickle",
-    "cloudpickle.load": "is pickle",
-    "cloudpickle.loads": "is pickle",
-    "pandas.read_pickle": "is pickle",
-    "pd.read_pickle": "is pickle",
-    "yaml.load": "builds any object; use yaml.safe_load or OmegaConf",
-    "yaml.unsafe_load": "builds any object",
-    "os.system": "is a shell",
-    "os.popen": "is a shell",
-    "os.chmod": "passes the umask by",
-    "tempfile.mktemp": "can be raced",
-}
-NEEDED_KEYWORDS = {
-    "np.load": ("allow_pickle", False),
-    "numpy.load": ("allow_pickle", False),
-    "torch.load": ("weights_only", True),
-}
 
-
-def sources() -> Iterator[tuple[Path, ast.Module]]:
-    for tree in TREES:
-        for path in sorted((REPOSITORY / tree).rglob("*.py")):
-            yield path, ast.parse(path.read_text())
-
-
-def dotted(node: ast.expr) -> str:
-    """``a.b.c`` of a name or attribute, else "" ."""
-    if isinstance(node, ast.Attribute):
-        head = dotted(node.value)
-        return f"{head}.{node.attr}" if head else ""
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def faults(tree: ast.Module) -> list[str]:
-    """Line and reason of every call that a hostile file could use."""
-    # ``from pickle import loads`` must not hide the module.
-    full = {
-        alias.asname or alias.name: f"{node.module}.{alias.name}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and node.module
-        for alias in node.names
-    }
-    full |= {
-        alias.asname: alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-        if alias.asname and alias.asname not in ("np", "pd")
-    }
-    found = []
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.Call):
-            continue
-        name = dotted(node.func)
-        head, _, rest = name.partition(".")
-        name = f"{full.get(head, head)}{'.' + rest if rest else ''}"
-        keywords = {item.arg: getattr(item.value, "value", None) for item in node.keywords}
-        if name in FORBIDDEN_CALLS:
-            found.append(f"line {node.lineno}: {name} {FORBIDDEN_CALLS[name]}")
-        if name in NEEDED_KEYWORDS and keywords.get(NEEDED_KEYWORDS[name][0]) is not NEEDED_KEYWORDS[name][1]:
-            found.append(f"line {node.lineno}: {name} needs {'='.join(map(str, NEEDED_KEYWORDS[name]))}")
-        if keywords.get("shell") is True:
-            found.append(f"line {node.lineno}: {name} with shell=True")
-        if isinstance(node.func, ast.Attribute) and node.func.attr == "chmod":
-            found.append(f"line {node.lineno}: chmod passes the umask by")
-    return found
-
-
-def test_our_source_has_no_way_to_run_data_as_code() -> None:
-    found = {str(path.relative_to(REPOSITORY)): faults(tree) for path, tree in sources()}
-    assert len(found) > 50
-    assert {path: lines for path, lines in found.items() if lines} == {}
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "eval('1')",
-        "import pickle\npickle.load(f)",
-        "import pickle as p\np.loads(b)",
-        "from pickle import loads\nloads(b)",
-        "from pickle import loads as read\nread(b)",
-        "import numpy as np\nnp.load(f)",
-        "import numpy as np\nnp.load(f, allow_pickle=True)",
-        "import torch\ntorch.load(f, weights_only=False)",
-        "import subprocess\nsubprocess.run(c, shell=True)",
-        "import yaml\nyaml.load(f)",
-        "path.chmod(0o777)",
-    ],
-)
-def test_each_of_them_would_be_found(line: str) -> None:
-    assert faults(ast.parse(line))
-
-
-@pytest.mark.parametrize(
-    "line", ["np.load(f, allow_pickle=False)", "re.compile('x')", "torch.load(f, weights_only=True)"]
-)
-def test_their_safe_forms_pass(line: str) -> None:
-    assert not faults(ast.parse(line))
+def test_files_are_read_without_pickle_and_get_the_umasks_modes() -> None:
+    """What ruff's rules S (pyproject.toml) do not know."""
+    needed = {"torch.load(": "weights_only=True", "np.load(": "allow_pickle=False"}
+    for tree in ("recipe", "data_prep", "reward_fns", "scripts"):
+        for path in (REPOSITORY / tree).rglob("*.py"):
+            text = path.read_text(encoding="utf-8")
+            assert ".chmod(" not in text, path
+            for call in (ast.unparse(node) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)):
+                for name, keyword in needed.items():
+                    assert not call.startswith(name) or keyword in call, f"{path}: {call}"
 
 
 # ---------------------------------------------------------------- secrets

@@ -235,54 +235,6 @@ def refused(config) -> str:
     return message
 
 
-def spoil_parquet(config, tmp_path: Path) -> str:
-    (tmp_path / "train.parquet").write_bytes(b"PAR1 not really PAR1")
-    return "cannot be read as parquet"
-
-
-def spoil_column(config, tmp_path: Path) -> str:
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(tmp_path / "train.parquet").drop_columns(["id"])
-    pq.write_table(table, tmp_path / "train.parquet")
-    return "missing column(s) id"
-
-
-def spoil_batch(config, tmp_path: Path) -> str:
-    config.data.train_batch_size *= 2
-    return "rows are fewer than data.train_batch_size"
-
-
-def spoil_checkpoint(config, tmp_path: Path) -> str:
-    folder = Path(config.trainer.default_local_dir)
-    (folder / "global_step_3").mkdir(parents=True)
-    (folder / "latest_checkpointed_iteration.txt").write_text("3")
-    return "holds no skpo_state.npz"
-
-
-def spoil_prompt(config, tmp_path: Path) -> str:
-    config.data.max_prompt_length = 20
-    return "tokens, data.max_prompt_length is 20"
-
-
-def spoil_combination(config, tmp_path: Path) -> str:
-    config.actor_rollout_ref.actor.use_kl_loss = True
-    return "actor_rollout_ref.actor.use_kl_loss: is True, must be False"
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [spoil_parquet, spoil_column, spoil_batch, spoil_checkpoint, spoil_prompt, spoil_combination],
-    ids=lambda spoil: spoil.__name__.removeprefix("spoil_"),
-)
-def test_what_is_wrong_ends_the_run_in_one_line_before_the_launch(config, steps, tmp_path: Path, spoil) -> None:
-    good_files(config, tmp_path)
-    said = spoil(config, tmp_path)
-    assert said in refused(config)
-    assert "launch" not in steps
-    assert not (tmp_path / "out" / "config.yaml").exists()
-
-
 # ---------------------------------------------------------------- its parts
 
 

@@ -1,9 +1,5 @@
-"""Start-up checks on data, prompt lengths and the checkpoint to resume from: one clear line each, no model loaded.
+"""Data files and prompt lengths: what is accepted and what is noted; what is refused is in test_bad_input.py."""
 
-The checks of the config itself are in test_config.py, those of single rows in test_data_prep.py.
-"""
-
-import re
 import time
 from collections.abc import Callable
 from datetime import date
@@ -16,15 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.schema import DataError, Row, write_parquet
-from recipe.skpo.checks.config import (
-    METHOD_SETTINGS,
-    check_method_settings,
-)
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.model import check_prompt_lengths
 from recipe.skpo.checks.reward import check_reward
-from recipe.skpo.errors import ConfigError
-from recipe.skpo.settings import RECORDS, known_keys
 
 
 def write_rows(path: Path, questions: list[str], split: str = "train") -> Path:
@@ -76,74 +66,11 @@ def test_a_data_source_without_a_reward_is_refused_unless_the_reward_is_ones_own
     check_data(config)
 
 
-def test_good_files_pass(config) -> None:
-    check_data(config)
-    check_prompt_lengths(config)
-
-
-@pytest.mark.parametrize("role", ["train", "val"])
-@pytest.mark.parametrize("value", [None, [], ""], ids=repr)
-def test_files_that_are_not_named(config, role: str, value: object) -> None:
-    config.data[f"{role}_files"] = value
-    with pytest.raises(ConfigError) as error:
-        check_data(config)
-    assert one_line(error).startswith(f"data.{role}_files: is not set; name a parquet file")
-
-
-@pytest.mark.parametrize("role", ["train", "val"])
-def test_a_file_that_is_no_parquet(config, tmp_path: Path, role: str) -> None:
-    bad = tmp_path / "bad.parquet"
-    bad.write_text("id,prompt\n1,hello\n")
-    config.data[f"{role}_files"] = str(bad)
-    with pytest.raises(DataError) as error:
-        check_data(config)
-    assert one_line(error).startswith(f"data.{role}_files: {bad}: cannot be read as parquet")
-
-
-def test_a_file_that_is_not_there(config, tmp_path: Path) -> None:
-    config.data.val_files = [config.data.val_files, str(tmp_path / "none.parquet")]
-    with pytest.raises(DataError) as error:
-        check_data(config)
-    assert one_line(error).startswith(f"data.val_files: {tmp_path}/none.parquet: file not found")
-
-
-def test_a_missing_column(config, train: Path) -> None:
-    pq.write_table(pq.read_table(train).drop_columns(["reward_model"]), train)
-    with pytest.raises(DataError) as error:
-        check_data(config)
-    assert f"{train}: missing column(s) reward_model (it has id, data_source, prompt" in one_line(error)
-
-
-def test_another_prompt_column(config) -> None:
-    config.data.prompt_key = "question"
-    with pytest.raises(DataError) as error:
-        check_data(config)
-    assert "missing column(s) question" in one_line(error)
-
-
-def test_fewer_rows_than_a_batch(config) -> None:
-    config.data.train_batch_size = 8
-    check_data(config)
-    config.data.train_batch_size = 9
-    with pytest.raises(DataError) as error:
-        check_data(config)
-    assert one_line(error) == "data.train_files: 8 rows are fewer than data.train_batch_size=9"
-
-
 def test_rows_count_over_all_training_files(config, tmp_path: Path) -> None:
     config.data.train_batch_size = 9
     more = write_rows(tmp_path / "more.parquet", ["30 + 1?"])
     config.data.train_files = [config.data.train_files, str(more)]
     check_data(config)
-
-
-def test_an_id_in_two_training_files(config, tmp_path: Path, train: Path) -> None:
-    again = write_rows(tmp_path / "again.parquet", ["30 + 1?", "3 + 1?"])
-    config.data.train_files = [str(train), str(again)]
-    with pytest.raises(DataError) as error:
-        check_data(config)
-    message = one_line(error)
-    assert re.match(rf"{again}: id [0-9a-f]{{16}} is in {train} too; ids must be unique", message)
 
 
 def test_a_training_prompt_in_the_held_out_file_is_noted(config, train: Path, tmp_path: Path, capsys) -> None:
@@ -381,54 +308,3 @@ def test_a_template_that_opens_a_thought_is_told(config, capsys: pytest.CaptureF
     config.reward.custom_reward_function.reward_kwargs = {"thought_marks": "none"}
     check_prompt_lengths(config)
     assert "thought" not in capsys.readouterr().out
-
-
-def test_a_model_path_without_a_tokenizer(config, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config.actor_rollout_ref.model.path = str(tmp_path / "nothing")
-    with pytest.raises(ConfigError) as error:
-        check_prompt_lengths(config)
-    assert one_line(error).startswith(f"actor_rollout_ref.model.path: no tokenizer can be loaded from {tmp_path}")
-
-
-# ---------------------------------------------------------------- settings that a method would ignore
-
-
-METHOD_PARTS = {
-    "skpo": {"rollout", "objective", "tracker", "curriculum"},
-    "spo": {"tracker", "curriculum"},
-    "grpo": set(),
-}
-
-
-@pytest.mark.parametrize("method", METHOD_PARTS)
-def test_a_setting_that_the_method_ignores_is_refused(compose_config, method: str) -> None:
-    config = compose_config("platform=cpu", f"method={method}")
-    for part, keys in METHOD_SETTINGS.items():
-        for key in keys:
-            for override in (f"skpo.{key}=1", f"+skpo.{key}.x=1", f"++skpo.{key}=1", f"~skpo.{key}"):
-                if part in METHOD_PARTS[method]:
-                    check_method_settings(config, [override])
-                else:
-                    with pytest.raises(ConfigError) as error:
-                        check_method_settings(config, ["data.seed=1", override])
-                    assert one_line(error) == f"skpo.{key}: has no effect with method={method}; leave it out"
-
-
-@pytest.mark.parametrize("method", METHOD_PARTS)
-def test_settings_of_every_method_and_other_options_pass(compose_config, method: str) -> None:
-    config = compose_config("platform=cpu", f"method={method}")
-    shared = ["group_size", "seed", "seed_requests", "poll_interval_s"]
-    shared += ["prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s", "start_timeout_s", "max_logprob_gap"]
-    check_method_settings(config, [f"skpo.{key}=1" for key in shared])
-    check_method_settings(config, ["data.skpo.skip=1", "trainer.nnodes=1", f"method={method}", "~hydra.run.dir"])
-
-
-def test_every_setting_has_a_part_or_is_read_by_every_method() -> None:
-    """A setting added later must be put into METHOD_SETTINGS, or here if all methods read it."""
-    listed = [key for keys in METHOD_SETTINGS.values() for key in keys]
-    assert len(listed) == len(set(listed))
-    top = {key for key in known_keys() if "." not in key} | set(RECORDS)
-    shared = {"group_size", "seed", "seed_requests", "poll_interval_s"}
-    shared |= {"prompt_timeout_s", "max_dropped_share", "weight_sync_timeout_s", "start_timeout_s", "max_logprob_gap"}
-    assert top - set(listed) == shared
