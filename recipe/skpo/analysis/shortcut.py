@@ -204,11 +204,8 @@ class Plan:
                 for mode in self.config.modes:
                     if mode != "unconditional":
                         prompt, limit = self.prompt(mode, problem, segment)
-                        key, seed = (
-                            f"{problem.id}/{mode}/{position}",
-                            self.seed(1 + MODES.index(mode), number, position),
-                        )
-                        request = Request(key, tuple(prompt), limit, seed)
+                        seed = self.seed(1 + MODES.index(mode), number, position)
+                        request = self.request(f"{problem.id}/{mode}/{position}", tuple(prompt), limit, seed)
                         planned.append(Planned(request, problem, mode, position, split, segment))
         return planned
 

@@ -56,9 +56,9 @@ class Request:
     prompt_ids: tuple[int, ...]
     max_tokens: int
     seed: int
-    n: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
+    n: int
+    temperature: float
+    top_p: float
 
 
 def request_seed(seed: int, name: str, count: int) -> int:

@@ -41,7 +41,7 @@ class FakeSampler:
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         if self.fail_after is not None and len(self.calls) >= self.fail_after:
             raise KeyboardInterrupt
-        (n, temperature, top_p) = {(request.n, request.temperature, request.top_p) for request in requests}.pop()
+        ((n, temperature, top_p),) = {(request.n, request.temperature, request.top_p) for request in requests}
         prompts = [list(request.prompt_ids) for request in requests]
         limits, seeds = [request.max_tokens for request in requests], [request.seed for request in requests]
         settings = {"n": n, "temperature": temperature, "top_p": top_p}

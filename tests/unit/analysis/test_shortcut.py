@@ -213,6 +213,7 @@ def test_run_draws_writes_and_a_second_run_draws_nothing(
     names = {"shortcut.png", "shortcut.svg", "shortcut.json", "means.csv", "groups.csv", "config.json"}
     assert {path.name for path in files} == names
     assert sampler.closed
+    assert {(call["n"], call["temperature"], call["top_p"]) for call in sampler.calls} == {(4, 1.0, 1.0)}
     groups = pd.read_csv(tmp_path / "out/groups.csv")
     drawn = read_completions(tmp_path / "out/draws.jsonl")
     for _, group in groups.iterrows():

@@ -44,7 +44,7 @@ class CountingSampler:
 
 
 def requests(count: int = 5, n: int = 2) -> list[Request]:
-    return [Request(f"p{index}", (1, index), 10 + index, 100 * index, n) for index in range(count)]
+    return [Request(f"p{index}", (1, index), 10 + index, 100 * index, n, 1.0, 1.0) for index in range(count)]
 
 
 def draw(store: Path, sampler: CountingSampler | None, count: int = 5, n: int = 2) -> dict[str, list[Completion]]:
