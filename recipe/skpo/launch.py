@@ -57,6 +57,8 @@ def _apply_engine(config: DictConfig) -> dict[str, str]:
     libraries = model.get("external_lib") or []
     libraries = [libraries] if isinstance(libraries, str) else list(libraries)
     libraries += ["recipe.skpo.trainer.weight_sync_registration", "recipe.skpo.engine.backends"]
+    if config.platform.name == "cpu":
+        libraries.append("recipe.skpo.cpu.offloading")
     engine = choose_engine(config, flash_attention=flash_attention_installed())
     config.packed_attention, config.share_prefixes = engine.kind, engine.share
     if engine.device is not None:

@@ -30,6 +30,7 @@ from recipe.skpo.checks.config import check_config, check_folders, check_given
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.environment import LOCKS, check_machine, check_packages, check_variables
 from recipe.skpo.checks.known_keys import check_keys, check_structure
+from recipe.skpo.checks.loss import check_loss
 from recipe.skpo.checks.memory import check_memory
 from recipe.skpo.checks.model import check_model, check_prompt_lengths
 from recipe.skpo.checks.paths import own_folder, readable, resolve_environment, resolve_paths
@@ -110,6 +111,7 @@ def prepare(config: DictConfig, command: Command) -> None:
     """
     apply_platform(config)
     check_keys(command.given, command.choices)
+    check_loss(config)
     check_reward(config)
     prepare_data(config)
     check_data(config)

@@ -28,8 +28,6 @@ CHOICES = {
 BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "group_size": (lambda value: value >= 2, ">= 2 (a group of one has no advantage)"),
     "initial_length": (lambda value: value >= 1, ">= 1"),
-    "clip_low": (lambda value: 0 < value < 1, "inside (0, 1)"),
-    "clip_high": (lambda value: value > 0, "> 0"),
     "seed": (lambda value: value >= 0, ">= 0"),
     "prompt_timeout_s": (lambda value: value > 0, "> 0"),
     "start_timeout_s": (lambda value: value > 0, "> 0"),
@@ -166,7 +164,7 @@ class SkpoSettings:
             ``token_mean`` (over all downstream tokens of the update).
         initial_length: mean response length in tokens assumed for a prompt never visited.
         weight_up, weight_down: weights of the two objectives.
-        clip_low, clip_high: e_low and e_high of both objectives.
+        clip_low, clip_high: former names of ``actor.clip_ratio_low`` and ``clip_ratio_high``; None if not given.
         tracker: constants of the trackers.
         curriculum: prioritised sampling of prompts.
         seed: of every random draw of the trainer (split positions, request seeds).
@@ -200,8 +198,8 @@ class SkpoSettings:
     initial_length: int = 1024
     weight_up: float = 0.5
     weight_down: float = 0.5
-    clip_low: float = 0.2
-    clip_high: float = 0.28
+    clip_low: float | None = None
+    clip_high: float | None = None
     tracker: TrackerSettings = field(default_factory=TrackerSettings)
     curriculum: CurriculumSettings = field(default_factory=CurriculumSettings)
     seed: int = 1

@@ -50,6 +50,15 @@ ABLATIONS = {
 }
 
 
+TERMS = [
+    "actor_rollout_ref.actor.entropy_coeff=0.001",
+    "actor_rollout_ref.actor.use_kl_loss=true",
+    "actor_rollout_ref.actor.optim.lr_warmup_steps=0",
+    "algorithm.rollout_correction.rollout_is=token",
+]
+"""Terms of verl's own loss."""
+
+
 def train(folder: Path, *arguments: str) -> list[dict[str, float]]:
     """Train the tiny model and return the metrics of its steps."""
     command = [sys.executable, "-m", "recipe.skpo.main", *overrides(folder), *arguments]
@@ -88,6 +97,18 @@ def test_ablation(name: str, tmp_path: Path) -> None:
     if "logratio" in " ".join(ABLATIONS[name]):
         assert steps[0]["skpo/tracker/drift/mean"] == 0
         assert steps[1]["skpo/tracker/drift/mean"] > 1e-5, "more than rounding"
+
+
+@pytest.mark.parametrize("method", ["skpo", "spo", "grpo"])
+def test_terms_of_verls_loss(method: str, tmp_path: Path) -> None:
+    steps = train(tmp_path, f"method={method}", *TERMS, "trainer.total_training_steps=2")
+    assert [line["step"] for line in steps] == [1, 2]
+    for line in steps:
+        assert line["actor/grad_norm"] > 0
+        assert line["actor/entropy_loss"] > 0
+        assert 0.5 < line["rollout_corr/rollout_is_mean"] < 2
+    # Before the first update the actor is the reference.
+    assert steps[1]["actor/kl_loss"] > steps[0]["actor/kl_loss"] >= 0
 
 
 def test_a_token_budget_ends_the_run_with_a_checkpoint_and_a_validation(tmp_path: Path) -> None:

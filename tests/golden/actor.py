@@ -22,10 +22,11 @@ from omegaconf import OmegaConf  # noqa: E402
 from tensordict import TensorDict  # noqa: E402
 from torch.distributed.tensor import DTensor  # noqa: E402
 from verl.utils import tensordict_utils  # noqa: E402
+from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
 from verl.workers.engine_workers import ActorRolloutRefWorker  # noqa: E402
 
-from recipe.skpo.method.loss import skpo_loss  # noqa: E402
-from recipe.skpo.method.rows import ADVANTAGE_FIELD, PHASE_FIELD, WEIGHT_FIELD  # noqa: E402
+from recipe.skpo.method.rows import PHASE_FIELD, WEIGHT_FIELD  # noqa: E402
+from recipe.skpo.trainer.objective import skpo_loss  # noqa: E402
 from tests.golden.batches import nested  # noqa: E402
 
 Tensors = dict[str, torch.Tensor]
@@ -39,6 +40,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def stored(rows: list[dict[str, Any]]) -> TensorDict:
     """The rows as the trainer has stored them when it calls the actor."""
+    per_token = ("old_log_probs", "advantages", "ref_log_prob", "rollout_is_weights")
     return TensorDict(
         {
             "prompts": nested([row["prompt"] for row in rows]),
@@ -47,10 +49,9 @@ def stored(rows: list[dict[str, Any]]) -> TensorDict:
             "position_ids": nested([torch.arange(len(row["prompt"]) + len(row["response"])) for row in rows]),
             "response_mask": nested([row["mask"] for row in rows]),
             "loss_mask": nested([row["mask"] for row in rows]),
-            "old_log_probs": nested([row["old_log_probs"] for row in rows]),
             PHASE_FIELD: torch.stack([row["phase"] for row in rows]),
-            ADVANTAGE_FIELD: torch.stack([row["advantage"] for row in rows]),
             WEIGHT_FIELD: torch.stack([row["weight"] for row in rows]),
+            **{name: nested([row[name] for row in rows]) for name in per_token if name in rows[0]},
         },
         batch_size=len(rows),
     )
@@ -71,8 +72,6 @@ def main(folder: Path, rank: int, ranks: int) -> None:
     os.environ["VERL_ENGINE_DEVICE"] = job["device"]
     worker = ActorRolloutRefWorker(config.actor_rollout_ref, role="actor")
     worker.init_model()
-    clips = {"clip_low": config.skpo.clip_low, "clip_high": config.skpo.clip_high}
-    worker.set_loss_fn(partial(skpo_loss, **clips))
     engine: Any = worker.actor.engine  # type: ignore[union-attr]
     step = engine.optimizer_step
     records: list[tuple[Tensors, Tensors]] = []
@@ -91,15 +90,19 @@ def main(folder: Path, rank: int, ranks: int) -> None:
     updates = {}
     for name, options in job["variants"].items():
         engine.module.load_state_dict(start)
+        actor = OmegaConf.merge(config.actor_rollout_ref.actor, options.get("actor", {}))
+        worker.set_loss_fn(partial(skpo_loss, config=omega_conf_to_dataclass(actor)))
         data = stored(own)
         tensordict_utils.assign_non_tensor(
             data,
             mini_batch_size=job["rows_per_update"],
-            epochs=config.actor_rollout_ref.actor.ppo_epochs,
-            seed=config.actor_rollout_ref.actor.data_loader_seed,
-            dataloader_kwargs={"shuffle": config.actor_rollout_ref.actor.shuffle},
+            global_batch_size=job["rows_per_update"],
+            epochs=actor.ppo_epochs,
+            seed=actor.data_loader_seed,
+            dataloader_kwargs={"shuffle": actor.shuffle},
             temperature=config.actor_rollout_ref.rollout.temperature,
-            **options,
+            calculate_entropy=actor.entropy_coeff != 0,
+            **options["batching"],
         )
         worker.update_actor(data)
         updates[name] = list(records)

@@ -6,14 +6,14 @@ token by token.  The order of rows, updates and loss weights are those of the tr
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from tensordict import TensorDict
 
-from recipe.skpo.method.loss import skpo_loss
 from recipe.skpo.method.loss_weights import loss_weights
-from recipe.skpo.method.rows import ADVANTAGE_FIELD, DOWNSTREAM, PHASE_FIELD, UPSTREAM, WEIGHT_FIELD
+from recipe.skpo.method.rows import DOWNSTREAM, PHASE_FIELD, UPSTREAM, WEIGHT_FIELD
 from recipe.skpo.trainer.order import minibatch_of_rows, minibatch_order
 from tests.support.reference import FlatRow, Gradient, Row, random_batch, reference_batch_objective
 from tests.support.rows import make_rows
@@ -110,13 +110,33 @@ def nested(rows: list[torch.Tensor]) -> torch.Tensor:
     return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
+def actor_config(loss_mode: str = "skpo", **changes: Any) -> Any:
+    """Return the actor's config as verl's worker builds it."""
+    from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+
+    clips = dict(zip(("clip_ratio_low", "clip_ratio_high"), CLIPS, strict=True))
+    policy_loss = PolicyLossConfig(loss_mode=loss_mode)
+    return FSDPActorConfig(
+        strategy="fsdp2", rollout_n=1, use_dynamic_bsz=True, policy_loss=policy_loss, **(clips | changes)
+    )
+
+
 class FlatPolicy:
-    """Every log-prob of a batch in one parameter, read through what verl's engine gives to the loss."""
+    """Every log-prob of a batch in one parameter, read through what verl's engine gives to the loss.
+
+    Attributes:
+        config: verl's, of the actor.
+        columns: per-token columns that the rows have besides their own, (row: values).
+        entropy: per row, the entropy of each position as a function of its log-probs; None for no entropies.
+    """
 
     NOISE = -9.0
 
-    def __init__(self, case: Case, dtype: torch.dtype) -> None:
+    def __init__(self, case: Case, dtype: torch.dtype, config: Any = None) -> None:
         self.case, self.dtype = case, dtype
+        self.config = config or actor_config()
+        self.columns: dict[str, list[list[float]]] = {}
+        self.entropy: Callable[[torch.Tensor], torch.Tensor] | None = None
         # The model's output at position j scores token j + 1: a response starts one before its first token.
         outputs = [
             [self.NOISE] * (prompt - 1) + row.row.log_prob + [self.NOISE]
@@ -141,21 +161,41 @@ class FlatPolicy:
                 "responses": nested(responses),
                 "input_ids": nested([torch.cat(pair) for pair in zip(prompts, responses, strict=True)]),
                 "response_mask": nested([torch.tensor(row.mask) for row in ids]),
-                "old_log_probs": nested([torch.tensor(row.old_log_prob, dtype=self.dtype) for row in ids]),
+                "old_log_probs": self._nested([row.old_log_prob for row in ids]),
+                "advantages": self._nested([[row.advantage * trained for trained in row.mask] for row in ids]),
                 PHASE_FIELD: torch.tensor([UPSTREAM if case.rows[i].upstream else DOWNSTREAM for i in rows]),
-                ADVANTAGE_FIELD: torch.tensor([row.advantage for row in ids], dtype=self.dtype),
                 WEIGHT_FIELD: case.weights[rows],
-            },
+            }
+            | {name: self._nested([values[index] for index in rows]) for name, values in self.columns.items()},
             batch_size=len(rows),
         )
-        tensordict_utils.assign_non_tensor(data, dp_size=dp_size)
+        tensordict_utils.assign_non_tensor(
+            data,
+            dp_size=dp_size,
+            batch_num_tokens=sum(sum(row.row.mask) for row in case.rows),
+            global_batch_size=case.rows_per_update,
+        )
         return data
 
-    def loss(self, micro_batch: TensorDict) -> torch.Tensor:
-        """The loss of a micro-batch of ``data``."""
+    def _nested(self, rows: list[list[float]]) -> torch.Tensor:
+        return nested([torch.tensor(row, dtype=self.dtype) for row in rows])
+
+    def loss_and_metrics(self, micro_batch: TensorDict) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Return the loss of a micro-batch of ``data``, and verl's metrics."""
+        from verl.workers.utils.losses import ppo_loss
+
+        from recipe.skpo.trainer.objective import skpo_loss
+
         outputs = [self.parameter[self.starts[index] : self.ends[index]] for index in micro_batch["row"].tolist()]
-        loss, _ = skpo_loss({"log_probs": nested(outputs)}, micro_batch, clip_low=CLIPS[0], clip_high=CLIPS[1])
-        return loss
+        model_output = {"log_probs": nested(outputs)}
+        if self.entropy is not None:
+            model_output["entropy"] = nested([self.entropy(output) for output in outputs])
+        loss = skpo_loss if self.config.policy_loss.loss_mode == "skpo" else ppo_loss
+        return loss(self.config, model_output, micro_batch)
+
+    def loss(self, micro_batch: TensorDict) -> torch.Tensor:
+        """Return the loss of a micro-batch of ``data``."""
+        return self.loss_and_metrics(micro_batch)[0]
 
     def row_gradients(self, gradient: torch.Tensor) -> Iterator[Gradient]:
         """Per row, the part at the positions that score its response; asserts that no other position has any."""

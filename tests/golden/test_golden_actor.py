@@ -28,20 +28,37 @@ ROOT = Path(__file__).resolve().parents[2]
 GROUP, PER_UPDATE, WEIGHTS, CLIPS, TEMPERATURE, BOS = 3, 2, (0.7, 0.3), (0.2, 0.28), 0.8, 0
 TOLERANCE = 1e-4
 
+REGULARISED = {"entropy_coeff": 0.02, "use_kl_loss": True, "kl_loss_coef": 0.05}
+"""Terms of verl's own loss, for the variants that name them."""
+
+
+def variant(max_tokens: int = 0, packed: bool = False, rows: int = 0, **more: Any) -> dict[str, Any]:
+    """Batching of the actor: dynamic up to ``max_tokens``, else micro-batches of ``rows``."""
+    batching = {"use_dynamic_bsz": True, "max_token_len_per_gpu": max_tokens} if max_tokens else {}
+    fixed = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": rows} if rows else {}
+    groups = {"force_group_size": more.pop("group")} if "group" in more else {}
+    return {"batching": batching | fixed | groups | {"use_remove_padding": packed}, "actor": more}
+
+
 VARIANTS: dict[str, dict[str, Any]] = {
-    "dynamic": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 48, "use_remove_padding": False},
-    "dynamic, packed": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 48, "use_remove_padding": True},
-    "one micro-batch": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 4096, "use_remove_padding": False},
-    "micro-batches of 1": {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 1, "use_remove_padding": False},
-    "micro-batches of 2, packed": {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": 2, "use_remove_padding": True},
+    "dynamic": variant(48),
+    "dynamic, packed": variant(48, packed=True),
+    "one micro-batch, two epochs": variant(4096, ppo_epochs=2),
+    "micro-batches of 1": variant(rows=1),
+    "micro-batches of 2, packed, entropy and KL": variant(rows=2, packed=True, **REGULARISED),
+    "dynamic, entropy and KL": variant(48, **REGULARISED),
 }
 
 PACKED = {
-    "one micro-batch": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 4096},
-    "prompts whole": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 90, "force_group_size": GROUP + 1},
-    "a prompt above the budget": {"use_dynamic_bsz": True, "max_token_len_per_gpu": 30, "force_group_size": GROUP + 1},
+    "one micro-batch": variant(4096, packed=True),
+    "prompts whole": variant(90, packed=True, group=GROUP + 1),
+    "prompts whole, entropy and KL": variant(90, packed=True, group=GROUP + 1, **REGULARISED),
+    "a prompt above the budget": variant(30, packed=True, group=GROUP + 1),
 }
 """Variants of the packed engine, where prompts are shared."""
+
+SHARED = {"dynamic": variant(90), "dynamic, entropy and KL": variant(90, **REGULARISED)}
+"""Variants of the dense engine, where prompts are shared."""
 
 
 @dataclass
@@ -53,6 +70,8 @@ class Response:
     reward: float
     untrained: int = 0
     old: tuple[float, ...] = ()
+    reference: tuple[float, ...] = ()
+    importance: tuple[float, ...] = ()
 
     @property
     def positions(self) -> range:
@@ -94,44 +113,67 @@ def make_visits(seed: int) -> list[Visit]:
     return visits
 
 
-Score = Callable[[Response], list[torch.Tensor]]
+Score = Callable[[Response], tuple[list[torch.Tensor], list[torch.Tensor]]]
 
 
 def scorer(model: Any) -> Score:
-    """log pi of every token of a response at the rollout's temperature, by a forward over this row alone."""
+    """Score a response's tokens at the rollout's temperature by a forward over this row alone: log pi, entropy."""
 
-    def score(response: Response) -> list[torch.Tensor]:
+    def score(response: Response) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         logits = model(torch.tensor([response.before + response.tokens])).logits[0] / TEMPERATURE
-        start = len(response.before)
-        return [torch.log_softmax(logits[start + index - 1], -1)[token] for index, token in enumerate(response.tokens)]
+        every = torch.log_softmax(logits[len(response.before) - 1 : -1], -1)
+        entropies = -(every.exp() * every).sum(-1)
+        return [every[index, token] for index, token in enumerate(response.tokens)], list(entropies)
 
     return score
 
 
-def with_old_log_probs(visits: list[Visit], score: Score, seed: int) -> None:
-    """Give every response log-probs of a policy nearby, so that ratios lie on both sides of both clip bounds."""
+def with_other_policies(visits: list[Visit], score: Score, seed: int) -> None:
+    """Give every response log-probs of two policies nearby, and importance weights.
+
+    Ratios to the old policy lie on both sides of both clip bounds.
+    """
     rng = np.random.default_rng(seed)
     for visit in visits:
         for response in (visit.segment, *visit.responses):
             if response is not None:
                 with torch.no_grad():
-                    now = [float(value) for value in score(response)]
-                response.old = tuple(value + float(rng.normal(0, 0.3)) for value in now)
+                    now = [float(value) for value in score(response)[0]]
+                response.old, response.reference = (
+                    tuple(value + float(rng.normal(0, 0.3)) for value in now) for _ in range(2)
+                )
+                response.importance = tuple(float(np.float32(rng.uniform(0.5, 2.0))) for _ in now)
 
 
-def naive_objective(visits: list[Visit], everything: list[Visit], score: Score) -> torch.Tensor:
-    """Equations 5 and 6 over the prompts of one update; advantages over the whole batch, from the rewards."""
+def naive_objective(visits: list[Visit], everything: list[Visit], score: Score, options: dict[str, Any]) -> Any:
+    """Compute equations 5 and 6 over the prompts of one update; advantages over the whole batch, from the rewards.
+
+    Each token's summand is multiplied by its importance weight.  Entropy bonus and KL loss are means over all trained
+    tokens of the update.
+    """
     clipped = (1 - CLIPS[0], 1 + CLIPS[1])
     upstream = reference_single_stream(
         [visit.segment.reward for visit in everything], [visit.baseline for visit in everything], [True] * 3
     )
     total = torch.zeros((), dtype=torch.float64)
+    entropies: list[torch.Tensor] = []
+    divergences: list[torch.Tensor] = []
+
+    def scored(response: Response) -> list[torch.Tensor]:
+        now, entropy = score(response)
+        for index in response.positions:
+            entropies.append(entropy[index])
+            log_ratio = response.reference[index] - now[index]
+            divergences.append(log_ratio.exp() - log_ratio - 1)
+        return now
+
     for visit in visits:
         advantage = upstream[everything.index(visit)]
-        now, up = score(visit.segment), torch.zeros((), dtype=torch.float64)
+        now, up = scored(visit.segment), torch.zeros((), dtype=torch.float64)
         for index in visit.segment.positions:
             ratio = torch.exp(now[index] - visit.segment.old[index])
-            up = up + torch.minimum(ratio * advantage, ratio.clamp(*clipped) * advantage)
+            surrogate = torch.minimum(ratio * advantage, ratio.clamp(*clipped) * advantage)
+            up = up + visit.segment.importance[index] * surrogate
         up = up / len(visit.segment.tokens)
 
         siblings = [response for response in visit.responses if response is not None]
@@ -139,13 +181,15 @@ def naive_objective(visits: list[Visit], everything: list[Visit], score: Score) 
         advantages = reference_group_relative(rewards, [0] * len(rewards), [True] * len(rewards))
         tokens, down = 0, torch.zeros((), dtype=torch.float64)
         for response, gain in zip(siblings, advantages, strict=True):
-            now = score(response)
+            now = scored(response)
             for index in response.positions:
                 weight = min(max(math.exp(float(now[index].detach()) - response.old[index]), clipped[0]), clipped[1])
-                down = down + weight * gain * now[index]
+                down = down + response.importance[index] * weight * gain * now[index]
                 tokens += 1
         total = total + (WEIGHTS[0] * up + WEIGHTS[1] * down / tokens) / len(visits)
-    return total
+    if options.get("use_kl_loss"):
+        total = total - options["kl_loss_coef"] * torch.stack(divergences).mean()
+    return total + options.get("entropy_coeff", 0.0) * torch.stack(entropies).mean()
 
 
 def rows_of(visits: list[Visit], ranks: int, whole: bool) -> list[dict[str, Any]]:
@@ -160,7 +204,7 @@ def rows_of(visits: list[Visit], ranks: int, whole: bool) -> list[dict[str, Any]
     flat += [(len(visits), True, visits[0].segment, 0.9, True)] * padding
     # verl hands them over in any order.
     flat = [flat[int(index)] for index in np.random.default_rng(5).permutation(len(flat))]
-    lost = Response(visits[0].segment.before, [1], 0.0, untrained=1, old=(-1.0,))
+    lost = Response(visits[0].segment.before, [1], 0.0, 1, old=(-1.0,), reference=(-1.0,), importance=(1.0,))
     size = PER_UPDATE * (GROUP + 1)
     order = minibatch_order(
         [number for number, *_ in flat],
@@ -181,19 +225,26 @@ def rows_of(visits: list[Visit], ranks: int, whole: bool) -> list[dict[str, Any]
     )
     baselines = torch.tensor([row[3] for row in flat])
     advantage = skpo_advantage(rows.rewards, baselines, rows.phase, rows.prompts, rows.valid_mask)
-    weight = loss_weights(rows, minibatch_of_rows(len(flat), size, ranks), *WEIGHTS)
-    return [
-        {
-            "prompt": torch.tensor(response.before),
-            "response": torch.tensor(response.tokens),
-            "mask": torch.tensor([int(index in response.positions) for index in range(len(response.tokens))]),
-            "old_log_probs": torch.tensor(response.old, dtype=torch.float32),
-            "phase": rows.phase[index],
-            "advantage": advantage[index],
-            "weight": weight[index],
-        }
-        for index, response in enumerate(responses)
-    ]
+    weights = loss_weights(rows, minibatch_of_rows(len(flat), size, ranks), *WEIGHTS)
+    stored = []
+    for index, response in enumerate(responses):
+        # As in verl's padding, no token is trained.
+        trained = [int(place in response.positions and not flat[index][4]) for place in range(len(response.tokens))]
+        mask = torch.tensor(trained)
+        stored.append(
+            {
+                "prompt": torch.tensor(response.before),
+                "response": torch.tensor(response.tokens),
+                "mask": mask,
+                "old_log_probs": torch.tensor(response.old, dtype=torch.float32),
+                "ref_log_prob": torch.tensor(response.reference, dtype=torch.float32),
+                "rollout_is_weights": torch.tensor(response.importance, dtype=torch.float32) * mask,
+                "advantages": advantage[index] * mask,
+                "phase": rows.phase[index],
+                "weight": weights[index],
+            }
+        )
+    return stored
 
 
 @pytest.mark.parametrize(
@@ -202,6 +253,7 @@ def rows_of(visits: list[Visit], ranks: int, whole: bool) -> list[dict[str, Any]
         pytest.param(1, "cuda", VARIANTS, marks=pytest.mark.nightly),  # as in test_golden_batch.py, without an engine
         (2, "cuda", VARIANTS),
         (2, "packed", PACKED),
+        pytest.param(1, "shared_prefix", SHARED, marks=pytest.mark.nightly),
     ],
 )
 def test_the_gradient_of_verls_actor_is_that_of_the_paper(
@@ -213,7 +265,7 @@ def test_the_gradient_of_verls_actor_is_that_of_the_paper(
     model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float64)
     score = scorer(model)
     visits = make_visits(seed=1)
-    with_old_log_probs(visits, score, seed=2)
+    with_other_policies(visits, score, seed=2)
     config = compose_config(
         "platform=cpu",
         f"actor_rollout_ref.model.path={path}",
@@ -223,9 +275,9 @@ def test_the_gradient_of_verls_actor_is_that_of_the_paper(
         "actor_rollout_ref.rollout.dtype=float32",
         f"actor_rollout_ref.rollout.temperature={TEMPERATURE}",
         f"skpo.group_size={GROUP}",
-        f"skpo.clip_low={CLIPS[0]}",
-        f"skpo.clip_high={CLIPS[1]}",
-        "actor_rollout_ref.model.external_lib=recipe.skpo.engine.fsdp",
+        f"actor_rollout_ref.actor.clip_ratio_low={CLIPS[0]}",
+        f"actor_rollout_ref.actor.clip_ratio_high={CLIPS[1]}",
+        "actor_rollout_ref.model.external_lib=[recipe.skpo.engine.fsdp,recipe.skpo.engine.dense]",
         f"actor_rollout_ref.model.enable_gradient_checkpointing={device == 'packed'}",
     )
     OmegaConf.save(config, tmp_path / "config.yaml")
@@ -237,13 +289,15 @@ def test_the_gradient_of_verls_actor_is_that_of_the_paper(
     updates = torch.load(tmp_path / "updates.pt")
     assert list(updates) == list(variants)
     for name, records in updates.items():
-        assert len(records) == 2
+        options = variants[name]["actor"]
+        assert len(records) == 2 * options.get("ppo_epochs", 1)
         moved = max(float((records[0][0][key] - tensor).abs().max()) for key, tensor in records[1][0].items())
         assert moved > 1e-3, "the second update has to see another policy than the first"
         for number, (weights, gradients) in enumerate(records):
             model.load_state_dict(weights, strict=False)  # the tied output layer is not listed twice
             model.zero_grad()
-            (-naive_objective(visits[number * PER_UPDATE : (number + 1) * PER_UPDATE], visits, score)).backward()
+            first = number % 2 * PER_UPDATE
+            (-naive_objective(visits[first : first + PER_UPDATE], visits, score, options)).backward()
             expected = {key: parameter.grad for key, parameter in model.named_parameters()}
             assert set(expected) == set(gradients)
             worst = 0.0

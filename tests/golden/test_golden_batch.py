@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from recipe.skpo.method.loss import downstream_loss, upstream_loss
+from recipe.skpo.method.loss import token_losses
 from tests.golden.batches import CLIPS, FlatPolicy, gradient_of_updates, make_case, nested, relative_error
 from tests.support.reference import random_row, reference_downstream_objective, reference_upstream_objective
 
@@ -35,11 +35,15 @@ def test_both_losses_and_their_gradients_follow_the_reference(dtype: torch.dtype
         for column in ([r.log_prob for r in rows], [r.old_log_prob for r in rows], [r.mask for r in rows])
     ]
     leaf, old, mask = fields[0].requires_grad_(), fields[1], fields[2]
-    advantage = torch.tensor([row.advantage for row in rows], dtype=dtype)
+    advantages = torch.tensor([[row.advantage] for row in rows], dtype=dtype).expand_as(leaf)
+    tokens = mask.sum(-1)
 
-    upstream = upstream_loss(leaf, old, advantage, mask, *CLIPS)
+    losses = [
+        token_losses(leaf, old, advantages, torch.full((len(rows),), upstream), *CLIPS) * mask
+        for upstream in (True, False)
+    ]
+    upstream, downstream = losses[0].sum(-1) / tokens, losses[1].sum() / tokens.sum()
     (up_gradient,) = torch.autograd.grad(upstream.sum(), leaf)
-    downstream = downstream_loss(leaf, old, advantage, mask, *CLIPS).sum() / sum(len(row.mask) for row in rows)
     (down_gradient,) = torch.autograd.grad(downstream, leaf)
 
     values, slopes = zip(*(reference_upstream_objective(row, *CLIPS) for row in rows), strict=True)

@@ -78,8 +78,10 @@ class Number:
 
     def __str__(self) -> str:
         """Put the bounds into words."""
-        text = ("a whole number" if self.whole else "a number") + (" above " if self.above else " of at least ")
-        text += f"{self.low:g}" + (f" and at most {self.high:g}" if self.high < math.inf else "")
+        text = "a whole number" if self.whole else "a number"
+        if self.low > -math.inf:
+            text += (" above " if self.above else " of at least ") + f"{self.low:g}"
+        text += f" and at most {self.high:g}" if self.high < math.inf else ""
         return text + (", or null" if self.none else "")
 
 
@@ -94,6 +96,8 @@ NUMBERS = {
     "data.max_response_length": _COUNT,
     f"{_ACTOR}.ppo_mini_batch_size": _COUNT,
     f"{_ACTOR}.ppo_epochs": _COUNT,
+    f"{_ACTOR}.entropy_coeff": Number(whole=False, low=-math.inf),
+    f"{_ACTOR}.kl_loss_coef": Number(whole=False, low=0),
     f"{_ACTOR}.optim.lr": Number(whole=False, low=0, above=True),
     f"{_ACTOR}.optim.weight_decay": Number(whole=False, low=0),
     f"{_ACTOR}.optim.clip_grad": Number(whole=False, low=0, above=True),
@@ -152,11 +156,8 @@ def check_config(config: DictConfig, settings: SkpoSettings, overrides: Sequence
 
 def _check_combinations(config: DictConfig, settings: SkpoSettings) -> None:
     required: dict[str, tuple[Any, str]] = {
-        "algorithm.use_kl_in_reward": (False, "no method here has a KL penalty"),
-        "algorithm.rollout_correction.rollout_is": (None, "the objectives have no importance weights"),
-        "algorithm.rollout_correction.rollout_rs": (None, "the objectives reject no samples"),
-        "actor_rollout_ref.actor.use_kl_loss": (False, "no method here has a KL penalty"),
-        "actor_rollout_ref.actor.entropy_coeff": (0, "no method here has an entropy bonus"),
+        "algorithm.use_kl_in_reward": (False, "rewards stay plain; for a KL loss set actor.use_kl_loss"),
+        "algorithm.rollout_correction.rollout_rs": (None, "groups are normalised by all of their samples"),
         "actor_rollout_ref.rollout.calculate_log_probs": (True, "rollout and actor are compared by their log-probs"),
         "data.dataloader_num_workers": (0, "prefetched prompts would be lost to a checkpoint"),
         "reward.reward_model.enable": (False, "rewards are rules, computed while others generate"),
@@ -170,6 +171,7 @@ def _check_combinations(config: DictConfig, settings: SkpoSettings) -> None:
         required |= {
             "algorithm.adv_estimator": ("skpo", "SKPO computes its own advantages"),
             "algorithm.filter_groups.enable": (False, "filtered groups would tear a segment from its responses"),
+            f"{_ACTOR}.policy_loss.loss_mode": ("skpo", "choose another loss with method=<name>"),
             "actor_rollout_ref.actor.shuffle": (False, "an update must see whole prompts"),
             "actor_rollout_ref.rollout.n": (
                 settings.group_size + 1,

@@ -25,29 +25,34 @@ class Unread:
         default: verl's, with which there is nothing to say.
         reason: why it has no effect, and what to set instead.
         refused: stop the run; otherwise note it and continue.
+        read_with: options of which one that is set makes this one count.
     """
 
     path: str
     default: Any
     reason: str
     refused: bool = True
+    read_with: tuple[str, ...] = ()
 
 
 _LOSS = "the objective of method=skpo does not read it"
-_CLIP = f"{_LOSS}; set skpo.clip_low and skpo.clip_high"
+_TERMS = (f"{ACTOR}.entropy_coeff", f"{ACTOR}.use_kl_loss", f"{ACTOR}.calculate_entropy")
+_AGGREGATION = (
+    "without entropy_coeff, use_kl_loss or calculate_entropy nothing of method=skpo reads it; its objective has "
+    "skpo.downstream_aggregation"
+)
 _ADVANTAGE = "the advantages of method=skpo do not read it; leave it out, or choose another method"
-_CORRECTION = "the objectives have no importance weights; leave it out"
+_REWARD_KL = "rewards have no KL penalty here; set actor_rollout_ref.actor.use_kl_loss=true for a KL loss"
+_KL = f"without {ACTOR}.use_kl_loss=true nothing reads it; set that, or leave it out"
+_WEIGHTS = f"without {CORRECTION}.rollout_is nothing reads it; set that, or leave it out"
 _TRAINING = "training with method=skpo samples single turns by itself and would ignore it"
 _V1 = "verl's V1 trainer does not read it; leave it out"
 
 UNREAD_BY_SKPO = [
-    Unread(f"{ACTOR}.clip_ratio", 0.2, _CLIP),
-    Unread(f"{ACTOR}.clip_ratio_low", 0.2, _CLIP),
-    Unread(f"{ACTOR}.clip_ratio_high", 0.2, _CLIP),
+    Unread(f"{ACTOR}.clip_ratio", 0.2, f"{_LOSS}; set clip_ratio_low and clip_ratio_high"),
     Unread(f"{ACTOR}.clip_ratio_c", 3.0, f"{_LOSS}; there is no dual clip"),
-    Unread(f"{ACTOR}.loss_agg_mode", "token-mean", f"{_LOSS}; set skpo.downstream_aggregation"),
-    Unread(f"{ACTOR}.loss_scale_factor", None, _LOSS),
-    Unread(f"{ACTOR}.policy_loss.loss_mode", "vanilla", f"{_LOSS}; choose another loss with method=<name>"),
+    Unread(f"{ACTOR}.loss_agg_mode", "token-mean", _AGGREGATION, read_with=_TERMS),
+    Unread(f"{ACTOR}.loss_scale_factor", None, _AGGREGATION, read_with=_TERMS),
     Unread(f"{ACTOR}.policy_loss.clip_cov_ratio", 0.0002, _LOSS),
     Unread(f"{ACTOR}.policy_loss.clip_cov_lb", 1.0, _LOSS),
     Unread(f"{ACTOR}.policy_loss.clip_cov_ub", 5.0, _LOSS),
@@ -56,7 +61,6 @@ UNREAD_BY_SKPO = [
     Unread(f"{ACTOR}.policy_loss.dro_beta", None, _LOSS),
     Unread(f"{ACTOR}.tau_pos", 1.0, f"{_LOSS}; it is SAPO's"),
     Unread(f"{ACTOR}.tau_neg", 1.05, f"{_LOSS}; it is SAPO's"),
-    Unread(f"{ACTOR}.calculate_entropy", False, "the update would compute entropies and throw them away"),
     Unread("algorithm.norm_adv_by_std_in_grpo", True, _ADVANTAGE),
     Unread("algorithm.gamma", 1.0, _ADVANTAGE),
     Unread("algorithm.lam", 1.0, _ADVANTAGE),
@@ -88,16 +92,16 @@ UNREAD = [
     Unread(f"{ACTOR}.calculate_sum_pi_squared", False, "it would be computed and thrown away"),
     Unread(f"{ACTOR}.use_prefix_grouper", False, "verl's V1 trainer does not read it; set share_prefixes=true"),
     Unread(f"{ACTOR}.freeze_vision_tower", False, "there are no images"),
-    Unread(f"{ACTOR}.kl_loss_type", "low_var_kl", "no method here has a KL penalty"),
-    Unread(f"{ACTOR}.kl_loss_coef", 0.001, "no method here has a KL penalty"),
-    Unread("algorithm.kl_penalty", "kl", "no method here has a KL penalty"),
-    Unread("algorithm.kl_ctrl.type", "fixed", "no method here has a KL penalty"),
-    Unread("algorithm.kl_ctrl.kl_coef", 0.001, "no method here has a KL penalty"),
+    Unread(f"{ACTOR}.kl_loss_type", "low_var_kl", _KL, read_with=(f"{ACTOR}.use_kl_loss",)),
+    Unread(f"{ACTOR}.kl_loss_coef", 0.001, _KL, read_with=(f"{ACTOR}.use_kl_loss",)),
+    Unread("algorithm.kl_penalty", "kl", _REWARD_KL),
+    Unread("algorithm.kl_ctrl.type", "fixed", _REWARD_KL),
+    Unread("algorithm.kl_ctrl.kl_coef", 0.001, _REWARD_KL),
     Unread("algorithm.use_pf_ppo", False, _V1),
-    Unread(f"{CORRECTION}.rollout_is_threshold", 2.0, _CORRECTION),
-    Unread(f"{CORRECTION}.rollout_rs_threshold", None, _CORRECTION),
-    Unread(f"{CORRECTION}.rollout_is_batch_normalize", False, _CORRECTION),
-    Unread(f"{CORRECTION}.loss_type", "ppo_clip", _CORRECTION),
+    Unread(f"{CORRECTION}.rollout_is_threshold", 2.0, _WEIGHTS, read_with=(f"{CORRECTION}.rollout_is",)),
+    Unread(f"{CORRECTION}.rollout_is_batch_normalize", False, _WEIGHTS, read_with=(f"{CORRECTION}.rollout_is",)),
+    Unread(f"{CORRECTION}.rollout_rs_threshold", None, "no samples are rejected here; leave it out"),
+    Unread(f"{CORRECTION}.loss_type", "ppo_clip", f"{_V1}: the loss is the method's"),
     Unread("actor_rollout_ref.hybrid_engine", True, "actor and rollout share their devices here"),
     Unread(f"{ROLLOUT}.disaggregation.enabled", False, "the synchronous trainer has no separate prefill servers"),
     Unread(f"{ROLLOUT}.checkpoint_engine.backend", "naive", "weights go to servers on the same devices"),
@@ -141,7 +145,7 @@ def check_options(config: DictConfig, overrides: Iterable[str] = ()) -> None:
     """
     for option in [*UNREAD, *(UNREAD_BY_SKPO if config.method.name == "skpo" else [])]:
         value = OmegaConf.select(config, option.path)
-        if value is None or value == option.default:
+        if value is None or value == option.default or any(OmegaConf.select(config, path) for path in option.read_with):
             continue
         if option.refused:
             raise ConfigError(f"{option.path}: is {value}, but {option.reason}")
@@ -151,6 +155,8 @@ def check_options(config: DictConfig, overrides: Iterable[str] = ()) -> None:
         for group, lacking, switch in (("critic", "critic", "enable"), ("distillation", "teacher", "enabled")):
             if key.startswith(f"{group}.") and key != f"{group}.{switch}":
                 raise ConfigError(f"{key}: is set, but no method here has a {lacking}; leave it out")
+        if key.startswith("actor_rollout_ref.ref.") and not config.actor_rollout_ref.actor.use_kl_loss:
+            raise ConfigError(f"{key}: is set, but there is no reference policy without {ACTOR}.use_kl_loss=true")
         if key.startswith(f"trainer.v1.{config.trainer.v1.trainer_mode}."):
             raise ConfigError(f"{key}: is set, but it belongs to verl's asynchronous trainers; leave it out")
     for sentence in [*_combinations(config)]:
@@ -161,7 +167,9 @@ def check_options(config: DictConfig, overrides: Iterable[str] = ()) -> None:
 
 def _combinations(config: DictConfig) -> Iterator[str]:
     """Yield sentences on options that contradict each other."""
-    rollout, bypass = config.actor_rollout_ref.rollout, config.algorithm.rollout_correction.bypass_mode
+    rollout, correction = config.actor_rollout_ref.rollout, config.algorithm.rollout_correction
+    bypass = correction.bypass_mode
+    other_temperature = rollout.logprobs_mode == "raw_logprobs" and rollout.temperature != 1
     tracks = "tracker" in config.method.uses
     if bypass and tracks and config.skpo.tracker.drift == "logratio":
         yield (
@@ -173,7 +181,18 @@ def _combinations(config: DictConfig) -> Iterator[str]:
             f"{CORRECTION}.bypass_mode: is true with {ROLLOUT}.{_nucleus(rollout)}, so every ratio would begin at the "
             f"mass of the kept tokens, not at 1; set one of them back"
         )
-    if bypass and rollout.logprobs_mode == "raw_logprobs" and rollout.temperature != 1:
+    if bypass and correction.rollout_is is not None:
+        yield (
+            f"{CORRECTION}.rollout_is: is {correction.rollout_is} with bypass_mode=true, where every ratio begins at "
+            f"the rollout's log-probs and nothing is left to correct; set one of them back"
+        )
+    if correction.rollout_is is not None and other_temperature:
+        yield (
+            f"{CORRECTION}.rollout_is: is {correction.rollout_is} with {ROLLOUT}.logprobs_mode=raw_logprobs and a "
+            f"temperature of {rollout.temperature}, so every weight would compare two temperatures; set "
+            f"processed_logprobs"
+        )
+    if bypass and other_temperature:
         yield (
             f"{CORRECTION}.bypass_mode: is true with {ROLLOUT}.logprobs_mode=raw_logprobs and a temperature of "
             f"{rollout.temperature}, so every ratio would compare two temperatures; set processed_logprobs"
@@ -201,6 +220,12 @@ def _remarks(config: DictConfig) -> Iterator[str]:
         )
     if rollout.logprobs_mode == "raw_logprobs" and rollout.temperature != 1:
         yield f"{ROLLOUT}.logprobs_mode=raw_logprobs: d(s) is measured at temperature 1, not {rollout.temperature}"
+    actor = config.actor_rollout_ref.actor
+    if config.method.name == "skpo" and actor.loss_agg_mode != "token-mean":
+        yield (
+            f"{ACTOR}.loss_agg_mode={actor.loss_agg_mode} is obeyed by entropy bonus and KL loss alone: the objective "
+            f"has skpo.downstream_aggregation"
+        )
     if config.skpo.curriculum.enable and "curriculum" in config.method.uses:
         if not config.data.shuffle:
             yield "data.shuffle=false has no effect: skpo.curriculum draws the prompts; set its enable to false"

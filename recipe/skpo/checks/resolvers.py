@@ -46,6 +46,11 @@ def half_life(drift: str) -> float:
     return HALF_LIVES.get(drift, 8.0)
 
 
+def given(value: Any, default: Any) -> Any:
+    """Return a value that was given under its former name, else the default."""
+    return default if value is None else value
+
+
 def cpu_dtype(name: str) -> str:
     """Translate the rollout's dtype into verl's name.
 
@@ -79,6 +84,7 @@ for _name, _resolver in {
     "skpo_fifth": fifth,
     "skpo_gpus": gpus,
     "skpo_half_life": half_life,
+    "skpo_given": given,
     "skpo_digest": digest,
     "skpo_run_name": run_name,
     "platform_dtype": cpu_dtype,

@@ -66,8 +66,11 @@ class SharedPrefixEngine(FSDPEngineWithLMHead):
             lengths = micro_batch["responses"].offsets().diff()
             temperature = temperature.float().repeat_interleave(lengths).unsqueeze(-1)
         logits = logits / temperature
-        result = {"log_probs": in_rows(verl_functional.logprobs_from_logits(logits, labels), micro_batch)}
-        if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
+        entropy = tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False)
+        # A backward in place would overwrite the logits that the entropies are computed from.
+        log_probs = verl_functional.logprobs_from_logits(logits, labels, inplace_backward=not entropy)
+        result = {"log_probs": in_rows(log_probs, micro_batch)}
+        if entropy:
             result["entropy"] = in_rows(verl_functional.entropy_from_logits(logits), micro_batch)
         return result
 

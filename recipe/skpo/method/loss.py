@@ -1,124 +1,117 @@
-"""Both objectives of SKPO over one micro-batch, as losses to minimise.
+"""Both surrogates of SKPO per token, as losses to minimise (paper equations 5 and 6; docs/method.md, section 9).
 
-Paper (arXiv 2604.08690), equations 5 and 6; docs/method.md, section 9.  With the ratio
-r_t = exp(log pi(token) - log pi_old(token)) and the clip range [1 - e_low, 1 + e_high]:
+With r_t = exp(log pi(token) - log pi_old(token)) and the clip range [1 - e_low, 1 + e_high]:
 
-    upstream    per prompt   (1 / |s|) sum_t min(r_t A~, clip(r_t) A~)
-    downstream  per prompt   (1 / sum_i |o_i|) sum_i sum_t sg(clip(r_it)) A_i log pi(o_it | [s, q], o_i,<t)
+    upstream    -min(r_t A~, clip(r_t) A~)
+    downstream  -sg(clip(r_t)) A_i log pi(token)
 
-Downstream the clipped ratio is a detached weight and the gradient flows through log pi alone, so a clipped token
-still learns.  A micro-batch holds an arbitrary part of the rows, so nothing is normalised by what happens to be in
-it: every row carries its share of the objective, ``skpo_row_scale`` (written by the trainer: phase weight, number of
-prompts of the mini-batch and, downstream, the group's 1 / sum_i |o_i|), and micro-batch losses add up.
+Downstream the clipped ratio is a detached weight and the gradient flows through log pi alone, so a clipped token still
+learns.  An update's loss is the sum over its tokens, each times the loss weight of its row (``loss_weights``): a sum
+does not depend on which rows a micro-batch holds, and a factor outside the clipping changes neither surrogate.
 """
-
-from typing import Any
 
 import torch
 
-from recipe.skpo.method.rows import DOWNSTREAM, UPSTREAM
+_LOG_RATIO_BOUND = 20.0
+"""Bound of log r, as in verl's own losses: exp(20) is outside every clip range, exp(1000) is inf and inf * 0 is NaN."""
 
 _KL_BOUND = 3.0
 """Largest log-ratio of a token that the KL metric counts, in nats; the objective does not know it."""
 
 
-def _ratio(log_prob: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
-    # Clamped like verl's own losses do: exp(20) is far outside every clip range, exp(1000) is inf and inf * 0 is NaN.
-    return torch.exp((log_prob - old_log_prob).clamp(-20.0, 20.0))
-
-
-def upstream_loss(
-    log_prob: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    advantage: torch.Tensor,
-    mask: torch.Tensor,
-    clip_low: float,
-    clip_high: float,
-) -> torch.Tensor:
-    """Eq. 6 per row, negated: the mean over the segment's tokens of the clipped surrogate.
+def upstream_loss(ratio: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float) -> torch.Tensor:
+    """Return the summand of equation 6 per token, negated: the clipped surrogate, (rows, tokens).
 
     Args:
-        log_prob, old_log_prob: (rows, tokens), nats, under q alone.
-        advantage: A~, (rows,).
-        mask: (rows, tokens), 1 on tokens of the segment.
-        clip_low, clip_high: e_low and e_high.
-
-    Returns:
-        (rows,); 0 for a row whose mask is empty.
+        ratio: r_t under q alone, (rows, tokens).
+        advantages: A~, (rows, tokens).
+        clip_low: e_low.
+        clip_high: e_high.
     """
-    ratio = _ratio(log_prob, old_log_prob)
-    gain = advantage.unsqueeze(-1)
-    surrogate = torch.minimum(ratio * gain, ratio.clamp(1 - clip_low, 1 + clip_high) * gain)
-    weight = mask.to(log_prob.dtype)
-    return -(surrogate * weight).sum(-1) / weight.sum(-1).clamp(min=1)
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
 
 
 def downstream_loss(
+    ratio: torch.Tensor, log_prob: torch.Tensor, advantages: torch.Tensor, clip_low: float, clip_high: float
+) -> torch.Tensor:
+    """Return the summand of equation 5 per token, negated: log pi, weighted by the detached ratio, (rows, tokens).
+
+    Args:
+        ratio: r_t under [s, q], (rows, tokens).
+        log_prob: log pi of the token, in nats, (rows, tokens).
+        advantages: A_i, (rows, tokens).
+        clip_low: e_low.
+        clip_high: e_high.
+    """
+    return -ratio.clamp(1 - clip_low, 1 + clip_high).detach() * advantages * log_prob
+
+
+def token_losses(
     log_prob: torch.Tensor,
     old_log_prob: torch.Tensor,
-    advantage: torch.Tensor,
-    mask: torch.Tensor,
+    advantages: torch.Tensor,
+    upstream: torch.Tensor,
     clip_low: float,
     clip_high: float,
 ) -> torch.Tensor:
-    """Eq. 5 per row, negated: the SUM over the response's tokens; the caller applies 1 / sum_i |o_i|.
+    """Return each token's loss by the surrogate of its row's phase, before loss weights, (rows, tokens).
 
     Args:
-        log_prob, old_log_prob: (rows, tokens), nats, under [s, q].
-        advantage: A_i, (rows,).
-        mask: (rows, tokens), 1 on tokens of the response.
-        clip_low, clip_high: e_low and e_high.
-
-    Returns:
-        (rows,); 0 for a row whose mask is empty.
+        log_prob: log pi of the token, in nats, (rows, tokens).
+        old_log_prob: the same under the policy before the step, (rows, tokens).
+        advantages: A~ or A_i, (rows, tokens).
+        upstream: whether the row is a segment, bool (rows,).
+        clip_low: e_low.
+        clip_high: e_high.
     """
-    weight = _ratio(log_prob, old_log_prob).clamp(1 - clip_low, 1 + clip_high).detach() * mask.to(log_prob.dtype)
-    return -(weight * log_prob).sum(-1) * advantage
+    ratio = _log_ratio(log_prob, old_log_prob).exp()
+    return torch.where(
+        upstream.unsqueeze(-1),
+        upstream_loss(ratio, advantages, clip_low, clip_high),
+        downstream_loss(ratio, log_prob, advantages, clip_low, clip_high),
+    )
 
 
-def skpo_loss(
-    model_output: dict[str, Any], data: Any, dp_group: Any = None, *, clip_low: float, clip_high: float
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """What verl calls per micro-batch, through ``actor_rollout_wg.set_loss_fn(partial(skpo_loss, clip_low=..., ...))``.
+def _log_ratio(log_prob: torch.Tensor, old_log_prob: torch.Tensor) -> torch.Tensor:
+    return (log_prob - old_log_prob).clamp(-_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)
+
+
+@torch.no_grad()
+def phase_sums(
+    losses: torch.Tensor,
+    log_prob: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    mask: torch.Tensor,
+    upstream: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> dict[str, float]:
+    """Return the sums from which ``metrics.update_metrics`` makes the shares of an update.
 
     Args:
-        model_output: verl's; ``log_probs`` is a nested tensor (rows, prompt + response).
-        data: the micro-batch's TensorDict.  Read: ``prompts``, ``responses``, ``response_mask``, ``old_log_probs``
-            (nested (rows, response)), ``skpo_phase`` (rows,), ``skpo_advantage`` (rows,), ``skpo_row_scale`` (rows,),
-            and ``dp_size``.
-        dp_group: verl's, not needed: nothing is normalised across ranks here.
-        clip_low, clip_high: e_low and e_high.
-
-    Returns:
-        The loss (scalar), multiplied by ``dp_size`` because data parallelism averages gradients, and metrics as verl
-        ``Metric`` sums over micro-batches (see the trainer for how they become shares).
+        losses: what each token adds to the loss, (rows, tokens).
+        log_prob: log pi of the token, in nats, (rows, tokens).
+        old_log_prob: the same under the policy before the step, (rows, tokens).
+        mask: whether the token is trained, bool (rows, tokens).
+        upstream: whether the row is a segment, bool (rows,).
+        clip_low: e_low.
+        clip_high: e_high.
     """
-    # Imported here so that the pure functions of this room are importable without verl.
-    from verl.utils.metric import Metric
-    from verl.workers.utils.padding import no_padding_2_padding
-
-    log_prob = no_padding_2_padding(model_output["log_probs"], data)
-    phase, advantage, scale = data["skpo_phase"], data["skpo_advantage"], data["skpo_row_scale"]
-    padded = data.select("response_mask", "old_log_probs").to_padded_tensor()
-    mask, old_log_prob = padded["response_mask"].to(log_prob.dtype), padded["old_log_probs"]
-
-    arguments = (log_prob, old_log_prob, advantage, mask, clip_low, clip_high)
-    row_loss = torch.where(phase == UPSTREAM, upstream_loss(*arguments), downstream_loss(*arguments)) * scale
-    loss = row_loss.sum() * data["dp_size"]
-
-    sums = {"skpo/loss": loss.detach()}
-    with torch.no_grad():
-        log_ratio = (log_prob - old_log_prob).clamp(-20.0, 20.0)
-        ratio = log_ratio.exp()
-        for name, value in (("upstream", UPSTREAM), ("downstream", DOWNSTREAM)):
-            tokens = mask * (phase == value).to(mask.dtype).unsqueeze(-1)
-            # Aggregation across ranks is a mean, across micro-batches a sum; both are undone by dividing sums.
-            sums[f"skpo/{name}/loss_sum"] = row_loss[phase == value].sum() * data["dp_size"]
-            sums[f"skpo/{name}/tokens_sum"] = tokens.sum()
-            sums[f"skpo/{name}/clipped_low_sum"] = (tokens * (ratio < 1 - clip_low)).sum()
-            sums[f"skpo/{name}/clipped_high_sum"] = (tokens * (ratio > 1 + clip_high)).sum()
-            # k3 estimator of KL(pi_old || pi) per token: never negative.  Bounded, because a single token far out would
-            # make the running mean of the drift clock so large that the steps after it read as none.
-            bounded = log_ratio.clamp(-_KL_BOUND, _KL_BOUND)
-            sums[f"skpo/{name}/kl_sum"] = (tokens * (bounded.exp() - 1 - bounded)).sum()
-    return loss, Metric.from_dict({name: float(value) for name, value in sums.items()}, aggregation="sum")
+    log_ratio = _log_ratio(log_prob, old_log_prob)
+    ratio = log_ratio.exp()
+    # k3 estimator of KL(pi_old || pi) per token: never negative.  Bounded, because a single token far out would make
+    # the running mean of the drift clock so large that the steps after it read as none.
+    bounded = log_ratio.clamp(-_KL_BOUND, _KL_BOUND)
+    counted = {
+        "loss": losses,
+        "tokens": torch.ones_like(log_ratio),
+        "clipped_low": ratio < 1 - clip_low,
+        "clipped_high": ratio > 1 + clip_high,
+        "kl": bounded.exp() - 1 - bounded,
+    }
+    phases = {"upstream": mask & upstream.unsqueeze(-1), "downstream": mask & ~upstream.unsqueeze(-1)}
+    names = [f"skpo/{phase}/{name}_sum" for phase in phases for name in counted]
+    sums = [values.where(tokens, 0).sum() for tokens in phases.values() for values in counted.values()]
+    # One transfer from the device for all of them.
+    found = dict(zip(names, torch.stack([value.to(log_ratio.dtype) for value in sums]).tolist(), strict=True))
+    return {"skpo/loss": found["skpo/upstream/loss_sum"] + found["skpo/downstream/loss_sum"]} | found

@@ -1,7 +1,7 @@
-"""The weight that a row's loss carries in the objective (docs/method.md, section 8).
+"""The weight that each token of a row carries in the loss (docs/method.md, section 9).
 
-Both objectives are means over the prompts of an update, and eq. 5 normalises by the tokens of a whole group.  A
-micro-batch holds any part of an update, so every row gets a factor that does not depend on its micro-batch.
+Both objectives are means over the prompts of an update, equation 6 over a segment's tokens and equation 5 over those of
+a whole group.  A micro-batch holds any part of an update, so every row gets a factor that does not depend on it.
 """
 
 import torch
@@ -12,7 +12,7 @@ from recipe.skpo.method.rows import UPSTREAM, Rows
 def loss_weights(
     rows: Rows, updates: torch.Tensor, weight_up: float, weight_down: float, aggregation: str = "group_token_mean"
 ) -> torch.Tensor:
-    """Compute the factors that turn row losses into the objective.
+    """Compute the factors with which the tokens' losses add up to the objective.
 
     Args:
         rows: the batch.
@@ -22,9 +22,9 @@ def loss_weights(
         aggregation: of the downstream tokens: ``group_token_mean`` (eq. 5) or ``token_mean`` over the whole update.
 
     Returns:
-        float32 (rows,), 0 where not valid.  With P the valid prompts of the row's update: ``weight_up / P`` upstream;
-        downstream ``weight_down / (P * sum_i |o_i|)`` over the prompt's siblings or, for ``token_mean``,
-        ``weight_down / sum |o|`` over all responses of the update.
+        The factor of each token of the row, float32 (rows,), 0 where not valid.  With P the valid prompts of the row's
+        update: upstream ``weight_up / (P * |s|)``; downstream ``weight_down / (P * sum_i |o_i|)`` over the prompt's
+        siblings or, for ``token_mean``, ``weight_down / sum |o|`` over all responses of the update.
     """
     valid, prompts = rows.valid_mask, rows.prompts
     # A prompt's rows share its update; its prompt count is taken once per prompt, at any of its valid rows.
@@ -36,5 +36,5 @@ def loss_weights(
     tokens = (rows.lengths * rows.responses).to(torch.float64)
     pool_tokens = torch.zeros(int(pool.max()) + 1, dtype=torch.float64).index_add(0, pool, tokens)
     downstream = weight_down * (torch.ones_like(share) if pooled else share) / pool_tokens[pool].clamp(min=1)
-    weight = torch.where(rows.phase == UPSTREAM, weight_up * share, downstream)
+    weight = torch.where(rows.phase == UPSTREAM, weight_up * share / rows.lengths.clamp(min=1), downstream)
     return (weight * valid).to(torch.float32)

@@ -23,8 +23,8 @@ LENGTH_FIELD = "skpo_expected_length"
 PHASE_FIELD = "skpo_phase"
 """Field of a stored row: the phase it belongs to.  Rows of the baselines have none."""
 
-ADVANTAGE_FIELD, WEIGHT_FIELD = "skpo_advantage", "skpo_row_scale"
-"""Fields that ``Rows.write_back`` adds for the loss, float32 (rows,)."""
+WEIGHT_FIELD = "skpo_loss_weight"
+"""Field that ``Rows.write_back`` adds for the loss: factor of each of the row's tokens, float32 (rows,)."""
 
 RECORD = "skpo"
 """Key of a row's ``extra_fields`` under which its ``TokenCounts`` or ``RolloutRecord`` is stored."""
@@ -317,11 +317,11 @@ class Rows:
 
         Args:
             advantages: float (rows,); every trained token of a row gets its row's.
-            loss_weights: float32 (rows,), for SKPO's own loss; None for a method that trains with verl's.
+            loss_weights: float32 (rows,), for SKPO's policy loss; None for a method that trains with one of verl's.
         """
         per_token = self.per_token(advantages)
         columns = {"advantages": per_token, "returns": per_token}
-        return columns if loss_weights is None else columns | {ADVANTAGE_FIELD: advantages, WEIGHT_FIELD: loss_weights}
+        return columns if loss_weights is None else columns | {WEIGHT_FIELD: loss_weights}
 
 
 # ---------------------------------------------------------------- one prompt as people read it

@@ -20,12 +20,14 @@ from ray.exceptions import RayActorError
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
-from verl.workers.utils.padding import response_from_nested
+from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from data_prep.untrusted import one_line
 from recipe.skpo.engine.optimizer import use_own_settings_in_worker
@@ -329,14 +331,53 @@ class BaseTrainer(PPOTrainerSync):
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)
 
     def _baselines(self, rows: Rows, visited: Sequence[int]) -> torch.Tensor:
-        """Read the prompts' baselines, float32 (rows,), 0 for all but the ``visited`` rows.
+        """Read the prompts' baselines, float32 (rows,), NaN for all but the ``visited`` rows.
 
         All are read before any tracker moves, also if a prompt is in the batch twice.
         """
-        baselines = torch.zeros_like(rows.rewards)
+        baselines = torch.full_like(rows.rewards, torch.nan)
         for row in visited:
             baselines[row] = self.state.baseline(rows.prompt_ids[row])
         return baselines
+
+    def _advantages(self, rows: Rows, baselines: torch.Tensor) -> torch.Tensor:
+        """Compute the advantage of each row by the estimator that the config names, float32 (rows,).
+
+        Args:
+            rows: the batch.
+            baselines: float32 (rows,), NaN on rows that are compared with their siblings.
+        """
+        # Every trained token of a row has its row's advantage, so that one column stands for all of them.
+        advantages, _ = get_adv_estimator_fn(self.config.algorithm.adv_estimator)(
+            token_level_rewards=rows.rewards.unsqueeze(-1),
+            response_mask=rows.valid_mask.unsqueeze(-1),
+            index=rows.prompts.numpy(),
+            reward_baselines=baselines,
+            config=self.config.algorithm,
+        )
+        return advantages.squeeze(-1)
+
+    def _importance_weights(self, rows: Rows, metrics: dict) -> dict[str, torch.Tensor]:
+        """Return the column of importance weights, pi_old / pi_rollout per token, if rollout correction is on."""
+        options = self.config.algorithm.rollout_correction
+        if options.rollout_is is None:
+            return {}
+        mask = rows.tokens["response_mask"].nested()
+        old, rollout, trained = (
+            rows.tokens[name].nested().to_padded_tensor(0)
+            for name in ("old_log_probs", "rollout_log_probs", "response_mask")
+        )
+        weights, _, measured = compute_rollout_correction_and_rejection_mask(
+            old_log_prob=old,
+            rollout_log_prob=rollout,
+            response_mask=trained * rows.valid_mask.unsqueeze(-1),
+            rollout_is=options.rollout_is,
+            rollout_is_threshold=options.rollout_is_threshold,
+            rollout_is_batch_normalize=options.rollout_is_batch_normalize,
+        )
+        assert weights is not None  # as there is a level
+        metrics.update(measured)
+        return {"rollout_is_weights": response_to_nested(weights.batch["rollout_is_weights"], mask)}
 
     def _observe(self, batch: KVBatchMeta, rows: Rows, visited: Sequence[int]) -> list[float]:
         """Update the trackers with the ``visited`` rows, one per prompt; return the drift of each."""

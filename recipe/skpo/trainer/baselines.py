@@ -10,7 +10,7 @@ import torch
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 
-from recipe.skpo.method.advantage import single_stream_advantage
+import recipe.skpo.trainer.objective  # noqa: F401  registers the estimator of SPO's rows, each with a baseline
 from recipe.skpo.method.rows import Ragged
 from recipe.skpo.trainer.base import BaseTrainer
 
@@ -37,11 +37,12 @@ class SpoTrainer(BaselineTrainer):
         rows = self._read(batch)
         visited = rows.valid_mask.nonzero().flatten().tolist()
         baselines = self._baselines(rows, visited)
-        advantages = single_stream_advantage(rows.rewards, baselines, rows.valid_mask)
+        advantages = self._advantages(rows, baselines)
+        importance = self._importance_weights(rows, metrics)
         drifts = self._observe(batch, rows, visited)
         self._log_rollout(rows, advantages, metrics)
         self._log_trackers(rows, visited, baselines, drifts, metrics)
-        return self._write_back(batch, rows.write_back(advantages))
+        return self._write_back(batch, rows.write_back(advantages) | importance)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._update_actor(batch, metrics)

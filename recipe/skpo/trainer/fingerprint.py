@@ -121,12 +121,22 @@ class Fingerprint:
             mappings = (model.shape, found.settings, found.versions, found.lora or {})
             if not all(isinstance(mapping, dict) for mapping in mappings):
                 raise TypeError("not an object")
+            _rename(found)
             return found
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(
                 f"{path}: cannot be read as the fingerprint of a run ({one_line(error, 100)}); remove it to resume "
                 f"without a comparison"
             ) from error
+
+
+def _rename(saved: Fingerprint) -> None:
+    """Give settings that an earlier version saved their present names and values."""
+    for side in ("low", "high"):
+        former = saved.settings.pop(f"skpo.clip_{side}", None)
+        if former is not None and saved.method == "skpo":
+            saved.settings[f"actor_rollout_ref.actor.clip_ratio_{side}"] = former
+            saved.settings["actor_rollout_ref.actor.policy_loss.loss_mode"] = "skpo"
 
 
 def _contents(given: Iterable[Mapping[str, Any]]) -> tuple[Content, ...]:
@@ -192,8 +202,8 @@ NOT_COMPARED = re.compile(
     r"|data\.(train_files|val_files|embedded|prepared|prepare\..*|source|val_source|val_benchmark|template|train_rows"
     r"|val_rows|skip_bad)"
     r"|reward\.custom_reward_function\.(path|name)"
-    # Derived from others.
-    r"|actor_rollout_ref\.rollout\.(n|prompt_length|response_length|custom\..*)|actor_rollout_ref\.actor\.rollout_n"
+    # Derived from others, or names of others.
+    r"|skpo\.clip_(low|high)|actor_rollout_ref\.rollout\.(n|prompt_length|response_length|custom\..*)|actor_rollout_ref\.actor\.rollout_n"
     # Where and how fast, not what.
     r"|.*\.(profiler|prometheus|external_lib)(\..*)?|reward\.(num_workers|reward_model\..*|sandbox_fusion\..*)"
     r"|actor_rollout_ref\.rollout\.(nnodes|n_gpus_per_node|agent\..*|gpu_memory_utilization|trace\..*)"

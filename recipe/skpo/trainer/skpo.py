@@ -12,19 +12,16 @@ from typing import Any
 import torch
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn, register_adv_est
 from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.utils.config import omega_conf_to_dataclass
 
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.method.advantage import skpo_advantage
-from recipe.skpo.method.loss import skpo_loss
 from recipe.skpo.method.loss_weights import loss_weights
 from recipe.skpo.method.rows import PHASE_FIELD, Rows, Transcript
 from recipe.skpo.output.metrics import update_metrics
 from recipe.skpo.output.trees import rollout_tree, sample_rows
 from recipe.skpo.trainer.base import EFFORT, BaseTrainer
-
-register_adv_est("skpo")(skpo_advantage)
+from recipe.skpo.trainer.objective import skpo_loss
 
 
 @register_trainer("skpo")
@@ -34,21 +31,22 @@ class SkpoTrainer(BaseTrainer):
     keeps_prompts_together = True
 
     def on_init_end(self) -> None:
-        loss = partial(skpo_loss, clip_low=self.settings.clip_low, clip_high=self.settings.clip_high)
-        self.actor_rollout_wg.set_loss_fn(loss)
+        actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
+        self.actor_rollout_wg.set_loss_fn(partial(skpo_loss, config=actor))
         super().on_init_end()
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         rows = self._read(batch, PHASE_FIELD)
         baselines = self._baselines(rows, rows.segments)
-        advantages = get_adv_estimator_fn("skpo")(rows.rewards, baselines, rows.phase, rows.prompts, rows.valid_mask)
+        advantages = self._advantages(rows, baselines)
         weights = loss_weights(rows, self._updates(rows), *self._objective)
+        importance = self._importance_weights(rows, metrics)
         drifts = self._observe(batch, rows, rows.segments)
         self._log_rollout(rows, advantages, metrics)
         self._log_trackers(rows, rows.segments, baselines, drifts, metrics)
         self._require_boundaries(metrics)
         self._write_trees(batch, rows, advantages, baselines)
-        return self._write_back(batch, rows.write_back(advantages, weights))
+        return self._write_back(batch, rows.write_back(advantages, weights) | importance)
 
     @property
     def _objective(self) -> tuple[float, float, str]:

@@ -30,7 +30,7 @@ REFUSED = {
     "skpo.tracker.drift=days": "skpo.tracker.drift: must be one of kl_steps, nats, logratio, got 'days'",
     "method=grpo skpo.skip=chat": "skpo.skip: has no effect with method=grpo; leave it out",
     # combinations
-    f"{ACTOR}.use_kl_loss=true": f"{ACTOR}.use_kl_loss: is True, must be False",
+    "algorithm.use_kl_in_reward=true": "algorithm.use_kl_in_reward: is True, must be False: rewards stay plain; for a",
     "trainer.resume_mode=resume_path": "trainer.resume_from_path: ",
     "budget=tokens": "budget.tokens: is None; give the number of tokens",
     "data=files": "data.train_files: is not set; name a parquet file",

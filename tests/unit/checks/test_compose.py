@@ -67,8 +67,8 @@ PAPER_VALUES = {
     "skpo.initial_length": 1024,
     "skpo.weight_up": 0.5,
     "skpo.weight_down": 0.5,
-    "skpo.clip_low": 0.2,
-    "skpo.clip_high": 0.28,
+    "actor_rollout_ref.actor.clip_ratio_low": 0.2,
+    "actor_rollout_ref.actor.clip_ratio_high": 0.28,
     "skpo.tracker": {"rho_min": 0.875, "rho_max": 0.96, "half_life": 8.0, "drift": "kl_steps"},
 }
 
@@ -466,9 +466,9 @@ def flat(node: dict, prefix: str = "") -> dict[str, str]:
 
 
 def test_the_settings_survive_the_config(run_config) -> None:
-    config = run_config("cpu", "skpo.group_size=3", "skpo.tracker.drift=nats", "skpo.clip_high=0.3")
+    config = run_config("cpu", "skpo.group_size=3", "skpo.tracker.drift=nats", "skpo.weight_up=0.3")
     settings = SkpoSettings.from_config(config.skpo)
-    assert (settings.group_size, settings.tracker.drift, settings.clip_high) == (3, "nats", 0.3)
+    assert (settings.group_size, settings.tracker.drift, settings.weight_up) == (3, "nats", 0.3)
     assert isinstance(settings.tracker, TrackerSettings)
 
 
@@ -478,10 +478,8 @@ REJECTED = [
     ("algorithm.adv_estimator", "grpo"),
     ("algorithm.use_kl_in_reward", True),
     ("algorithm.filter_groups.enable", True),
-    ("algorithm.rollout_correction.rollout_is", "token"),
     ("algorithm.rollout_correction.rollout_rs", "sequence"),
-    ("actor_rollout_ref.actor.use_kl_loss", True),
-    ("actor_rollout_ref.actor.entropy_coeff", 0.01),
+    ("actor_rollout_ref.actor.policy_loss.loss_mode", "vanilla"),
     ("actor_rollout_ref.actor.shuffle", True),
     ("actor_rollout_ref.rollout.n", 8),
     ("actor_rollout_ref.rollout.calculate_log_probs", False),
@@ -498,8 +496,7 @@ REJECTED = [
 
 REJECTED_OF_BASELINES = [
     ("algorithm.use_kl_in_reward", True),
-    ("actor_rollout_ref.actor.use_kl_loss", True),
-    ("actor_rollout_ref.actor.entropy_coeff", 0.01),
+    ("algorithm.rollout_correction.rollout_rs", "token_k1"),
     ("trainer.v1.trainer_mode", "skpo"),
     ("trainer.v1.trainer_mode", "sync"),
     ("data.dataloader_num_workers", 2),

@@ -3,10 +3,12 @@
 import pytest
 from omegaconf import OmegaConf, open_dict
 
-from recipe.skpo.checks.config import METHOD_SETTINGS, check_method_settings
+from recipe.skpo.checks.config import METHOD_SETTINGS, check_config, check_method_settings
+from recipe.skpo.checks.loss import check_loss
 from recipe.skpo.checks.options import UNREAD, UNREAD_BY_SKPO, Unread, check_options
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.settings import RECORDS, known_keys
+from recipe.skpo.main import scale_batch_for_spo
+from recipe.skpo.settings import RECORDS, SkpoSettings, known_keys
 
 OTHER = {bool: lambda value: not value, float: lambda value: value + 0.5, int: lambda value: value + 1}
 METHODS = ["skpo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
@@ -60,6 +62,10 @@ def test_the_defaults_are_those_of_verl() -> None:
     ("overrides", "sentence"),
     [
         (["critic.optim.lr=1e-5"], "critic.optim.lr: is set, but no method here has a critic"),
+        (
+            ["actor_rollout_ref.ref.fsdp_config.param_offload=true"],
+            "actor_rollout_ref.ref.fsdp_config.param_offload: is",
+        ),
         (["++distillation.nnodes=1"], "distillation.nnodes: is set, but no method here has a teacher"),
         (["+trainer.v1.skpo.parameter_sync_step=2"], "trainer.v1.skpo.parameter_sync_step: is set, but it belongs to"),
     ],
@@ -67,6 +73,85 @@ def test_the_defaults_are_those_of_verl() -> None:
 def test_groups_that_nothing_reads_are_refused_by_the_command_line(overrides, sentence, compose_config) -> None:
     with pytest.raises(ConfigError, match=sentence.replace(".", r"\.")):
         check_options(compose_config("platform=cpu"), overrides)
+
+
+CORRECTION, ACTOR = "algorithm.rollout_correction", "actor_rollout_ref.actor"
+IMPORTANCE = f"{CORRECTION}.rollout_is=token"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [
+            f"{ACTOR}.entropy_coeff=0.01",
+            f"{ACTOR}.loss_agg_mode=seq-mean-token-sum-norm",
+            f"{ACTOR}.loss_scale_factor=9",
+        ],
+        [f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.kl_loss_type=mse", f"{ACTOR}.kl_loss_coef=0.1"],
+        [f"{ACTOR}.calculate_entropy=true", f"{ACTOR}.loss_agg_mode=token-sum"],
+        [f"{ACTOR}.use_kl_loss=true", "actor_rollout_ref.ref.fsdp_config.param_offload=true"],
+        [IMPORTANCE, f"{CORRECTION}.rollout_is_threshold=3.0", f"{CORRECTION}.rollout_is_batch_normalize=true"],
+        [f"{ACTOR}.clip_ratio_low=0.1", f"{ACTOR}.clip_ratio_high=0.4"],
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", ["skpo", "grpo", "spo"])
+def test_terms_of_verls_loss_are_honoured(method: str, overrides: list[str], compose_config, capsys) -> None:
+    config = compose_config("platform=cpu", f"method={method}", *overrides)
+    scale_batch_for_spo(config)
+    check_config(config, SkpoSettings.from_config(config.skpo), overrides)
+    check_loss(config)
+    said = capsys.readouterr().out.splitlines()
+    modes = [item.partition("=")[2] for item in overrides if "loss_agg_mode" in item and method == "skpo"]
+    assert said == [
+        f"note: {ACTOR}.loss_agg_mode={mode} is obeyed by entropy bonus and KL loss alone: the objective has "
+        f"skpo.downstream_aggregation"
+        for mode in modes
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["skpo.clip_low=0.1", f"{ACTOR}.clip_ratio_low=0.3"],
+            "skpo.clip_low: is 0.1, but {}.clip_ratio_low is 0.3; give",
+        ),
+        ([f"{ACTOR}.clip_ratio_low=1.0"], "{}.clip_ratio_low: is 1.0, must be a number inside (0, 1)"),
+        (["skpo.clip_low=0"], "{}.clip_ratio_low: is 0, must be a number inside (0, 1)"),
+        ([f"{ACTOR}.clip_ratio_high=-0.28"], "{}.clip_ratio_high: is -0.28, must be a number above 0"),
+        ([f"{ACTOR}.clip_ratio_high=nan"], "{}.clip_ratio_high: is nan, must be a number above 0"),
+        ([f"{ACTOR}.clip_ratio_high=null"], "{}.clip_ratio_high: is None, must be a number above 0"),
+        (["method=grpo", f"{ACTOR}.policy_loss.loss_mode=skpo"], "{}.policy_loss.loss_mode: is skpo, must be one of "),
+        (
+            ["method=spo", f"{ACTOR}.policy_loss.loss_mode=vanila"],
+            "{}.policy_loss.loss_mode: is vanila, must be one of ",
+        ),
+        ([f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.kl_loss_type=k4"], "{}.kl_loss_type: is k4, must be kl, abs, mse or "),
+        ([f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.kl_loss_type=full"], "{}.kl_loss_type: is full, must be kl, abs, mse"),
+        ([f"{CORRECTION}.rollout_is=geometric"], "rollout_is: is geometric, must be token, sequence or null"),
+        ([IMPORTANCE, f"{CORRECTION}.rollout_is_threshold=-1"], "rollout_is_threshold: is -1, must be an upper bound"),
+        ([IMPORTANCE, f"{CORRECTION}.rollout_is_threshold='2.0_1.0'"], "rollout_is_threshold: is "),
+    ],
+    ids=str,
+)
+def test_what_verls_loss_would_fail_on_is_refused_before_a_model_is_loaded(overrides, sentence, compose_config) -> None:
+    config = compose_config("platform=cpu", *overrides)
+    with pytest.raises(ConfigError) as refused:
+        check_loss(config)
+    said = str(refused.value)
+    assert sentence.format(ACTOR) in said and len(said.splitlines()) == 1
+
+
+def test_the_former_names_of_the_clip_range_count_for_one_release(compose_config, capsys) -> None:
+    config = compose_config("platform=cpu", "skpo.clip_low=0.1", "skpo.clip_high=0.3", f"{ACTOR}.clip_ratio_high=0.3")
+    check_loss(config)
+    actor = config.actor_rollout_ref.actor
+    assert (actor.clip_ratio_low, actor.clip_ratio_high) == (0.1, 0.3)
+    assert capsys.readouterr().out.splitlines() == [
+        f"note: skpo.clip_{side} is a former name of {ACTOR}.clip_ratio_{side}, and the next release will not know it"
+        for side in ("low", "high")
+    ]
 
 
 ROLLOUT, BYPASS = "actor_rollout_ref.rollout", "algorithm.rollout_correction.bypass_mode=true"
@@ -80,6 +165,8 @@ ROLLOUT, BYPASS = "actor_rollout_ref.rollout", "algorithm.rollout_correction.byp
         ([BYPASS, f"{ROLLOUT}.top_p=0.9"], True, "every ratio would begin at the mass of the kept tokens"),
         ([BYPASS, f"{ROLLOUT}.top_k=50"], True, "every ratio would begin at the mass of the kept tokens"),
         ([BYPASS, f"{ROLLOUT}.logprobs_mode=raw_logprobs"], True, "would compare two temperatures"),
+        ([BYPASS, IMPORTANCE], True, "nothing is left to correct"),
+        ([IMPORTANCE, f"{ROLLOUT}.logprobs_mode=raw_logprobs"], True, "every weight would compare two temperatures"),
         ([f"{ROLLOUT}.top_p=0.9"], False, "top_p=0.9 is obeyed by vLLM alone"),
         ([f"{ROLLOUT}.top_k=50"], False, "top_k=50 is obeyed by vLLM alone"),
         ([f"{ROLLOUT}.logprobs_mode=raw_logprobs"], False, "d(s) is measured at temperature 1, not 0.6"),

@@ -1,4 +1,4 @@
-"""Each row's share of the objective (docs/method.md, section 8); the gradients are in ``tests/golden``."""
+"""Each token's share of the objective (docs/method.md, section 9); the gradients are in ``tests/golden``."""
 
 import numpy as np
 import pytest
@@ -39,17 +39,17 @@ A_PROMPT_AND_PADDING = {
 @pytest.mark.parametrize(
     ("rows", "updates", "mean", "weights"),
     [
-        # A segment carries the weight over the prompts of its update, a response its share of its group's tokens.
-        (TWO_PROMPTS, [0] * 5, "group_token_mean", [0.35, 0.15 / 10, 0.15 / 10, 0.35, 0.15 / 5]),
-        (TWO_PROMPTS, [0, 0, 0, 1, 1], "group_token_mean", [0.7, 0.3 / 10, 0.3 / 10, 0.7, 0.3 / 5]),
+        # A segment's tokens share its prompt's part of the update, the responses' tokens that of their group.
+        (TWO_PROMPTS, [0] * 5, "group_token_mean", [0.35 / 4, 0.15 / 10, 0.15 / 10, 0.35 / 6, 0.15 / 5]),
+        (TWO_PROMPTS, [0, 0, 0, 1, 1], "group_token_mean", [0.7 / 4, 0.3 / 10, 0.3 / 10, 0.7 / 6, 0.3 / 5]),
         # Or the same share for every token of the update.
-        (TWO_PROMPTS, [0] * 5, "token_mean", [0.35, 0.3 / 15, 0.3 / 15, 0.35, 0.3 / 15]),
-        (TWO_PROMPTS, [0, 0, 0, 1, 1], "token_mean", [0.7, 0.3 / 10, 0.3 / 10, 0.7, 0.3 / 5]),
+        (TWO_PROMPTS, [0] * 5, "token_mean", [0.35 / 4, 0.3 / 15, 0.3 / 15, 0.35 / 6, 0.3 / 15]),
+        (TWO_PROMPTS, [0, 0, 0, 1, 1], "token_mean", [0.7 / 4, 0.3 / 10, 0.3 / 10, 0.7 / 6, 0.3 / 5]),
         # Padding and failed siblings carry nothing and count nowhere, also in an update of their own.
-        (A_PROMPT_AND_PADDING, [0] * 5, "group_token_mean", [0.7, 0.1, 0, 0, 0]),
-        (A_PROMPT_AND_PADDING, [0] * 5, "token_mean", [0.7, 0.1, 0, 0, 0]),
-        (A_PROMPT_AND_PADDING, [0, 0, 0, 1, 1], "group_token_mean", [0.7, 0.1, 0, 0, 0]),
-        (A_PROMPT_AND_PADDING, [0, 0, 0, 1, 1], "token_mean", [0.7, 0.1, 0, 0, 0]),
+        (A_PROMPT_AND_PADDING, [0] * 5, "group_token_mean", [0.7 / 4, 0.1, 0, 0, 0]),
+        (A_PROMPT_AND_PADDING, [0] * 5, "token_mean", [0.7 / 4, 0.1, 0, 0, 0]),
+        (A_PROMPT_AND_PADDING, [0, 0, 0, 1, 1], "group_token_mean", [0.7 / 4, 0.1, 0, 0, 0]),
+        (A_PROMPT_AND_PADDING, [0, 0, 0, 1, 1], "token_mean", [0.7 / 4, 0.1, 0, 0, 0]),
     ],
 )
 def test_every_row_carries_its_share(rows: dict, updates: list[int], mean: str, weights: list[float]) -> None:
@@ -67,14 +67,14 @@ def test_shares_do_not_depend_on_the_order_of_rows(seed: int) -> None:
 
 
 def reference_token_mean_weights(flat: list[FlatRow], updates: list[int], up: float, down: float) -> list[float]:
-    """Per row: its share of the upstream mean over prompts, or of the mean over all response tokens."""
+    """Per token of a row: its share of the upstream mean over prompts, or of the mean over all response tokens."""
     weights = []
     for row, update in zip(flat, updates, strict=True):
         trained = [other for other, own in zip(flat, updates, strict=True) if own == update and other.valid]
         if not row.valid:
             weights.append(0.0)
         elif row.upstream:
-            weights.append(up / len({other.prompt for other in trained}))
+            weights.append(up / len({other.prompt for other in trained}) / sum(row.row.mask))
         else:
             weights.append(down / sum(sum(other.row.mask) for other in trained if not other.upstream))
     return weights

@@ -377,6 +377,18 @@ def test_a_fingerprint_is_read_as_it_was_written(one: Fingerprint, tmp_path: Pat
     assert Fingerprint.read(tmp_path) == one
 
 
+def test_a_clip_range_that_was_saved_under_its_former_names_is_the_same(one: Fingerprint, tmp_path: Path) -> None:
+    actor = "actor_rollout_ref.actor"
+    names = ("clip_ratio_low", "clip_ratio_high", "policy_loss.loss_mode")
+    former = {"skpo.clip_low": 0.2, "skpo.clip_high": 0.28}
+    before = former | {f"{actor}.{name}": value for name, value in zip(names, (0.2, 0.2, "vanilla"), strict=True)}
+    after = {f"{actor}.{name}": value for name, value in zip(names, (0.2, 0.28, "skpo"), strict=True)}
+    saved = replace(one, method="skpo", settings=one.settings | before)
+    saved.write(tmp_path)
+    read = Fingerprint.read(tmp_path)
+    assert read is not None and differences(read, replace(saved, settings=one.settings | after)) == []
+
+
 @pytest.mark.parametrize(
     "content",
     [b"", b"{", b"[]", b'{"format": 2}', b'{"format": 1}', b"\xff\xfe", b'{"format": 9' + b"9" * 5000, b"[" * 10**6],
@@ -396,4 +408,6 @@ def test_every_setting_of_the_recipe_is_compared(compose_config) -> None:
     from recipe.skpo.trainer.fingerprint import compared_settings
 
     found = compared_settings(OmegaConf.to_container(compose_config("platform=cpu")))
-    assert {f"skpo.{key}" for key in known_keys()} <= set(found)
+    aliases = {"skpo.clip_low", "skpo.clip_high"}
+    assert {f"skpo.{key}" for key in known_keys()} - aliases <= set(found)
+    assert not aliases & set(found) and found["actor_rollout_ref.actor.clip_ratio_high"] == 0.28

@@ -6,6 +6,7 @@ place of a process border: TransferQueue is a dictionary, the workers are object
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,6 @@ from tensordict import TensorDict
 
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.method.rows import (
-    ADVANTAGE_FIELD,
     DOWNSTREAM,
     LENGTH_FIELD,
     PHASE_FIELD,
@@ -288,10 +288,9 @@ def test_skpo_advantages_are_the_references_and_baselines_are_read_before_any_up
     assert len(batch) == 4 * (G + 1) and sum(upstream) == 4
     for item, first, up_value, down_value in zip(written, upstream, up, down, strict=True):
         expected = up_value if first else down_value
-        assert float(item[ADVANTAGE_FIELD]) == pytest.approx(expected, abs=1e-5)
         assert item["advantages"].tolist() == pytest.approx([expected] * len(item["responses"]), abs=1e-5)
         share = (
-            0.5 / 2
+            0.5 / 2 / len(item["responses"])
             if first
             else 0.5
             / 2
@@ -312,6 +311,30 @@ def test_skpo_advantages_are_the_references_and_baselines_are_read_before_any_up
     uid = "v0000000003"
     own = [len(item["responses"]) for item in written if item["uid"] == uid and int(item["skpo_phase"]) == DOWNSTREAM]
     assert trainer.state.prompts.length(f"id-{uid}") == pytest.approx(sum(own) / G)
+
+
+@pytest.mark.parametrize("method", ["skpo", "grpo", "spo"])
+def test_importance_weights_are_those_of_the_rollout(method: str, make_trainer, queue: Queue) -> None:
+    trainer = make_trainer(method, trees_per_step=0)
+    trainer.config.algorithm.rollout_correction.rollout_is = "token"
+    trainer.config.algorithm.rollout_correction.rollout_is_threshold = 1.015
+    # A prompt is missing, so that there is padding.
+    rows = groups(3) if method == "skpo" else responses_of(3 if method == "grpo" else 6, 1 if method == "spo" else G)
+    batch = trainer._balance_batch(queue.store(rows), {})
+    for key in batch.keys:
+        if key.startswith("pad"):  # its log-probs are computed once it is there
+            queue.rows[key]["old_log_probs"] = torch.zeros(1)
+    metrics: dict[str, Any] = {}
+    trainer._compute_advantage(batch, metrics)
+    weights = []
+    for key in batch.keys:
+        item = queue.rows[key]
+        ratio = (item["old_log_probs"] - item["rollout_log_probs"]).exp().clamp(max=1.015)
+        expected = (ratio * item["response_mask"]).tolist()
+        assert item["rollout_is_weights"].tolist() == pytest.approx(expected)
+        weights += [weight for weight in expected if weight]
+    assert metrics["rollout_corr/rollout_is_mean"] == pytest.approx(np.mean(weights))
+    assert len(set(weights)) > 2 and max(weights) == pytest.approx(1.015), "some are truncated, some are not"
 
 
 @pytest.mark.faults
@@ -373,7 +396,7 @@ def test_padding_moves_no_tracker(make_trainer, queue: Queue) -> None:
     assert len(trainer.state.prompts) == 3 and metrics["skpo/prompts_dropped"] == 1
     padding = [queue.rows[key] for key in batch.keys if key.startswith("pad")]
     assert len(padding) == G + 1
-    assert all(float(item[WEIGHT_FIELD]) == float(item[ADVANTAGE_FIELD]) == 0.0 for item in padding)
+    assert all(float(item[WEIGHT_FIELD]) == 0.0 and not item["advantages"].any() for item in padding)
 
 
 # ---------------------------------------------------------------- log-ratios
@@ -617,13 +640,16 @@ def test_prompts_that_fail_in_every_visit_are_counted_and_named(make_trainer, qu
     assert trainer.state.failures == {"id 4": 3}
 
 
-def test_only_skpo_replaces_verls_loss(make_trainer) -> None:
+def test_only_skpo_wraps_verls_loss(make_trainer) -> None:
     for method in ("skpo", "grpo", "spo"):
         trainer = make_trainer(method)
         trainer.on_init_end()
         loss = trainer.actor_rollout_wg.loss_function
         if method == "skpo":
-            assert loss.keywords == {"clip_low": 0.2, "clip_high": 0.28}
+            actor = loss.keywords["config"]
+            assert (actor.policy_loss.loss_mode, actor.loss_agg_mode) == ("skpo", "token-mean")
+            assert (actor.clip_ratio_low, actor.clip_ratio_high) == (0.2, 0.28)
+            assert loss.func is pickle.loads(pickle.dumps(loss)).func
         else:
             assert loss is None
 

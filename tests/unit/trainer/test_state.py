@@ -466,7 +466,7 @@ def test_other_settings_may_change_between_runs(tmp_path: Path) -> None:
     saved = fresh()
     saved.observe("a", 0.5, 30)
     saved.save(tmp_path)
-    resumed = fresh(clip_high=0.3, split_high=0.4, tracker=TrackerSettings(half_life=2.0))
+    resumed = fresh(weight_up=0.3, split_high=0.4, tracker=TrackerSettings(half_life=2.0))
     resumed.load(tmp_path)
     assert resumed.baseline("a") == 0.5
     assert resumed.prompts.half_life == 2.0

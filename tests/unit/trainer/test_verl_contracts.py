@@ -242,7 +242,7 @@ SEAMS = [
     (
         "verl.workers.engine_workers:ActorRolloutRefWorker.set_loss_fn",
         "(self, loss_fn)",
-        "trainer.on_init_end sets loss.skpo_loss by it",
+        "trainer.on_init_end sets objective.skpo_loss by it",
     ),
     (
         "transfer_queue:kv_batch_get",
@@ -294,12 +294,12 @@ SEAMS = [
     (
         "verl.trainer.ppo.core_algos:register_adv_est",
         "(name_or_enum)",
-        "trainer registers advantage.skpo_advantage as 'skpo'",
+        "objective registers skpo_estimator as 'skpo'",
     ),
     (
         "verl.trainer.ppo.core_algos:get_adv_estimator_fn",
         "(name_or_enum)",
-        "trainer._compute_advantage looks 'skpo' up",
+        "base.BaseTrainer looks the estimator of SKPO and SPO up",
     ),
     (
         "verl.trainer.ppo.v1.trainer_base:register_trainer",
@@ -312,14 +312,52 @@ SEAMS = [
         "trainer._balance_batch shares rows out to ranks by it",
     ),
     (
-        "verl.workers.utils.padding:no_padding_2_padding",
-        "(tensor, data)",
-        "loss.skpo_loss cuts the response's log-probs out by it",
+        "verl.trainer.ppo.core_algos:register_policy_loss",
+        "(name)",
+        "objective registers skpo_policy_loss as 'skpo'",
+    ),
+    (
+        "verl.workers.utils.losses:ppo_loss",
+        "(config, model_output, data, dp_group=None)",
+        "objective.skpo_loss wraps it",
+    ),
+    (
+        "verl.trainer.ppo.core_algos:compute_policy_loss_vanilla",
+        "(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode='token-mean', config=None, "
+        "rollout_is_weights=None)",
+        "objective.skpo_policy_loss has the parameters of verl's own policy losses",
+    ),
+    (
+        "verl.trainer.ppo.core_algos:agg_loss",
+        "(loss_mat, loss_mask, loss_agg_mode, dp_size=1, batch_num_tokens=None, global_batch_size=None, "
+        "loss_scale_factor=None)",
+        "objective.skpo_policy_loss sums tokens by it",
+    ),
+    (
+        "verl.trainer.ppo.core_algos:kl_penalty",
+        "(logprob, ref_logprob, kl_penalty)",
+        "checks.loss asks it whether it knows actor.kl_loss_type",
+    ),
+    (
+        "verl.trainer.ppo.rollout_corr_helper:compute_rollout_correction_weights",
+        "(log_ratio, response_mask, rollout_is='token', rollout_is_threshold=2.0, rollout_is_batch_normalize=False)",
+        "checks.loss asks it whether it knows the threshold",
+    ),
+    (
+        "verl.trainer.ppo.rollout_corr_helper:compute_rollout_correction_and_rejection_mask",
+        "(old_log_prob, rollout_log_prob, response_mask, rollout_is=None, rollout_is_threshold=2.0, "
+        "rollout_is_batch_normalize=False, rollout_rs=None, rollout_rs_threshold=None)",
+        "base.BaseTrainer computes importance weights by it",
+    ),
+    (
+        "verl.utils.config:omega_conf_to_dataclass",
+        "(config, dataclass_type=None)",
+        "trainer.on_init_end makes the actor's config of the loss by it",
     ),
     (
         "verl.utils.metric:Metric.from_dict",
         "(data, aggregation)",
-        "loss.skpo_loss hands its sums over by it",
+        "objective.skpo_loss reports its sums by it",
     ),
     # main.py
     ("verl.trainer.main_ppo:run_ppo", "(config, task_runner_class)", "launch.launch calls it"),
@@ -506,14 +544,15 @@ def test_the_plain_class_behind_an_actor_class_can_be_subclassed(place: str) -> 
 
 
 def test_our_names_are_registered_with_verl() -> None:
-    from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+    from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
     from verl.trainer.ppo.v1 import get_trainer_cls
 
-    from recipe.skpo.method.advantage import skpo_advantage
     from recipe.skpo.trainer.baselines import BaselineTrainer, SpoTrainer
+    from recipe.skpo.trainer.objective import skpo_estimator, skpo_policy_loss
     from recipe.skpo.trainer.skpo import SkpoTrainer
 
     assert get_trainer_cls("skpo") is SkpoTrainer
     assert get_trainer_cls("skpo_baseline") is BaselineTrainer
     assert get_trainer_cls("skpo_spo") is SpoTrainer
-    assert get_adv_estimator_fn("skpo") is skpo_advantage
+    assert get_adv_estimator_fn("skpo") is skpo_estimator
+    assert get_policy_loss_fn("skpo") is skpo_policy_loss
