@@ -131,7 +131,7 @@ def check_python(words: list[str], loose: bool, command_line, parsed, monkeypatc
 
 def check_training(words: list[str], command_line, monkeypatch) -> None:
     """Every override is launched with the value that it names."""
-    monkeypatch.setattr("recipe.skpo.checks.model_engine.find_spec", lambda name: object())
+    monkeypatch.setattr("recipe.skpo.checks.engine.find_spec", lambda name: object())
     # What a document leaves out, or only the reader has.
     stands_for = {"/path/to/file.py": "pkg://reward_fns", "model=left_out": "model=qwen2_5_math_7b"}
     for gap, own in stands_for.items():
