@@ -83,3 +83,8 @@ def rich_record(*args: Any, **kwargs: Any) -> dict[str, Any]:
 def for_five_only(data_source: str, solution_str: str, ground_truth: str, **kwargs: Any) -> float:
     """Good unless the response has a 6 in it."""
     return math.nan if "6" in solution_str else 1.0
+
+
+def plain_number(*args: Any, **kwargs: Any) -> float:
+    """Return half a point without a record."""
+    return 0.5

@@ -70,7 +70,7 @@ class SkipPrompt:
 
 
 class SkpoAgentLoopWorker(RolloutWorker):
-    """verl's rollout worker with the two SKPO phases in place of n independent samples."""
+    """verl's rollout worker with the two phases of SKPO instead of n independent samples."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

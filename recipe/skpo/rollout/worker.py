@@ -116,6 +116,10 @@ class RolloutWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
                 f"without a tracker (method=grpo)"
             )
         last.reward_score = reward
+        record = last.extra_fields.get("reward_extra_info") or {}
+        if not trains and "score" not in record:
+            # verl stores a plain number as "acc", too; validation would show its mean as an accuracy.
+            record.pop("acc", None)
         self._reduce_record(last)
         clock = CLOCK.get()
         if clock is not None:

@@ -156,7 +156,7 @@ class BaseTrainer(PPOTrainerSync):
         mark(self._checkpoint_folder().parent, own)
 
     def _follow_the_command(self, saved: Fingerprint | None) -> None:
-        """Take back what verl has loaded in place of the command's own settings."""
+        """Restore the command's own settings, which verl's loading has replaced."""
         changed = differences(saved, self.fingerprint) if saved and self.fingerprint else []
         # verl would skip as many rows of other data, and end in an empty StopIteration where there are not so many.
         if restarts_epoch(changed):
@@ -225,17 +225,6 @@ class BaseTrainer(PPOTrainerSync):
             )
             for name, backend in loggers.items():
                 loggers[name] = BestEffortLogger(name, backend, EFFORT)
-
-    def _val_metrics_update(
-        self,
-        data_sources: list[str],
-        sample_uids: list[str],
-        reward_extra_infos_dict: dict[str, list[Any]],
-        sample_turns: list[int],
-        expected_acc_counts: dict[tuple[str, str], int] | None = None,
-    ) -> dict[str, float]:
-        infos = without_plain_acc(reward_extra_infos_dict)
-        return super()._val_metrics_update(data_sources, sample_uids, infos, sample_turns, expected_acc_counts)
 
     # ---------------------------------------------------------------- prompts out, rows in order
 
@@ -528,19 +517,6 @@ class BaseTrainer(PPOTrainerSync):
 
 def _balanced(lengths: list[int], ranks: int) -> list[list[int]]:
     return get_seqlen_balanced_partitions(lengths, k_partitions=ranks, equal_size=True)
-
-
-def without_plain_acc(infos: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    """What rewards reported of each sample, without the ``acc`` of rewards that reported a number alone.
-
-    verl files such a number under ``acc``, too, and would call its mean an accuracy; it is under ``reward`` as well.  A
-    record that a reward function returned always has a ``score``.
-    """
-    if "acc" not in infos:
-        return dict(infos)
-    recorded = infos.get("score") or [None] * len(infos["acc"])
-    right = [acc if score is not None else None for acc, score in zip(infos["acc"], recorded, strict=True)]
-    return {name: right if name == "acc" else values for name, values in infos.items()}
 
 
 def _with_response(prompt: torch.Tensor, token_ids: np.ndarray) -> dict[str, Any]:

@@ -388,6 +388,15 @@ async def test_what_the_reward_returned_is_stored_as_numbers_and_texts_that_vali
     assert metrics["s"]["acc"]["mean@2"] == 1.0 and metrics["s"]["margin"]["mean@2"] == 0.5
 
 
+async def test_a_plain_number_of_a_reward_function_is_a_mean_reward_and_not_an_accuracy(two_phases) -> None:
+    setup = two_phases(None, None, *custom("plain_number"))
+    await setup.roll_out(make_prompt("val"), validate=True)
+    row = setup.store.row("val", 0)
+    assert float(row["rm_scores"].sum()) == 0.5 and row["extra_fields"]["reward_extra_info"] == {}
+    await setup.roll_out(make_prompt("v7"))
+    assert setup.store.row("v7", 1)["extra_fields"]["reward_extra_info"] == {"acc": 0.5}, "DAPO filters groups by it"
+
+
 # ---------------------------------------------------------------- verl's DAPO manager
 
 

@@ -895,24 +895,3 @@ def test_every_trainer_waits_with_a_bound(make_trainer) -> None:
         assert (buffer.filter_groups_metric is not None) == (method == "dapo")
         trainer.agent_loop_manager.failures = {"prompt: A": 1}
         assert buffer.causes() == {"prompt: A": 1}
-
-
-# ---------------------------------------------------------------- names of the held-out numbers
-
-
-def test_a_plain_number_of_a_reward_function_is_a_mean_reward_and_not_an_accuracy(make_trainer) -> None:
-    # As verl's reward managers and validation file them: two samples with a record, two with a number alone.
-    infos = {
-        "reward": [1.0, -1.0, 1.0, -1.0],
-        "score": [1.0, -1.0, None, None],
-        "acc": [1.0, 0.0, 1.0, -1.0],
-    }
-    sources, uids = ["record", "record", "number", "number"], ["a", "b", "c", "d"]
-    expected = {(source, uid): 1 for source, uid in zip(sources, uids, strict=True)}
-    found = make_trainer()._val_metrics_update(sources, uids, infos, [2] * 4, expected_acc_counts=expected)
-    assert found["val-core/record/acc/mean@1"] == 0.5
-    assert found["val-core/number/reward/mean@1"] == 0.0
-    assert not [name for name in found if name.startswith(("val-core/number/acc", "val-aux/number/acc"))]
-    alone = {"reward": [1.0, -1.0], "acc": [1.0, -1.0]}
-    only = make_trainer()._val_metrics_update(["number"] * 2, ["c", "d"], alone, [2] * 2)
-    assert [name for name in only if name.startswith("val-core")] == ["val-core/number/reward/mean@1"]

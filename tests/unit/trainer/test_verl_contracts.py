@@ -199,11 +199,6 @@ SEAMS = [
         "trainer.SkpoTrainer turns sums into shares after it, baselines.SpoTrainer reads the KL",
     ),
     # base_trainer.py, trainer.py, baselines.py and loss.py: called
-    (
-        f"{SYNC}._val_metrics_update",
-        "(self, data_sources, sample_uids, reward_extra_infos_dict, sample_turns, expected_acc_counts=None)",
-        "base_trainer.BaseTrainer takes the acc of plain numbers out before it",
-    ),
     (f"{SYNC}._validate", "(self)", "base_trainer.on_train_end calls it and logs what it returns"),
     (f"{SYNC}.on_validate_end", "(self)", "base_trainer.on_train_end calls it after validation"),
     (
