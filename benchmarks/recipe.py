@@ -109,7 +109,7 @@ def prompt_parts() -> dict[str, Callable[[], Any]]:
 
 
 def training_step(prompts: int = PROMPTS) -> Callable[[], dict[str, float]]:
-    """The trainer's advantages, trackers, row shares and metrics of one batch, as a call without arguments.
+    """Return a call that computes the trainer's advantages, trackers, loss weights and metrics of one batch.
 
     It is ``SkpoTrainer._compute_advantage`` itself; TransferQueue hands over what is in memory already.  A call returns
     the step's metrics.

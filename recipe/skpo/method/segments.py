@@ -42,7 +42,8 @@ def split_bounds(mean_length: float, low: float = 1 / 6, high: float = 1 / 2) ->
 
     Args:
         mean_length: L_q in tokens, > 0.
-        low, high: the split range as shares of L_q, 0 < low <= high < 1 (the paper: 1/6 and 1/2).
+        low: lower end of the split range as a share of L_q, 0 < low <= high (the paper: 1/6).
+        high: upper end, below 1 (the paper: 1/2).
 
     Returns:
         Integers ``(first, last)`` with ``1 <= first <= last``: every integer inside [low * L_q, high * L_q].  Where
@@ -72,7 +73,8 @@ def fixed_split_position(mean_length: float, step: int, low: float = 1 / 6, high
     Args:
         mean_length: L_q in tokens, > 0.
         step: training step, from 1.
-        low, high: as in ``split_bounds``.
+        low: as in ``split_bounds``.
+        high: as in ``split_bounds``.
     """
     return split_bounds(mean_length, low, high)[0 if step % 2 else 1]
 
@@ -181,7 +183,7 @@ def select_segment(deviations: Sequence[float], selection: str = "median", step:
 
 
 def skip_prompt(segment_ids: Sequence[int], problem_ids: Sequence[int], bos_token_id: int | None = None) -> list[int]:
-    """The skip-connected prompt [s, q]: the tokens of s, then the tokens of the templated problem.
+    """Return the skip-connected prompt [s, q]: the tokens of s, then the tokens of the templated problem.
 
     Args:
         segment_ids: tokens of s.

@@ -158,7 +158,7 @@ def rollout_tree(
 
 
 def _storable(value: Any) -> Any:
-    """The value with every text in it cut at ``LONGEST_TEXT`` and free of what UTF-8 cannot hold."""
+    """Return the value with every text in it cut at ``LONGEST_TEXT`` and without characters that UTF-8 cannot hold."""
     if isinstance(value, str):
         if len(value) > LONGEST_TEXT:
             value = f"{value[:LONGEST_TEXT]} [cut here: {len(value)} characters in all]"
@@ -234,7 +234,7 @@ def tree_index(output_dir: Path) -> list[tuple[Path, int]]:
 
 
 def read_trees(index: Sequence[tuple[Path, int]]) -> Iterator[dict[str, Any]]:
-    """The trees at some places of ``tree_index``, in their order; one file is in memory at a time.
+    """Yield the trees at some places of ``tree_index``, in their order, with one file in memory at a time.
 
     Those of a file that cannot be read are left out.
     """

@@ -21,7 +21,7 @@ _SLACK = 1.25
 
 
 def slots_of_worker(config: DictConfig) -> int:
-    """Requests that one rollout worker may have in flight."""
+    """Return how many requests one rollout worker may have in flight."""
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
     gpus = rollout.tensor_model_parallel_size * rollout.data_parallel_size * rollout.pipeline_model_parallel_size
     servers = max(1, trainer.nnodes * trainer.n_gpus_per_node // gpus)

@@ -20,7 +20,7 @@ _STOP = "stop: "
 
 
 def cause_of(kind: str, error: BaseException) -> str:
-    """What is counted of a failure: ``kind`` (prompt, candidate, sibling, session) and the first line of the error.
+    """Name a failure for counting: ``kind`` (prompt, candidate, sibling, session) and the error's first line.
 
     Of an error in another Ray actor it is the first line of that error: Ray's own line has process numbers in it, by
     which equal causes would be counted apart.

@@ -185,7 +185,7 @@ class SkpoAgentLoopWorker(RolloutWorker):
         return self.tokenizer.decode(token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
     async def _skip_prompt(self, messages: list[dict], problem_ids: list[int], segment: Segment) -> SkipPrompt:
-        """The prompt that the siblings continue (docs/method.md, sections 4 and 12)."""
+        """Return the prompt that the siblings continue (docs/method.md, sections 4 and 12)."""
         tokens = list(segment.token_ids)
         if self.settings.skip == "unconditional":
             return SkipPrompt(problem_ids, problem_ids)
@@ -202,7 +202,7 @@ class SkpoAgentLoopWorker(RolloutWorker):
     async def _sample_candidates(
         self, route: str, problem_ids: list[int], sampling_params: dict, split_position: int, seed: int
     ) -> list[Candidate]:
-        """The upstream candidates, of at most t_q tokens each, cut; those that failed are left out."""
+        """Sample upstream candidates of at most t_q tokens each and cut them; failed ones are dropped."""
         params = dict(sampling_params, max_tokens=split_position)
         outputs = await asyncio.gather(
             *(
@@ -242,7 +242,7 @@ class SkpoAgentLoopWorker(RolloutWorker):
     async def _complete(
         self, uid: str, candidate: Candidate, problem_ids: list[int], sampling_params: dict, seed: int, prompt: dict
     ) -> AgentLoopOutput:
-        """The candidate's own response to q, written to its end, with its reward; it is not trained on."""
+        """Complete the candidate's own response to q and compute its reward; it is not trained."""
         written = list(candidate.output.token_ids)
         rest: list[int] = []
         budget = self.rollout_config.response_length - len(written)
@@ -274,7 +274,7 @@ class SkpoAgentLoopWorker(RolloutWorker):
     def _row(
         self, prompt_ids: list[int], token_ids: list[int], logprobs: list[float] | None, extra_fields: dict
     ) -> AgentLoopOutput:
-        """verl's output record; all rows set the same fields, as one TransferQueue partition needs."""
+        """Build verl's output record; all rows set the same fields, as one TransferQueue partition needs."""
         # Not validated: that would copy every list of tokens, which takes longer than all else that is done for a row.
         return AgentLoopOutput.model_construct(
             prompt_ids=prompt_ids,
@@ -295,7 +295,7 @@ class SkpoAgentLoopWorker(RolloutWorker):
         seconds: tuple[float, float],
         written: int,
     ) -> AgentLoopOutput:
-        """The upstream row, with the record of the whole prompt that metrics and rollout trees are made from.
+        """Build the upstream row, with the record of the prompt from which metrics and rollout trees are made.
 
         ``seconds``: of both phases; ``written``: tokens that completed the chosen candidate's own response.
         """
@@ -326,7 +326,7 @@ class SkpoAgentLoopWorker(RolloutWorker):
         return row
 
     def _missing_sibling(self, skip_ids: list[int], sibling: AgentLoopOutput) -> AgentLoopOutput:
-        """A row of one untrained token for a sibling that failed: verl expects G + 1 rows per prompt."""
+        """Build a row of one untrained token for a failed sibling: verl expects G + 1 rows per prompt."""
         fields = {key: sibling.extra_fields.get(key) for key in ("min_global_steps", "max_global_steps")}
         row = self._row(skip_ids, [self.tokenizer.eos_token_id], [0.0], fields | {RECORD: None})
         row.response_mask = [0]

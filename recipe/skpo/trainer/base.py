@@ -118,6 +118,7 @@ class BaseTrainer(PPOTrainerSync):
         return ReplayBufferWithTimeout(buffer, *limits, lambda: self.agent_loop_manager.take_failures())
 
     def on_init_end(self) -> None:
+        """Bound the wait for replicas that are put to sleep."""
         self.checkpoint_manager = CheckpointManagerWithTimeout(
             self.checkpoint_manager, self.settings.weight_sync_timeout_s
         )
@@ -208,10 +209,12 @@ class BaseTrainer(PPOTrainerSync):
         return Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
 
     def on_validate_begin(self) -> None:
+        """Open the metrics file before the first validation."""
         self._open_metrics_file()
         super().on_validate_begin()
 
     def on_train_begin(self) -> None:
+        """Open the metrics file before the first step."""
         self._open_metrics_file()
         super().on_train_begin()
 
@@ -229,13 +232,13 @@ class BaseTrainer(PPOTrainerSync):
     # ---------------------------------------------------------------- prompts out, rows in order
 
     def on_step_begin(self) -> None:
-        # What validation generated since the last step belongs to no step.
+        """Drop the token and failure counts of validation, which belong to no step."""
         self.agent_loop_manager.take_tokens()
         self.agent_loop_manager.take_failures()
         super().on_step_begin()
 
     def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
-        # Saved with the checkpoint, which verl writes before it logs them.
+        """Keep the step's metrics for its checkpoint, which verl writes before it logs them."""
         self.step_metrics = metrics
         return super().step(metrics, timing_raw)
 
@@ -492,12 +495,14 @@ class BaseTrainer(PPOTrainerSync):
         return budget is not None and self.state.tokens_generated >= budget
 
     def on_step_end(self) -> None:
+        """End the loop after this step if the token budget is spent."""
         super().on_step_end()
         if self._budget_spent():
             # verl leaves its loop after this step, through on_train_end.
             self.total_training_steps = self.global_steps
 
     def on_train_end(self) -> None:
+        """Save and validate at the last step of a token budget, which verl cannot know beforehand."""
         super().on_train_end()
         if self._budget_spent():
             # verl saves and validates in a last step that it knows beforehand.  It has counted on by now.

@@ -40,7 +40,7 @@ def mark(folder: Path, step: int | None) -> None:
 
 
 def missing_piece(folder: Path, config: DictConfig) -> str | None:
-    """What of verl's part of a checkpoint a resume would miss, None if it is all there.
+    """Return the piece of verl's part of a checkpoint that a resume would miss, None if all are there.
 
     A file that was cut off counts as missing: torch writes zip archives, whose directory comes last.  The actor's files
     are checked where FSDP wrote them.
@@ -73,7 +73,7 @@ def missing_piece(folder: Path, config: DictConfig) -> str | None:
 
 
 def newest_whole(folder: Path, config: DictConfig) -> int | None:
-    """The last step whose checkpoint has every piece, None if there is none."""
+    """Return the last step whose checkpoint has every piece, None if there is none."""
     whole = [
         step
         for step, path in stored_checkpoints(folder).items()

@@ -31,6 +31,7 @@ class SkpoTrainer(BaseTrainer):
     keeps_prompts_together = True
 
     def on_init_end(self) -> None:
+        """Give the actor SKPO's loss."""
         actor = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
         self.actor_rollout_wg.set_loss_fn(partial(skpo_loss, config=actor))
         super().on_init_end()

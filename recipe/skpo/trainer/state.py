@@ -302,7 +302,7 @@ def _damaged(path: Path, error: Exception) -> StateError:
 
 
 def require_state_file(folder: Path) -> Path:
-    """The SKPO state file of a checkpoint folder.
+    """Return the SKPO state file of a checkpoint folder.
 
     Raises:
         StateError: it is not there.  Never reset silently: training on with empty trackers would look like a resume.

@@ -116,7 +116,7 @@ class ReplayBufferWithTimeout(ReplayBuffer):
         return super()._wait_for_next_poll(partition_id, last_debug_time)
 
     def _why(self) -> str:
-        """The most frequent causes, for a message."""
+        """Return the most frequent causes, for a message."""
         try:
             causes = sorted(self.causes().items(), key=lambda item: -item[1])
         except Exception as error:  # process border: a worker that cannot be asked must not hide what is being reported
@@ -201,7 +201,7 @@ class _Answer:
 
 
 def watched_socket(seconds: float, failure: Callable[[float], str | None]) -> type[zmq.Socket]:
-    """A class of sockets whose waits end as soon as ``failure`` gives a reason.
+    """Return a class of sockets whose waits end as soon as ``failure`` gives a reason.
 
     Args:
         seconds: after which ``failure`` gives one in any case.
