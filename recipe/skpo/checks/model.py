@@ -52,7 +52,9 @@ def check_model(config: DictConfig) -> None:
             raise ValueError(f"max_position_embeddings is {longest!r}")
     except Exception as error:  # a process border: the hub, json and the model's own class answer with their own errors
         reason = one_line(error) or type(error).__name__
-        reason += "" if folder.is_dir() else f"; there is no folder {caller() / folder}"
+        if not folder.is_dir():
+            missing = f"there is no folder {caller() / folder}"
+            reason = missing if folder.is_absolute() else f"{reason}; {missing}"
         raise ConfigError(
             f"{where}: {model.path} cannot be read as a model ({reason}); give a folder with a whole checkpoint, or a "
             f"name on the hub where that can be reached"
