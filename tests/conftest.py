@@ -1,7 +1,7 @@
 """What the tests share: a fake LLM client, a tiny real tokenizer, the composed config.
 
-The LLM server is the only thing that is faked.  verl's classes, the reward functions, the chat template and Hydra are
-the real ones; there are no model weights.
+Only the LLM server is faked here, and TransferQueue in ``tests/support/queue.py``. verl's classes, the reward
+functions, the chat template and Hydra are real. There are no model weights.
 """
 
 import asyncio

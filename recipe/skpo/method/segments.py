@@ -126,7 +126,7 @@ def cut_segment(
         logprobs: log pi of each of these tokens, in nats, same length.
         split_position: t_q >= 1.
         finished: the candidate ended by itself (EOS).  If it did so at t_q at the latest, its segment is the first
-            half of what it wrote, ``floor(n / 2)`` tokens but at least one: a finished answer is no place to go on.
+            half of its text, ``floor(n / 2)`` tokens but at least one: a finished answer cannot be continued.
         boundary: finds the last boundary among the tokens kept so far (``last_boundary``); the segment ends there,
             or where it ended anyway if there is none.  None does not look for any.
 
