@@ -179,7 +179,10 @@ def training_step(prompts: int = PROMPTS) -> Callable[[], dict[str, float]]:
     trainer.trees = SimpleNamespace(write=lambda step, trees: None)
     trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": [0]})
     actor = {"actor": {"ppo_mini_batch_size": 32}, "rollout": {"n": GROUP + 1, "calculate_log_probs": True}}
-    trainer.config = OmegaConf.create({"actor_rollout_ref": actor, "data": {"train_batch_size": prompts}})
+    algorithm = {"adv_estimator": "skpo", "rollout_correction": {"rollout_is": None}}
+    trainer.config = OmegaConf.create(
+        {"actor_rollout_ref": actor, "algorithm": algorithm, "data": {"train_batch_size": prompts}}
+    )
     batch = KVBatchMeta(partition_id="train", keys=keys, tags=[{"seq_len": 700 + tokens} for tokens in sizes])
 
     def step() -> dict[str, float]:
