@@ -195,8 +195,14 @@ def launched(compose_config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     shut: list[bool] = []
     monkeypatch.setattr(module, "ENDING", Ending())
     monkeypatch.setattr(module, "isolated", lambda config: nullcontext())
-    with module.ENDING.handling():
-        yield launch
+    # Under nohup and in the background of a script, tests begin with these signals ignored.
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGHUP)}
+    try:
+        with module.ENDING.handling():
+            yield launch
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
