@@ -283,7 +283,7 @@ def draw_seconds(prompts: int, repeats: int) -> float:
 
     state = visited_state(prompts)
     ids = [*map(prompt_key, range(prompts))]
-    batches = PrioritisedBatches(ids, PROMPTS, 0.05, state.prompts.value, lambda: state.rng)
+    batches = PrioritisedBatches(ids, PROMPTS, 0.05, state.prompts, lambda: state.rng)
     drawn = iter(batches)
     return median_seconds(lambda: next(drawn), repeats)
 

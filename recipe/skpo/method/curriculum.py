@@ -7,10 +7,12 @@ docs/method.md, section 13.  Prompts whose value V in [0, 1] is near 1/2 teach m
 A prompt never visited has V = 1/2, hence the largest weight.  ``epsilon`` > 0 keeps every prompt reachable.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from recipe.skpo.method.tracker import PromptTable
 
 _MOST_HALVINGS = 20
 """Keeps the weight of a prompt that always fails above 0."""
@@ -35,11 +37,14 @@ class PrioritisedBatches:
     randomness is in the generator behind ``rng``, whose state the trainer keeps in the checkpoint, so the sampler's
     own state is how many batches of the epoch are gone.
 
+    An id is looked up at the start of an epoch and after it was drawn: with millions of prompts, looking all of them up
+    in every step would take seconds.
+
     Args:
-        ids: prompt id of every dataset row.
+        ids: prompt id of every dataset row, each once.
         batch_size: prompts per batch.
         epsilon: added to every weight.
-        value: V of a prompt id, in [0, 1].
+        prompts: has V of every prompt; changes between two batches only for prompts of the first.
         rng: gives the generator to draw from; asked each time, because a resume replaces it.
         failures: gives the ids whose last visits all failed, to their number; each halves the weight.  Such a prompt
             would otherwise keep the weight of one never visited, and be drawn again and again.
@@ -47,29 +52,35 @@ class PrioritisedBatches:
 
     def __init__(
         self,
-        ids: Sequence[str],
+        ids: Iterable[str],
         batch_size: int,
         epsilon: float,
-        value: Callable[[str], float],
+        prompts: PromptTable,
         rng: Callable[[], np.random.Generator],
         failures: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self.ids, self.batch_size, self.epsilon = list(ids), batch_size, epsilon
-        self.value, self.rng, self.failures = value, rng, failures
+        self.prompts, self.rng, self.failures = prompts, rng, failures
         self.drawn = 0
 
     def __len__(self) -> int:
         return len(self.ids) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
+        rows = np.empty(len(self.ids), dtype=np.int64)
+        failing: set[int] = set()
+        stale: Sequence[int] = range(len(self.ids))
         while self.drawn < len(self):
             self.drawn += 1
-            values = np.array([self.value(prompt_id) for prompt_id in self.ids])
-            weights = prompt_weights(values, self.epsilon)
+            rows[stale] = self.prompts.rows(self.ids[position] for position in stale)
+            weights = prompt_weights(self.prompts.values(rows), self.epsilon)
             failures = self.failures()
             if failures:
-                weights *= [0.5 ** min(failures.get(prompt_id, 0), _MOST_HALVINGS) for prompt_id in self.ids]
-            yield draw_prompts(weights, self.batch_size, self.rng())
+                failing = {position for position in {*failing, *stale} if self.ids[position] in failures}
+                for position in failing:
+                    weights[position] *= 0.5 ** min(failures[self.ids[position]], _MOST_HALVINGS)
+            stale = draw_prompts(weights, self.batch_size, self.rng())
+            yield stale
         self.drawn = 0
 
     def state_dict(self) -> dict[str, Any]:

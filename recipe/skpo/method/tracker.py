@@ -10,7 +10,7 @@ since its last visit:
 A prompt never seen has N = 0, so its first visit replaces the initial value and length.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -161,6 +161,15 @@ class PromptTable:
     def value(self, key: str) -> float:
         """Return V of the prompt, in [0, 1]."""
         return self._get("values", key)
+
+    def rows(self, keys: Iterable[str]) -> np.ndarray:
+        """Return the row of each prompt, int64 (keys,), -1 for one never visited; a row stays a prompt's."""
+        return np.array([-1 if row is None else row for row in map(self._index.find, keys)], dtype=np.int64)
+
+    def values(self, rows: np.ndarray) -> np.ndarray:
+        """Return V of these rows, float64, the shape of ``rows``."""
+        # The last entry is that of row -1.
+        return np.append(self._columns["values"][: len(self)], self.INITIAL_VALUE)[rows]
 
     def length(self, key: str) -> float:
         """Return L of the prompt, in tokens."""

@@ -128,10 +128,11 @@ class BaseTrainer(PPOTrainerSync):
         super()._init_dataloader()
         if self.curriculum:
             batches = PrioritisedBatches(
-                [str(prompt_id) for prompt_id in self.train_dataset.dataframe["id"]],
+                # The whole column at once; row by row takes sixty times as long.
+                map(str, self.train_dataset.dataframe["id"][:]),
                 self.config.data.train_batch_size,
                 self.settings.curriculum.epsilon,
-                self.state.prompts.value,
+                self.state.prompts,
                 lambda: self.state.rng,
                 lambda: self.state.failures,
             )

@@ -51,9 +51,7 @@ def test_a_prompt_never_visited_has_the_largest_weight() -> None:
 
 def test_a_prompt_that_fails_again_and_again_is_drawn_less_and_less() -> None:
     state = SkpoState(SkpoSettings(), 64)
-    batches = PrioritisedBatches(
-        ["good", "bad"], 1, 0.05, state.prompts.value, lambda: state.rng, lambda: state.failures
-    )
+    batches = PrioritisedBatches(["good", "bad"], 1, 0.05, state.prompts, lambda: state.rng, lambda: state.failures)
 
     def share_of_bad() -> float:
         drawn = [position for _ in range(200) for batch in batches for position in batch]
@@ -120,9 +118,7 @@ class Run:
 
     def __init__(self, seed: int = 3, epsilon: float = 0.05) -> None:
         self.state = SkpoState(SkpoSettings(seed=seed), 64)
-        self.batches = PrioritisedBatches(
-            IDS, BATCH, epsilon, lambda key: self.state.prompts.value(key), lambda: self.state.rng
-        )
+        self.batches = PrioritisedBatches(IDS, BATCH, epsilon, self.state.prompts, lambda: self.state.rng)
         self.loader = StatefulDataLoader(IDS, batch_sampler=self.batches, num_workers=0, collate_fn=list)
         self.iterator: Any = None
 
@@ -164,24 +160,57 @@ def test_an_epoch_has_as_many_whole_batches_as_the_data_set() -> None:
 def test_a_batch_is_drawn_when_it_is_asked_for() -> None:
     """The second batch knows what the first one taught; nothing is drawn ahead."""
     run = Run(epsilon=1e-9)
+    for key in IDS:
+        run.state.observe(key, 1.0, 10)
     first = run.fetch()
     after_first = run.state.rng.bit_generator.state
-    for key in IDS:  # all solved but the three of the first batch
-        run.state.observe(key, 0.0 if key in first else 1.0, 10)
+    for key in first:  # no longer solved always
+        run.state.observe(key, 0.0, 10)
     assert run.state.rng.bit_generator.state == after_first
     assert sorted(run.fetch()) == sorted(first)
 
 
-def test_the_values_of_all_prompts_are_asked_for_in_the_order_of_the_rows() -> None:
-    asked: list[str] = []
+def slow_draw(state: SkpoState, ids: list[str], count: int, rng: np.random.Generator) -> list[int]:
+    """Look every prompt up, as the sampler did before it kept rows."""
+    values = np.array([state.prompts.value(key) for key in ids]).clip(0, 1)
+    weights = np.sqrt(values * (1 - values)) + 0.05
+    weights *= [0.5 ** min(state.failures.get(key, 0), 20) for key in ids]
+    return rng.choice(len(ids), count, replace=False, p=weights / weights.sum()).tolist()
 
-    def value(key: str) -> float:
-        asked.append(key)
-        return 0.5 if key in ("p4", "p7") else 0.0
 
-    batches = PrioritisedBatches(IDS, 2, 1e-12, value, lambda: np.random.default_rng(0))
-    assert sorted(next(iter(batches))) == [4, 7]
-    assert asked == IDS
+@pytest.mark.parametrize("seed", range(4))
+def test_every_draw_is_that_of_looking_all_prompts_up(tmp_path: Path, seed: int) -> None:
+    """Prompts are new, trained, dropped and trained later; epochs end, and the run is resumed in the middle of one."""
+    ids, chance = [f"p{number}" for number in range(23)], np.random.default_rng(seed)
+
+    def sampler(state: SkpoState, drawn: int = 0) -> PrioritisedBatches:
+        made = PrioritisedBatches(ids, 4, 0.05, state.prompts, lambda: state.rng, lambda: state.failures)
+        made.load_state_dict({"drawn": drawn})
+        return made
+
+    state = SkpoState(SkpoSettings(seed=seed), 64)
+    state.observe("of another data set", 1.0, 10)
+    batches = sampler(state)
+    iterator = iter(batches)
+    expected = np.random.default_rng(seed)
+    for step in range(60):
+        drawn = next(iterator, None)
+        if drawn is None:
+            iterator = iter(batches)
+            drawn = next(iterator)
+        assert drawn == slow_draw(state, ids, 4, expected), step
+        for position in drawn:
+            trained = bool(chance.random() < 0.6)
+            if trained:
+                state.observe(ids[position], float(chance.uniform(-1, 1)), 10)
+            state.note_outcome(ids[position], trained)
+        if step == 32:
+            state.save(tmp_path)
+            state = SkpoState(SkpoSettings(), 64)
+            state.load(tmp_path)
+            batches = sampler(state, batches.drawn)
+            iterator = iter(batches)
+    assert state.failures and 0 < len(state.prompts) <= len(ids) + 1
 
 
 def test_batches_depend_on_the_seed() -> None:

@@ -254,9 +254,7 @@ def test_the_curriculum_is_for_methods_that_use_it_and_can_be_switched_off(
     assert isinstance(batches, PrioritisedBatches)
     assert (batches.ids, batches.epsilon) == (ids, 0.25)
     assert batches.batch_size == trainer.config.data.train_batch_size == (4 * G if method == "spo" else 4)
-    assert batches.rng() is trainer.state.rng
-    trainer.state.observe("p3", 1.0, 10)
-    assert (batches.value("p3"), batches.value("p4")) == (1.0, 0.5)
+    assert batches.rng() is trainer.state.rng and batches.prompts is trainer.state.prompts
     assert trainer.train_dataloader.num_workers == 0, "a prefetched batch would be lost to a checkpoint"
 
 
