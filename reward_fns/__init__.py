@@ -24,17 +24,14 @@ TAIL_CHARACTERS = 2000
 NUMBER_SOURCES = frozenset({"openai/gsm8k"})
 MATH_SOURCES = frozenset(
     {
-        "lighteval/MATH",
-        "DigitalLearningGmbH/MATH-lighteval",
-        "EleutherAI/hendrycks_math",
-        "HuggingFaceH4/MATH-500",
-        "BytedTsinghua-SIA/DAPO-Math-17k",
-        "math_dapo",
-        "math",
-        "math_dapo_reasoning",
-        "amc23",
-        "minerva_math",
-        "olympiadbench",
+        *(
+            "lighteval/MATH",
+            "DigitalLearningGmbH/MATH-lighteval",
+            "EleutherAI/hendrycks_math",
+            "HuggingFaceH4/MATH-500",
+        ),
+        *("BytedTsinghua-SIA/DAPO-Math-17k", "math_dapo", "math_dapo_reasoning"),
+        *("math", "amc23", "minerva_math", "olympiadbench"),
     }
 )  # and everything that starts with "aime"
 CHOICE_SOURCES = frozenset({"TIGER-Lab/MMLU-Pro"})

@@ -82,16 +82,12 @@ class Judge:
             return verdict
 
     def _ask_twice(self, answer: str, truth: str) -> bool | None:
-        try:
-            return self._ask(answer, truth)
-        except (EOFError, OSError):
-            # The worker died, for example killed from outside: ask a new one, once.
-            self._stop()
-        try:
-            return self._ask(answer, truth)
-        except (EOFError, OSError):
-            self._stop()
-            return None
+        for _ in range(2):  # a worker that died, for example killed from outside, is replaced once
+            try:
+                return self._ask(answer, truth)
+            except (EOFError, OSError):
+                self._stop()
+        return None
 
     def close(self) -> None:
         """Stop the worker."""

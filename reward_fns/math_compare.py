@@ -7,7 +7,9 @@ to the same text, so two answers that can be read only in part are never equal b
 
 import re
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import pairwise
+from operator import sub
 from typing import Any
 
 import mpmath
@@ -47,31 +49,32 @@ def same(given: Node, truth: Node) -> bool:
     """Return whether two structures are equal; an assignment counts by its value if the truth has no name."""
     if given == truth:
         return True
-    if isinstance(given, Chain) and isinstance(truth, Chain):
-        return same_chain(given, truth) or (_subject(given) == _subject(truth) is not None and _same_set(given, truth))
-    if isinstance(given, Chain) and _assigns(given):
-        return any(same(value, truth) for value in candidates(given))
-    if isinstance(truth, Chain) and _assigns(truth) and _names_something(truth):
-        return any(same(given, value) for value in candidates(truth))
-    if isinstance(given, Leaf) and isinstance(truth, Leaf):
-        return same_text(given.text, truth.text)
-    if isinstance(given, Ratio) or isinstance(truth, Ratio):
-        return same_ratio(given, truth)
-    if (
-        isinstance(given, Builder)
-        and isinstance(truth, Builder)
-        and same(given.element, truth.element)
-        and same(given.condition, truth.condition)
-    ):
-        return True
-    if isinstance(given, Group) and isinstance(truth, Group) and same_group(given, truth):
-        return True
-    for one, other in ((given, truth), (truth, given)):
-        if isinstance(one, Group) and one.kind == "set" and len(one.items) == 1 and isinstance(other, Leaf):
-            return same(one.items[0], other)
-    if isinstance(given, Operation) and isinstance(truth, Operation) and _same_operation(given, truth):
-        return True
+    match given, truth:
+        case Chain(), Chain():
+            one_subject = _subject(given) == _subject(truth) is not None
+            return same_chain(given, truth) or (one_subject and _same_set(given, truth))
+        case Chain(), _ if _assigns(given):
+            return any(same(value, truth) for value in candidates(given))
+        case _, Chain() if _assigns(truth) and _names_something(truth):
+            return any(same(given, value) for value in candidates(truth))
+        case Leaf(), Leaf():
+            return same_text(given.text, truth.text)
+        case (Ratio(), _) | (_, Ratio()):
+            return same_ratio(given, truth)
+        case (Group("set", (item,)), Leaf() as other) | (Leaf() as other, Group("set", (item,))):
+            return same(item, other)
+        case Builder(), Builder() if same(given.element, truth.element) and same(given.condition, truth.condition):
+            return True
+        case Group(), Group() if same_group(given, truth):
+            return True
+        case Operation(), Operation() if _same_operation(given, truth):
+            return True
     return _same_set(given, truth)
+
+
+def _value(node: Node) -> Any:
+    """Return the value of a leaf; None for other nodes and for text without a value."""
+    return reading(node.text).value if isinstance(node, Leaf) else None
 
 
 def _subject(chain: Chain) -> Symbol | None:
@@ -131,16 +134,14 @@ def candidates(chain: Chain) -> list[Node]:
 
 def _is_unsolved(node: Node) -> bool:
     """Return whether a node is like 2x or x + 1: an equation with it is not yet an answer ("x + y = 7" may be)."""
-    value = reading(node.text).value if isinstance(node, Leaf) else None
+    value = _value(node)
     if not isinstance(value, Expr) or len(variables(value)) != 1 or _is_name(node):
         return False
     return not isinstance(value.base if isinstance(value, sympy.Pow) else value, sympy.Function)
 
 
 def _is_constant(node: Node) -> bool:
-    if not isinstance(node, Leaf):
-        return False
-    value = reading(node.text).value
+    value = _value(node)
     return isinstance(value, Expr) and not variables(value)
 
 
@@ -282,11 +283,11 @@ def _names_in_order(items: Sequence[Node], others: Sequence[Node]) -> bool:
 
 
 def _distinct(items: Sequence[Node]) -> list[Node]:
-    found: list[Node] = []
+    distinct: list[Node] = []
     for item in items:
-        if not any(same(item, other) for other in found):
-            found.append(item)
-    return found
+        if not any(same(item, other) for other in distinct):
+            distinct.append(item)
+    return distinct
 
 
 def same_ratio(given: Node, truth: Node) -> bool:
@@ -302,10 +303,9 @@ def same_ratio(given: Node, truth: Node) -> bool:
         return all(same_value(left[n] * right[n + 1], left[n + 1] * right[n]) for n in range(len(left) - 1))
     ratio, other = (given, truth) if isinstance(given, Ratio) else (truth, given)
     assert isinstance(ratio, Ratio)
-    parts = _values(ratio)
-    if parts is None or len(parts) != 2 or _is_time(ratio) or not isinstance(other, Leaf):
+    parts, value = _values(ratio), _value(other)
+    if parts is None or len(parts) != 2 or _is_time(ratio):
         return False
-    value = reading(other.text).value
     return isinstance(value, Expr) and same_value(parts[0] / parts[1], value)
 
 
@@ -316,47 +316,38 @@ def _is_time(ratio: Ratio) -> bool:
 
 
 def _values(ratio: Ratio) -> list[Any] | None:
-    found = [reading(part.text).value if isinstance(part, Leaf) else None for part in ratio.parts]
-    values = [value for value in found if isinstance(value, Expr) and not value.is_zero]
-    return values if len(values) == len(found) else None
+    values = [_value(part) for part in ratio.parts]
+    return values if all(isinstance(value, Expr) and not value.is_zero for value in values) else None
 
 
 def quotient(left: tuple[Node, Node], right: tuple[Node, Node]) -> Any:
     """Return the constant quotient of the differences of both pairs of sides; None if it is not constant."""
-    sides = []
-    for one, other in (left, right):
-        if not (isinstance(one, Leaf) and isinstance(other, Leaf)):
-            return None
-        values = reading(one.text).value, reading(other.text).value
-        if not all(isinstance(value, Expr) for value in values):
-            return None
-        sides.append(values)
-    both = sides[0][0] - sides[0][1], sides[1][0] - sides[1][1]
+    sides = [_value(side) for side in (*left, *right)]
+    if not all(isinstance(side, Expr) for side in sides):
+        return None
+    both = sides[0] - sides[1], sides[2] - sides[3]
     if not all(isinstance(each, Expr) and not each.has(sympy.oo, sympy.zoo, sympy.nan) for each in both):
         return None
     both = functions_or_products(*both)
     if not all(variables(each) for each in both):
         return None
-    constant_, found = None, 0
+    quotients: list[Any] = []
     for one, other in pairs_at_points(*both):
         if abs(one) <= POINT_TOLERANCE or abs(other) <= POINT_TOLERANCE:
             continue
-        constant_ = one / other if constant_ is None else constant_
-        if not close(one / other, constant_):
+        quotients.append(one / other)
+        if not close(quotients[-1], quotients[0]):
             return None
-        found += 1
-    return constant_ if found >= FEWEST_QUOTIENTS else None
+    return quotients[0] if len(quotients) >= FEWEST_QUOTIENTS else None
 
 
 # ---------------------------------------------------------------- sets
 
 
 def _same_operation(given: Operation, truth: Operation) -> bool:
-    if given.operator != truth.operator:
-        return False
-    if given.operator == "setminus":
+    if given.operator == truth.operator == "setminus":
         return _pairwise(given.parts, truth.parts)
-    return _matched(given.parts, truth.parts, same)
+    return given.operator == truth.operator and _matched(given.parts, truth.parts, same)
 
 
 def _same_set(given: Node, truth: Node) -> bool:
@@ -376,35 +367,31 @@ def as_set(node: Node) -> Set:
     Raises:
         Unread: the node is not a set of numbers.
     """
-    if isinstance(node, Leaf):
-        value = reading(node.text).value
-        if isinstance(value, Set):
+    match node:
+        case Leaf() if isinstance(value := _value(node), Set):
             return value
-    if isinstance(node, Operation):
-        parts = [as_set(part) for part in node.parts]
-        if node.operator == "setminus":
-            result = parts[0]
-            for part in parts[1:]:
-                result = result - part
-            return result
-        return sympy.Union(*parts) if node.operator == "cup" else sympy.Intersection(*parts)
-    if isinstance(node, Group) and node.kind == "set":
-        return sympy.FiniteSet(*(_exact(item) for item in node.items))
-    if isinstance(node, Group) and node.kind == "list" and node.joined == "or":
-        return sympy.Union(*(as_set(item) for item in node.items))
-    if isinstance(node, Group) and len(node.items) == 2 and node.kind != "list":
-        start, end = (_exact(item) for item in node.items)
-        if start.is_number and end.is_number and bool(start < end):
-            return sympy.Interval(start, end, node.kind[0] == "(", node.kind[1] == ")")
-    if isinstance(node, Builder):
-        return _conditioned(node)
-    if isinstance(node, Chain):
-        return _solved(node)
+        case Operation(operator, parts):
+            sets = [as_set(part) for part in parts]
+            if operator == "setminus":
+                return reduce(sub, sets)
+            return sympy.Union(*sets) if operator == "cup" else sympy.Intersection(*sets)
+        case Group("set", items):
+            return sympy.FiniteSet(*map(_exact, items))
+        case Group("list", items, "or"):
+            return sympy.Union(*map(as_set, items))
+        case Group(kind, (first, last)) if kind != "list":
+            start, end = _exact(first), _exact(last)
+            if start.is_number and end.is_number and bool(start < end):
+                return sympy.Interval(start, end, kind[0] == "(", kind[1] == ")")
+        case Builder():
+            return _conditioned(node)
+        case Chain():
+            return _solved(node)
     raise Unread("not a set")
 
 
 def _exact(node: Node) -> Any:
-    value = reading(node.text).value if isinstance(node, Leaf) else None
+    value = _value(node)
     if not isinstance(value, Expr) or variables(value):
         raise Unread("not a number")
     return value.doit()
@@ -420,27 +407,25 @@ def _conditioned(node: Builder) -> Set:
     symbol = _variable(element)
     if symbol is None:
         raise Unread("not a condition on one variable")
-    found = [as_set(each) for each in conditions]
+    sets = [as_set(each) for each in conditions]
     for each in conditions:
         for chain in each.items if isinstance(each, Group) else (each,):
             if not isinstance(chain, Chain) or _subject(chain) != symbol:
                 raise Unread("a condition on something else")
-    return sympy.Intersection(within, *found)
+    return sympy.Intersection(within, *sets)
 
 
 def _unknown(chain: Chain) -> int | None:
     """Return the index of the variable in a relation solved for it (all other members are constants), else None."""
-    places = [number for number, member in enumerate(chain.members) if not _is_constant(member)]
-    if len(places) != 1 or _variable(chain.members[places[0]]) is None:
-        return None
-    return places[0]
+    places = [place for place, member in enumerate(chain.members) if not _is_constant(member)]
+    return places[0] if len(places) == 1 and _variable(chain.members[places[0]]) is not None else None
 
 
 def _variable(node: Node) -> Symbol | None:
     """Return x, or f(x) as a whole."""
-    value = reading(node.text).value if isinstance(node, Leaf) else None
-    value = without_calls(value) if isinstance(value, Expr) else None
-    return value if isinstance(value, Symbol) else None
+    value = _value(node)
+    variable = without_calls(value) if isinstance(value, Expr) else None
+    return variable if isinstance(variable, Symbol) else None
 
 
 def _solved(chain: Chain) -> Set:

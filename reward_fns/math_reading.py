@@ -117,25 +117,16 @@ def read(text: str) -> Node:
 @lru_cache(maxsize=1024)
 def _tokens(text: str) -> tuple[tuple[str, int], ...]:
     """Return the tokens and the bracket depth of each; a bracket itself has the depth outside of it."""
-    found = []
+    tokens = []
     depth = 0
-    environment = 0
     for token in _TOKEN.findall(text):
-        if token == "\\begin":
-            environment += 1
-        if token in _CLOSING:
-            depth -= 1
-        found.append((token, depth + environment))
-        if token in _OPENING:
-            depth += 1
-        if token == "\\end":
-            environment -= 1
-    return tuple(found)
+        depth += (token == "\\begin") - (token in _CLOSING)
+        tokens.append((token, depth))
+        depth += (token in _OPENING) - (token == "\\end")
+    return tuple(tokens)
 
 
-def _split(
-    text: str, separator: "re.Pattern[str] | frozenset[str]", thousands: bool = True
-) -> tuple[list[str], list[str]]:
+def _split(text: str, separator: re.Pattern[str], thousands: bool = True) -> tuple[list[str], list[str]]:
     """Split at depth 0; return the parts and the separators between them."""
     parts, separators = [""], []
     for token, depth in _tokens(text):
@@ -144,9 +135,7 @@ def _split(
             parts[-1] += first
             parts += others
             separators += [","] * len(others)
-            continue
-        hit = separator.fullmatch(token) if isinstance(separator, re.Pattern) else token in separator
-        if depth == 0 and hit:
+        elif depth == 0 and separator.fullmatch(token):
             parts.append("")
             separators.append(token)
         else:
@@ -155,8 +144,8 @@ def _split(
 
 
 _LIST = re.compile(r"[,;]|\\text\s*\{\s*,?\s*(?:and|or)\s*\}|and|or")
-_SEMICOLON = frozenset({";"})
-_RELATION = frozenset(RELATIONS)
+_SEMICOLON = re.compile(";")
+_RELATION = re.compile("|".join(map(re.escape, RELATIONS)))
 _RATIO = re.compile(r":|\\colon|\\text\s*\{\s*to\s*\}|to")
 _BUILDER = re.compile(r"\\mid|\||:|\\colon")
 
@@ -200,10 +189,8 @@ def _read_element(text: str, depth: int) -> Iterator[Node]:
 def _read_single(text: str, depth: int) -> Node:
     if depth > DEEPEST:
         return Leaf(text)
-    if text.startswith("\\text"):
-        whole = re.fullmatch(r"\\text\s*\{[^{}]*\}", text)
-        if whole:
-            return Leaf(text)
+    if re.fullmatch(r"\\text\s*\{[^{}]*\}", text):
+        return Leaf(text)
     members, operators = _split(text, _RELATION)
     if operators:
         if not all(members):
@@ -212,11 +199,11 @@ def _read_single(text: str, depth: int) -> Node:
             tuple(_read_single(member, depth + 1) for member in members), tuple(RELATIONS[each] for each in operators)
         )
     for operator in OPERATIONS:
-        parts, found = _split(text, frozenset({operator}))
-        if found and all(parts):
+        parts, separators = _split(text, re.compile(re.escape(operator)))
+        if separators and all(parts):
             return Operation(operator[1:], tuple(_read_single(part, depth + 1) for part in parts))
-    parts, found = _split(text, _RATIO)
-    if found:
+    parts, separators = _split(text, _RATIO)
+    if separators:
         return Ratio(tuple(_read_single(part, depth + 1) for part in parts)) if all(parts) else Leaf(text)
     return _read_brackets(text, depth) if _bracketed(text) else Leaf(text)
 
@@ -252,8 +239,8 @@ def _read_brackets(text: str, depth: int) -> Node:
 def _read_set(inner: str, text: str, depth: int) -> Node:
     if not inner:
         return Leaf("\\emptyset")
-    parts, found = _split(inner, _BUILDER)
-    if len(parts) == 2 and len(found) == 1 and all(parts) and "," not in parts[0]:
+    parts, _ = _split(inner, _BUILDER)
+    if len(parts) == 2 and all(parts) and "," not in parts[0]:
         return Builder(_read_single(parts[0], depth + 1), _read_list(parts[1], depth + 1))
     node = _read_list(inner, depth + 1, thousands=False)
     if isinstance(node, Group) and node.kind == "list":

@@ -13,63 +13,46 @@ from reward_fns.forms import group_end
 
 _CHARACTERS = {"−": "-", "–": "-", "×": "\\times ", "·": "\\cdot ", "π": "\\pi ", "∞": "\\infty ", "√": "\\sqrt "}
 _CHARACTERS |= {"≤": "\\le ", "≥": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "∪": "\\cup ", "∩": "\\cap "}
-_CHARACTERS |= {
-    "±": "\\pm ",
-    "∓": "\\mp ",
-    "÷": "/",
-    "\u00a0": " ",
-    "\u202f": " ",
-    "²": "^2",
-    "³": "^3",
-    "°": "^\\circ ",
-}
+_CHARACTERS |= {"±": "\\pm ", "∓": "\\mp ", "÷": "/", "\u00a0": " ", "\u202f": " ", "²": "^2", "³": "^3"}
 _CHARACTERS |= {"…": "\\ldots ", "→": "\\to ", "∈": "\\in ", "∅": "\\emptyset ", "∖": "\\setminus ", "’": "'", "′": "'"}
-_CHARACTERS |= {"ℝ": "\\mathbb{R}", "ℤ": "\\mathbb{Z}", "ℕ": "\\mathbb{N}", "ℚ": "\\mathbb{Q}", "ℂ": "\\mathbb{C}"}
+_CHARACTERS |= {
+    "°": "^\\circ ",
+    "ℝ": "\\mathbb{R}",
+    "ℤ": "\\mathbb{Z}",
+    "ℕ": "\\mathbb{N}",
+    "ℚ": "\\mathbb{Q}",
+    "ℂ": "\\mathbb{C}",
+}
 _TRANSLATION = str.maketrans(_CHARACTERS)
 
-_SYNONYMS = {
-    "dfrac": "\\frac",
-    "tfrac": "\\frac",
-    "cfrac": "\\frac",
-    "dbinom": "\\binom",
-    "tbinom": "\\binom",
-    "leq": "\\le",
-    "leqslant": "\\le",
-    "geq": "\\ge",
-    "geqslant": "\\ge",
-    "neq": "\\ne",
-    "lt": "<",
-    "gt": ">",
-    "dots": "\\ldots",
-    "cdots": "\\ldots",
-    "dotsc": "\\ldots",
-    "rightarrow": "\\to",
-    "varnothing": "\\emptyset",
-    "lbrace": "\\{",
-    "rbrace": "\\}",
-    "lbrack": "[",
-    "rbrack": "]",
-    "lvert": "|",
-    "rvert": "|",
-    "vert": "|",
-    "backslash": "\\setminus",
-    "ast": "*",
-    "degree": "^\\circ",
-    "imath": "i",
-    "lor": "\\text{ or }",
-    "land": "\\text{ and }",
-    "mbox": "\\text",
-    "textrm": "\\text",
-    "textnormal": "\\text",
-    "textit": "\\text",
-    "textbf": "\\text",
-    "quad": " ",
-    "qquad": " ",
-    "thinspace": "",
+_NAMES = {
+    "\\frac": "dfrac tfrac cfrac",
+    "\\binom": "dbinom tbinom",
+    "\\le": "leq leqslant",
+    "\\ge": "geq geqslant",
+    "\\ne": "neq",
+    "<": "lt",
+    ">": "gt",
+    "\\ldots": "dots cdots dotsc",
+    "\\to": "rightarrow",
+    "\\emptyset": "varnothing",
+    "\\{": "lbrace",
+    "\\}": "rbrace",
+    "[": "lbrack",
+    "]": "rbrack",
+    "|": "lvert rvert vert",
+    "\\setminus": "backslash",
+    "*": "ast",
+    "^\\circ": "degree",
+    "i": "imath",
+    "\\text{ or }": "lor",
+    "\\text{ and }": "land",
+    "\\text": "mbox textrm textnormal textit textbf",
+    " ": "quad qquad",
+    "": "thinspace displaystyle textstyle left right middle limits rm bf underline",
 }
-_SIZES = [f"{size}{side}" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")]
-_SYNONYMS |= dict.fromkeys([*_SIZES, "displaystyle", "textstyle", "left", "right", "middle", "limits"], "")
-_SYNONYMS |= dict.fromkeys(["rm", "bf", "underline"], "")
+_SYNONYMS = {name: text for text, names in _NAMES.items() for name in names.split()}
+_SYNONYMS |= {f"{size}{side}": "" for size in ("big", "Big", "bigg", "Bigg") for side in ("", "l", "r", "m")}
 
 _COMMAND = re.compile(r"\\\\|\\([a-zA-Z]+)(\s*)")
 _DOUBLED = re.compile(r"\\\\(?=[a-zA-Z])")
@@ -134,13 +117,9 @@ def tidy(answer: str) -> str:
         answer = emphasis[2].strip()
     answer = _SPACED.sub(lambda match: match[0].replace(" ", ""), answer)
     answer = _MIXED.sub(r"\1\\frac{\2}{\3}", answer.replace("**", "^"))
-    answer = (
-        _NOT.sub(r"\\ne ", answer)
-        .replace("<=", "\\le ")
-        .replace(">=", "\\ge ")
-        .replace("!=", "\\ne ")
-        .replace("...", "\\ldots ")
-    )
+    answer = _NOT.sub(r"\\ne ", answer)
+    for typed, command in (("<=", "\\le "), (">=", "\\ge "), ("!=", "\\ne "), ("...", "\\ldots ")):
+        answer = answer.replace(typed, command)
     answer = _BLACKBOARD.sub(r"\\mathbb{\1}", _PERIOD.sub(_periodic, answer))
     answer = _BARE.sub(lambda match: "\\infty" if match[1] == "infinity" else "\\" + match[1], answer)
     answer = _SCRIPTS.sub(r"_\2^\1", _braced(answer, 0))
@@ -233,10 +212,11 @@ def _braced(text: str, depth: int) -> str:
                 out.append("\\text" + text[position:end])
                 position = end
                 continue
-            out.append(f"\\{name}" + (" " if match[2] or name not in ARGUMENTS else ""))
             if name in ARGUMENTS:
-                out[-1] = f"\\{name}"
+                out.append(f"\\{name}")
                 position = _arguments(text, position, name, depth, out)
+            else:
+                out.append(f"\\{name} ")
         elif character in "^_":
             out.append(character)
             position = _script(text, position + 1, depth, out)

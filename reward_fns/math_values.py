@@ -10,8 +10,9 @@ import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 from itertools import pairwise
+from operator import mul
 from typing import Any
 
 import mpmath
@@ -120,17 +121,14 @@ class _Parser(_Latex2Sympy):
             return super().convert_postfix_list(arr, i)
         if len(texts) > 1 and texts[0].isdigit():
             fraction = re.fullmatch(r"\\frac\{([0-9]+)\}\{([0-9]+)\}", texts[1])
+            if fraction and int(fraction[1]) >= int(fraction[2]):
+                raise Unread("neither a mixed number nor clearly a product")
             if fraction:
-                if int(fraction[1]) >= int(fraction[2]):
-                    raise Unread("neither a mixed number nor clearly a product")
                 factors[:2] = [factors[0] + factors[1]]
         if len(factors) == 1:
             return factors[0]
         if any(getattr(each, "is_Matrix", False) for each in factors):
-            result = factors[0]
-            for each in factors[1:]:
-                result = result * each
-            return result
+            return reduce(mul, factors)
         return sympy.Mul(*factors, evaluate=False)
 
     def convert_func(self, func: Any) -> Any:
@@ -202,9 +200,7 @@ def _parsed(text: str) -> Any:
         letter = match[0]
         if letter == "\\exponent":
             return "E"
-        if letter.startswith("\\"):
-            return letter
-        return f"\\text{{{letter}}}"
+        return letter if letter.startswith("\\") else f"\\text{{{letter}}}"
 
     value = _Parser().parse(_LETTERS.sub(wrapped, exponents))
     if not isinstance(value, Expr | MatrixBase | sympy.MatrixExpr) or value.has(sympy.Derivative):

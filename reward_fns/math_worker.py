@@ -34,29 +34,10 @@ NEXT_FORK = 3
 REQUESTS_PER_FORK = 2000
 PLAIN_NUMBER = re.compile(r"[+-]?(?=\.?[0-9])[0-9]{0,400}(?:\.[0-9]{0,400})?(?:[eE][+-]?[0-9]{1,3})?")
 FORBIDDEN = (
-    "os.system",
-    "os.exec",
-    "os.fork",
-    "os.posix_spawn",
-    "os.spawn",
-    "os.remove",
-    "os.rename",
-    "os.rmdir",
-    "os.mkdir",
-    "os.symlink",
-    "os.link",
-    "os.chmod",
-    "os.chown",
-    "os.truncate",
-    "os.kill",
-    "os.putenv",
-    "os.setxattr",
-    "os.utime",
-    "signal.pthread_kill",
-    "subprocess.Popen",
-    "socket.",
-    "shutil.",
-    "ctypes.",
+    *("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen"),
+    *("os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate", "shutil."),
+    *("os.chmod", "os.chown", "os.setxattr", "os.utime", "os.putenv"),
+    *("os.kill", "signal.pthread_kill", "socket.", "ctypes."),
 )
 """Prefixes of audit events."""
 

@@ -35,16 +35,14 @@ def check(text: str, ground_truth: str, answer_format: str = "any") -> tuple[str
     pred, right = math_answer.check(text, match["answer"], answer_format)
     if right or not pred or len(pred) > math_answer.LONGEST:
         return pred, right
-    given, wanted = (
+    given, truths = (
         [math_answer.number(tidy(part)) for part in _COMMA.split(answer)] for answer in (pred, match["answer"])
     )
     if len(tolerances) == 1:
-        tolerances *= len(wanted)
-    if not len(given) == len(wanted) == len(tolerances):
-        return pred, False
-    return pred, all(
+        tolerances *= len(truths)
+    return pred, len(given) == len(truths) == len(tolerances) and all(
         one is not None and other is not None and abs(one - other) <= tolerance
-        for one, other, tolerance in zip(given, wanted, tolerances, strict=True)
+        for one, other, tolerance in zip(given, truths, tolerances, strict=True)
     )
 
 

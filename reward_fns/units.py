@@ -9,19 +9,8 @@ Two known units differ unless they are the same unit ("cm" and "centimeters" are
 
 import re
 
-SCALES = {
-    "hundred": 100,
-    "thousand": 10**3,
-    "million": 10**6,
-    "mn": 10**6,
-    "mil": 10**6,
-    "billion": 10**9,
-    "bn": 10**9,
-    "trillion": 10**12,
-    "lakh": 10**5,
-    "crore": 10**7,
-    "dozen": 12,
-}
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "lakh": 10**5, "crore": 10**7, "trillion": 10**12}
+SCALES |= dict.fromkeys(("million", "mn", "mil"), 10**6) | dict.fromkeys(("billion", "bn"), 10**9)
 _WORDS_THAT_COUNT = """
 squared cubed factorial half halves third thirds fourths fifth fifths sixths sevenths eighths ninths
 tenth tenths hundredth hundredths thousandth thousandths millionth millionths and or nor but not to
@@ -82,13 +71,8 @@ _NAMES = {
     "pm": "p.m. p.m PM",
 }
 KNOWN = {name: unit for unit, names in _NAMES.items() for name in (unit, *names.split())}
-_PLAIN = "|".join(
-    sorted(
-        (re.escape(name) for name in KNOWN if len(name) > 1 and name.lower() not in ("mi", "am", "pm")),
-        key=len,
-        reverse=True,
-    )
-)
+_PLAINLY_WRITTEN = [re.escape(name) for name in KNOWN if len(name) > 1 and name.lower() not in ("mi", "am", "pm")]
+_PLAIN = "|".join(sorted(_PLAINLY_WRITTEN, key=len, reverse=True))
 _POWER = r"(?:\s*\^\s*(?:\{-?[1-9]\}|[1-9])|[²³])?"
 _WORDED = r"\\(?:text|mathrm)\s*\{(?:[^{}\\]|\{[^{}\\]*\})*\}"
 _TEMPERATURE = r"(?:(?<=\\circ)|(?<=\\circ )|(?<=\\circ\}))[CF](?![a-zA-Z])"
@@ -109,15 +93,15 @@ def scale_of(words: str, *, sentence: bool = False) -> int | None:
 
     In a `sentence`, only the words directly after the number can change it ("18 because it is ...").
     """
-    found = [word.strip(".-'’").lower() for word in _WORD.findall(words)]
+    rest = [word.strip(".-'’").lower() for word in _WORD.findall(words)]
     factor = 1
-    while found and found[0] in SCALES:
-        factor *= SCALES[found.pop(0)]
+    while rest and rest[0] in SCALES:
+        factor *= SCALES[rest.pop(0)]
     if sentence:
         if re.match(r"\s*and\s+(?:a|one|two|three)\b", words):
             return None
-        found = [word for word in found[:1] if word not in IN_SENTENCES]
-    return None if any(word in NOT_UNITS or word in SCALES for word in found) else factor
+        rest = [word for word in rest[:1] if word not in IN_SENTENCES]
+    return None if any(word in NOT_UNITS or word in SCALES for word in rest) else factor
 
 
 def split_unit(text: str) -> tuple[str, int, str]:
@@ -133,11 +117,7 @@ def split_unit(text: str) -> tuple[str, int, str]:
         return text, 1, ""
     words = _UNWRAPPED.sub(r" \1 ", match[0])
     lone = words.strip()
-    if len(lone) == 1 and lone not in KNOWN:
-        return text, 1, ""
-    if lone in ("i", "e"):
-        return text, 1, ""
-    factor = scale_of(words)
+    factor = None if len(lone) == 1 and lone not in KNOWN else scale_of(words)
     return (text, 1, "") if factor is None else (value, factor, words)
 
 
@@ -149,7 +129,7 @@ def differ(left: str, right: str) -> bool:
 
 def canonical(text: str) -> tuple[tuple[str, int], ...] | None:
     """Return a unit as sorted names with exponents; None for text that is not made of known units."""
-    found: dict[str, int] = {}
+    exponents: dict[str, int] = {}
     sign, power = 1, 1
     text = text.replace("²", "^2").replace("³", "^3").rstrip(" ")
     for word, exponent in re.findall(r"(/|[a-zA-Z][a-zA-Z.]*|[^\sa-zA-Z/^{}\\])\s*(?:\^\s*\{?(-?[1-9])\}?)?", text):
@@ -169,6 +149,6 @@ def canonical(text: str) -> tuple[tuple[str, int], ...] | None:
             name = KNOWN.get(word) or KNOWN.get(lower)
             if name is None:
                 return None
-            found[name] = found.get(name, 0) + sign * power * int(exponent or 1)
+            exponents[name] = exponents.get(name, 0) + sign * power * int(exponent or 1)
             power = 1
-    return tuple(sorted(found.items())) if found else None
+    return tuple(sorted(exponents.items())) or None
