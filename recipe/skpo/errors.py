@@ -37,6 +37,11 @@ class RunError(RuntimeError):
     """A run that cannot continue; the message is one sentence that says what happened, and where."""
 
 
+def brief(error: BaseException) -> str:
+    """Name an error by its type and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and its causes, the last one first, across the borders of Ray's processes."""
     from ray.exceptions import RayTaskError

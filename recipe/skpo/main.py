@@ -26,7 +26,7 @@ from data_prep import smollm2
 from data_prep.training import TrainingData, prepare_training
 from data_prep.untrusted import error_line
 from recipe.skpo.checks.command_line import one_sentence, reject_unknown_settings, resolve, sentence
-from recipe.skpo.checks.config import check_config, check_folders, check_given
+from recipe.skpo.checks.config import check_config, check_folders, check_method_settings, check_numbers
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.environment import LOCKS, check_machine, check_packages, check_variables
 from recipe.skpo.checks.known_keys import check_keys, check_structure
@@ -90,7 +90,8 @@ def check(config: DictConfig, command: Command) -> SkpoSettings:
     check_structure(command.given, command.choices)
     # Before the config is resolved: other values are computed from these.
     settings = SkpoSettings.from_config(config.skpo)
-    check_given(config, command.overrides)
+    check_method_settings(config, command.overrides)
+    check_numbers(config)
     own_folder(config, command.overrides)
     resolve_paths(config, command.overrides)
     resolve(config, command.overrides)

@@ -12,7 +12,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from recipe.skpo.checks.known_keys import nearest, reference_keys, unknown_choice, unknown_key
+from recipe.skpo.checks.known_keys import is_reference, nearest, reference_keys, unknown_choice, unknown_key, walk
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.settings import RECORDS, known_keys
 
@@ -46,12 +46,7 @@ def one_sentence(task: Callable[..., Any], overrides: Sequence[str]) -> Iterator
 
 
 def sentence(error: BaseException, overrides: Iterable[str] = ()) -> str:
-    """Say in one sentence what Hydra, OmegaConf or a check of the recipe refused.
-
-    Args:
-        error: what was raised.
-        overrides: the arguments of the command, to name the one that an error comes from.
-    """
+    """Say in one sentence what Hydra, OmegaConf or a check of the recipe refused, and in which of the arguments."""
     ours = next((cause for cause in _chain(error) if isinstance(cause, ConfigError)), None)
     if ours is not None:
         return str(ours)
@@ -93,11 +88,7 @@ def sentence(error: BaseException, overrides: Iterable[str] = ()) -> str:
 
 
 def resolve(config: DictConfig, overrides: Iterable[str] = ()) -> None:
-    """Resolve every interpolation of ``config`` in place.
-
-    Raises:
-        ConfigError: naming the key and what its interpolation lacks.
-    """
+    """Resolve every interpolation of ``config`` in place."""
     try:
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
@@ -105,11 +96,7 @@ def resolve(config: DictConfig, overrides: Iterable[str] = ()) -> None:
 
 
 def reject_unknown_settings(arguments: Iterable[str]) -> None:
-    """Refuse overrides of ``skpo`` keys that do not exist, with all that do.
-
-    Raises:
-        ConfigError: naming the key.
-    """
+    """Refuse overrides of ``skpo`` keys that do not exist, with all that do."""
     for argument in arguments:
         match = re.match(r"[+~]{0,2}skpo\.([\w.]+)(=|$)", argument)
         if match and match[1] not in [*known_keys(), *RECORDS]:
@@ -118,24 +105,13 @@ def reject_unknown_settings(arguments: Iterable[str]) -> None:
 
 def _with_key(config: DictConfig, error: OmegaConfBaseException) -> OmegaConfBaseException:
     """Return the same error with its key, which ``OmegaConf.resolve`` does not say."""
-    for path in interpolations(OmegaConf.to_container(config, resolve=False)):
+    plain = OmegaConf.to_container(config, resolve=False)
+    for path in (path for path, value in walk(plain) if is_reference(value)):
         try:
             OmegaConf.select(config, path, throw_on_missing=True)
-        except OmegaConfBaseException as found:
-            return found
+        except OmegaConfBaseException as with_key:
+            return with_key
     return error
-
-
-def interpolations(node: Any, path: str = "") -> Iterator[str]:
-    """Dotted paths of the values that hold an interpolation."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from interpolations(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(node, list):
-        for index, value in enumerate(node):
-            yield from interpolations(value, f"{path}[{index}]")
-    elif isinstance(node, str) and "${" in node:
-        yield path
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -152,8 +128,7 @@ def _unreadable(error: OverrideParseException) -> str:
         return f"{given}: is not key=value; write {given}=<value>"
     if re.match(r"['\"\[{]*~", value):
         return f"{key}: {value} is not read as a home folder; write $HOME instead of ~, outside of single quotes"
-    unbalanced = _unbalanced(key, value)
-    if unbalanced is not None:
+    if unbalanced := _unbalanced(key, value):
         return unbalanced
     where = re.search(r"\n( *)\^", str(error))
     column = len(where[1]) - len("LexerNoViableAltException: ") if where else -1

@@ -11,6 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.skpo.checks import ACTOR, ROLLOUT
 from recipe.skpo.checks.engine import check_model_engine, choose_engine, flash_attention_installed
 from recipe.skpo.checks.gpus import check_ranks, check_token_budgets
 from recipe.skpo.checks.options import check_options
@@ -29,27 +30,16 @@ METHOD_SETTINGS = {
 """Keys below ``skpo`` by the part of a method that reads them; all others are read by every method."""
 
 
-def check_given(config: DictConfig, overrides: Iterable[str]) -> None:
-    """Refuse values with which the rest of the config cannot be computed, and settings that the method ignores.
-
-    Raises:
-        ConfigError: naming the config path, the value and what it must be.
-    """
-    check_method_settings(config, overrides)
-    check_numbers(config)
-
-
 def check_method_settings(config: DictConfig, overrides: Iterable[str]) -> None:
-    """Refuse settings given on the command line that the chosen method would ignore.
-
-    Raises:
-        ConfigError: naming the setting and the method.
-    """
+    """Refuse settings given on the command line that the chosen method would ignore."""
     ignored = {key for part, keys in METHOD_SETTINGS.items() if part not in config.method.uses for key in keys}
     for override in overrides:
         match = re.match(r"[+~]{0,2}skpo\.(\w+)", override)
         if match and match[1] in ignored:
             raise ConfigError(f"skpo.{match[1]}: has no effect with method={config.method.name}; leave it out")
+
+
+# ---------------------------------------------------------------- numbers
 
 
 @dataclass(frozen=True)
@@ -85,119 +75,114 @@ class Number:
         return text + (", or null" if self.none else "")
 
 
-_COUNT = Number(whole=True, low=1)
-_ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
-NUMBERS = {
-    "data.train_batch_size": _COUNT,
-    # Not above 0 means all.
-    "data.train_max_samples": Number(whole=True, low=-1),
-    "data.val_max_samples": Number(whole=True, low=-1),
-    "data.max_prompt_length": _COUNT,
-    "data.max_response_length": _COUNT,
-    f"{_ACTOR}.ppo_mini_batch_size": _COUNT,
-    f"{_ACTOR}.ppo_epochs": _COUNT,
-    f"{_ACTOR}.entropy_coeff": Number(whole=False, low=-math.inf),
-    f"{_ACTOR}.kl_loss_coef": Number(whole=False, low=0),
-    f"{_ACTOR}.optim.lr": Number(whole=False, low=0, above=True),
-    f"{_ACTOR}.optim.weight_decay": Number(whole=False, low=0),
-    f"{_ACTOR}.optim.clip_grad": Number(whole=False, low=0, above=True),
-    f"{_ROLLOUT}.temperature": Number(whole=False, low=0, above=True),
-    f"{_ROLLOUT}.top_p": Number(whole=False, low=0, above=True, high=1),
-    f"{_ROLLOUT}.gpu_memory_utilization": Number(whole=False, low=0, above=True, high=1),
-    f"{_ROLLOUT}.tensor_model_parallel_size": _COUNT,
-    f"{_ROLLOUT}.max_model_len": Number(whole=True, low=1, none=True),
-    "trainer.nnodes": _COUNT,
-    "trainer.n_gpus_per_node": _COUNT,
-    "trainer.total_epochs": _COUNT,
-    "trainer.total_training_steps": Number(whole=True, low=1, none=True),
-    # Not above 0 means never.
-    "trainer.save_freq": Number(whole=True, low=-1),
-    "trainer.test_freq": Number(whole=True, low=-1),
-    "trainer.max_actor_ckpt_to_keep": Number(whole=True, low=1, none=True),
+COUNT = Number(whole=True, low=1)
+NUMBERS: dict[Number, tuple[str, ...]] = {
+    COUNT: (
+        *("data.train_batch_size", "data.max_prompt_length", "data.max_response_length"),
+        *(f"{ACTOR}.ppo_mini_batch_size", f"{ACTOR}.ppo_epochs", f"{ROLLOUT}.tensor_model_parallel_size"),
+        *("trainer.nnodes", "trainer.n_gpus_per_node", "trainer.total_epochs"),
+    ),
+    Number(whole=True, low=1, none=True): (
+        *(f"{ROLLOUT}.max_model_len", "trainer.total_training_steps", "trainer.max_actor_ckpt_to_keep"),
+    ),
+    # Not above 0 means all rows, and never.
+    Number(whole=True, low=-1): (
+        *("data.train_max_samples", "data.val_max_samples", "trainer.save_freq", "trainer.test_freq"),
+    ),
+    Number(whole=False, low=0, above=True): (
+        *(f"{ACTOR}.optim.lr", f"{ACTOR}.optim.clip_grad", f"{ROLLOUT}.temperature"),
+    ),
+    Number(whole=False, low=0): (f"{ACTOR}.kl_loss_coef", f"{ACTOR}.optim.weight_decay"),
+    Number(whole=False, low=0, above=True, high=1): (f"{ROLLOUT}.top_p", f"{ROLLOUT}.gpu_memory_utilization"),
+    Number(whole=False, low=-math.inf): (f"{ACTOR}.entropy_coeff",),
 }
-"""Config path to its bounds: outside of them verl accepts the value, and later fails or trains nothing."""
+"""Bounds to config paths: outside of them verl accepts the value, and later fails or trains nothing."""
 
+
+def check_numbers(config: DictConfig) -> None:
+    """Refuse sizes, rates and frequencies that no run can have; ``config`` need not be resolved yet."""
+    for number, paths in NUMBERS.items():
+        if number is COUNT and config.platform.name == "cpu":
+            paths += ("platform.num_threads", "platform.kv_cache_gib")
+        for path in paths:
+            value = OmegaConf.select(config, path)
+            if not number.holds(value):
+                raise ConfigError(f"{path}: is {value!r}, must be {number}")
+
+
+# ---------------------------------------------------------------- options together
 
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 """Types that vLLM computes in."""
 
+REQUIRED: dict[str, tuple[Any, str]] = {
+    "algorithm.use_kl_in_reward": (False, "rewards stay plain; for a KL loss set actor.use_kl_loss"),
+    "algorithm.rollout_correction.rollout_rs": (None, "groups are normalised by all of their samples"),
+    f"{ROLLOUT}.calculate_log_probs": (True, "rollout and actor are compared by their log-probs"),
+    "data.dataloader_num_workers": (0, "prefetched prompts would be lost to a checkpoint"),
+    "reward.reward_model.enable": (False, "rewards are rules, computed while others generate"),
+    "trainer.use_v1": (True, "the trainers are V1 trainers"),
+    "trainer.critic_warmup": (0, "there is no critic; steps without an update would still move the trackers"),
+    f"{ROLLOUT}.name": ("vllm", "the rollout is written for vLLM's server"),
+    "trainer.default_hdfs_dir": (None, "only a local folder gets the whole checkpoint, trackers included"),
+    f"{ACTOR}.checkpoint.async_save": (False, "it leaves no mark of the checkpoint to resume from"),
+}
+"""Config path to the value that every method needs, and why."""
 
-def check_numbers(config: DictConfig) -> None:
-    """Refuse sizes, rates and frequencies that no run can have.
+REQUIRED_BY_SKPO: dict[str, tuple[Any, str]] = {
+    "algorithm.adv_estimator": ("skpo", "SKPO computes its own advantages"),
+    "algorithm.filter_groups.enable": (False, "filtered groups would tear a segment from its responses"),
+    f"{ACTOR}.policy_loss.loss_mode": ("skpo", "choose another loss with method=<name>"),
+    f"{ACTOR}.shuffle": (False, "an update must see whole prompts"),
+}
 
-    Raises:
-        ConfigError: naming the config path, the value and what it must be.
-    """
-    platform = (
-        {"platform.num_threads": _COUNT, "platform.kv_cache_gib": _COUNT} if config.platform.name == "cpu" else {}
-    )
-    for path, number in (NUMBERS | platform).items():
-        value = OmegaConf.select(config, path)
-        if not number.holds(value):
-            raise ConfigError(f"{path}: is {value!r}, must be {number}")
+TRAINERS = {"skpo": "skpo", "spo": "skpo_spo"}
+"""Method to its trainer; all others have ``skpo_baseline``."""
 
 
 def check_config(config: DictConfig, settings: SkpoSettings, overrides: Sequence[str] = ()) -> None:
-    """Refuse options that are not installed, that nothing would read, or that cannot be trained with together.
-
-    Args:
-        config: resolved.
-        settings: its ``skpo`` node.
-        overrides: of the command line.
-
-    Raises:
-        ConfigError: naming the config path, what it is and what it must be.
-    """
+    """Refuse options that are not installed, that nothing would read, or that cannot be trained with together."""
     check_model_engine(config)
+    choose_engine(config, flash_attention=flash_attention_installed())
+    _check_rollout_type(config)
+    _check_required(config, settings)
     _check_combinations(config, settings)
+    if config.method.name == "skpo":
+        _check_context(config, settings)
+    check_ranks(config)
+    check_token_budgets(config)
     check_options(config, overrides)
     check_loggers(config)
 
 
-def _check_combinations(config: DictConfig, settings: SkpoSettings) -> None:
-    required: dict[str, tuple[Any, str]] = {
-        "algorithm.use_kl_in_reward": (False, "rewards stay plain; for a KL loss set actor.use_kl_loss"),
-        "algorithm.rollout_correction.rollout_rs": (None, "groups are normalised by all of their samples"),
-        "actor_rollout_ref.rollout.calculate_log_probs": (True, "rollout and actor are compared by their log-probs"),
-        "data.dataloader_num_workers": (0, "prefetched prompts would be lost to a checkpoint"),
-        "reward.reward_model.enable": (False, "rewards are rules, computed while others generate"),
-        "trainer.use_v1": (True, "the trainers are V1 trainers"),
-        "trainer.critic_warmup": (0, "there is no critic; steps without an update would still move the trackers"),
-        "actor_rollout_ref.rollout.name": ("vllm", "the rollout is written for vLLM's server"),
-        "trainer.default_hdfs_dir": (None, "only a local folder gets the whole checkpoint, trackers included"),
-        "actor_rollout_ref.actor.checkpoint.async_save": (False, "it leaves no mark of the checkpoint to resume from"),
-    }
-    if config.method.name == "skpo":
-        required |= {
-            "algorithm.adv_estimator": ("skpo", "SKPO computes its own advantages"),
-            "algorithm.filter_groups.enable": (False, "filtered groups would tear a segment from its responses"),
-            f"{_ACTOR}.policy_loss.loss_mode": ("skpo", "choose another loss with method=<name>"),
-            "actor_rollout_ref.actor.shuffle": (False, "an update must see whole prompts"),
-            "actor_rollout_ref.rollout.n": (
-                settings.group_size + 1,
-                "one row per sibling and one for the segment; set skpo.group_size",
-            ),
-        }
-    choose_engine(config, flash_attention=flash_attention_installed())
+def _check_rollout_type(config: DictConfig) -> None:
     if config.actor_rollout_ref.rollout.dtype not in DTYPES:
         raise ConfigError(
-            f"actor_rollout_ref.rollout.dtype: is {config.actor_rollout_ref.rollout.dtype!r}, must be one of "
-            f"{', '.join(DTYPES)}"
+            f"{ROLLOUT}.dtype: is {config.actor_rollout_ref.rollout.dtype!r}, must be one of {', '.join(DTYPES)}"
         )
-    if config.platform.name == "cpu" and config.actor_rollout_ref.actor.strategy == "fsdp":
-        raise ConfigError("actor_rollout_ref.actor.strategy: is fsdp, which refuses modules on a CPU; use fsdp2")
-    trainers = {"skpo": "skpo", "spo": "skpo_spo"}
-    wanted_trainer = trainers.get(config.method.name, "skpo_baseline")
-    required["trainer.v1.trainer_mode"] = (wanted_trainer, "choose the method with method=<name>")
-    for path, (wanted, reason) in required.items():
+
+
+def _check_required(config: DictConfig, settings: SkpoSettings) -> None:
+    required = dict(REQUIRED)
+    if config.method.name == "skpo":
+        rows = (settings.group_size + 1, "one row per sibling and one for the segment; set skpo.group_size")
+        required |= REQUIRED_BY_SKPO | {f"{ROLLOUT}.n": rows}
+    trainer = TRAINERS.get(config.method.name, "skpo_baseline")
+    required["trainer.v1.trainer_mode"] = (trainer, "choose the method with method=<name>")
+    for path, (needed, reason) in required.items():
         value = OmegaConf.select(config, path)
-        if value != wanted:
-            raise ConfigError(f"{path}: is {value}, must be {wanted}: {reason}")
+        if value != needed:
+            raise ConfigError(f"{path}: is {value}, must be {needed}: {reason}")
+
+
+def _check_combinations(config: DictConfig, settings: SkpoSettings) -> None:
+    if config.platform.name == "cpu" and config.actor_rollout_ref.actor.strategy == "fsdp":
+        raise ConfigError(f"{ACTOR}.strategy: is fsdp, which refuses modules on a CPU; use fsdp2")
     batch, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
     if batch % mini:
         raise ConfigError(
             f"data.train_batch_size: {batch} prompts do not split into mini-batches of "
-            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini}"
+            f"{ACTOR}.ppo_mini_batch_size={mini}"
         )
     if config.budget.match == "tokens" and (type(config.budget.tokens) is not int or config.budget.tokens < 1):
         raise ConfigError(
@@ -220,10 +205,6 @@ def _check_combinations(config: DictConfig, settings: SkpoSettings) -> None:
             "skpo.seed_requests: is false with full_determinism=true, so vLLM would give all requests of a server the "
             "same seed and all siblings would be the same response; set it to true"
         )
-    if config.method.name == "skpo":
-        _check_context(config, settings)
-    check_ranks(config)
-    check_token_budgets(config)
 
 
 def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
@@ -232,12 +213,11 @@ def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
     longest = config.data.max_prompt_length + segment
     if context is None:
         raise ConfigError(
-            "actor_rollout_ref.rollout.max_model_len: is None; give the tokens that [s, q] and a response "
-            "may take together"
+            f"{ROLLOUT}.max_model_len: is None; give the tokens that [s, q] and a response may take together"
         )
     if context <= longest:
         raise ConfigError(
-            f"actor_rollout_ref.rollout.max_model_len: {context} leaves no room for a response after the longest "
+            f"{ROLLOUT}.max_model_len: {context} leaves no room for a response after the longest "
             f"skip prompt ({config.data.max_prompt_length} problem + {segment} segment tokens); raise it, or lower "
             f"data.max_prompt_length or data.max_response_length"
         )
@@ -248,24 +228,13 @@ def _check_context(config: DictConfig, settings: SkpoSettings) -> None:
         )
 
 
-LOGGERS = {
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "swanlab": "swanlab",
-    "vemlp_wandb": "volcengine_ml_platform",
-    "clearml": "clearml",
-    "trackio": "trackio",
-    "tensorboard": "tensorboard",
-}
+LOGGERS = {name: name for name in ("wandb", "mlflow", "swanlab", "clearml", "trackio", "tensorboard")}
+LOGGERS["vemlp_wandb"] = "volcengine_ml_platform"
 """verl's loggers that need a package, to its name."""
 
 
 def check_loggers(config: DictConfig) -> None:
-    """Refuse loggers that verl does not know or that are not installed.
-
-    Raises:
-        ConfigError: naming the logger.
-    """
+    """Refuse loggers that verl does not know or that are not installed."""
     from verl.utils.tracking import Tracking
 
     given = config.trainer.logger
@@ -281,11 +250,7 @@ def check_loggers(config: DictConfig) -> None:
 
 
 def check_folders(config: DictConfig) -> None:
-    """Refuse folders of the run that cannot be made or written.
-
-    Raises:
-        ConfigError: naming the config path and what is in the way.
-    """
+    """Refuse folders of the run that cannot be made or written."""
     for path in ("output_dir", "trainer.default_local_dir"):
         folder = Path(OmegaConf.select(config, path))
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())

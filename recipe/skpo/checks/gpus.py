@@ -4,9 +4,8 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from recipe.skpo.checks.engine import sequence_parallel_size
 from recipe.skpo.devices import list_gpus
@@ -44,11 +43,7 @@ class Ranks:
 
 
 def actor_ranks(config: DictConfig) -> Ranks:
-    """Count the ranks of the actor, by its engine.
-
-    Raises:
-        ConfigError: the GPUs do not split into data-parallel ranks.
-    """
+    """Count the ranks of the actor, by its engine."""
     trainer, actor = config.trainer, config.actor_rollout_ref.actor
     world = int(trainer.nnodes) * int(trainer.n_gpus_per_node)
     names = {"ulysses_sequence_parallel_size": sequence_parallel_size(config)}
@@ -66,11 +61,7 @@ def actor_ranks(config: DictConfig) -> Ranks:
 
 
 def check_ranks(config: DictConfig) -> None:
-    """Refuse updates that do not split over the data-parallel ranks, and servers that do not split over the GPUs.
-
-    Raises:
-        ConfigError: with the numbers, and the mini-batches that would do.
-    """
+    """Refuse updates that do not split over the data-parallel ranks, and servers that do not split over the GPUs."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     ranks = actor_ranks(config)
     rows = actor.ppo_mini_batch_size * rollout.n
@@ -91,11 +82,7 @@ def check_ranks(config: DictConfig) -> None:
 
 
 def check_token_budgets(config: DictConfig) -> None:
-    """Refuse micro-batches that cannot hold the longest row: verl finds out in the step that meets one.
-
-    Raises:
-        ConfigError: naming the budget and the tokens of the longest row.
-    """
+    """Refuse micro-batches that cannot hold the longest row: verl finds out in the step that meets one."""
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     longest = config.data.max_prompt_length + config.data.max_response_length
     if config.method.name == "skpo":
@@ -103,14 +90,11 @@ def check_token_budgets(config: DictConfig) -> None:
     if rollout.max_model_len is not None:
         longest = min(longest, rollout.max_model_len)
     ranks = sequence_parallel_size(config)
-    budgets: dict[str, tuple[Any, bool]] = {
-        "actor.ppo_max_token_len_per_gpu": (actor.ppo_max_token_len_per_gpu, actor.use_dynamic_bsz),
-        "rollout.log_prob_max_token_len_per_gpu": (
-            rollout.log_prob_max_token_len_per_gpu,
-            rollout.log_prob_use_dynamic_bsz,
-        ),
-    }
-    for name, (tokens, used) in budgets.items():
+    for name, used in (
+        ("actor.ppo_max_token_len_per_gpu", actor.use_dynamic_bsz),
+        ("rollout.log_prob_max_token_len_per_gpu", rollout.log_prob_use_dynamic_bsz),
+    ):
+        tokens = OmegaConf.select(config.actor_rollout_ref, name)
         if used and tokens * ranks < longest:
             raise ConfigError(
                 f"actor_rollout_ref.{name}: is {tokens}, but the longest row has {longest} tokens (problem, segment, "

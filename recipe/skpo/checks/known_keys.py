@@ -86,9 +86,6 @@ def check_structure(given: Mapping[str, Any], choices: Mapping[str, Any]) -> Non
     Args:
         given: the composed config in plain types, interpolations unresolved.
         choices: config group to its choice.
-
-    Raises:
-        ConfigError: naming the group or key, and what to give.
     """
     for group in GROUPS:
         if choices.get(group) is None:
@@ -97,18 +94,12 @@ def check_structure(given: Mapping[str, Any], choices: Mapping[str, Any]) -> Non
             raise ConfigError(unknown_choice(group, choices[group]))
     known = reference(choices)
     _check_former(given, known)
-    # A user's own choice may lack keys of the recipe's choices.
-    _check_whole(given, known if not _foreign(choices) else {}, "")
+    if not _foreign(choices):  # which may lack keys of the recipe's choices
+        _check_whole(given, known, "")
 
 
 def unknown_choice(group: str, choice: str, known: Iterable[str] = ()) -> str:
-    """Say that a group does not have a choice, and which it has.
-
-    Args:
-        group: its name.
-        choice: as given.
-        known: choices on Hydra's search path; choices from verl's own files are left out.
-    """
+    """Say that a group does not have a choice, and which it has: ours and, but for verl's own, the ``known`` ones."""
     ours = {path.stem for path in (CONFIG / group).glob("*.yaml")} | set(known)
     return f"{group}: {choice!r} is unknown; known are {', '.join(sorted(ours - _of_verl(group)))}"
 
@@ -123,30 +114,17 @@ def _of_verl(group: str) -> set[str]:
 
 
 def check_keys(given: Mapping[str, Any], choices: Mapping[str, Any]) -> None:
-    """Refuse keys that nobody reads.
+    """Refuse keys that nobody reads; the arguments are those of ``check_structure``.
 
     The platform must have been applied, because verl's dataclasses are imported.
-
-    Args:
-        given: as for ``check_structure``.
-        choices: as for ``check_structure``.
-
-    Raises:
-        ConfigError: naming the key, and the nearest one that is known.
     """
     known = reference(choices)
-    unknown = next(_unknown(given, known, ""), None)
-    if unknown is not None:
-        raise ConfigError(unknown_key(unknown, _offered(known)))
+    for key in _unknown(given, known, ""):
+        raise ConfigError(unknown_key(key, _offered(known)))
 
 
 def unknown_key(path: str, known: Iterable[str]) -> str:
-    """Say that nobody reads a key, and which is nearest.
-
-    Args:
-        path: the key.
-        known: dotted paths of the keys that exist.
-    """
+    """Say that nobody reads a key, and which of the ``known`` ones is nearest."""
     former = _moved_to(path)
     if former is not None:
         return f"{path}: is a former key that verl no longer reads; give {former} instead"
@@ -167,12 +145,11 @@ def nearest(path: str, known: Iterable[str]) -> str | None:
         return len(words & theirs) / len(words | theirs) + SequenceMatcher(None, path, other).ratio() + last
 
     candidates = [key for key in known if not any(_below(key, node) for node in (*away, *MOVED))]
-    best = max(candidates, key=likeness, default=None)
-    return best if best is not None and likeness(best) > 1.3 else None
+    return max((key for key in candidates if likeness(key) > 1.3), key=likeness, default=None)
 
 
 def _words(path: str) -> set[str]:
-    """Words of a key, singular and plural alike."""
+    # Singular and plural alike.
     return {word.removesuffix("s") for word in re.split(r"[._]", path)}
 
 
@@ -218,18 +195,25 @@ def _composed(choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
 
-def _leaves(node: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted path and value of every key, nodes included."""
-    for key, value in node.items():
-        place = f"{path}.{key}" if path else str(key)
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def walk(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield path and value of all that is in a node of plain types: ``a``, ``a.b``, ``a.b[0]``."""
+    if isinstance(node, Mapping):
+        inside = [(_join(path, key), value) for key, value in node.items()]
+    else:
+        inside = [(f"{path}[{index}]", value) for index, value in enumerate(node if isinstance(node, list) else [])]
+    for place, value in inside:
         yield place, value
-        if isinstance(value, Mapping):
-            yield from _leaves(value, place)
+        yield from walk(value, place)
 
 
 def _offered(known: Mapping[str, Any]) -> list[str]:
     """Return the keys that may be named as the nearest: groups, and keys that have a value."""
-    return [path for path, value in _leaves(known) if "." not in path or not isinstance(value, Mapping)]
+    keys = ((path, value) for path, value in walk(known) if "[" not in path)
+    return [path for path, value in keys if "." not in path or not isinstance(value, Mapping)]
 
 
 def _below(path: str, node: str) -> bool:
@@ -242,8 +226,8 @@ def _moved_to(path: str) -> str | None:
 
 
 def _check_former(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    defaults = dict(_leaves(known))
-    for path, value in _leaves(given):
+    defaults = dict(walk(known))
+    for path, value in walk(given):
         now = _moved_to(path)
         if now is not None and not isinstance(value, Mapping) and value is not None and value != defaults.get(path):
             raise ConfigError(f"{path}: is a former key that verl no longer reads; give {now}={value}")
@@ -252,13 +236,13 @@ def _check_former(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
 def _check_whole(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> None:
     """Refuse nodes that were replaced by a value, and keys that were taken out."""
     for key, below in known.items():
-        place = f"{path}.{key}" if path else str(key)
+        place = _join(path, key)
         if key not in given:
             raise ConfigError(f"{place}: is read and cannot be taken out by ~{place}; give it a value")
         value = given[key]
         if isinstance(below, Mapping) and isinstance(value, Mapping):
             _check_whole(value, below if key not in OPEN else {}, place)
-        elif isinstance(below, Mapping) and not _is_reference(value) and (value is not None or not path):
+        elif isinstance(below, Mapping) and not is_reference(value) and (value is not None or not path):
             raise ConfigError(f"{place}: is {value!r}, must be a group of keys; give {place}.<key>=<value>")
 
 
@@ -269,10 +253,11 @@ def _unknown(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> I
         return
     own = _fields(known.get("_target_")) | OPTIONAL.get(name, set())
     if path == "ray_kwargs.ray_init":
-        own |= _ray_init()
+        import ray
+
+        own |= set(signature(ray.init).parameters) - {"kwargs"}
     for key, value in given.items():
-        place = f"{path}.{key}" if path else str(key)
-        below = known.get(key)
+        place, below = _join(path, key), known.get(key)
         if key not in known and key not in own and key not in OPEN:
             yield place
         elif isinstance(below, Mapping) and isinstance(value, Mapping):
@@ -281,16 +266,11 @@ def _unknown(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> I
             yield from (f"{place}.{item}" for item in value if item not in OPTIONAL[key])
 
 
-def _is_reference(value: Any) -> bool:
+def is_reference(value: Any) -> bool:
+    """Return whether a value refers to another key or to a resolver."""
     return isinstance(value, str) and "${" in value
 
 
 def _fields(target: str | None) -> set[str]:
     """Return the fields of one of verl's dataclasses."""
     return {item.name for item in fields(get_class(target))} if target else set()  # type: ignore[arg-type]
-
-
-def _ray_init() -> set[str]:
-    import ray
-
-    return set(signature(ray.init).parameters) - {"kwargs"}

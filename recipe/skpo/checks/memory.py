@@ -40,13 +40,7 @@ class ModelSize:
 
 
 def estimate(config: DictConfig, size: ModelSize, gpu_bytes: int) -> Estimate:
-    """Estimate the memory per GPU of the FSDP engine.
-
-    Args:
-        config: resolved.
-        size: of the model.
-        gpu_bytes: of one GPU.
-    """
+    """Estimate the memory per GPU of the FSDP engine; a GPU has ``gpu_bytes``."""
     actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
     settings = actor.fsdp_config
     ranks = actor_ranks(config).data_parallel
@@ -70,9 +64,6 @@ def check_memory(config: DictConfig) -> None:
     """Refuse a model that cannot be trained on the GPUs, and offload the actor where it would be in vLLM's way.
 
     Nothing is estimated without a GPU whose memory is known on this machine, or for an engine other than FSDP.
-
-    Raises:
-        ConfigError: with the gigabytes that are needed and there.
     """
     known = [size for size in list_gpus() if size]
     actor = config.actor_rollout_ref.actor

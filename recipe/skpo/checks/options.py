@@ -10,10 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.skpo.checks import ACTOR, CORRECTION, MODEL, ROLLOUT
 from recipe.skpo.errors import ConfigError
-
-ACTOR, ROLLOUT, MODEL = "actor_rollout_ref.actor", "actor_rollout_ref.rollout", "actor_rollout_ref.model"
-CORRECTION = "algorithm.rollout_correction"
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,7 @@ UNREAD_BY_SKPO = [
     Unread(f"{ROLLOUT}.ignore_eos", False, "a candidate that ends before t_q could not be told from one that was cut"),
     Unread(f"{ROLLOUT}.enable_rollout_routing_replay", False, "the rows of method=skpo do not carry routed experts"),
     Unread(f"{ACTOR}.router_replay.mode", "disabled", "the rows of method=skpo do not carry routed experts"),
-    Unread(
-        f"{ROLLOUT}.trace.backend",
-        None,
-        "training requests of method=skpo are not traced, validation is",
-        refused=False,
-    ),
+    Unread(f"{ROLLOUT}.trace.backend", None, "training requests of method=skpo are not traced, validation is", False),
 ]
 """With method=skpo."""
 
@@ -134,15 +127,7 @@ UNREAD = [
 
 
 def check_options(config: DictConfig, overrides: Iterable[str] = ()) -> None:
-    """Refuse options that nothing would read, and say which others have no effect.
-
-    Args:
-        config: the resolved config.
-        overrides: as on the command line; whole groups that nothing reads are refused by them.
-
-    Raises:
-        ConfigError: naming the option, its value, and what to do.
-    """
+    """Refuse options and overrides of groups that nothing would read, and say which others have no effect."""
     for option in [*UNREAD, *(UNREAD_BY_SKPO if config.method.name == "skpo" else [])]:
         value = OmegaConf.select(config, option.path)
         if value is None or value == option.default or any(OmegaConf.select(config, path) for path in option.read_with):
@@ -159,13 +144,13 @@ def check_options(config: DictConfig, overrides: Iterable[str] = ()) -> None:
             raise ConfigError(f"{key}: is set, but there is no reference policy without {ACTOR}.use_kl_loss=true")
         if key.startswith(f"trainer.v1.{config.trainer.v1.trainer_mode}."):
             raise ConfigError(f"{key}: is set, but it belongs to verl's asynchronous trainers; leave it out")
-    for sentence in [*_combinations(config)]:
+    for sentence in _contradictions(config):
         raise ConfigError(sentence)
     for sentence in _remarks(config):
         print(f"note: {sentence}")
 
 
-def _combinations(config: DictConfig) -> Iterator[str]:
+def _contradictions(config: DictConfig) -> Iterator[str]:
     """Yield sentences on options that contradict each other."""
     rollout, correction = config.actor_rollout_ref.rollout, config.algorithm.rollout_correction
     bypass = correction.bypass_mode
@@ -197,12 +182,9 @@ def _combinations(config: DictConfig) -> Iterator[str]:
             f"{CORRECTION}.bypass_mode: is true with {ROLLOUT}.logprobs_mode=raw_logprobs and a temperature of "
             f"{rollout.temperature}, so every ratio would compare two temperatures; set processed_logprobs"
         )
-    optim = config.actor_rollout_ref.actor.optim
     if config.budget.match == "tokens":
-        for name, value, flat in (
-            ("lr_scheduler_type", optim.get("lr_scheduler_type"), "constant"),
-            ("lr_warmup_steps_ratio", optim.get("lr_warmup_steps_ratio"), 0.0),
-        ):
+        for name, flat in (("lr_scheduler_type", "constant"), ("lr_warmup_steps_ratio", 0.0)):
+            value = config.actor_rollout_ref.actor.optim.get(name)
             if value not in (None, flat):
                 yield (
                     f"{ACTOR}.optim.{name}: is {value}, but with budget=tokens the number of steps is not known "

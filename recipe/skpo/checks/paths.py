@@ -116,9 +116,6 @@ def resolve_paths(config: DictConfig, overrides: Sequence[str]) -> None:
     Args:
         config: not resolved yet.
         overrides: of the command line.
-
-    Raises:
-        ConfigError: a template's file cannot be read, or a home folder is unknown.
     """
     with open_dict(config):
         for key in (*NAMES, *FILES):

@@ -52,11 +52,7 @@ def given(value: Any, default: Any) -> Any:
 
 
 def cpu_dtype(name: str) -> str:
-    """Translate the rollout's dtype into verl's name.
-
-    Raises:
-        ConfigError: the CPU platform does not compute in it.
-    """
+    """Translate the rollout's dtype into verl's name."""
     if name not in CPU_DTYPES:
         raise ConfigError(
             f"actor_rollout_ref.rollout.dtype: is {name!r}, must be {' or '.join(CPU_DTYPES)} on the CPU platform"

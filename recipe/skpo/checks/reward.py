@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.schema import DataError
-from recipe.skpo.errors import ConfigError
+from recipe.skpo.errors import ConfigError, brief
 from recipe.skpo.task.rewards import VERLS_ARGUMENTS, RewardCall, RewardError, Verdict
 from reward_fns import OUR_REWARD, check_options
 
@@ -30,12 +30,6 @@ def check_reward(config: DictConfig) -> RewardCall:
     """Refuse a reward that cannot be loaded or called as verl does, and options that nobody would read.
 
     The file may import anything, verl included, so the platform must have been applied.
-
-    Returns:
-        The function, to be called.
-
-    Raises:
-        ConfigError: naming the config path, what was found there, and what to do.
     """
     reward = config.reward.custom_reward_function
     if not reward.path:
@@ -76,10 +70,9 @@ def _check_manager(config: DictConfig) -> None:
     try:
         resolve_reward_manager_cls(config)
     except Exception as error:  # a process border: the manager may be somebody's own
-        reason = (str(error).splitlines() or [""])[0]
         raise ConfigError(
-            f"reward.reward_manager: {manager.name} cannot be loaded ({type(error).__name__}: {reason}); give one of "
-            f"verl's, such as naive or dapo"
+            f"reward.reward_manager: {manager.name} cannot be loaded ({brief(error)}); give one of verl's, such as "
+            f"naive or dapo"
         ) from error
     overlong = OmegaConf.select(config, "reward.reward_kwargs.overlong_buffer_cfg.enable")
     if manager.name == "dapo" and overlong and "tracker" in config.method.uses:
@@ -112,9 +105,6 @@ def try_reward(config: DictConfig, call: RewardCall, samples: Iterable[Sample]) 
     """Call the reward on real rows with an empty response, and look at what it returns.
 
     A reward manager of the user's own may call it in another way, so nothing is tried then.
-
-    Raises:
-        ConfigError: naming function, file and row, what happened, and what to do.
     """
     if config.reward.reward_manager.source != "register":
         return
@@ -159,10 +149,7 @@ def _tried(config: DictConfig, call: RewardCall, sample: Sample) -> Verdict:
             f"{WHERE}: {call.label}: {outcome}, for {on}; return a number, or a dict with the number as 'score'"
         ) from outcome
     if isinstance(outcome, BaseException):
-        reason = (str(outcome).splitlines() or [""])[0]
-        raise ConfigError(
-            f"{WHERE}: {call.label} fails for {on} ({type(outcome).__name__}: {reason}); mend it, or the row"
-        ) from outcome
+        raise ConfigError(f"{WHERE}: {call.label} fails for {on} ({brief(outcome)}); mend it, or the row") from outcome
     return outcome
 
 
@@ -172,9 +159,6 @@ def try_every_truth(call: RewardCall, rows: Iterable[tuple[str, str, Any]]) -> N
     Args:
         call: of ``reward_fns.compute_score``.
         rows: place for a message, data source and ground truth of each.
-
-    Raises:
-        DataError: naming file and row, and what the ground truth must be.
     """
     tried: set[tuple[str, str]] = set()
     for where, data_source, truth in rows:

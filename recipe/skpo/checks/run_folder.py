@@ -99,9 +99,6 @@ def locked(folder: Path) -> Iterator[None]:
     """Keep every other command out of ``folder``, which exists, until the block ends or this process does.
 
     The kernel drops the lock with the process, however it ends; started processes do not inherit it.
-
-    Raises:
-        ConfigError: naming machine and process of the command that uses the folder.
     """
     path = folder / LOCK
     while True:
@@ -148,11 +145,7 @@ def _held_by_file(folder: Path) -> Iterator[None]:
 
 
 def check_owner(folder: Path) -> None:
-    """Refuse an existing run folder that belongs to somebody else, whose checkpoints would be loaded as code.
-
-    Raises:
-        ConfigError: naming the folder and its owner.
-    """
+    """Refuse an existing run folder that belongs to somebody else, whose checkpoints would be loaded as code."""
     # Some file systems map users, so the owner of a new file tells who this process is there.
     with tempfile.TemporaryFile(dir=folder) as probe:
         me = os.fstat(probe.fileno()).st_uid
@@ -164,11 +157,7 @@ def check_owner(folder: Path) -> None:
 
 
 def check_links(output_dir: Path) -> None:
-    """Refuse symbolic links through which the run would write into, or remove files from, another folder.
-
-    Raises:
-        ConfigError: naming the link and its target.
-    """
+    """Refuse symbolic links through which the run would write into, or remove files from, another folder."""
     instead = {"checkpoints": "trainer.default_local_dir=", "tensorboard": "TENSORBOARD_DIR="}
     for path in (output_dir / name for name in LINKS):
         if path.is_symlink():
@@ -187,9 +176,6 @@ def run_folders(output_dir: Path, checkpoints: Path) -> Iterator[None]:
     Args:
         output_dir: of the run.
         checkpoints: its ``trainer.default_local_dir``, which may lie elsewhere.
-
-    Raises:
-        ConfigError: one of them belongs to somebody else, is in use, or leads elsewhere.
     """
     folders = [output_dir] if checkpoints.is_relative_to(output_dir) else [output_dir, checkpoints]
     made: list[Path] = []
