@@ -47,6 +47,9 @@ class RowKey:
     session: int
     index: int
 
+    def __str__(self) -> str:
+        return f"{self.uid}_{self.session}_{self.index}"
+
     @classmethod
     def parse(cls, key: str) -> "RowKey":
         """Split a key of TransferQueue."""

@@ -19,6 +19,7 @@ import torch
 import transfer_queue as tq
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl.workers.rollout.replica import TokenOutput
 
@@ -33,6 +34,7 @@ from recipe.skpo.method.rows import (
     UPSTREAM,
     CandidateRecord,
     RolloutRecord,
+    RowKey,
     TokenCounts,
 )
 from recipe.skpo.method.segments import Segment, cut_segment, last_boundary, select_segment, skip_prompt
@@ -100,18 +102,35 @@ class SkpoAgentLoopWorker(RolloutWorker):
             async with asyncio.timeout(None) as bound:
                 CLOCK.set(Clock(bound, self.settings.prompt_timeout_s))
                 rows = await self._roll_out(prompt, sampling_params)
-            # Outside the time-out: half of a prompt's rows must never be stored.
-            puts = [self._agent_loop_postprocess(output, False, **fields) for output, fields in rows]
-            # All settle before the status says so: verl may clear a failed prompt, and no row may follow.
-            errors = [result for result in await asyncio.gather(*puts, return_exceptions=True) if result]
-            if errors:
-                raise errors[0]
+            # Outside the time-out and at once: half of a prompt's rows must never be stored.
+            keys, fields, tags = zip(*(self._stored(output, fields) for output, fields in rows), strict=True)
+            columns = list_of_dict_to_tensordict(fields)
+            await tq.async_kv_batch_put(keys=list(keys), partition_id="train", fields=columns, tags=list(tags))
             status = "finished"
         except Exception as error:  # process border: verl must learn of every prompt's end, or its replay buffer waits
             self.failures[cause_of("prompt", error)] += 1
             logger.exception("prompt %s (%s) is dropped", prompt.get("id"), uid)
             status = "failure"
         await tq.async_kv_put(key=uid, partition_id="train", tag={"status": status})
+
+    def _stored(self, output: AgentLoopOutput, fields: dict) -> tuple[str, dict, dict]:
+        """Return key, fields and tag of a row, as verl's ``_agent_loop_postprocess`` stores it, one row per put."""
+        row = output.as_dict() | fields
+        row.pop("multi_modal_data", None)
+        ids = torch.cat([row["prompts"], row["responses"]])
+        inputs = self._compute_multi_modal_inputs(output, ids)
+        positions = self._compute_position_ids(ids[None], torch.ones_like(ids)[None], inputs)[0]
+        row |= {"loss_mask": row["response_mask"], "input_ids": ids, "position_ids": positions}
+        row["multi_modal_inputs"] = inputs
+        tag = {
+            "status": "success",
+            "prompt_len": len(row["prompts"]),
+            "response_len": len(row["responses"]),
+            "seq_len": len(ids),
+            "global_steps": row["global_steps"],
+            **{name: row["extra_fields"].get(name) for name in ("min_global_steps", "max_global_steps")},
+        }
+        return str(RowKey(row["uid"], row["session_id"], 0)), row, tag
 
     async def _roll_out(self, prompt: dict, sampling_params: dict) -> list[tuple[AgentLoopOutput, dict]]:
         """Both phases of one prompt.

@@ -63,13 +63,30 @@ async def test_the_status_runs_from_running_to_finished_and_the_last_row_comes_b
     assert len(setup.store.events) == 2 + G + 1
 
 
-async def test_tags_carry_lengths_and_weight_versions(two_phases) -> None:
-    setup = two_phases()
+async def test_rows_and_tags_are_those_that_verl_would_store_one_by_one(two_phases, monkeypatch) -> None:
+    setup = two_phases(downstream=lambda number: [] if number == 1 else setup.tokens(f"#### {'5' * (number + 1)}"))
+    outputs: list[Any] = []
+    roll_out = setup.worker._roll_out
+
+    async def keep(*args: Any) -> list[Any]:
+        outputs.extend(await roll_out(*args))
+        return outputs
+
+    monkeypatch.setattr(setup.worker, "_roll_out", keep)
     await setup.roll_out(make_prompt("v7"))
-    for key, tag in setup.store.tags.items():
-        row = setup.store.rows[key]
-        assert tag["seq_len"] == len(row["input_ids"])
-        assert (tag["global_steps"], tag["min_global_steps"], tag["max_global_steps"]) == (STEP, 7, 7)
+    rows, tags = dict(setup.store.rows), dict(setup.store.tags)
+    setup.store.rows.clear()
+    setup.store.tags.clear()
+    for output, fields in outputs:
+        await setup.worker._agent_loop_postprocess(output, False, **fields)
+    assert tags == setup.store.tags and len(tags) == G + 1
+    assert tags["v7_0_0"]["max_global_steps"] == 7
+    for key, expected in setup.store.rows.items():
+        assert rows[key].keys() == expected.keys()
+        for name, value in expected.items():
+            ours = rows[key][name]
+            same = torch.equal(ours, value) if isinstance(value, torch.Tensor) else ours == value
+            assert same and getattr(ours, "dtype", None) == getattr(value, "dtype", None), (key, name)
 
 
 async def test_the_segment_row_is_the_segment_under_q_with_the_mean_reward_of_the_siblings(two_phases) -> None:

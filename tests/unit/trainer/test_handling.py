@@ -67,7 +67,6 @@ HANDLING: dict[str, tuple[str, Any, tuple[str, ...]]] = {
             f"{FAULTS}::test_a_failing_candidate_is_left_out",
             f"{FAULTS}::test_a_failing_sibling_leaves_an_untrained_row",
             f"{FAULTS}::test_one_wrong_reward_costs_one_sibling",
-            f"{FAULTS}::test_rows_are_settled_before_a_prompt_is_called_a_failure",
         ),
     ),
     "answers are checked": (

@@ -61,7 +61,13 @@ SEAMS = [
     (
         f"{WORKER}._agent_loop_postprocess",
         "async (self, output, validate, **kwargs)",
-        "rollout._run_prompt stores each row by it",
+        "rollout._stored makes the same row",
+    ),
+    (f"{WORKER}._compute_multi_modal_inputs", "(self, output, input_ids)", "rollout._stored calls it"),
+    (
+        f"{WORKER}._compute_position_ids",
+        "(self, input_ids, attention_mask, multi_modal_inputs, mm_processor_kwargs=None)",
+        "rollout._stored calls it without the last",
     ),
     (
         f"{WORKER}._compute_score",
@@ -107,7 +113,7 @@ SEAMS = [
     (
         "transfer_queue:async_kv_batch_put",
         "async (keys, partition_id, fields=None, tags=None, data_parser=None)",
-        "verl stores our rows by it; tests/unit/rollout/test_worker.py stands in for it",
+        "rollout._run_prompt stores the rows of a prompt by it; tests/support/queue.py stands in for it",
     ),
     # isolation/messages.py: replaced, or called
     ("transfer_queue.utils.serial_utils:encode", "(obj)", "isolation.messages puts a signature behind the frames"),
