@@ -35,24 +35,20 @@ def summarise(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
         keys = {name: record[name] for name in ("shape", "variant", "run", "seconds")}
         return {**keys, **costs, "downstream_cached": share}
 
-    runs = pd.DataFrame(map(row, records)).set_index(["shape", "run"])
-    grpo, two_batch = (runs[runs["variant"] == name] for name in (GRPO, TWO_BATCH))
+    runs = pd.DataFrame(map(row, records))
+    place = ["shape", "run"]
+    grpo, two_batch = (runs[place].merge(runs[runs["variant"] == name], "left", on=place) for name in (GRPO, TWO_BATCH))
     runs["time_ratio"] = runs["seconds"] / grpo["seconds"]
     runs["token_ratio"] = runs["generated"] / grpo["generated"]
     runs["over_token_bound"] = runs["time_ratio"] / runs["token_ratio"]
     runs["over_two_batch"] = runs["seconds"] / two_batch["seconds"]
-    return runs.reset_index().drop(columns="run").groupby(["shape", "variant"], sort=False).median().reset_index()
+    return runs.drop(columns="run").groupby(["shape", "variant"], sort=False).median().reset_index()
 
 
 def phase_medians(records: Sequence[dict[str, Any]]) -> pd.DataFrame:
     """Take medians of ``COSTS`` over runs, one row per shape, variant and phase; phases of prompts overlap."""
     rows = [
-        {
-            "shape": record["shape"],
-            "variant": record["variant"],
-            "phase": phase,
-            **{name: costs[name] for name in COSTS},
-        }
+        {"shape": record["shape"], "variant": record["variant"], "phase": phase, **costs}
         for record in records
         for phase, costs in record["phases"].items()
     ]
@@ -63,6 +59,7 @@ def tables(records: Sequence[dict[str, Any]]) -> str:
     """Format totals and ratios, and the costs of each phase, as Markdown."""
     ratios = ("time_ratio", "token_ratio", "over_token_bound", "over_two_batch", "downstream_cached")
     head = ["batch", "method", "seconds", "time / GRPO", "tokens / GRPO", "time ratio / token ratio"]
+    head += ["time / two-batch", "downstream prefill cached"]
     lines = [
         [line["shape"], line["variant"], f"{line['seconds']:.1f}"]
         + ["" if pd.isna(line[name]) else f"{line[name]:.3f}" for name in ratios]
@@ -73,12 +70,7 @@ def tables(records: Sequence[dict[str, Any]]) -> str:
         + [f"{line[name]:,.0f}" for name in COSTS[1:]]
         for line in phase_medians(records).to_dict("records")
     ]
-    return "\n\n".join(
-        [
-            table([*head, "time / two-batch", "downstream prefill cached"], lines),
-            table(["batch", "method", "phase", *COSTS], phases),
-        ]
-    )
+    return f"{table(head, lines)}\n\n{table(['batch', 'method', 'phase', *COSTS], phases)}"
 
 
 def report(records: Sequence[dict[str, Any]], settings: dict[str, Any], out: Path) -> None:
