@@ -10,18 +10,19 @@ verdict is known for each output. An answer in none of the forms counts as wrong
 import argparse
 import re
 import sys
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import math_verify
+import pandas as pd
 import pyarrow.parquet as pq
 import sympy
 
 from benchmarks.perturbations import perturbed
 from data_prep.untrusted import parse_json
+from recipe.skpo.output.console import markdown_table
 from reward_fns import NUMBER_SOURCES, compute_score, judge
 
 
@@ -154,28 +155,21 @@ def compare(golds: Sequence[Gold], wrong: int, seed: int, examples: int) -> str:
     """Return the tables as Markdown text."""
     outputs = make_outputs(golds, wrong, seed)
     judges = scorers(golds[0].data_source)
-    right: Counter[tuple[str, str]] = Counter()
-    agree: Counter[str] = Counter()
-    errors: dict[tuple[str, str], list[Output]] = defaultdict(list)
-    for output in outputs:
-        verdicts = {name: scorer(output) for name, scorer in judges.items()}
-        for name, verdict in verdicts.items():
-            agree[name] += verdict == verdicts["ours"]
-            right[output.kind, name] += verdict == output.right
-            if verdict != output.right:
-                errors[output.kind, name].append(output)
-    kinds = Counter(output.kind for output in outputs)
-    lines = ["| output | right? | count | " + " | ".join(judges) + " |", "|---|---|---:|" + "---:|" * len(judges)]
-    for kind, count in sorted(kinds.items()):
-        wanted = "yes" if next(output.right for output in outputs if output.kind == kind) else "no"
-        shares = (f"{right[kind, name] / count:.3f}" for name in judges)
-        lines.append(f"| {kind} | {wanted} | {count} | " + " | ".join(shares) + " |")
-    lines += ["", f"Agreement with ours on all {len(outputs)} outputs: "]
-    lines[-1] += ", ".join(f"{name} {count / len(outputs):.3f}" for name, count in agree.items() if name != "ours")
-    for (kind, name), found in sorted(errors.items()):
-        for output in found[:examples]:
-            lines.append(f"- {name}, {kind}: truth `{output.truth}`, output `{output.text[-90:]!r}`")
-    return "\n".join(lines)
+    verdicts = pd.DataFrame([{name: judge(output) for name, judge in judges.items()} for output in outputs])
+    made = pd.DataFrame(outputs)
+    correct = verdicts.eq(made["right"], axis=0)
+    rows, errors = [], []
+    for kind, group in made.groupby("kind"):
+        shares = correct.loc[group.index].mean()
+        right = "yes" if group["right"].all() else "no"
+        rows.append([str(kind), right, str(len(group)), *map("{:.3f}".format, shares)])
+        for name in sorted(judges):
+            for output in group[~correct.loc[group.index, name]].head(examples).itertuples():
+                errors.append(f"- {name}, {kind}: truth `{output.truth}`, output `{output.text[-90:]!r}`")
+    agreement = verdicts.drop(columns="ours").eq(verdicts["ours"], axis=0).mean()
+    agreed = ", ".join(f"{name} {share:.3f}" for name, share in agreement.items())
+    summary = f"\nAgreement with ours on all {len(outputs)} outputs: {agreed}"
+    return "\n".join([markdown_table(["output", "right?", "count", *judges], rows, numbers=True), summary, *errors])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

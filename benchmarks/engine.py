@@ -28,7 +28,6 @@ class EngineClient:
     """verl's ``LLMServerClient.generate`` in front of a vLLM engine in this process; one replica needs no router."""
 
     def __init__(self, engine: Any, budget: int) -> None:
-        """Serve an engine; ``budget`` is the longest response of requests without a limit."""
         self.engine, self.budget = engine, budget
 
     async def generate(

@@ -6,12 +6,12 @@ interval's bracket, an operator, a root, a factor of pi, a word. `agreement` and
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 _INTEGER = re.compile(r"(?<![0-9.])[0-9]{1,12}(?![0-9.])")
 _FRACTION = re.compile(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}")
 _WORD = re.compile(r"[a-zA-Z]{3,}")
-_BINARY = re.compile(r"(?<=[0-9a-zA-Z})])\s*([+-])\s*(?=[0-9a-zA-Z\\({])")
+_BINARY = re.compile(r"(?<=[0-9a-zA-Z})])\s*[+-]\s*(?=[0-9a-zA-Z\\({])")
 
 PASSES = 8
 """How often every answer is offered to every kind; a kind that draws makes another wrong answer each time."""
@@ -20,15 +20,24 @@ Perturb = Callable[[str, random.Random], str]
 """A right answer -> a wrong one, "" where the kind does not apply."""
 
 
+def _one_changed(
+    answer: str, places: Iterable[re.Match[str]], rng: random.Random, change: Callable[[re.Match[str]], str]
+) -> str:
+    """Change one of the places; "" if there are none."""
+    listed = list(places)
+    if not listed:
+        return ""
+    place = rng.choice(listed)
+    return answer[: place.start()] + change(place) + answer[place.end() :]
+
+
 def number_by_one(answer: str, rng: random.Random) -> str:
     """Change one of the integers by one."""
-    places = list(_INTEGER.finditer(answer))
-    if not places:
-        return ""
-    place = rng.choice(places)
-    value = int(place[0])
-    changed = value + (1 if value == 0 else rng.choice((-1, 1)))
-    return answer[: place.start()] + str(changed) + answer[place.end() :]
+
+    def change(place: re.Match[str]) -> str:
+        return "1" if int(place[0]) == 0 else str(int(place[0]) + rng.choice((-1, 1)))
+
+    return _one_changed(answer, _INTEGER.finditer(answer), rng, change)
 
 
 def sign_flipped(answer: str, _: random.Random) -> str:
@@ -40,11 +49,8 @@ def sign_flipped(answer: str, _: random.Random) -> str:
 
 def fraction_inverted(answer: str, rng: random.Random) -> str:
     """Turn a/b into b/a if the two differ and are not 0."""
-    places = [place for place in _FRACTION.finditer(answer) if place[1] != place[2] and place[1] != "0"]
-    if not places:
-        return ""
-    place = rng.choice(places)
-    return f"{answer[: place.start()]}\\frac{{{place[2]}}}{{{place[1]}}}{answer[place.end() :]}"
+    places = (place for place in _FRACTION.finditer(answer) if place[1] != place[2] and place[1] != "0")
+    return _one_changed(answer, places, rng, lambda place: f"\\frac{{{place[2]}}}{{{place[1]}}}")
 
 
 def element_dropped(answer: str, rng: random.Random) -> str:
@@ -83,20 +89,14 @@ def bracket_changed(answer: str, rng: random.Random) -> str:
     """Open a closed end of an interval, or close an open one."""
     if "\\infty" not in answer and "\\cup" not in answer and answer.count("[") == answer.count("]"):
         return ""
-    finite = [place for place in re.finditer(r"[(\[](?!\s*-?\\infty)|(?<!\\infty)(?<!\\infty\\right)[)\]]", answer)]
-    if not finite:
-        return ""
-    place = rng.choice(finite)
-    return answer[: place.start()] + {"(": "[", "[": "(", ")": "]", "]": ")"}[place[0]] + answer[place.end() :]
+    finite = re.finditer(r"[(\[](?!\s*-?\\infty)|(?<!\\infty)(?<!\\infty\\right)[)\]]", answer)
+    return _one_changed(answer, finite, rng, lambda place: {"(": "[", "[": "(", ")": "]", "]": ")"}[place[0]])
 
 
 def operator_changed(answer: str, rng: random.Random) -> str:
     """Exchange a plus between two terms with a minus, or the reverse."""
-    places = list(_BINARY.finditer(answer))
-    if not places:
-        return ""
-    place = rng.choice(places)
-    return answer[: place.start(1)] + ("-" if place[1] == "+" else "+") + answer[place.end(1) :]
+    exchange = str.maketrans("+-", "-+")
+    return _one_changed(answer, _BINARY.finditer(answer), rng, lambda place: place[0].translate(exchange))
 
 
 def root_lost(answer: str, _: random.Random) -> str:
@@ -120,12 +120,14 @@ def word_changed(answer: str, rng: random.Random) -> str:
     """Change a word of an answer that is text; a unit after a number is ignored by design."""
     if re.search("[0-9]", answer) or ("\\text" not in answer and not re.fullmatch(r"[a-zA-Z ]+", answer)):
         return ""
-    places = [place for place in _WORD.finditer(answer) if not answer[: place.start()].endswith("\\")]
-    if not places:
-        return ""
-    place = rng.choice(places)
-    word = rng.choice([other for other in ("Monday", "purple", "neither") if other.casefold() != place[0].casefold()])
-    return answer[: place.start()] + word + answer[place.end() :]
+    places = (place for place in _WORD.finditer(answer) if not answer[: place.start()].endswith("\\"))
+    words = ("Monday", "purple", "neither")
+    return _one_changed(
+        answer,
+        places,
+        rng,
+        lambda place: rng.choice([word for word in words if word.casefold() != place[0].casefold()]),
+    )
 
 
 PERTURBATIONS: dict[str, Perturb] = {

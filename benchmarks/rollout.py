@@ -57,7 +57,6 @@ class LongTailedModel:
     """Writes responses of drawn lengths; the same prompt and request seed give the same length under every method."""
 
     def __init__(self, workload: Workload, seed: int) -> None:
-        """Draw the problems and their mean lengths."""
         self.workload, self.seed = workload, seed
         rng = np.random.default_rng([seed, 0])
         self.log_means = np.log(workload.median_length) + workload.prompt_sigma * rng.standard_normal(workload.prompts)

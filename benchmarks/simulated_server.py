@@ -62,7 +62,6 @@ class PrefixCache:
     """Blocks of one replica: held by sequences, or idle and evictable."""
 
     def __init__(self, blocks: int) -> None:
-        """Begin empty, with room for so many blocks."""
         self.blocks = blocks
         self._held: dict[int, int] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
@@ -110,7 +109,6 @@ class Replica:
     """One server; ``generate`` has the signature of verl's vLLM server."""
 
     def __init__(self, constants: ServerConstants, write: Writer) -> None:
-        """Start serving."""
         self.constants, self.write = constants, write
         self.cache = PrefixCache(constants.cache_tokens // constants.block_size)
         self._waiting: list[tuple[int, int, _Sequence]] = []  # heap by priority and arrival
@@ -236,11 +234,9 @@ class LocalHandle:
     """A Ray handle of an object in this process: ``handle.method.remote(...)`` gives something to await."""
 
     def __init__(self, target: Any) -> None:
-        """Hold the object."""
         self._target = target
 
     def __getattr__(self, name: str) -> Any:
-        """Return a method with ``remote``."""
         method = getattr(self._target, name)
 
         def remote(*args: Any, **kwargs: Any) -> Any:
@@ -259,7 +255,6 @@ class Cluster:
     """Replicas behind verl's router, and the client that verl's workers talk to; use inside a running loop."""
 
     def __init__(self, config: Any, replicas: int, constants: ServerConstants, write: Writer) -> None:
-        """Start the replicas."""
         self.replicas = [Replica(constants, write) for _ in range(replicas)]
         servers: dict[str, Any] = {str(number): LocalHandle(replica) for number, replica in enumerate(self.replicas)}
         router: Any = LocalHandle(GlobalRequestLoadBalancer(servers))

@@ -37,7 +37,6 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     """``time()`` starts at 0 and moves only when all tasks wait for a later time."""
 
     def __init__(self) -> None:
-        """Begin at 0."""
         self._jumping = _JumpingSelector()
         super().__init__(self._jumping)
 

@@ -90,12 +90,10 @@ class RecordingClient:
     """
 
     def __init__(self, client: Any) -> None:
-        """Wrap a client."""
         self._client = client
         self.calls: list[Call] = []
 
     def __getattr__(self, name: str) -> Any:
-        """Return the client's attribute."""
         return getattr(self._client, name)
 
     async def generate(self, request_id: str, *, prompt_ids: list[int], **kwargs: Any) -> TokenOutput:

@@ -24,8 +24,9 @@ from pathlib import Path
 import reasoning_gym
 
 from data_prep.command import run
+from data_prep.pipeline import Problem, write_split
 from data_prep.prompts import PromptTemplate, read_messages, read_template
-from data_prep.schema import DataError, Row, write_parquet
+from data_prep.schema import DataError
 
 DATA_SOURCE = "skpo/arithmetic"
 TEMPLATE = Path(__file__).parent / "templates" / "arithmetic.yaml"
@@ -65,7 +66,6 @@ class Expression:
         return list(itertools.accumulate(changes, initial=self.operands[0]))
 
     def __str__(self) -> str:
-        """Return chain_sum's own form."""
         return str(self.operands[0]) + "".join(
             f" {sign} {operand}" for sign, operand in zip(self.signs, self.operands[1:], strict=True)
         )
@@ -163,15 +163,8 @@ def count_expressions(min_terms: int, max_terms: int) -> int:
 
 def draw_expressions(seed: int, min_terms: int, max_terms: int) -> list[Expression]:
     """Draw all distinct expressions, at most MAX_EXPRESSIONS, in chain_sum's order."""
-    generator = reasoning_gym.create_dataset(
-        "chain_sum",
-        size=MAX_DRAWS,
-        seed=seed,
-        min_terms=min_terms,
-        max_terms=max_terms,
-        min_digits=1,
-        max_digits=1,
-    )
+    terms, digits = {"min_terms": min_terms, "max_terms": max_terms}, {"min_digits": 1, "max_digits": 1}
+    generator = reasoning_gym.create_dataset("chain_sum", size=MAX_DRAWS, seed=seed, **terms, **digits)
     enough = min(count_expressions(min_terms, max_terms), MAX_EXPRESSIONS)
     drawn: dict[Expression, None] = {}  # a set that keeps the order
     for draw in range(MAX_DRAWS):
@@ -222,19 +215,9 @@ def prepare(
     max_terms: int = 2,
     template: Path = TEMPLATE,
 ) -> dict[str, Path]:
-    """Write `out`/train.parquet and `out`/val.parquet and print a short summary.
+    """Write `out`/train.parquet and `out`/val.parquet, print a short summary, and return the paths by split.
 
-    Args:
-        out: folder of the files.
-        train: training rows.
-        val: held-out rows.
-        seed: of draws and shuffles.
-        min_terms: fewest operands.
-        max_terms: most operands.
-        template: the wording.
-
-    Returns:
-        The paths under "train" and "val".
+    The arguments are the options of the command.
 
     Raises:
         DataError: for impossible arguments, e.g. more rows than problems (it says how many exist).
@@ -266,25 +249,13 @@ def prepare(
             )
         problems[split] = choose(share, wordings, rows)
 
-    paths: dict[str, Path] = {}
+    paths = {split: out / f"{split}.parquet" for split in problems}
     for split, chosen in problems.items():
-        paths[split] = out / f"{split}.parquet"
-        questions = [wording.question(expression, pair) for expression, pair in chosen]
-        write_parquet(
-            [
-                Row(
-                    data_source=DATA_SOURCE,
-                    prompt=wording.prompt(question),
-                    ground_truth=str(expression.totals()[-1]),
-                    ability="math",
-                    split=split,
-                    index=index,
-                    question=question,
-                )
-                for index, ((expression, _), question) in enumerate(zip(chosen, questions, strict=True))
-            ],
-            paths[split],
-        )
+        told = [
+            Problem(DATA_SOURCE, wording.question(expression, pair), str(expression.totals()[-1]))
+            for expression, pair in chosen
+        ]
+        write_split(paths[split], split, told, wording.prompt)
         different = {expression for expression, _ in chosen}
         by_terms = Counter(len(expression.operands) for expression in different)
         counts = ", ".join(f"{number} with {terms} terms" for terms, number in sorted(by_terms.items()))

@@ -9,8 +9,9 @@ Problems that are in more than one benchmark are kept and counted: each benchmar
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -78,45 +79,28 @@ def choice_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
     return Problem(data_source, f"{text_field(fields, 'question')}\n{listed}", letter, ability="multiple choice")
 
 
-def _benchmark(
-    name: str,
-    hub: str,
-    convert: Callable[[Mapping[str, Any], str], Problem | None],
-    *,
-    data_source: str | None = None,
-    hub_config: str | None = None,
-    hub_split: str = "test",
-    template: str = "boxed",
-) -> Source:
-    return Source(
-        name,
-        hub,
-        lambda fields: convert(fields, data_source or name),
-        template=template,
-        splits={"test": hub_split},
-        hub_config=hub_config,
-    )
-
+TEST = {"test": "test"}
+TEST_IN_TRAIN = {"test": "train"}
+"""On the hub, some benchmarks are one split called train."""
 
 BENCHMARKS = {
     source.name: source
     for source in (
-        _benchmark("aime24", "HuggingFaceH4/aime_2024", integer_problem, hub_split="train"),
-        _benchmark("aime25", "yentinglin/aime_2025", integer_problem, hub_split="train"),
-        _benchmark("amc23", "math-ai/amc23", boxed_problem),
-        _benchmark("math500", "HuggingFaceH4/MATH-500", boxed_problem, data_source="HuggingFaceH4/MATH-500"),
-        _benchmark("minerva_math", "math-ai/minervamath", boxed_problem),
-        _benchmark(
+        Source("aime24", "HuggingFaceH4/aime_2024", "aime24", integer_problem, splits=TEST_IN_TRAIN),
+        Source("aime25", "yentinglin/aime_2025", "aime25", integer_problem, splits=TEST_IN_TRAIN),
+        Source("amc23", "math-ai/amc23", "amc23", boxed_problem, splits=TEST),
+        Source("math500", "HuggingFaceH4/MATH-500", "HuggingFaceH4/MATH-500", boxed_problem, splits=TEST),
+        Source("minerva_math", "math-ai/minervamath", "minerva_math", boxed_problem, splits=TEST),
+        Source(
             "olympiadbench",
             "Hothan/OlympiadBench",
+            "olympiadbench",
             olympiad_problem,
+            splits=TEST_IN_TRAIN,
             hub_config="OE_TO_maths_en_COMP",
-            hub_split="train",
         ),
-        _benchmark(
-            "mmlu_pro", "TIGER-Lab/MMLU-Pro", choice_problem, data_source="TIGER-Lab/MMLU-Pro", template="choice"
-        ),
-        replace(gsm8k.SOURCE, splits={"test": "test"}),
+        Source("mmlu_pro", "TIGER-Lab/MMLU-Pro", "TIGER-Lab/MMLU-Pro", choice_problem, "choice", splits=TEST),
+        replace(gsm8k.SOURCE, splits=TEST),
     )
 }
 
@@ -172,13 +156,11 @@ def prepare(
     """Write ``out/<name>.parquet`` for each benchmark and return the paths by name.
 
     The arguments are the options of the command.
-
-    Raises:
-        DataError: naming place and fix.
     """
-    found: dict[str, Collected] = {}
-    for name, place in places(source, names).items():
-        found[name] = read_split(BENCHMARKS[name], place, "test", skip_bad=skip_bad)
+    found = {
+        name: read_split(BENCHMARKS[name], place, "test", skip_bad=skip_bad)
+        for name, place in places(source, names).items()
+    }
     for problems in found.values():
         problems.problems = sample(problems.problems, limit, seed)
     paths = {name: out / f"{name}.parquet" for name in found}
@@ -191,10 +173,9 @@ def prepare(
 
 def _report_shared(found: Mapping[str, Collected]) -> None:
     texts = {name: {normalised(problem.question) for problem in part.problems} for name, part in found.items()}
-    for number, (name, mine) in enumerate(texts.items()):
-        for other, theirs in list(texts.items())[number + 1 :]:
-            if mine & theirs:
-                print(f"note: {len(mine & theirs)} problems are in {name} and in {other}")
+    for (name, here), (other, there) in combinations(texts.items(), 2):
+        if here & there:
+            print(f"note: {len(here & there)} problems are in {name} and in {other}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

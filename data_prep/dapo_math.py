@@ -17,7 +17,7 @@ from typing import Any
 from data_prep import command
 from data_prep.pipeline import Problem, RowError, Source, text_field
 
-DATA_SOURCE = "BytedTsinghua-SIA/DAPO-Math-17k"
+HUB = "BytedTsinghua-SIA/DAPO-Math-17k"
 _BEFORE = re.compile(
     r"\s*Solve the following math problem step by step\. The last line of your response should be of the form "
     r"Answer: \S+ \(without quotes\) where \S+ is the answer to the problem\.",
@@ -40,7 +40,7 @@ def bare_problem(prompt: str) -> str:
     return problem
 
 
-def convert(fields: Mapping[str, Any]) -> Problem:
+def convert(fields: Mapping[str, Any], data_source: str) -> Problem:
     """Convert the fields `prompt` (a chat of one user message) and `reward_model` with `ground_truth`."""
     prompt, reward_model = fields.get("prompt"), fields.get("reward_model")
     if not isinstance(prompt, list) or len(prompt) != 1 or not isinstance(prompt[0], dict):
@@ -50,10 +50,10 @@ def convert(fields: Mapping[str, Any]) -> Problem:
     answer = text_field(reward_model, "ground_truth").replace(",", "")
     if not re.fullmatch(r"[+-]?[0-9]{1,40}", answer):
         raise RowError(f"ground_truth {answer!r:.60} is not an integer")
-    return Problem(DATA_SOURCE, bare_problem(text_field(prompt[0], "content")), str(int(answer)))
+    return Problem(data_source, bare_problem(text_field(prompt[0], "content")), str(int(answer)))
 
 
-SOURCE = Source("dapo_math", DATA_SOURCE, convert, template="boxed", splits={"train": "train"})
+SOURCE = Source("dapo_math", HUB, HUB, convert, splits={"train": "train"})
 
 if __name__ == "__main__":
     sys.exit(command.main(SOURCE))

@@ -13,18 +13,16 @@ from data_prep import command
 from data_prep.pipeline import Problem, RowError, Source, text_field
 from reward_fns import numeric_answer
 
-DATA_SOURCE = "openai/gsm8k"
 
-
-def convert(fields: Mapping[str, Any]) -> Problem:
+def convert(fields: Mapping[str, Any], data_source: str) -> Problem:
     """Convert the fields `question` and `answer` (the worked solution)."""
     answer = numeric_answer.extract(text_field(fields, "answer"))
     if not answer:
         raise RowError("field 'answer' does not end in '#### number'")
-    return Problem(DATA_SOURCE, text_field(fields, "question"), answer)
+    return Problem(data_source, text_field(fields, "question"), answer)
 
 
-SOURCE = Source("gsm8k", DATA_SOURCE, convert, template="gsm8k", hub_config="main")
+SOURCE = Source("gsm8k", "openai/gsm8k", "openai/gsm8k", convert, template="gsm8k", hub_config="main")
 
 if __name__ == "__main__":
     sys.exit(command.main(SOURCE))

@@ -15,7 +15,7 @@ from data_prep.pipeline import Problem, RowError, Source, text_field
 from reward_fns.forms import last_boxed
 from reward_fns.math_answer import LONGEST
 
-DATA_SOURCE = "DigitalLearningGmbH/MATH-lighteval"
+HUB = "DigitalLearningGmbH/MATH-lighteval"
 
 
 def boxed_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
@@ -42,12 +42,7 @@ def whole(value: float) -> str:
     return str(int(value)) if value == int(value) else str(value)
 
 
-def convert(fields: Mapping[str, Any]) -> Problem:
-    """Convert as ``boxed_problem``, of this data set."""
-    return boxed_problem(fields, DATA_SOURCE)
-
-
-SOURCE = Source("math", DATA_SOURCE, convert, template="boxed")
+SOURCE = Source("math", HUB, HUB, boxed_problem)
 
 if __name__ == "__main__":
     sys.exit(command.main(SOURCE))

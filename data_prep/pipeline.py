@@ -22,6 +22,8 @@ from data_prep.reading import RawRow, read_rows
 from data_prep.schema import DataError, Row, prompt_id, refuse_duplicates, write_parquet
 from data_prep.untrusted import LONGEST_LINE, one_line
 
+Chat = list[dict[str, str]]
+
 LISTED = 50
 """Faulty rows listed one by one with --skip-bad; the rest is counted."""
 
@@ -45,24 +47,33 @@ class Problem:
         return prompt_id(self.data_source, self.question)
 
 
-Convert = Callable[[Mapping[str, Any]], Problem | None]
-"""Raw fields to problem, or None for a row of another kind (an image, another language); raises RowError."""
+Convert = Callable[[Mapping[str, Any], str], Problem | None]
+"""Raw fields and data source to problem, or None for a row of another kind (an image, another language)."""
 
 
 @dataclass(frozen=True)
 class Source:
     """Where a data set comes from and how its rows are read.
 
-    `hub` and `hub_config` are the hub's names; `splits` maps our name of a split to the source's; `template` is the
-    default one.
+    `hub` and `hub_config` are the hub's names; `data_source` chooses the answer check; `splits` maps our name of a
+    split to the source's; `template` is the default one.
     """
 
     name: str
     hub: str
+    data_source: str
     convert: Convert
-    template: str
+    template: str = "boxed"
     splits: Mapping[str, str] = field(default_factory=lambda: {"train": "train", "test": "test"})
     hub_config: str | None = None
+
+    def problem(self, fields: Mapping[str, Any]) -> Problem | None:
+        """Convert the fields of a raw row; None for a row of another kind.
+
+        Raises:
+            RowError: it has no checkable problem.
+        """
+        return self.convert(fields, self.data_source)
 
 
 @dataclass
@@ -110,7 +121,9 @@ def text_field(fields: Mapping[str, Any], *names: str) -> str:
     )
 
 
-def collect(rows: Iterable[RawRow], convert: Convert, *, skip_bad: bool = False) -> Collected:
+def collect(
+    rows: Iterable[RawRow], convert: Callable[[Mapping[str, Any]], Problem | None], *, skip_bad: bool = False
+) -> Collected:
     """Convert all rows and drop exact duplicates.
 
     Raises:
@@ -172,7 +185,7 @@ def sample(problems: Sequence[Problem], limit: int | None, seed: int) -> list[Pr
 def read_split(source: Source, place: str | None, split: str, *, skip_bad: bool = False) -> Collected:
     """Read one split of a source; `place` is a file, folder or hub name, None for the source's own place on the hub."""
     rows = read_rows(place or source.hub, source.splits[split], None if place else source.hub_config)
-    found = collect(rows, source.convert, skip_bad=skip_bad)
+    found = collect(rows, source.problem, skip_bad=skip_bad)
     for fault in found.bad[:LISTED]:
         print(f"left out: {one_line(fault, LONGEST_LINE)}", file=sys.stderr)
     if len(found.bad) > LISTED:
@@ -199,6 +212,25 @@ def questions_of(files: Iterable[Path]) -> list[str]:
     return questions
 
 
+def write_split(path: Path, split: str, problems: Sequence[Problem], chat: Callable[[str], Chat]) -> None:
+    """Write the problems of one split, each as the chat that asks its question."""
+    write_parquet(
+        [
+            Row(
+                data_source=problem.data_source,
+                prompt=chat(problem.question),
+                ground_truth=problem.answer,
+                ability=problem.ability,
+                split=split,
+                index=index,
+                question=problem.question,
+            )
+            for index, problem in enumerate(problems)
+        ],
+        path,
+    )
+
+
 def write_problems(splits: Mapping[Path, tuple[str, Collected]], template: str) -> None:
     """Write every split (path to its name and problems) and print a line for each.
 
@@ -213,21 +245,7 @@ def write_problems(splits: Mapping[Path, tuple[str, Collected]], template: str) 
         "drop one of the two rows from its source",
     )
     for path, (split, found) in splits.items():
-        write_parquet(
-            [
-                Row(
-                    data_source=problem.data_source,
-                    prompt=chat.prompt(problem.question),
-                    ground_truth=problem.answer,
-                    ability=problem.ability,
-                    split=split,
-                    index=index,
-                    question=problem.question,
-                )
-                for index, problem in enumerate(found.problems)
-            ],
-            path,
-        )
+        write_split(path, split, found.problems, chat.prompt)
         lengths = sorted(len(problem.question) for problem in found.problems)
         print(
             f"{path}: {found.summary()}; questions of {lengths[0]} to {lengths[-1]} characters "
@@ -259,9 +277,6 @@ def prepare(
         seed: of the sample.
         skip_bad: leave malformed rows out.
         against: prepared parquet files whose problems are kept out of the training split.
-
-    Raises:
-        DataError: naming place and fix.
     """
     splits = tuple(splits or source.splits)
     if place is not None and Path(place).is_file() and len(splits) > 1:

@@ -95,11 +95,7 @@ def find_gguf() -> Path:
 
 
 def check_gguf(gguf: Path) -> None:
-    """Check that the file is that of the pinned package, byte for byte.
-
-    Raises:
-        ModelError: it is not.
-    """
+    """Check that the file is that of the pinned package, byte for byte; raises ModelError if not."""
     with gguf.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != GGUF_SHA256:
@@ -195,11 +191,7 @@ def verify(folder: Path) -> None:
 
 
 def _finished(out: Path) -> bool:
-    """Tell whether `out` is a finished checkpoint.
-
-    Raises:
-        ModelError: it is something else.
-    """
+    """Tell whether `out` is a finished checkpoint; raises ModelError if it is something else."""
     if (out / "config.json").is_file():
         return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -42,11 +42,7 @@ class TrainingData:
 
 
 def prepare_training(folder: Path, data: TrainingData) -> dict[str, Path]:
-    """Write `folder`/train.parquet and `folder`/val.parquet and return their paths.
-
-    Raises:
-        DataError: naming place and fix.
-    """
+    """Write `folder`/train.parquet and `folder`/val.parquet and return their paths."""
     if data.name not in SOURCES:
         raise DataError(f"data.prepare.name: {data.name} is unknown; known are {', '.join(SOURCES)}")
     source: Source = import_module(SOURCES[data.name]).SOURCE

@@ -40,7 +40,7 @@ def write_results(
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, dpi=80, metadata=metadata)
             files[out / f"{name}.{suffix}"] = buffer.getvalue()
-    files[out / f"{name}.json"] = json_bytes({"summary": summary, **{key: table for key, table in tables.items()}})
+    files[out / f"{name}.json"] = json_bytes({"summary": summary, **tables})
     for key, table in tables.items():
         files[out / f"{key}.csv"] = table.to_csv(index=False, lineterminator="\n").encode()
     files[out / CONFIG_NAME] = json_bytes(config)

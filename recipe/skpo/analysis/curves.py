@@ -35,7 +35,6 @@ class CurvesConfig:
     runs: dict[str, tuple[Path, ...]]
 
     def __post_init__(self) -> None:
-        """Check that there is a run."""
         require(bool(self.runs), "--run: is missing; give NAME=RUN[,RUN...]")
 
 

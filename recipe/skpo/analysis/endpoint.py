@@ -30,11 +30,7 @@ CHARACTERS_PER_TOKEN = 4.0
 
 @dataclass(frozen=True)
 class EndpointConfig:
-    """Where to ask and how gently; each option's help says what it is.
-
-    Raises:
-        ConfigError: naming the flag and what it must be.
-    """
+    """Where to ask and how gently; each option's help says what it is."""
 
     base_url: str
     model: str
@@ -55,7 +51,6 @@ class EndpointConfig:
     completion_price: float | None = option(None, "US dollars per million completion tokens, for the estimate")
 
     def __post_init__(self) -> None:
-        """Check the values."""
         parts = urlsplit(self.base_url)
         require(parts.scheme in ("http", "https") and bool(parts.hostname), "--base-url: must be like https://host/v1")
         # It would be written into config.json and shown in errors.

@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,10 @@ from recipe.skpo.evaluation.problems import Judge, Problem, Reward, prompts_of, 
 from recipe.skpo.evaluation.results import check_same_config, run_cli
 from recipe.skpo.evaluation.sampling import (
     Completion,
-    LazySampler,
     Request,
     Sampler,
     draw_stored,
+    opened_by_first_draw,
     request_seed,
 )
 from recipe.skpo.output.files import write_atomic
@@ -116,7 +117,6 @@ class SampleConfig(Draws):
     asked: dict[str, ModelSettings] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check the values."""
         self.check("responses", self.responses)
         check_options(self.engine)
 
@@ -142,7 +142,6 @@ class MeasureConfig(Draws):
     asked: ModelSettings = field(default_factory=ModelSettings)
 
     def __post_init__(self) -> None:
-        """Check the values."""
         self.check("samples", self.samples)
         require(
             (self.model is None) != (self.endpoint is None),
@@ -155,18 +154,21 @@ class MeasureConfig(Draws):
 # ---------------------------------------------------------------- correct responses
 
 
-def sample_responses(
-    config: SampleConfig, out: Path, open_sampler: Callable[[str], Sampler] | None = None
-) -> list[Response]:
-    """Draw from each checkpoint and keep correct responses; draws are stored per method.
+def sample(config: SampleConfig, out: Path, open_sampler: Callable[[str], Sampler] | None = None) -> list[Path]:
+    """Draw from each checkpoint, and write the correct responses as ``read_responses`` reads them.
 
     Args:
         config: what to draw.
-        out: folder of the stores.
+        out: folder of ``responses.jsonl`` and of the draws, which are stored per method.
         open_sampler: makes a sampler of a checkpoint folder; None starts vLLM.
+
+    Returns:
+        The file.
     """
+    judging = [name.replace("asked.", f"asked.{method}.") for name in JUDGING for method in config.asked]
+    check_same_config(out, config, (*engines.FREE, *judging))
     problems, where = read_problems(config.data, "--data", config.problems), f"--data {config.data}"
-    kept: list[Response] = []
+    rows: list[dict[str, Any]] = []
     for method, folder in config.methods.items():
         asked = config.asked.get(method, ModelSettings())
         tokenizer = load_tokenizer(folder, asked.chat)
@@ -177,34 +179,26 @@ def sample_responses(
             config.request(problem.id, prompt, f"{method}/{problem.id}", config.responses)
             for problem, prompt in zip(problems, prompts, strict=True)
         ]
-        store = out / f"draws-{method}.jsonl"
-        with LazySampler(lambda folder=folder: (open_sampler or config.engine.open)(folder)) as sampler:  # type: ignore[misc]
-            drawn = draw_stored(requests, store, sampler, config.engine.prompts_per_call)
+        with opened_by_first_draw(partial(open_sampler or config.engine.open, folder)) as draw:
+            drawn = draw_stored(requests, out / f"draws-{method}.jsonl", draw, config.engine.prompts_per_call)
         solved = 0
         for problem, request in zip(problems, requests, strict=True):
             checked = [judge(problem, request.prompt_ids, item.token_ids) for item in drawn[problem.id]]
             right = [text for text, verdict in checked if verdict.score > 0]
-            kept += [Response(method, problem, text) for text in right[: config.keep]]
             solved += bool(right)
+            fields = {
+                "method": method,
+                "id": problem.id,
+                "data_source": problem.data_source,
+                "problem": problem.text,
+                "answer": str(problem.ground_truth),
+                "prompt": problem.messages,
+            }
+            rows += [fields | {"response": text} for text in right[: config.keep]]
         print(f"{method}: correct responses to {solved} of {len(problems)} problems")
-    return kept
-
-
-def write_responses(path: Path, responses: Sequence[Response]) -> None:
-    """Write correct responses as JSON lines, the format that ``read_responses`` takes."""
-    lines = [
-        {
-            "method": response.method,
-            "id": response.problem.id,
-            "data_source": response.problem.data_source,
-            "problem": response.problem.text,
-            "answer": str(response.problem.ground_truth),
-            "prompt": list(response.problem.messages),
-            "response": response.text,
-        }
-        for response in responses
-    ]
-    write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines))
+    path = out / "responses.jsonl"
+    write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return [path]
 
 
 def read_responses(path: Path, reward: Reward, data_source: str | None = None) -> list[Response]:
@@ -326,11 +320,11 @@ def continue_locally(
     prompts = dict(zip(problems, prompts_of(list(problems.values()), tokenizer, "--responses"), strict=True))
     requests = []
     for state in states:
-        partial = tokenizer(state.partial, add_special_tokens=False)["input_ids"]
-        prompt = (*prompts[state.problem.chat], *partial)
+        partial_ids = tokenizer(state.partial, add_special_tokens=False)["input_ids"]
+        prompt = (*prompts[state.problem.chat], *partial_ids)
         requests.append(config.request(state.key, prompt, state.key, config.samples))
-    with LazySampler(lambda: (open_sampler or engine.open)(model)) as sampler:
-        return draw_stored(requests, store, sampler, engine.prompts_per_call)
+    with opened_by_first_draw(partial(open_sampler or engine.open, model)) as draw:
+        return draw_stored(requests, store, draw, engine.prompts_per_call)
 
 
 def continue_remotely(
@@ -465,19 +459,8 @@ def measure(
     else:
         continuations = continue_locally(config, states, out / CONTINUATIONS, open_sampler)
     table = tabulate(shared, config.positions, state_values(states, continuations, reward))
-    numbers = summary(table, len(states))
-    return write_results(
-        out, "implicit_advantage", config, numbers, {"by_position": table}, draw_implicit_advantage(table)
-    )
-
-
-def sample(config: SampleConfig, out: Path, open_sampler: Callable[[str], Sampler] | None = None) -> list[Path]:
-    """Draw correct responses and write ``responses.jsonl``; returns the file."""
-    judging = [name.replace("asked.", f"asked.{method}.") for name in JUDGING for method in config.asked]
-    check_same_config(out, config, (*engines.FREE, *judging))
-    path = out / "responses.jsonl"
-    write_responses(path, sample_responses(config, out, open_sampler))
-    return [path]
+    figure = draw_implicit_advantage(table)
+    return write_results(out, "implicit_advantage", config, summary(table, len(states)), {"by_position": table}, figure)
 
 
 def _named(text: str) -> tuple[str, str]:

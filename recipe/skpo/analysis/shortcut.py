@@ -38,7 +38,15 @@ from recipe.skpo.evaluation.options import (
 )
 from recipe.skpo.evaluation.problems import Judge, Problem, Reward, prompts_of, read_problems
 from recipe.skpo.evaluation.results import check_same_config, run_cli
-from recipe.skpo.evaluation.sampling import SEED_BOUND, Completion, LazySampler, Request, Sampler, draw_stored
+from recipe.skpo.evaluation.sampling import (
+    SEED_BOUND,
+    Completion,
+    Draw,
+    Request,
+    Sampler,
+    draw_stored,
+    opened_by_first_draw,
+)
 from recipe.skpo.method.segments import Segment, cut_segment, select_segment, skip_prompt
 from recipe.skpo.task.model_files import load_tokenizer
 from recipe.skpo.task.prompts import automatic_bos, problem_tokens
@@ -51,11 +59,7 @@ DRAWS = "draws.jsonl"
 
 @dataclass(frozen=True, kw_only=True)
 class ShortcutConfig:
-    """What is drawn; each option's help says what it is.
-
-    Raises:
-        ConfigError: naming the flag and what it must be.
-    """
+    """What is drawn; each option's help says what it is."""
 
     model: str = option(help="Hugging Face folder or name")
     data: Path = option(help="parquet file (data_prep.schema)")
@@ -73,7 +77,6 @@ class ShortcutConfig:
     asked: ModelSettings = field(default_factory=ModelSettings)
 
     def __post_init__(self) -> None:
-        """Check the values."""
         for options in (self, self.engine):
             check_options(options)
         require(
@@ -174,7 +177,6 @@ class Plan:
     def __init__(
         self, config: ShortcutConfig, tokenizer: Any, problems: Sequence[Problem], prompts: Sequence[tuple[int, ...]]
     ) -> None:
-        """Load the reward."""
         self.config, self.tokenizer, self.problems = config, tokenizer, problems
         self.prompts = {problem.id: prompt for problem, prompt in zip(problems, prompts, strict=True)}
         self.bos = automatic_bos(tokenizer)
@@ -246,9 +248,9 @@ class Plan:
         )
 
 
-def collect(plan: Plan, store: Path, sampler: Sampler) -> list[Group]:
+def collect(plan: Plan, store: Path, sample: Draw) -> list[Group]:
     """Draw all groups, stored ones from the store; plain groups first."""
-    draw = partial(draw_stored, store=store, sampler=sampler, prompts_per_call=plan.config.engine.prompts_per_call)
+    draw = partial(draw_stored, store=store, sample=sample, prompts_per_call=plan.config.engine.prompts_per_call)
     plain = draw(plan.plain())
     planned = plan.conditional(plain)
     drawn = draw([item.request for item in planned])
@@ -290,7 +292,7 @@ def summary(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
     """Average each measure per mode over all positions, and the length as a share of the plain one's."""
     means = rows.groupby("mode", sort=False)[list(MEASURES)].mean()
     means["length_share"] = means["length"] / means.loc["unconditional", "length"]
-    return {str(mode): {name: float(row[name]) for name in means.columns} for mode, row in means.iterrows()}
+    return means.to_dict("index")
 
 
 def run(config: ShortcutConfig, out: Path, open_sampler: Callable[[], Sampler] | None = None) -> list[Path]:
@@ -322,16 +324,16 @@ def run(config: ShortcutConfig, out: Path, open_sampler: Callable[[], Sampler] |
         f"response; raise it or lower --max-tokens",
     )
     check_same_config(out, config, (*FREE, *JUDGING))
-    with LazySampler(open_sampler or (lambda: config.engine.open(config.model))) as sampler:
-        groups = collect(plan, out / DRAWS, sampler)
+    with opened_by_first_draw(open_sampler or (lambda: config.engine.open(config.model))) as sample:
+        groups = collect(plan, out / DRAWS, sample)
     rows, means = tabulate(groups, config.shares)
-    numbers = summary(rows)
-    for mode, values in numbers.items():
+    averages = summary(rows)
+    for mode, values in averages.items():
         print(
             f"{mode:<14} distinct {values['distinct']:.2f}   all equal {values['all_equal']:.2f}   "
             f"length {values['length']:.1f}   accuracy {values['accuracy']:.3f}"
         )
-    return write_results(out, "shortcut", config, numbers, {"means": means, "groups": rows}, draw_shortcut(means))
+    return write_results(out, "shortcut", config, averages, {"means": means, "groups": rows}, draw_shortcut(means))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

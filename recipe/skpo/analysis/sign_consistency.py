@@ -33,11 +33,7 @@ ZERO = 1e-9
 
 @dataclass(frozen=True)
 class SignConfig:
-    """What is simulated; each option's help says what it is.
-
-    Raises:
-        ConfigError: naming the flag and what it must be.
-    """
+    """What is simulated; each option's help says what it is."""
 
     prompts: int = option(20_000, "number of prompts", least=1)
     group_size: int = option(8, "G, segments per prompt; also the outcomes of the correctness class", least=2)
@@ -66,7 +62,6 @@ class SignConfig:
     seed: int = option(1, "of every draw", least=0)
 
     def __post_init__(self) -> None:
-        """Check the values."""
         check_options(self)
         require(
             min(self.difficulty_alpha, self.difficulty_beta) > 0,
@@ -306,12 +301,11 @@ def run(config: SignConfig, out: Path) -> list[Path]:
     from recipe.skpo.analysis.drawing import draw_sign_consistency
 
     table = simulate(config)
-    numbers = summary(config, table)
-    for name, values in numbers.items():
+    headline = summary(config, table)
+    for name, values in headline.items():
         print(f"{name:<36} sign accuracy {values['sign_accuracy']:.3f}   MAE {values['mae']:.3f}")
-    return write_results(
-        out, "sign_consistency", config, numbers, {"sign_accuracy": table}, draw_sign_consistency(table)
-    )
+    figure = draw_sign_consistency(table)
+    return write_results(out, "sign_consistency", config, headline, {"sign_accuracy": table}, figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ from data_prep.schema import DataError
 from recipe.skpo.evaluation.config import EvaluationConfig, read_config
 from recipe.skpo.evaluation.engine import FREE, detected_platform
 from recipe.skpo.evaluation.models import Checkpoint, find_checkpoint, merged_model
-from recipe.skpo.evaluation.options import require
+from recipe.skpo.evaluation.options import chat_of, require
 from recipe.skpo.evaluation.problems import Judge, Problem, Reward, prompts_of, read_problems
 from recipe.skpo.evaluation.results import Parser, check_same_config, json_bytes, run_cli
 from recipe.skpo.evaluation.sampling import (
     Completion,
-    LazySampler,
     Request,
     Sampler,
     draw_stored,
+    opened_by_first_draw,
     request_seed,
 )
 from recipe.skpo.evaluation.scores import Answered, markdown, score
@@ -119,7 +118,7 @@ def as_trained(config: EvaluationConfig, checkpoint: Checkpoint) -> EvaluationCo
         ConfigError: the run's config cannot be read.
     """
     run, reward = run_settings(checkpoint.shards or checkpoint.model), config.reward
-    chat = run.chat if run is not None else Chat()
+    chat = chat_of(run, config.custom_chat_template, config.chat_template_kwargs)
     same = run is not None and (run.reward_path, run.reward_name) == (reward.path, reward.name)
     if run is not None and not same:
         print(
@@ -127,13 +126,7 @@ def as_trained(config: EvaluationConfig, checkpoint: Checkpoint) -> EvaluationCo
             f"with {reward.name} of {reward.path}; reward.path and reward.name choose another"
         )
     kwargs = (run.reward_kwargs if run is not None and same else {}) | reward.reward_kwargs
-    given, template = config.chat_template_kwargs, config.custom_chat_template
-    return replace(
-        config,
-        chat_template_kwargs=chat.chat_template_kwargs if given is None else given,
-        custom_chat_template=chat.custom_chat_template if template is None else template,
-        reward=replace(reward, reward_kwargs=kwargs),
-    )
+    return replace(config, **asdict(chat), reward=replace(reward, reward_kwargs=kwargs))
 
 
 def title(config: EvaluationConfig, checkpoint: Checkpoint) -> str:
@@ -169,9 +162,7 @@ def answered(benchmark: Benchmark, drawn: Mapping[str, Sequence[Completion]], ju
 def write_problems(path: Path, problems: Sequence[Answered]) -> None:
     """Write per-problem results: the fields of ``Answered``, ``k`` and ``n_right``."""
     rows = [asdict(problem) | {"k": len(problem.right), "n_right": sum(problem.right)} for problem in problems]
-    buffer = BytesIO()
-    pd.DataFrame(rows).to_parquet(buffer, index=False)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, pd.DataFrame(rows).to_parquet(index=False))
 
 
 def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None = None) -> list[Path]:
@@ -212,24 +203,17 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
     needed = config.max_prompt_length + config.max_response_length
     engine = replace(config.engine, max_model_len=config.engine.max_model_len or needed)
     judge = Judge(reward, tokenizer)
+    length, temperature, top_p = config.max_response_length, config.temperature, config.top_p
     scores, written = [], []
-    with LazySampler(lambda: (open_sampler or engine.open)(merged_model(checkpoint, out))) as sampler:
+    with opened_by_first_draw(lambda: (open_sampler or engine.open)(merged_model(checkpoint, out))) as sample:
         for benchmark in benchmarks:
             name, k = benchmark.name, counts[benchmark.name]
             requests = [
-                Request(
-                    problem.id,
-                    prompt,
-                    config.max_response_length,
-                    request_seed(config.seed, problem.id, k),
-                    k,
-                    config.temperature,
-                    config.top_p,
-                )
+                Request(problem.id, prompt, length, request_seed(config.seed, problem.id, k), k, temperature, top_p)
                 for problem, prompt in zip(benchmark.problems, benchmark.prompts, strict=True)
             ]
             report = partial(print, f"{name}/", sep="", flush=True)
-            drawn = draw_stored(requests, out / name / "draws.jsonl", sampler, engine.prompts_per_call, report)
+            drawn = draw_stored(requests, out / name / "draws.jsonl", sample, engine.prompts_per_call, report)
             problems = answered(benchmark, drawn, judge)
             written.append(out / name / "problems.parquet")
             write_problems(written[-1], problems)

@@ -20,11 +20,7 @@ from recipe.skpo.output.redaction import reject_secrets
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The keys of ``config/evaluate.yaml``, which says what each is.
-
-    Raises:
-        ConfigError: naming the key and what it must be.
-    """
+    """The keys of ``config/evaluate.yaml``, which says what each is."""
 
     checkpoint: str
     benchmarks: list[str]
@@ -44,7 +40,6 @@ class EvaluationConfig:
     engine: EngineConfig
 
     def __post_init__(self) -> None:
-        """Check the values."""
         require(bool(self.benchmarks), f"benchmarks: is empty; name any of {', '.join(BENCHMARKS)}, or parquet files")
         require(self.temperature >= 0, f"temperature: must be >= 0, got {self.temperature}")
         require(0 < self.top_p <= 1, f"top_p: must be in (0, 1], got {self.top_p}")

@@ -71,7 +71,6 @@ class VllmSampler:
     """
 
     def __init__(self, config: EngineConfig, model: str) -> None:
-        """Start the engine."""
         config.apply_platform()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from data_prep.untrusted import UntrustedError, parse_json
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.task.run_settings import Chat, run_settings
+from recipe.skpo.task.run_settings import Chat, RunSettings, run_settings
 from reward_fns import OUR_REWARD
 from reward_fns.forms import OLD_FORMATS, AnswerFormat
 from reward_fns.thoughts import read_marks
@@ -180,6 +180,15 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def chat_of(run: RunSettings | None, template: str | None, kwargs: dict[str, Any] | None) -> Chat:
+    """Return the given chat template and options; those that are None are the run's."""
+    chat = run.chat if run is not None else Chat()
+    return Chat(
+        chat.custom_chat_template if template is None else template,
+        chat.chat_template_kwargs if kwargs is None else kwargs,
+    )
+
+
 def model_settings(flags: argparse.Namespace, model: str) -> ModelSettings:
     """Complete parsed flags by the run that a model belongs to.
 
@@ -187,15 +196,10 @@ def model_settings(flags: argparse.Namespace, model: str) -> ModelSettings:
         ConfigError: the run's config cannot be read.
     """
     run = run_settings(model)
-    chat = run.chat if run is not None else Chat()
     reward = run.reward_kwargs if run is not None and run.reward_path == OUR_REWARD else {}
-    kwargs, template = flags.chat_template_kwargs, flags.custom_chat_template
     marks = flags.thought_marks or reward.get("thought_marks") or "auto"
     return ModelSettings(
-        Chat(
-            chat.custom_chat_template if template is None else template,
-            chat.chat_template_kwargs if kwargs is None else kwargs,
-        ),
+        chat_of(run, flags.custom_chat_template, flags.chat_template_kwargs),
         flags.answer_format or reward.get("answer_format") or "any",
         marks if isinstance(marks, str) else tuple(marks),
     )

@@ -145,7 +145,6 @@ class Reward:
     """
 
     def __init__(self, function: RewardFunction) -> None:
-        """Load the function and check its signature."""
         try:
             self._call = RewardCall(function.path, function.name, function.reward_kwargs)
             self._call.check_signature()
@@ -204,7 +203,6 @@ class Judge:
     """
 
     def __init__(self, reward: Reward, tokenizer: Any) -> None:
-        """Read the tokenizer's special tokens."""
         self.reward, self._tokenizer = reward, tokenizer
         self._thoughts = ThoughtReader(tokenizer, reward.marks)
 

@@ -98,7 +98,6 @@ class Parser(argparse.ArgumentParser):
     """A parser that refuses in one line and prints its description as it is written."""
 
     def __init__(self, **options: Any) -> None:
-        """Take the options of ``argparse.ArgumentParser``."""
         super().__init__(**({"formatter_class": argparse.RawDescriptionHelpFormatter} | options))
 
     def error(self, message: str) -> NoReturn:

@@ -8,11 +8,12 @@ model.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.output.metrics import json_lines
@@ -79,34 +80,20 @@ class Sampler(Protocol):
         ...
 
 
-class LazySampler:
-    """A sampler that is opened by its first draw and closed at the end of the ``with`` block.
+Draw = Callable[[Sequence[Request]], list[list[Completion]]]
+"""The ``sample`` of a sampler."""
 
-    Args:
-        open_sampler: makes it.
-    """
 
-    def __init__(self, open_sampler: Callable[[], Sampler]) -> None:
-        """Open nothing yet."""
-        self._open = open_sampler
-        self._sampler: Sampler | None = None
+@contextmanager
+def opened_by_first_draw(open_sampler: Callable[[], Sampler]) -> Iterator[Draw]:
+    """Yield the ``sample`` of a sampler that its first call opens and the end of the block closes."""
+    with ExitStack() as stack:
 
-    def __enter__(self) -> Self:
-        """Begin the block."""
-        return self
+        @cache
+        def sampler() -> Sampler:
+            return stack.enter_context(closing(open_sampler()))
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close the sampler if it was opened."""
-        if self._sampler is not None:
-            self._sampler.close()
-
-    def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
-        """See ``Sampler.sample``."""
-        self._sampler = self._sampler or self._open()
-        return self._sampler.sample(requests)
-
-    def close(self) -> None:
-        """Leave closing to the end of the block."""
+        yield lambda requests: sampler().sample(requests)
 
 
 # ---------------------------------------------------------------- stored draws
@@ -153,7 +140,7 @@ def read_completions(path: Path) -> dict[str, list[Completion]]:
 def draw_stored(
     requests: Sequence[Request],
     store: Path,
-    sampler: Sampler,
+    sample: Draw,
     prompts_per_call: int = 16,
     report: Callable[[str], None] = print,
 ) -> dict[str, list[Completion]]:
@@ -165,7 +152,7 @@ def draw_stored(
     Args:
         requests: with distinct keys.
         store: JSON lines, appended to after every call.
-        sampler: asked only if something is missing.
+        sample: called only if something is missing.
         prompts_per_call: prompts of one call.
         report: called with one line of progress per call.
 
@@ -180,16 +167,16 @@ def draw_stored(
         raise ValueError(f"{store}: two requests have the same key")
     stored = read_completions(store)
     for request in requests:
-        found = len(stored.get(request.key, ()))
-        if found not in (0, request.n):
+        count = len(stored.get(request.key, ()))
+        if count not in (0, request.n):
             raise ConfigError(
-                f"{store}: holds {found} completions of {request.key!r}, this command draws {request.n}; give another "
+                f"{store}: holds {count} completions of {request.key!r}, this command draws {request.n}; give another "
                 f"output folder"
             )
     calls = [requests[start : start + prompts_per_call] for start in range(0, len(requests), prompts_per_call)]
     missing = [call for call in calls if any(request.key not in stored for request in call)]
     for number, call in enumerate(missing, start=1):
-        new = {request.key: drawn for request, drawn in zip(call, sampler.sample(call), strict=True)}
+        new = {request.key: drawn for request, drawn in zip(call, sample(call), strict=True)}
         append_completions(store, new)
         stored |= new
         report(f"{store.name}: {number} of {len(missing)} calls drawn")

@@ -12,7 +12,6 @@ class BestEffort:
     """Writes that may fail: the first failure of each kind is logged, the training continues."""
 
     def __init__(self) -> None:
-        """Begin without failures."""
         self._logged: set[str] = set()
 
     @contextmanager
@@ -42,11 +41,9 @@ class BestEffortLogger:
     """
 
     def __init__(self, name: str, backend: Any, effort: BestEffort) -> None:
-        """Wrap the backend."""
         self._name, self._backend, self._effort = name, backend, effort
 
     def __getattr__(self, attribute: str) -> Any:
-        """Return the backend's attribute."""
         return getattr(self._backend, attribute)
 
     def finish(self, *args: Any, **kwargs: Any) -> None:

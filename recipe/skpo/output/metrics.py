@@ -142,7 +142,6 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, resumed_at: int, saved: Mapping[str, float] | None = None) -> None:
-        """Open the file, without lines of later steps."""
         keep_lines(path, resumed_at)
         self._file = path.open("a", encoding="utf-8", buffering=1)
         if saved and not any(line["step"] == resumed_at and saved.keys() <= line.keys() for line in read_lines(path)):

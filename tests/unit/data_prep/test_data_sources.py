@@ -94,8 +94,8 @@ def test_the_benchmarks_at_hand_are_whole(tmp_path: Path) -> None:
 def test_math_takes_the_same_answers_from_the_solutions_as_math500_gives(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (DATA / "math500" / "test.jsonl").open()]
     for row in rows:
-        given = math.convert(row)
-        taken = math.convert({key: value for key, value in row.items() if key != "answer"})
+        given = math.SOURCE.problem(row)
+        taken = math.SOURCE.problem({key: value for key, value in row.items() if key != "answer"})
         assert given.answer == taken.answer, row["solution"][-100:]
 
 
@@ -483,17 +483,17 @@ def test_an_unknown_template_lists_the_known_ones() -> None:
     ],
 )
 def test_math_reads_the_box_or_the_answer(fields: dict[str, Any], answer: str) -> None:
-    assert math.convert(fields) == Problem("DigitalLearningGmbH/MATH-lighteval", "p", answer)
+    assert math.SOURCE.problem(fields) == Problem("DigitalLearningGmbH/MATH-lighteval", "p", answer)
 
 
 @pytest.mark.parametrize(
     ("convert", "fields", "message"),
     [
-        (math.convert, {"problem": "p", "solution": "\\boxed{1"}, "no complete"),
-        (math.convert, {"problem": "p", "answer": "x" * 500}, "500 characters"),
-        (math.convert, {"problem": "p", "answer": True}, "not a number"),
-        (math.convert, {"problem": "p", "answer": float("nan")}, "not a number"),
-        (math.convert, {"solution": "\\boxed{1}"}, "'problem' or 'question' is missing"),
+        (math.SOURCE.problem, {"problem": "p", "solution": "\\boxed{1"}, "no complete"),
+        (math.SOURCE.problem, {"problem": "p", "answer": "x" * 500}, "500 characters"),
+        (math.SOURCE.problem, {"problem": "p", "answer": True}, "not a number"),
+        (math.SOURCE.problem, {"problem": "p", "answer": float("nan")}, "not a number"),
+        (math.SOURCE.problem, {"solution": "\\boxed{1}"}, "'problem' or 'question' is missing"),
     ],
 )
 def test_math_refuses_rows_without_a_checkable_answer(
@@ -556,18 +556,18 @@ def test_dapo_leaves_out_the_benchmarks_problems(tmp_path: Path) -> None:
 )
 def test_dapo_refuses_malformed_rows(change: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError, match=message):
-        dapo_math.convert(dapo_row("p", "1") | change)
+        dapo_math.SOURCE.problem(dapo_row("p", "1") | change)
 
 
 def test_dapo_answers_are_integers_without_separators() -> None:
-    assert dapo_math.convert(dapo_row("p", " 1,234 ")).answer == "1234"
-    assert dapo_math.convert(dapo_row("p", "-07")).answer == "-7"
+    assert dapo_math.SOURCE.problem(dapo_row("p", " 1,234 ")).answer == "1234"
+    assert dapo_math.SOURCE.problem(dapo_row("p", "-07")).answer == "-7"
     plain = {"prompt": [{"role": "user", "content": " bare "}], "reward_model": {"ground_truth": "1"}}
-    assert dapo_math.convert(plain).question == "bare"
+    assert dapo_math.SOURCE.problem(plain).question == "bare"
 
 
 def test_aime_answers_are_integers() -> None:
-    convert = benchmarks.BENCHMARKS["aime24"].convert
+    convert = benchmarks.BENCHMARKS["aime24"].problem
     problem = convert({"problem": "p", "answer": "033"})
     assert problem is not None and (problem.answer, problem.data_source) == ("33", "aime24")
     with pytest.raises(RowError, match="not an integer"):
@@ -575,7 +575,7 @@ def test_aime_answers_are_integers() -> None:
 
 
 def test_olympiad_keeps_open_english_text_problems_and_joins_several_answers() -> None:
-    convert = benchmarks.BENCHMARKS["olympiadbench"].convert
+    convert = benchmarks.BENCHMARKS["olympiadbench"].problem
     row = {"question": "q", "context": "Let x.", "final_answer": ["$2$", "$-1$"], "modality": "Text-only"}
     problem = convert({**row, "subject": "Math", "language": "English", "question_type": "Open-ended"})
     assert problem == Problem("olympiadbench", "Let x.\n\nq", "2, -1")
@@ -601,7 +601,7 @@ def test_olympiad_keeps_open_english_text_problems_and_joins_several_answers() -
     ],
 )
 def test_olympiad_numbers_may_be_off_by_their_tolerance(answer, tolerance, right, wrong) -> None:
-    convert = benchmarks.BENCHMARKS["olympiadbench"].convert
+    convert = benchmarks.BENCHMARKS["olympiadbench"].problem
     problem = convert({"question": "q", "final_answer": [answer], "error": tolerance})
     assert problem is not None
     for text, verdict in [*((text, 1.0) for text in right), *((text, 0.0) for text in wrong)]:
@@ -614,7 +614,7 @@ def test_olympiad_numbers_may_be_off_by_their_tolerance(answer, tolerance, right
 
 
 def test_mmlu_pro_lists_its_options_and_its_letter_is_the_answer() -> None:
-    convert = benchmarks.BENCHMARKS["mmlu_pro"].convert
+    convert = benchmarks.BENCHMARKS["mmlu_pro"].problem
     row = {"question": "Which?", "options": ["red", " blue"], "answer": "B", "answer_index": 1}
     problem = convert(row)
     assert problem is not None
@@ -637,7 +637,7 @@ def test_every_benchmark_has_a_reward_and_a_template() -> None:
     for name, source in benchmarks.BENCHMARKS.items():
         fields = {**row, "answer": "A", "options": ["x"]} if name == "mmlu_pro" else row
         fields = {**row, "answer": "#### 1"} if name == "gsm8k" else fields
-        problem = source.convert(fields)
+        problem = source.problem(fields)
         assert problem is not None
         route(problem.data_source)
         load_prompt_template(source.template)
