@@ -54,8 +54,6 @@ def launch(folder: Path, cluster, *extra: str) -> subprocess.Popen:
         "ray_kwargs.ray_init.include_dashboard=null",
         "trainer.nnodes=2",
         "trainer.n_gpus_per_node=1",
-        "actor_rollout_ref.rollout.agent.num_workers=2",
-        "reward.num_workers=2",
         *extra,
     ]
     with (folder / "run.log").open("w") as log:

@@ -36,6 +36,11 @@ def gpus(prompts: int, rows: int, server: int) -> int:
     return gpus_to_use(int(prompts), int(rows), int(server), visible_gpus() or 8)
 
 
+def workers(nodes: int) -> int:
+    """Count the rollout workers, and the reward workers, of so many nodes: verl's default is 8 for any number."""
+    return 8 * _number("trainer.nnodes", nodes)
+
+
 def fifth(response: int) -> int:
     """Return the last fifth of the response budget, over which DAPO punishes long responses."""
     return max(1, _number("data.max_response_length", response) // 5)
@@ -78,6 +83,7 @@ for _name, _resolver in {
     "skpo_rows": rows_per_prompt,
     "skpo_context": context_length,
     "skpo_fifth": fifth,
+    "skpo_workers": workers,
     "skpo_gpus": gpus,
     "skpo_half_life": half_life,
     "skpo_given": given,

@@ -215,6 +215,18 @@ def test_a_data_set_is_prepared_into_a_folder_of_its_choices(compose_config, mod
     assert len(folders) == 7
 
 
+@pytest.mark.parametrize(("platform", "per_node"), [("gpu", 8), ("cpu", 1)])
+def test_workers_grow_with_the_nodes_unless_their_number_is_given(compose_config, platform: str, per_node: int) -> None:
+    def numbers(*overrides: str) -> tuple[int, int]:
+        config = compose_config(f"platform={platform}", *FILES, *overrides)
+        return config.actor_rollout_ref.rollout.agent.num_workers, config.reward.num_workers
+
+    assert numbers() == (per_node, per_node)
+    assert numbers("trainer.nnodes=4") == (4 * per_node, 4 * per_node)
+    assert numbers("trainer.nnodes=4", "reward.num_workers=3") == (4 * per_node, 3)
+    assert numbers("trainer.nnodes=4", "actor_rollout_ref.rollout.agent.num_workers=5") == (5, 4 * per_node)
+
+
 def test_gsm8k_with_the_embedded_model_has_sizes_of_its_own(compose_config) -> None:
     config = compose_config("data=gsm8k")
     sizes = (config.data.train_batch_size, config.data.max_prompt_length, config.data.max_response_length)
