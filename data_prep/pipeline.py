@@ -240,7 +240,7 @@ def write_problems(splits: Mapping[Path, tuple[str, Collected]], template: str) 
     chat = load_prompt_template(template)
     everything = [problem for _, found in splits.values() for problem in found.problems]
     refuse_duplicates(
-        [problem.id for problem in everything],
+        pa.chunked_array([[problem.id for problem in everything]], pa.string()),
         " + ".join(str(path) for path in splits),
         "drop one of the two rows from its source",
     )

@@ -7,8 +7,9 @@ nor on the wording of the system message. A source module writes `Row`s by `writ
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ MOST_VALUES = 500_000_000
 LONGEST_TEXT = 1_000_000
 MOST_TEXT, MOST_TEXT_IN_ALL = 2 * 2**30, 32 * 2**30
 """Bytes of one text, and of all texts in the columns that Python reads and in all columns."""
+_ROWS = 65_536
+"""Rows that are checked at once."""
 
 REWRITE = "write it with `python -m data_prep.<source> --out DIR`"
 
@@ -88,8 +91,8 @@ def write_parquet(rows: Iterable[Row], path: Path) -> None:
     records = [row.record() for row in rows]
     if not records:
         raise DataError(f"{path}: no rows to write")
-    refuse_duplicates([record["id"] for record in records], str(path), "drop one of the two rows before writing")
     table = pa.Table.from_pylist(records, schema=PARQUET_SCHEMA)
+    refuse_duplicates(table["id"], str(path), "drop one of the two rows before writing")
 
     path.parent.mkdir(parents=True, exist_ok=True)
     # A rename is atomic only within one file system, hence the temporary file beside the target.
@@ -103,12 +106,17 @@ def write_parquet(rows: Iterable[Row], path: Path) -> None:
 
 
 def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str = "prompt") -> pa.Table:
-    """Read the columns training needs (id, data_source, prompt, reward_model) and check every row.
+    """Check every row of the columns training needs (id, data_source, prompt, reward_model).
+
+    Arrow checks a batch of rows at once; Python looks only at rows that arrow cannot pass.
 
     Args:
         path: the file.
         role: which Hydra key it came from (`data.train_files` or `data.val_files`), for messages.
         prompt_key: name of the prompt's column.
+
+    Returns:
+        The columns without the prompts, which take the most memory.
 
     Raises:
         DataError: file missing, unreadable, not parquet, empty or too large for memory; column missing; a prompt that
@@ -122,7 +130,8 @@ def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str 
     if not path.is_file():
         raise DataError(f"{where}: is a folder, not a file; name the .parquet file in it")
 
-    needed = ["id", "data_source", prompt_key, "reward_model"]
+    kept = ["id", "data_source", "reward_model"]
+    needed = [*kept, prompt_key]
     try:
         present = pq.read_schema(path).names
         missing = [column for column in needed if column not in present]
@@ -130,37 +139,98 @@ def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str 
             has = _short(", ".join(present), 300)[1:-1]
             raise DataError(f"{where}: missing column(s) {', '.join(missing)} (it has {has}); {REWRITE}")
         refuse_excess(path, {*needed, "extra_info"}, where)
-        table = pq.read_table(path, columns=needed)
+        batches, rows = list[pa.RecordBatch](), 0
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_ROWS, columns=needed):
+                _check_rows(batch, prompt_key, where, rows)
+                batches.append(batch.select(kept))
+                rows += batch.num_rows
     except PermissionError as error:
         raise DataError(f"{where}: no permission to read it; `chmod +r` it") from error
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{where}: cannot be read as parquet ({reason}); {REWRITE}") from error
-    if table.num_rows == 0:
+    if not rows:
         raise DataError(f"{where}: has no rows; {REWRITE}")
-
-    for column in ("id", "data_source"):
-        for number, value in enumerate(table.column(column).to_pylist()):
-            # A terminal obeys what cannot be printed, and these two names are printed all over.
-            if not isinstance(value, str) or not value or not value.isprintable():
-                what = "a non-empty string" if not isinstance(value, str) or not value else "text that can be printed"
-                raise DataError(
-                    f"{where}: row {number}: column {column!r} is not {what} (found {_short(value)}); {REWRITE}"
-                )
-    for number, prompt in enumerate(table.column(prompt_key).to_pylist()):
-        if not _is_chat(prompt):
-            raise DataError(
-                f"{where}: row {number}: column {prompt_key!r} is not a non-empty list of {{role, content}} "
-                f"messages (found {_short(prompt)}); {REWRITE}"
-            )
-    for number, reward_model in enumerate(table.column("reward_model").to_pylist()):
-        if not isinstance(reward_model, dict) or reward_model.get("ground_truth") in (None, ""):
-            raise DataError(
-                f"{where}: row {number}: column 'reward_model' has no ground_truth "
-                f"(found {_short(reward_model)}); {REWRITE}"
-            )
-    refuse_duplicates(table.column("id").to_pylist(), where, "drop one of the two rows")
+    table = pa.Table.from_batches(batches)
+    refuse_duplicates(table["id"].cast(pa.string()), where, "drop one of the two rows")
     return table
+
+
+def _check_rows(batch: pa.RecordBatch, prompt_key: str, where: str, first: int) -> None:
+    """Refuse the first bad row of a batch, whose rows are counted from ``first``."""
+    for column in ("id", "data_source"):
+        for row, value in _doubtful(batch[column], _is_plain_text, _is_name):
+            what = "a non-empty string" if not isinstance(value, str) or not value else "text that can be printed"
+            raise DataError(
+                f"{where}: row {first + row}: column {column!r} is not {what} (found {_short(value)}); {REWRITE}"
+            )
+    for row, prompt in _doubtful(batch[prompt_key], _are_chats, _is_chat):
+        raise DataError(
+            f"{where}: row {first + row}: column {prompt_key!r} is not a non-empty list of {{role, content}} "
+            f"messages (found {_short(prompt)}); {REWRITE}"
+        )
+    for row, reward_model in _doubtful(batch["reward_model"], _have_truths, _has_truth):
+        raise DataError(
+            f"{where}: row {first + row}: column 'reward_model' has no ground_truth "
+            f"(found {_short(reward_model)}); {REWRITE}"
+        )
+
+
+def _doubtful(
+    column: pa.Array, good: Callable[[pa.Array], bool], is_good: Callable[[Any], bool]
+) -> Iterator[tuple[int, Any]]:
+    """Yield row and value of what is bad: ``is_good`` decides wherever ``good`` does not see all rows to be."""
+    if not good(column):
+        yield from ((row, value) for row, value in enumerate(column.to_pylist()) if not is_good(value))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_plain_text(column: pa.Array) -> bool:
+    """Return whether all values are non-empty printable ASCII; what else can be printed is for Python to say."""
+    if not _is_text(column.type) or column.null_count or not _all(pc.not_equal(column, "")):
+        return False
+    return _all(pc.string_is_ascii(column)) and _all(pc.ascii_is_printable(column))
+
+
+def _are_chats(column: pa.Array) -> bool:
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_struct(kind.value_type):
+        return False
+    fields = {field.name: field.type for field in kind.value_type}
+    if not all(_is_text(fields.get(name, pa.null())) for name in ("role", "content")):
+        return False
+    messages = column.flatten()
+    roles, contents = (pc.struct_field(messages, name) for name in ("role", "content"))
+    return bool(
+        not column.null_count
+        and _all(pc.greater(pc.list_value_length(column), 0))
+        and not roles.null_count + contents.null_count
+        and _all(pc.not_equal(roles, ""))
+    )
+
+
+def _have_truths(column: pa.Array) -> bool:
+    if not pa.types.is_struct(column.type) or column.type.get_field_index("ground_truth") < 0:
+        return False
+    truths = pc.struct_field(column, "ground_truth")
+    return not truths.null_count and not (_is_text(truths.type) and not _all(pc.not_equal(truths, "")))
+
+
+def _all(values: pa.Array) -> bool:
+    return bool(pc.all(values).as_py())
+
+
+def _is_name(value: object) -> bool:
+    # A terminal obeys what cannot be printed, and ids and data sources are printed all over.
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
+def _has_truth(reward_model: object) -> bool:
+    return isinstance(reward_model, dict) and reward_model.get("ground_truth") not in (None, "")
 
 
 def refuse_excess(path: Path, needed: set[str], where: str) -> None:
@@ -191,7 +261,9 @@ def refuse_excess(path: Path, needed: set[str], where: str) -> None:
         return
     total = needed_total = first = 0
     with pq.ParquetFile(path, read_dictionary=texts) as file:
-        for batch in file.iter_batches(batch_size=65_536, columns=texts):
+        # One row group after another: arrow cannot join nested dictionaries of two.
+        batches = (file.iter_batches(_ROWS, row_groups=[group], columns=texts) for group in range(len(groups)))
+        for batch in chain.from_iterable(batches):
             for name, column in zip(batch.schema.names, batch.columns, strict=True):
                 longest, size = _text_sizes(column)
                 total += size
@@ -247,14 +319,21 @@ def _is_chat(prompt: object) -> bool:
     )
 
 
-def refuse_duplicates(ids: list[str], where: str, fix: str) -> None:
+def refuse_duplicates(ids: pa.ChunkedArray, where: str, fix: str) -> None:
     """Refuse two rows of one id, which the trackers would mix up.
+
+    Args:
+        ids: text, of every row.
+        where: file, for the message.
+        fix: what to do.
 
     Raises:
         DataError: naming the first two.
     """
+    if pc.count_distinct(ids).as_py() == len(ids):
+        return
     first_row: dict[str, int] = {}
-    for number, identifier in enumerate(ids):
+    for number, identifier in enumerate(ids.to_pylist()):
         if identifier in first_row:
             raise DataError(f"{where}: rows {first_row[identifier]} and {number}: same id {identifier!r}; {fix}")
         first_row[identifier] = number

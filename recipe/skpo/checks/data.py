@@ -39,7 +39,7 @@ class DataFile:
     Attributes:
         role: which list names it.
         path: as it was given.
-        table: its columns id, data_source, prompt and reward_model.
+        table: its columns id, data_source and reward_model.
         names: all of its columns.
     """
 
@@ -52,6 +52,11 @@ class DataFile:
     def where(self) -> str:
         """Begin a message about it."""
         return f"data.{self.role}_files: {self.path}"
+
+    @property
+    def ids(self) -> pa.ChunkedArray:
+        """Return the ids of all rows, as text."""
+        return self.table["id"].cast(pa.string())
 
 
 def check_data(config: DictConfig) -> None:
@@ -159,15 +164,22 @@ def _check_counts(config: DictConfig, train: Sequence[DataFile]) -> None:
         )
 
 
-def _check_ids_unique_across_files(files: Iterable[DataFile]) -> None:
+def _check_ids_unique_across_files(files: Sequence[DataFile]) -> None:
+    ids = _all_ids(files)
+    if len(files) < 2 or pc.count_distinct(ids).as_py() == len(ids):
+        return
     seen: dict[str, DataFile] = {}
     for file in files:
-        for prompt_id in file.table["id"].to_pylist():
+        for prompt_id in file.ids.to_pylist():
             if seen.setdefault(prompt_id, file) is not file:
                 raise DataError(
                     f"{file.path}: id {prompt_id} is in {seen[prompt_id].path} too; ids must be unique over all "
                     f"of data.train_files"
                 )
+
+
+def _all_ids(files: Iterable[DataFile]) -> pa.ChunkedArray:
+    return pa.chunked_array([chunk for file in files for chunk in file.ids.chunks], pa.string())
 
 
 # ---------------------------------------------------------------- columns
@@ -323,9 +335,10 @@ def _first_cause(error: BaseException) -> str:
 
 def _note_overlap(train: Iterable[DataFile], val: Iterable[DataFile]) -> None:
     """Say how much of the validation is trained on."""
-    trained = {prompt_id for file in train for prompt_id in file.table["id"].to_pylist()}
-    held_out = [prompt_id for file in val for prompt_id in file.table["id"].to_pylist()]
-    both = sum(prompt_id in trained for prompt_id in held_out)
+    trained, held_out = _all_ids(train), _all_ids(val)
+    # The table that is looked up in is the small one.
+    common = trained.filter(pc.is_in(trained, value_set=held_out))
+    both = pc.sum(pc.is_in(held_out, value_set=common)).as_py()
     if both:
         print(
             f"note: {both} of the {len(held_out)} prompts of data.val_files are in data.train_files too, so validation "
@@ -335,9 +348,12 @@ def _note_overlap(train: Iterable[DataFile], val: Iterable[DataFile]) -> None:
 
 def _truths(files: Iterable[DataFile]) -> Iterator[tuple[str, str, Any]]:
     for file in files:
-        sources, models = file.table["data_source"].to_pylist(), file.table["reward_model"].to_pylist()
-        for row, (source, model) in enumerate(zip(sources, models, strict=True)):
-            yield f"{file.where}: row {row}", source, model["ground_truth"]
+        first = 0
+        for batch in file.table.to_batches():
+            truths = pc.struct_field(batch["reward_model"], "ground_truth")
+            rows = zip(batch["data_source"].to_pylist(), truths.to_pylist(), strict=True)
+            yield from ((f"{file.where}: row {row}", *pair) for row, pair in enumerate(rows, first))
+            first += batch.num_rows
 
 
 def _samples(files: Iterable[DataFile]) -> Iterator[Sample]:
@@ -345,9 +361,11 @@ def _samples(files: Iterable[DataFile]) -> Iterator[Sample]:
     seen: set[tuple[str, str]] = set()
     for file in files:
         extra = _column(file.path, "extra_info") if "extra_info" in file.names else None
-        for row, source in enumerate(file.table["data_source"].to_pylist()):
+        sources = file.table["data_source"].cast(pa.string())
+        for source in sources.unique().to_pylist():
             if (file.role, source) not in seen:
                 seen.add((file.role, source))
+                row = sources.index(source).as_py()
                 yield Sample(
                     where=f"{file.path} (row {row})",
                     trains=file.role == "train",

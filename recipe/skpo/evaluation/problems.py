@@ -59,11 +59,11 @@ def read_problems(path: Path, option: str, count: int | None = None) -> list[Pro
         DataError: naming file, row or column, and the fix.
     """
     try:
-        table = check_parquet(path, role="val")
+        check_parquet(path, role="val")
     except DataError as error:
         raise DataError(str(error).replace("data.val_files:", option, 1)) from None
-    if "extra_info" in pq.read_schema(path).names:
-        table = table.append_column("extra_info", pq.read_table(path, columns=["extra_info"])["extra_info"])
+    columns = {"id", "data_source", "prompt", "reward_model", "extra_info"} & set(pq.read_schema(path).names)
+    table = pq.read_table(path, columns=sorted(columns))
     return [
         Problem(
             row["id"],

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import arithmetic
+from data_prep import arithmetic, schema
 from data_prep.schema import PARQUET_SCHEMA, DataError, Row, check_parquet, prompt_id, write_parquet
 
 ONE_SHOT = "Ann has 3 pens. Ann gets 4. How many now?"
@@ -397,6 +397,23 @@ def test_an_unreadable_file_is_refused_in_one_line(tmp_path: Path) -> None:
             check_parquet(tmp_path / name, role="train")
         assert str(caught.value).startswith("data.train_files: ")
         assert "\n" not in str(caught.value)
+
+
+def test_rows_are_counted_over_batches_and_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "_ROWS", 2)
+    records = [row(f"q{index}", index).record() for index in range(9)]
+    records[3]["id"] = "é"  # printable
+    for number, (column, value) in enumerate(
+        [("id", "a\x1b"), ("data_source", ""), ("prompt", []), ("reward_model", None), ("id", records[1]["id"])]
+    ):
+        damaged = [dict(record) for record in records]
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.Table.from_pylist(damaged, schema=PARQUET_SCHEMA), path, row_group_size=5)
+        assert check_parquet(path, role="train").num_rows == 9
+        damaged[6][column] = value
+        pq.write_table(pa.Table.from_pylist(damaged, schema=PARQUET_SCHEMA), path, row_group_size=5)
+        with pytest.raises(DataError, match=r"row 6: column|rows 1 and 6: same id"):
+            check_parquet(path, role="train")
 
 
 def test_checking_17000_rows_takes_less_than_two_seconds(tmp_path: Path) -> None:
