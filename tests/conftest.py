@@ -230,6 +230,17 @@ def hydra_composes_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def prompt_lengths_are_kept_apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave the project's cache alone."""
+    from recipe.skpo.task import prompt_lengths
+
+    kept = tmp_path_factory.mktemp("prompt_lengths")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt_lengths, "folder", lambda: kept)
+        yield
+
+
 @cache
 def _composed(overrides: Sequence[str]):
     from hydra import compose, initialize_config_dir

@@ -3,12 +3,16 @@
 Nothing of the weights but the headers of their files is read.
 """
 
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 from data_prep.hub import quiet_hub
 from data_prep.schema import DataError
@@ -18,6 +22,7 @@ from recipe.skpo.checks.paths import caller
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.isolation.child import LOAD_SECONDS, PROMPT_SECONDS, Place, Stopped, in_child
 from recipe.skpo.task.model_files import count_parameters, load_tokenizer
+from recipe.skpo.task.prompt_lengths import count_tokens, lengths_file, read_lengths, write_lengths
 from recipe.skpo.task.run_settings import Chat
 from recipe.skpo.task.thoughts import configured_marks
 from reward_fns import OUR_REWARD
@@ -26,6 +31,9 @@ LONGEST_PROMPT = 10_000_000
 """Characters of a rendered prompt: more than any context holds."""
 LONGEST_MARK = 200
 """Characters at a prompt's end that may hold the mark of a thought."""
+_TOGETHER, _CHARACTERS = 1_000, 1_000_000
+"""Prompts, and characters of several prompts, that are tokenised at once."""
+_THREADS = 16
 
 
 def check_model(config: DictConfig) -> None:
@@ -104,10 +112,13 @@ def check_prompt_lengths(config: DictConfig) -> None:
         DataError: naming file and row of the first prompt that is too long or that the template refuses; or too few
             prompts are left.
     """
-    train = prompt_files(config, "train")
-    files = [*train, *prompt_files(config, "val")]
+    errors = (ConfigError, DataError)
     try:
-        left, thinks = in_child(lambda place: _count_prompts(config, files, train, place), (ConfigError, DataError))
+        try:
+            left, thinks = in_child(lambda place: _count_prompts(config, place, _TOGETHER), errors)
+        except Stopped:
+            # One by one, so that the message names the row; or the bounds of one row were too tight for many.
+            left, thinks = in_child(lambda place: _count_prompts(config, place, 1), errors)
     except Stopped as error:
         raise DataError(
             f"{error.at}: the model's chat template or tokenizer {error}; take a model whose origin you trust, or give "
@@ -127,10 +138,16 @@ def check_prompt_lengths(config: DictConfig) -> None:
         )
 
 
-def _count_prompts(config: DictConfig, files: Sequence[str], train: Sequence[str], place: Place) -> tuple[int, bool]:
-    """Check every prompt; return how many training prompts are within the limit, and whether any opens a thought."""
+def _count_prompts(config: DictConfig, place: Place, together: int) -> tuple[int, bool]:
+    """Check every prompt, so many together.
+
+    Returns:
+        How many training prompts are within the limit, and whether the template opens a thought.
+    """
+    # A thread of the tokenizer reserves 64 MiB of the child's 2 GiB.
+    os.environ["RAYON_NUM_THREADS"] = str(min(_THREADS, len(os.sched_getaffinity(0))))
     place.move("actor_rollout_ref.model.path", LOAD_SECONDS)
-    limit, model = config.data.max_prompt_length, config.actor_rollout_ref.model
+    model = config.actor_rollout_ref.model
     options: Any = OmegaConf.to_container(config.data.get("apply_chat_template_kwargs") or OmegaConf.create({}))
     tokenizer = load_tokenizer(
         model.get("tokenizer_path") or model.path,
@@ -138,32 +155,80 @@ def _count_prompts(config: DictConfig, files: Sequence[str], train: Sequence[str
         "actor_rollout_ref.model.path: ",
         model.get("trust_remote_code", False),
     )
-    left, filtered, thinks = 0, config.data.filter_overlong_prompts, False
+    left, thinks = 0, False
     reward = config.reward.custom_reward_function
     marks = configured_marks(reward.path, reward.get("reward_kwargs"))
-    for file in files:
-        for index, messages in enumerate(_prompts(file, config.data.prompt_key)):
-            place.move(f"{file}: row {index}", PROMPT_SECONDS)
-            try:
-                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-                if len(text) > LONGEST_PROMPT:
-                    raise ValueError(f"it makes {len(text)} characters of it")
-            except MemoryError:
-                raise
-            except Exception as error:  # a process border: a template is a program
-                raise DataError(
-                    f"{file}: row {index}: the model's chat template fails on this prompt ({one_line(error)}); change "
-                    f"the prompt's roles, or give another template by actor_rollout_ref.model.custom_chat_template"
-                ) from error
-            length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if length > limit and not filtered:
-                raise DataError(
-                    f"{file}: row {index}: the prompt has {length} tokens, data.max_prompt_length is {limit}; raise "
-                    f"it, or set data.filter_overlong_prompts=true to leave such prompts out"
-                )
-            left += file in train and length <= limit
-            thinks = thinks or (marks is not None and marks.opened_by(text[-LONGEST_MARK:]) is not None)
+    train = prompt_files(config, "train")
+    for file in [*train, *prompt_files(config, "val")]:
+        place.move(file, LOAD_SECONDS)
+        kept = lengths_file(Path(file), config.data.prompt_key, tokenizer, options)
+        lengths = read_lengths(kept)
+        if lengths is None:
+            lengths = _measured(config, file, tokenizer, place, together)
+            if kept is not None:
+                write_lengths(kept, lengths)
+        _refuse_long(config, file, 0, lengths)
+        left += int(np.count_nonzero(lengths <= config.data.max_prompt_length)) if file in train else 0
+        first = next(_rendered(config, file, tokenizer, place, together))
+        thinks = thinks or any(
+            marks is not None and marks.opened_by(text[-LONGEST_MARK:]) is not None for text in first
+        )
     return left, thinks
+
+
+def _measured(config: DictConfig, file: str, tokenizer: Any, place: Place, together: int) -> np.ndarray:
+    """Count the tokens of a file's prompts, int32 (rows,)."""
+    lengths = np.empty(pq.read_metadata(file).num_rows, np.int32)
+    done = 0
+    # Shown on a terminal alone, and not in the first seconds.
+    with tqdm(total=len(lengths), desc="prompt lengths", file=sys.stdout, delay=3, disable=None, leave=False) as bar:
+        for texts in _rendered(config, file, tokenizer, place, together):
+            place.move(f"{file}: row {done}", PROMPT_SECONDS)
+            found = np.array(count_tokens(texts, tokenizer), np.int32)
+            _refuse_long(config, file, done, found)
+            lengths[done : done + len(texts)] = found
+            done += len(texts)
+            bar.update(len(texts))
+    return lengths
+
+
+def _refuse_long(config: DictConfig, file: str, first: int, lengths: np.ndarray) -> None:
+    """Refuse the first prompt that is too long, of lengths that begin with row ``first``, unless such are left out."""
+    limit = config.data.max_prompt_length
+    if not config.data.filter_overlong_prompts and lengths.max() > limit:
+        index = int(np.argmax(lengths > limit))
+        raise DataError(
+            f"{file}: row {first + index}: the prompt has {lengths[index]} tokens, data.max_prompt_length is {limit}; "
+            f"raise it, or set data.filter_overlong_prompts=true to leave such prompts out"
+        )
+
+
+def _rendered(config: DictConfig, file: str, tokenizer: Any, place: Place, together: int) -> Iterator[list[str]]:
+    """Yield a file's prompts under the template, as many together as ``_CHARACTERS`` allow.
+
+    Raises:
+        DataError: naming the row on which the template fails.
+    """
+    texts, size = list[str](), 0
+    for row, messages in enumerate(_prompts(file, config.data.prompt_key)):
+        place.move(f"{file}: row {row}", PROMPT_SECONDS)
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            if len(text) > LONGEST_PROMPT:
+                raise ValueError(f"it makes {len(text)} characters of it")
+        except MemoryError:
+            raise
+        except Exception as error:  # a process border: a template is a program
+            raise DataError(
+                f"{file}: row {row}: the model's chat template fails on this prompt ({one_line(error)}); change "
+                f"the prompt's roles, or give another template by actor_rollout_ref.model.custom_chat_template"
+            ) from error
+        if texts and (len(texts) == together or size + len(text) > _CHARACTERS):
+            yield texts
+            texts, size = [], 0
+        texts.append(text)
+        size += len(text)
+    yield texts
 
 
 def _prompts(file: str, column: str) -> Iterator[list[dict[str, str]]]:

@@ -21,12 +21,11 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
-from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
-from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions, log_seqlen_unbalance
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
@@ -52,6 +51,7 @@ from recipe.skpo.trainer.checkpoints import (
     remove_checkpoint,
     remove_older,
 )
+from recipe.skpo.trainer.dataset import counted_dataset
 from recipe.skpo.trainer.fingerprint import Fingerprint, differences, restarts_epoch
 from recipe.skpo.trainer.logprob_gap import METRIC as GAP_METRIC
 from recipe.skpo.trainer.logprob_gap import allowed_gap, mean_gap
@@ -126,7 +126,8 @@ class BaseTrainer(PPOTrainerSync):
         super().on_init_end()
 
     def _init_dataloader(self) -> None:
-        super()._init_dataloader()
+        with counted_dataset(self.config):
+            super()._init_dataloader()
         if self.curriculum:
             batches = PrioritisedBatches(
                 # The whole column at once; row by row takes sixty times as long.
@@ -253,18 +254,14 @@ class BaseTrainer(PPOTrainerSync):
         batch["uid"] = NonTensorStack.from_list([NonTensorData(visit.uid) for visit in visits])
         return batch.update(visit_columns(visits))
 
-    def _balance_batch(
-        self, batch: KVBatchMeta, metrics: dict, logging_prefix: str = "global_seqlen", keep_minibatch: bool = False
-    ) -> KVBatchMeta:
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
         # Rows arrive in the order in which prompts finished, which no two runs share.
         batch.reorder(sorted(range(len(batch)), key=lambda row: RowKey.parse(batch.keys[row])))
+        # Pads the batch; of the order that it makes too, only that of the baselines stays.
+        batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         # Responses that share a prompt are computed together for every method, or a comparison would flatter SKPO.
         if self.keeps_prompts_together or self.shares_prompts:
-            multiple = self._get_required_batch_multiple(self._data_parallel_size())
-            batch = upsample_batch_to_divisible_size(batch, multiple, self.tokenizer.eos_token_id)
-            metrics.update(self._order_by_prompt(batch, logging_prefix))
-        else:
-            batch = super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
+            self._order_by_prompt(batch)
         self._note_failed_prompts({RowKey.parse(key).uid for key in batch.keys})
         # Every request of the step has been answered by now.
         counts = self.agent_loop_manager.take_tokens()
@@ -281,12 +278,8 @@ class BaseTrainer(PPOTrainerSync):
             logger.warning("failures in step %d: %s", self.global_steps, json.dumps(failures))
         return batch
 
-    def _order_by_prompt(self, batch: KVBatchMeta, prefix: str) -> dict[str, float]:
-        """Order the rows such that an update sees whole prompts and, where rows are shared, a rank does too.
-
-        Returns:
-            verl's metrics of how many tokens the ranks get, before and after.
-        """
+    def _order_by_prompt(self, batch: KVBatchMeta) -> None:
+        """Order the rows such that an update sees whole prompts and, where rows are shared, a rank does too."""
         actor = self.config.actor_rollout_ref
         places = slots(
             [RowKey.parse(key).uid for key in batch.keys],
@@ -297,11 +290,8 @@ class BaseTrainer(PPOTrainerSync):
         rows, ranks = self._rows_per_minibatch(), self._data_parallel_size()
         whole = self.shares_prompts and prompts_fit_ranks(places, rows, ranks)
         lengths = [int(tag["seq_len"]) for tag in batch.tags]
-        order = minibatch_order(places, lengths, rows, ranks, _balanced, whole)
-        batch.reorder(order)
+        batch.reorder(minibatch_order(places, lengths, rows, ranks, _balanced, whole))
         self._rows_together = actor.rollout.n if whole else 1
-        share = len(order) // ranks
-        return log_seqlen_unbalance(lengths, [order[at : at + share] for at in range(0, len(order), share)], prefix)
 
     def _updates(self, rows: Rows) -> torch.Tensor:
         """Return the number of the update that trains each row, int64 (rows,)."""
@@ -481,10 +471,7 @@ class BaseTrainer(PPOTrainerSync):
         return {key: float((then[key] - now[index]).abs().mean()) for index, key in enumerate(seen)}
 
     def _data_parallel_size(self) -> int:
-        known = self.actor_rollout_wg._dispatch_info
-        if "actor" not in known:
-            known["actor"] = self.actor_rollout_wg._query_dispatch_info("actor")
-        return max(known["actor"]) + 1
+        return max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
 
     def _log_trackers(
         self, rows: Rows, visited: Sequence[int], baselines: torch.Tensor, drifts: Sequence[float], metrics: dict

@@ -12,9 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_prep.schema import DataError, Row, write_parquet
+from recipe.skpo.checks import model
 from recipe.skpo.checks.data import check_data
 from recipe.skpo.checks.model import check_prompt_lengths
 from recipe.skpo.checks.reward import check_reward
+from recipe.skpo.task import prompt_lengths
 
 
 def write_rows(path: Path, questions: list[str], split: str = "train") -> Path:
@@ -265,13 +267,13 @@ def tokens_of(question: str, model_folder: Path) -> int:
 @pytest.mark.parametrize("role", ["train", "val"])
 @pytest.mark.parametrize("folder", ["model_folder", "bos_model_folder"])
 def test_a_prompt_longer_than_the_limit(config, tmp_path: Path, request, role: str, folder: str) -> None:
-    model = request.getfixturevalue(folder)
+    model_path = request.getfixturevalue(folder)
     question = "What is 2 plus 3, and why?"
     file = write_rows(tmp_path / "long.parquet", ["1 + 1?", "2 + 2?", question])
-    config.actor_rollout_ref.model.path = str(model)
+    config.actor_rollout_ref.model.path = str(model_path)
     config.data[f"{role}_files"] = str(file)
 
-    config.data.max_prompt_length = length = tokens_of(question, model)  # as the rollout will count them
+    config.data.max_prompt_length = length = tokens_of(question, model_path)  # as the rollout will count them
     check_prompt_lengths(config)
     config.data.max_prompt_length = length - 1
     with pytest.raises(DataError) as error:
@@ -290,6 +292,43 @@ def test_a_prompt_longer_than_the_limit(config, tmp_path: Path, request, role: s
             check_prompt_lengths(config)
 
 
+def test_a_second_start_counts_nothing_again(config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_rows(tmp_path / "once.parquet", ["once?", *(f"{n} + 10?" for n in range(8))])
+    config.data.train_files = str(file)
+    longest = tokens_of("0 + 10?", Path(config.actor_rollout_ref.model.path))
+    config.data.max_prompt_length = longest
+    check_prompt_lengths(config)
+    monkeypatch.setattr(model, "count_tokens", None)
+    check_prompt_lengths(config)
+    config.data.max_prompt_length = longest - 1
+    with pytest.raises(DataError, match=rf"once.parquet: row 1: the prompt has {longest} tokens"):
+        check_prompt_lengths(config)
+    write_rows(file, ["twice?"] * 1)
+    with pytest.raises(RuntimeError, match="not callable"):
+        check_prompt_lengths(config)
+
+
+def test_prompts_are_counted_together_and_named_one_by_one(config, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(model, "_TOGETHER", 3)
+    monkeypatch.setattr(model, "_CHARACTERS", 300)
+    questions = [f"{n} + 100?" for n in range(7)] + ["a" * 400, "b" * 80]
+    config.data.train_files = str(write_rows(tmp_path / "together.parquet", questions))
+    length = config.data.max_prompt_length = tokens_of("a" * 400, Path(config.actor_rollout_ref.model.path))
+    check_prompt_lengths(config)
+    config.data.max_prompt_length = length - 1
+    with pytest.raises(DataError, match=rf"row 7: the prompt has {length} tokens"):
+        check_prompt_lengths(config)
+    monkeypatch.setattr(prompt_lengths, "folder", lambda: tmp_path / "kept")
+    monkeypatch.setattr(model, "PROMPT_SECONDS", 0.5)
+    monkeypatch.setattr(
+        model, "count_tokens", lambda texts, _: time.sleep("b" * 80 in "".join(texts)) or [1] * len(texts)
+    )
+    with pytest.raises(
+        DataError, match=r"together\.parquet: row 8: the model's chat template or tokenizer takes too long"
+    ):
+        check_prompt_lengths(config)
+
+
 def test_the_tokenizer_of_the_run_counts(config, tmp_path: Path, bos_model_folder: Path) -> None:
     config.data.max_prompt_length = tokens_of("20 + 1?", Path(config.actor_rollout_ref.model.path))
     check_prompt_lengths(config)
@@ -299,10 +338,10 @@ def test_the_tokenizer_of_the_run_counts(config, tmp_path: Path, bos_model_folde
 
 
 def test_a_template_that_opens_a_thought_is_told(config, capsys: pytest.CaptureFixture[str]) -> None:
-    model = config.actor_rollout_ref.model
+    options = config.actor_rollout_ref.model
     check_prompt_lengths(config)
     assert "thought" not in capsys.readouterr().out
-    model.custom_chat_template = "{{ messages[0]['content'] }}<think>\n"
+    options.custom_chat_template = "{{ messages[0]['content'] }}<think>\n"
     check_prompt_lengths(config)
     assert capsys.readouterr().out.startswith("note: prompts end inside a thought (the chat template opens it), so a ")
     config.reward.custom_reward_function.reward_kwargs = {"thought_marks": "none"}

@@ -134,6 +134,11 @@ SEAMS = [
     (f"{SYNC}._build_replay_buffer", "(self)", "base_trainer.BaseTrainer sets trainer_mode before it runs"),
     (f"{SYNC}._init_dataloader", "(self)", "base_trainer.BaseTrainer replaces train_dataloader after it"),
     (
+        f"{DATASET}:RLHFDataset.maybe_filter_out_long_prompts",
+        "(self, dataframe=None)",
+        "dataset.CountedDataset filters by lengths that are known",
+    ),
+    (
         f"{SYNC}.on_init_end",
         "(self)",
         "base_trainer.BaseTrainer bounds the manager's waits there, trainer.SkpoTrainer sets the loss function",
@@ -187,23 +192,7 @@ SEAMS = [
     (
         f"{SYNC}._balance_batch",
         "(self, batch, metrics, logging_prefix='global_seqlen', keep_minibatch=False)",
-        "base_trainer.BaseTrainer sorts the rows before it, and replaces it where an update needs whole prompts",
-    ),
-    (f"{SYNC}._get_required_batch_multiple", "(self, dp_size)", "base_trainer._balance_batch pads to it"),
-    (
-        "verl.trainer.ppo.padding_utils:upsample_batch_to_divisible_size",
-        "(batch, batch_multiple, eos_token_id)",
-        "base_trainer._balance_batch pads by it",
-    ),
-    (
-        "verl.utils.seqlen_balancing:log_seqlen_unbalance",
-        "(seqlen_list, partitions, prefix)",
-        "base_trainer._order_by_prompt logs the shares of the ranks by it",
-    ),
-    (
-        "verl.single_controller.base.worker:Worker._query_dispatch_info",
-        "(self, mesh_name)",
-        "base_trainer._data_parallel_size finds the ranks of the actor by it",
+        "base_trainer.BaseTrainer sorts the rows before it, trainer.SkpoTrainer orders them after it",
     ),
     (
         f"{SYNC}._compute_old_log_prob",
@@ -428,14 +417,14 @@ def our_classes() -> dict[str, tuple[type, str]]:
     from recipe.skpo.engine import dense, fsdp
     from recipe.skpo.rollout import manager, two_phases, worker
     from recipe.skpo.trainer import base as base_trainer
-    from recipe.skpo.trainer import baselines, timeouts
+    from recipe.skpo.trainer import baselines, dataset, timeouts
     from recipe.skpo.trainer import skpo as trainer
 
     found = {}
-    for module in (worker, two_phases, manager, timeouts, base_trainer, trainer, baselines, dense, fsdp):
+    for module in (worker, two_phases, manager, timeouts, base_trainer, trainer, baselines, dataset, dense, fsdp):
         for name, value in vars(module).items():
             if inspect.isclass(value) and value.__module__ == module.__name__:
-                for place in (WORKER, MANAGER, SYNC, BUFFER, REPLICAS, ENGINE):
+                for place in (WORKER, MANAGER, SYNC, BUFFER, REPLICAS, ENGINE, f"{DATASET}:RLHFDataset"):
                     if issubclass(value, locate(place)):
                         found[name] = (value, place)
     return found
@@ -449,6 +438,7 @@ OURS += [
     "SkpoTrainer",
     "BaselineTrainer",
     "SpoTrainer",
+    "CountedDataset",
     "SharedPrefixEngine",
     "PackedEngine",
 ]
