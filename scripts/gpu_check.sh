@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Checks this recipe on a machine with one GPU, without network, in at most --minutes (10), and prints one table:
+# Checks this recipe on a machine with one GPU, without network, in at most --minutes (30), and prints one table:
 #
 #     bash scripts/gpu_check.sh [--parts attention,default,resume,compare,determinism] [--data <folder with GSM8K>]
-#                               [--minutes 10] [--out outputs/gpu_check] [Hydra overrides of every run]
+#                               [--minutes 30] [--out outputs/gpu_check] [Hydra overrides of every run]
 #
 # Each part has its share of the time, and one that fails or runs out of it does not stop the others.  benchmarks/gpu_check.py
 # says what they are.  --device cpu --tiny runs them without a GPU.  PYTHON names another interpreter than .venv's.
@@ -12,7 +12,7 @@ caller=$PWD
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
 python="${PYTHON:-.venv/bin/python}"
 
-parts=attention,default,resume,compare,determinism minutes=10 out=$PWD/outputs/gpu_check data="" device=cuda rest=()
+parts=attention,default,resume,compare,determinism minutes=30 out=$PWD/outputs/gpu_check data="" device=cuda rest=()
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --parts | --minutes | --out | --data | --device)
@@ -25,8 +25,8 @@ while [[ $# -gt 0 ]]; do
         *) rest+=("$1") && shift ;;
     esac
 done
-# Of ten minutes, in seconds; a start takes most of them.
-declare -A share=([attention]=100 [default]=120 [resume]=110 [compare]=180 [determinism]=90)
+# Of thirty minutes, in seconds; a start takes most of them: about 285 s where everything is imported for the first time.
+declare -A share=([attention]=150 [default]=375 [resume]=325 [compare]=650 [determinism]=300)
 for part in ${parts//,/ }; do
     if [[ -z "${share[$part]:-}" ]]; then
         echo "error: --parts: $part is unknown; choose from attention,default,resume,compare,determinism" >&2
@@ -52,7 +52,7 @@ mkdir -p "$out" || exit 1
 running=""
 trap 'if [[ -n "$running" ]]; then kill "$running" 2>/dev/null; fi; exit 130' INT TERM HUP
 for part in ${parts//,/ }; do
-    seconds=$((share[$part] * minutes / 10))
+    seconds=$((share[$part] * minutes / 30))
     echo "== $part, at most $seconds s"
     timeout --kill-after=20 "$seconds" "$python" -m benchmarks.gpu_check "$part" "${rest[@]}" &
     running=$!

@@ -91,10 +91,10 @@ def apply_environment(env: dict[str, str]) -> dict[str, str]:
     asks for the platform (verl.trainer.constants_ppo does on import) would find "cpu" unknown.
     """
     chosen = os.environ.get("VERL_PLATFORM", "").strip().lower()
-    wanted = env.get("VERL_PLATFORM", "")
-    if chosen and wanted and chosen != wanted:
+    platform = env.get("VERL_PLATFORM", "")
+    if chosen and platform and chosen != platform:
         raise RuntimeError(
-            f"VERL_PLATFORM={chosen} is set in the environment, but this run is to use platform {wanted}: "
+            f"VERL_PLATFORM={chosen} is set in the environment, but this run is to use platform {platform}: "
             f"unset VERL_PLATFORM or choose the same platform in both"
         )
     for name, value in env.items():
@@ -102,11 +102,10 @@ def apply_environment(env: dict[str, str]) -> dict[str, str]:
             os.environ[name] = value
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         del os.environ["CUDA_VISIBLE_DEVICES"]
-    if wanted == "cpu":
-        modules = os.environ.get("VERL_USE_EXTERNAL_MODULES", "")
-        if modules:
-            others = [module for module in modules.split(",") if module != VERL_PLUGIN_MODULE]
-            os.environ["VERL_USE_EXTERNAL_MODULES"] = ",".join([VERL_PLUGIN_MODULE, *others])
+    modules = os.environ.get("VERL_USE_EXTERNAL_MODULES", "")
+    if platform == "cpu" and modules:
+        others = [module for module in modules.split(",") if module != VERL_PLUGIN_MODULE]
+        os.environ["VERL_USE_EXTERNAL_MODULES"] = ",".join([VERL_PLUGIN_MODULE, *others])
     return {name: os.environ[name] for name in env}
 
 
@@ -158,7 +157,7 @@ def _verl_problems() -> list[str]:
 
 
 def _vllm_problems() -> list[str]:
-    """Return whether vLLM, which loads plugins in its own processes, will not find ours."""
+    """Say why vLLM, which loads plugins in its own processes, will not find ours."""
     if not _has_entry_point("vllm.general_plugins"):
         return [f"no entry point {PLUGIN_NAME!r} in the group vllm.general_plugins"]
     allowed = os.environ.get("VLLM_PLUGINS")

@@ -58,28 +58,21 @@ class FunctionOverride:
             raise OverrideError(
                 f"{self.module}.{self.function} ({self.place}) is gone; adapt this override to the installed version"
             )
-        found = tuple(inspect.signature(current).parameters)
-        if found != self.parameters:
+        parameters = tuple(inspect.signature(current).parameters)
+        if parameters != self.parameters:
             raise OverrideError(
                 f"{self.module}.{self.function} ({self.place}) has changed: expected the parameters "
-                f"{', '.join(self.parameters)}, found {', '.join(found) or 'none'}; "
+                f"{', '.join(self.parameters)}, found {', '.join(parameters) or 'none'}; "
                 f"adapt this override to the installed version"
             )
         replacement = functools.wraps(current)(self.wrap(current))
         setattr(replacement, _MARK, True)
-        setattr(module, self.function, replacement)
-        self._rebind(current, replacement)
+        # Modules that imported it by name too, as one of VERL_USE_EXTERNAL_MODULES, which comes before our plugin, may.
+        package = self.module.partition(".")[0] + "."
+        for name, user in [(self.module, module), *sys.modules.items()]:
+            if name.startswith(package) and vars(user).get(self.function) is current:
+                setattr(user, self.function, replacement)
 
     def is_installed(self) -> bool:
         """Return whether the function is replaced in this process."""
         return hasattr(getattr(sys.modules.get(self.module), self.function, None), _MARK)
-
-    def _rebind(self, current: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-        """Replace the function in modules that already imported it by name.
-
-        A module of VERL_USE_EXTERNAL_MODULES is imported before our plugin and may have imported them.
-        """
-        package = self.module.partition(".")[0] + "."
-        for name, module in list(sys.modules.items()):
-            if name.startswith(package) and vars(module).get(self.function) is current:
-                setattr(module, self.function, replacement)

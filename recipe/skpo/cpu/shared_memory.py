@@ -25,7 +25,7 @@ def segments(directory: Path = SHARED_MEMORY) -> set[str]:
     """Return the names of all segments of both kinds, of any owner: the snapshot to take before a run."""
     if not directory.is_dir():
         return set()
-    return {name for name in os.listdir(directory) if _has_our_kind_of_name(name)}
+    return set(filter(_is_named, os.listdir(directory)))
 
 
 def leftover_segments(before: set[str], directory: Path = SHARED_MEMORY) -> list[Path]:
@@ -46,14 +46,14 @@ def remove_segments(leftover: Iterable[Path]) -> list[Path]:
 
 
 def _unused(candidates: Iterable[Path]) -> list[Path]:
-    mine = [path for path in candidates if _has_our_kind_of_name(path.name) and _is_private_file_of_this_user(path)]
+    mine = [path for path in candidates if _is_named(path.name) and _is_private_file_of_this_user(path)]
     in_use = _files_in_use() if mine else set()
     if in_use is None:
         return []
     return [path for path in mine if os.path.realpath(path) not in in_use]
 
 
-def _has_our_kind_of_name(name: str) -> bool:
+def _is_named(name: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in PATTERNS)
 
 

@@ -29,7 +29,6 @@ class Stopped(RuntimeError):
     """The child was stopped; the message says what it exceeded, and ``at`` where it was."""
 
     def __init__(self, message: str, at: str) -> None:
-        """Note message and place."""
         super().__init__(message)
         self.at = at
 
@@ -38,7 +37,6 @@ class Place:
     """Where the child is and when it must be elsewhere, in memory that both processes see."""
 
     def __init__(self) -> None:
-        """Map the shared page."""
         self._shared = mmap.mmap(-1, 4096)
         self.move("the start", 60)
 
@@ -50,7 +48,7 @@ class Place:
 
     @property
     def at(self) -> str:
-        """Return the place that was noted last."""
+        """The place that was noted last."""
         return self._shared[_PAGE.size :].rstrip(b"\0").decode("utf-8", "replace")
 
     def left(self) -> float:

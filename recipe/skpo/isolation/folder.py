@@ -12,6 +12,7 @@ import socket
 import stat
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -85,7 +86,7 @@ def enter() -> Path:
         pass
     else:
         sweep([str(folder.parent)])
-    if not _is_own_folder(folder):
+    if not _is_own(folder, stat.S_ISDIR):
         raise FolderError(f"{folder}: is not a folder that only this user can enter; start the run again")
     _lock(folder)
     return folder
@@ -135,9 +136,9 @@ def sweep(bases: list[str]) -> list[Path]:
         try:
             if time.time() - path.lstat().st_mtime < _YOUNG_S:
                 continue
-            if _NAME.fullmatch(path.name) and _is_own_folder(path) and _is_abandoned(path):
+            if _NAME.fullmatch(path.name) and _is_own(path, stat.S_ISDIR) and _is_abandoned(path):
                 shutil.rmtree(path)
-            elif _STRAY_SOCKET.fullmatch(path.name) and _is_own_socket(path) and not _listens(path):
+            elif _STRAY_SOCKET.fullmatch(path.name) and _is_own(path, stat.S_ISSOCK) and not _listens(path):
                 path.unlink()
             else:
                 continue
@@ -176,14 +177,11 @@ def _is_abandoned(folder: Path) -> bool:
     return True
 
 
-def _is_own_folder(folder: Path) -> bool:
-    status = folder.lstat()
-    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
-
-
-def _is_own_socket(path: Path) -> bool:
+def _is_own(path: Path, is_kind: Callable[[int], bool]) -> bool:
+    """Return whether this user has made the path, which is of this kind; nobody else may enter a folder."""
     status = path.lstat()
-    return stat.S_ISSOCK(status.st_mode) and status.st_uid == os.getuid()
+    open_to_others = stat.S_ISDIR(status.st_mode) and status.st_mode & 0o077
+    return is_kind(status.st_mode) and status.st_uid == os.getuid() and not open_to_others
 
 
 def _listens(path: Path) -> bool:

@@ -20,7 +20,6 @@ class RequireKey:
     """Answer 401, or close a web socket, unless the request bears ``Authorization: Bearer <VLLM_API_KEY>``."""
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
-        """Wrap an ASGI application; key and open paths come from the environment."""
         self.app = app
         self.expected = f"Bearer {os.environ['VLLM_API_KEY']}".encode()
         self.open_paths = set(filter(None, os.environ.get(OPEN_PATHS, "").split(",")))

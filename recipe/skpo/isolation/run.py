@@ -20,6 +20,7 @@ from recipe.skpo.isolation.worker import OWN_CLUSTER
 HOOK = "recipe.skpo.isolation.worker.set_up"
 RECEIVER = "recipe.skpo.isolation.receiver.PrivateReceiver"
 GUARD = "recipe.skpo.isolation.http_guard.RequireKey"
+_VLLM = "actor_rollout_ref.rollout.engine_kwargs.vllm"
 
 
 class IsolationError(ConfigError):
@@ -112,8 +113,8 @@ def _check(config: DictConfig) -> None:
         )
     if options.get("middleware") not in (None, GUARD):
         raise IsolationError(
-            f"actor_rollout_ref.rollout.engine_kwargs.vllm.middleware: is {options['middleware']}, but the run guards "
-            f"vLLM's HTTP server by its own; leave it out"
+            f"{_VLLM}.middleware: is {options['middleware']}, but the run guards vLLM's HTTP server by its own; leave "
+            f"it out"
         )
     receiver = options.get("worker_extension_cls")
     if receiver not in (None, RECEIVER):
@@ -123,12 +124,11 @@ def _check(config: DictConfig) -> None:
         try:
             extends = issubclass(getattr(importlib.import_module(module), name), PrivateReceiver)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise IsolationError(f"{_RECEIVER_KEY}: {receiver} cannot be imported: {error}") from error
+            raise IsolationError(f"{_VLLM}.worker_extension_cls: {receiver} cannot be imported: {error}") from error
         if not extends:
-            raise IsolationError(f"{_RECEIVER_KEY}: {receiver} must extend {RECEIVER}, which has the run's socket")
-
-
-_RECEIVER_KEY = "actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls"
+            raise IsolationError(
+                f"{_VLLM}.worker_extension_cls: {receiver} must extend {RECEIVER}, which has the run's socket"
+            )
 
 
 def _configure(config: DictConfig, variables: dict[str, str]) -> None:

@@ -21,11 +21,12 @@ from tensordict import NonTensorData, NonTensorStack, TensorDict
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+from verl.trainer.ppo.padding_utils import upsample_batch_to_divisible_size
 from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_rejection_mask
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
-from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions, log_seqlen_unbalance
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
@@ -254,14 +255,18 @@ class BaseTrainer(PPOTrainerSync):
         batch["uid"] = NonTensorStack.from_list([NonTensorData(visit.uid) for visit in visits])
         return batch.update(visit_columns(visits))
 
-    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
+    def _balance_batch(
+        self, batch: KVBatchMeta, metrics: dict, logging_prefix: str = "global_seqlen", keep_minibatch: bool = False
+    ) -> KVBatchMeta:
         # Rows arrive in the order in which prompts finished, which no two runs share.
         batch.reorder(sorted(range(len(batch)), key=lambda row: RowKey.parse(batch.keys[row])))
-        # Pads the batch; of the order that it makes too, only that of the baselines stays.
-        batch = super()._balance_batch(batch, metrics, *args, **kwargs)
         # Responses that share a prompt are computed together for every method, or a comparison would flatter SKPO.
         if self.keeps_prompts_together or self.shares_prompts:
-            self._order_by_prompt(batch)
+            multiple = self._get_required_batch_multiple(self._data_parallel_size())
+            batch = upsample_batch_to_divisible_size(batch, multiple, self.tokenizer.eos_token_id)
+            metrics.update(self._order_by_prompt(batch, logging_prefix))
+        else:
+            batch = super()._balance_batch(batch, metrics, logging_prefix, keep_minibatch)
         self._note_failed_prompts({RowKey.parse(key).uid for key in batch.keys})
         # Every request of the step has been answered by now.
         counts = self.agent_loop_manager.take_tokens()
@@ -278,8 +283,12 @@ class BaseTrainer(PPOTrainerSync):
             logger.warning("failures in step %d: %s", self.global_steps, json.dumps(failures))
         return batch
 
-    def _order_by_prompt(self, batch: KVBatchMeta) -> None:
-        """Order the rows such that an update sees whole prompts and, where rows are shared, a rank does too."""
+    def _order_by_prompt(self, batch: KVBatchMeta, prefix: str) -> dict[str, float]:
+        """Order the rows such that an update sees whole prompts and, where rows are shared, a rank does too.
+
+        Returns:
+            verl's metrics of how many tokens the ranks get, before and after.
+        """
         actor = self.config.actor_rollout_ref
         places = slots(
             [RowKey.parse(key).uid for key in batch.keys],
@@ -290,8 +299,11 @@ class BaseTrainer(PPOTrainerSync):
         rows, ranks = self._rows_per_minibatch(), self._data_parallel_size()
         whole = self.shares_prompts and prompts_fit_ranks(places, rows, ranks)
         lengths = [int(tag["seq_len"]) for tag in batch.tags]
-        batch.reorder(minibatch_order(places, lengths, rows, ranks, _balanced, whole))
+        order = minibatch_order(places, lengths, rows, ranks, _balanced, whole)
+        batch.reorder(order)
         self._rows_together = actor.rollout.n if whole else 1
+        share = len(order) // ranks
+        return log_seqlen_unbalance(lengths, [order[at : at + share] for at in range(0, len(order), share)], prefix)
 
     def _updates(self, rows: Rows) -> torch.Tensor:
         """Return the number of the update that trains each row, int64 (rows,)."""
@@ -471,7 +483,10 @@ class BaseTrainer(PPOTrainerSync):
         return {key: float((then[key] - now[index]).abs().mean()) for index, key in enumerate(seen)}
 
     def _data_parallel_size(self) -> int:
-        return max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        known = self.actor_rollout_wg._dispatch_info
+        if "actor" not in known:
+            known["actor"] = self.actor_rollout_wg._query_dispatch_info("actor")
+        return max(known["actor"]) + 1
 
     def _log_trackers(
         self, rows: Rows, visited: Sequence[int], baselines: torch.Tensor, drifts: Sequence[float], metrics: dict

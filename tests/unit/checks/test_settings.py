@@ -12,26 +12,19 @@ from recipe.skpo.settings import SkpoSettings, TrackerSettings, known_keys, unkn
 
 
 def test_values_of_a_hydra_node_are_read() -> None:
-    node = {"group_size": 4, "split_high": "${half}", "tracker": {"half_life": 0.06, "drift": "nats"}}
+    node = {"group_size": "4", "split_high": "${half}", "tracker": {"half_life": 3, "drift": "nats"}}
     settings = SkpoSettings.from_config(OmegaConf.create({"skpo": node, "half": 0.4}).skpo)
-    assert (settings.group_size, settings.tracker.half_life, settings.tracker.drift) == (4, 0.06, "nats")
+    assert (settings.group_size, settings.tracker.half_life, settings.tracker.drift) == (4, 3.0, "nats")
     assert settings.split_high == 0.4
     assert settings.tracker.rho_min == 0.875  # what is not given keeps its default
 
 
-def test_numbers_given_as_text_are_converted() -> None:
-    settings = SkpoSettings.from_config({"group_size": "4", "weight_up": "0.3", "tracker": {"half_life": 3}})
-    assert (settings.group_size, settings.weight_up, settings.tracker.half_life) == (4, 0.3, 3.0)
-
-
 BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"group_size": 1}, "skpo.group_size"),
-    ({"group_size": -8}, "skpo.group_size"),
     ({"group_size": 2.5}, "skpo.group_size"),
     ({"group_size": "many"}, "skpo.group_size"),
     ({"group_size": None}, "skpo.group_size"),
     ({"split_low": 0}, "skpo.split_low"),
-    ({"split_low": -0.1}, "skpo.split_low"),
     ({"split_low": 0.6}, "skpo.split_low"),
     ({"split_low": math.nan}, "skpo.split_low"),
     ({"split_low": "a sixth"}, "skpo.split_low"),
@@ -39,7 +32,6 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"split_high": 0.1}, "skpo.split_high"),
     ({"split_high": math.nan}, "skpo.split_high"),
     ({"selection": "extremes"}, "skpo.selection"),
-    ({"selection": None}, "skpo.selection"),
     ({"skip": "unknown"}, "skpo.skip"),
     ({"initial_length": 0}, "skpo.initial_length"),
     ({"initial_length": "long"}, "skpo.initial_length"),
@@ -56,27 +48,23 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"prompt_timeout_s": "an hour"}, "skpo.prompt_timeout_s"),
     ({"max_dropped_share": -0.1}, "skpo.max_dropped_share"),
     ({"max_dropped_share": 1}, "skpo.max_dropped_share: must be inside"),
-    ({"max_dropped_share": math.nan}, "skpo.max_dropped_share"),
     ({"weight_sync_timeout_s": 0}, "skpo.weight_sync_timeout_s: must be >= 1"),
     ({"start_timeout_s": 0}, "skpo.start_timeout_s: must be > 0"),
     ({"max_logprob_gap": 0}, "skpo.max_logprob_gap: must be > 0, or null"),
     ({"max_logprob_gap": math.nan}, "skpo.max_logprob_gap"),
     ({"poll_interval_s": 0}, "skpo.poll_interval_s"),
-    ({"poll_interval_s": -2}, "skpo.poll_interval_s"),
     ({"trees_per_step": -1}, "skpo.trees_per_step"),
     ({"trees_max_mb": 0}, "skpo.trees_max_mb"),
     ({"trees_max_mb": math.inf}, "skpo.trees_max_mb"),
     ({"tracker": None}, "skpo.tracker"),
     ({"tracker": {"rho_min": 0.97}}, "skpo.tracker.*rho_min"),
     ({"tracker": {"rho_min": -0.1}}, "skpo.tracker.*rho_min"),
-    ({"tracker": {"rho_min": "low"}}, "skpo.tracker.rho_min"),
     ({"tracker": {"rho_max": 1.1}}, "skpo.tracker.*rho_max"),
     ({"tracker": {"rho_max": 0.5}}, "skpo.tracker.*rho_max"),
     ({"tracker": {"rho_max": math.nan}}, "skpo.tracker.*rho_max"),
     ({"tracker": {"half_life": 0}}, "skpo.tracker.half_life"),
     ({"tracker": {"half_life": math.nan}}, "skpo.tracker.half_life"),
     ({"tracker": {"drift": "days"}}, "skpo.tracker.drift.*kl_steps.*days"),
-    ({"tracker": {"drift": "logratios"}}, "skpo.tracker.drift.*kl_steps, nats, logratio, got 'logratios'"),
     ({"candidates": 0}, "skpo.candidates: must be between 1 and skpo.group_size=8"),
     ({"candidates": 9}, "skpo.candidates: must be between 1 and skpo.group_size=8.*got 9"),
     ({"group_size": 4, "candidates": 5}, "skpo.candidates.*skpo.group_size=4.*got 5"),
@@ -99,15 +87,11 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"chat_quote": "{segment} {problem} {}"}, "skpo.chat_quote"),
     ({"chat_quote": "{segment} {problem"}, "skpo.chat_quote"),
     ({"upstream_reward": "mean"}, "skpo.upstream_reward: must be one of mc, own, got 'mean'"),
-    (
-        {"downstream_aggregation": "token-mean"},
-        "skpo.downstream_aggregation: must be one of group_token_mean, token_mean",
-    ),
+    ({"downstream_aggregation": "token-mean"}, "skpo.downstream_aggregation: must be one of group_token_mean, token_"),
     ({"skip": None}, "skpo.skip"),
     ({"curriculum": None}, "skpo.curriculum"),
     ({"curriculum": {"enable": "perhaps"}}, "skpo.curriculum.enable"),
     ({"curriculum": {"epsilon": 0}}, "skpo.curriculum.epsilon: must be > 0"),
-    ({"curriculum": {"epsilon": -0.1}}, "skpo.curriculum.epsilon: must be > 0"),
     ({"curriculum": {"epsilon": math.nan}}, "skpo.curriculum.epsilon: must be finite"),
     ({"curriculum": {"weight": 1}}, "skpo.curriculum.weight: unknown key.*curriculum.epsilon"),
     ({"group": 8}, "skpo.group: unknown key.*group_size"),

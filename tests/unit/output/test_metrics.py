@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,6 +88,7 @@ def test_metric_is_taken_over_the_valid_rows_of_its_role(published: dict[str, fl
 def test_every_published_metric_is_checked_above(published: dict[str, float]) -> None:
     (mark,) = test_metric_is_taken_over_the_valid_rows_of_its_role.pytestmark  # type: ignore[attr-defined]
     assert set(published) == {name for name, _ in mark.args[1]}
+    assert {type(value) for value in published.values()} == {float}
 
 
 def test_the_share_of_segments_at_a_boundary_is_there_where_boundaries_are_looked_for() -> None:
@@ -98,15 +98,8 @@ def test_the_share_of_segments_at_a_boundary_is_there_where_boundaries_are_looke
     assert rollout_metrics(rows, ADVANTAGES)["skpo/upstream/boundary_share"] == 0.5
 
 
-def test_values_are_plain_numbers(published: dict[str, float]) -> None:
-    assert {type(value) for value in published.values()} == {float}
-
-
-def test_a_batch_of_padding_publishes_nothing() -> None:
+def test_padding_alone_publishes_nothing_and_without_prefilled_tokens_the_hit_rate_is_zero() -> None:
     assert rollout_metrics(two_prompts(padding=[True] * 7), ADVANTAGES) == {}
-
-
-def test_without_prefilled_tokens_the_hit_rate_is_zero() -> None:
     rows = two_prompts()
     rows = replace(rows, records=[noted and replace(noted, prefilled=0, cached=0) for noted in rows.records])
     assert rollout_metrics(rows, ADVANTAGES)["skpo/upstream/prefix_cache/hit_rate"] == 0.0
@@ -139,12 +132,8 @@ def test_sums_of_the_update_become_shares_per_trained_token() -> None:
         }
     )
     assert step_kl == pytest.approx(1.5 / 50)
-
-
-def test_an_update_without_tokens_gives_zero_shares() -> None:
-    sums = {"skpo/loss": 0.0, **phase_sums("upstream", 0, 0, 0, 0, 0), **phase_sums("downstream", 0, 0, 0, 0, 0)}
-    metrics, step_kl = update_metrics(sums)
-    assert set(metrics.values()) == {0.0} and step_kl == 0.0
+    metrics, step_kl = update_metrics(dict.fromkeys(sums, 0.0))
+    assert set(metrics.values()) == {0.0} and step_kl == 0.0, "without a trained token"
 
 
 def test_names_hold_nothing_that_verl_reduces_by(published: dict[str, float]) -> None:
@@ -156,20 +145,16 @@ def test_names_hold_nothing_that_verl_reduces_by(published: dict[str, float]) ->
         assert not [word for word in ("max", "min", "sum", "total") if word in name], name
         assert MetricsAggregator()._get_aggregation_type(name) == "weighted_avg", name
     # And these words are still what verl looks for.
-    assert [MetricsAggregator()._get_aggregation_type(f"x/{word}") for word in ("max", "min", "sum", "total")] == [
-        "max",
-        "min",
-        "sum",
-        "sum",
-    ]
+    found = [MetricsAggregator()._get_aggregation_type(f"x/{word}") for word in ("max", "min", "sum", "total")]
+    assert found == ["max", "min", "sum", "sum"]
 
 
 # ---------------------------------------------------------------- the metrics file
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Iterator[Path]:
-    yield tmp_path / "run" / "metrics.jsonl"
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "run" / "metrics.jsonl"
 
 
 def steps(path: Path) -> list[float]:
@@ -196,41 +181,30 @@ def write_steps(path: Path, last: int) -> None:
         file.log({"x": step}, step)
 
 
-def test_lines_up_to_the_resumed_step_are_kept_and_later_ones_dropped(path: Path) -> None:
+@pytest.mark.parametrize(("resumed_at", "kept"), [(3, [1, 2, 3]), (0, []), (7, [1, 2, 3, 4, 5])])
+def test_a_resume_keeps_the_lines_up_to_its_step(path: Path, resumed_at: int, kept: list[int]) -> None:
     write_steps(path, 5)
-    file = MetricsFile(path, resumed_at=3)
-    assert steps(path) == [1, 2, 3]
-    file.log({"x": 40}, step=4)
-    assert read_lines(path)[2:] == [{"step": 3, "x": 3.0}, {"step": 4, "x": 40.0}]
-
-
-def test_a_fresh_start_begins_an_empty_file(path: Path) -> None:
-    write_steps(path, 5)
-    MetricsFile(path, resumed_at=0)
-    assert path.read_text(encoding="utf-8") == ""
-
-
-def test_a_last_line_cut_off_by_a_kill_is_left_out(path: Path) -> None:
-    write_steps(path, 3)
-    whole, cut_off = path.read_text(encoding="utf-8"), '{"step": 4, "x": 4.0}'
-    for size in range(1, len(cut_off)):
-        path.write_text(whole + cut_off[:size], encoding="utf-8")
-        assert steps(path) == [1, 2, 3]
-
-
-def test_a_cut_off_line_does_not_swallow_the_next_one(path: Path) -> None:
-    write_steps(path, 3)
-    with path.open("a", encoding="utf-8") as file:
-        file.write('{"step": 4, "x"')
-    MetricsFile(path, resumed_at=3).log({"x": 4}, step=4)
-    assert steps(path) == [1, 2, 3, 4]
-    assert [path.name for path in path.parent.iterdir()] == ["metrics.jsonl"]
+    file = MetricsFile(path, resumed_at)
+    assert steps(path) == kept
+    file.log({"x": 40}, step=resumed_at + 1)
+    assert read_lines(path)[-1] == {"step": resumed_at + 1, "x": 40.0}
+    assert [file.name for file in path.parent.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_file_that_is_not_there_has_no_lines(path: Path) -> None:
     assert read_lines(path) == []
     MetricsFile(path, resumed_at=7)
     assert path.read_text(encoding="utf-8") == ""
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out_and_does_not_swallow_the_next_one(path: Path) -> None:
+    write_steps(path, 3)
+    whole, cut_off = path.read_text(encoding="utf-8"), '{"step": 4, "x": 4.0}'
+    for size in range(1, len(cut_off)):
+        path.write_text(whole + cut_off[:size], encoding="utf-8")
+        assert steps(path) == [1, 2, 3]
+    MetricsFile(path, resumed_at=3).log({"x": 4}, step=4)
+    assert steps(path) == [1, 2, 3, 4]
 
 
 def test_lines_with_unicode_line_ends_or_a_torn_character_are_read(tmp_path: Path) -> None:

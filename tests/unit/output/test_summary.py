@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from recipe.skpo.output.metrics import MetricsFile
 from recipe.skpo.output.summary import decoding, held_out, render_tree, summary, write_sample_trees
@@ -48,13 +49,30 @@ def store_trees(output_dir: Path, steps: Iterable[int]) -> None:
 # ---------------------------------------------------------------- held-out numbers
 
 
-def test_accuracy_and_share_of_well_formed_answers_are_told_apart() -> None:
-    found = held_out({"step": 4, "skpo/loss": 1.0, **validation(0.3, 0.6)})
-    assert found == {SOURCE: {"acc": 0.3, "well_formed": 0.6, "acc_of_well_formed": pytest.approx(0.5)}}
-
-
-def test_without_well_formed_only_the_accuracy_is_given() -> None:
-    assert held_out(validation(0.3)) == {SOURCE: {"acc": 0.3}}
+@pytest.mark.parametrize(
+    ("line", "numbers"),
+    [
+        (
+            {"step": 4, "skpo/loss": 1.0} | validation(0.3, 0.6),
+            {SOURCE: {"acc": 0.3, "well_formed": 0.6, "acc_of_well_formed": pytest.approx(0.5)}},
+        ),
+        (validation(0.0, 0.0), {SOURCE: {"acc": 0.0, "well_formed": 0.0, "acc_of_well_formed": 0.0}}),
+        (validation(0.3), {SOURCE: {"acc": 0.3}}),
+        # An accuracy of 1 that equals the mean reward stays one.
+        (validation(1.0) | {f"val-aux/{SOURCE}/score/mean@1": 1.0}, {SOURCE: {"acc": 1.0}}),
+        (
+            validation(0.3) | validation(0.75, source="math") | validation(0.5, source="a/b/c"),
+            {SOURCE: {"acc": 0.3}, "math": {"acc": 0.75}, "a/b/c": {"acc": 0.5}},
+        ),
+        (
+            validation(0.3) | {f"val-aux/{SOURCE}/acc/std@8": 0.46, f"val-aux/{SOURCE}/acc/best@8/mean": 0.9},
+            {SOURCE: {"acc": 0.3}},
+        ),
+        ({"step": 1, "critic/score/mean": 0.5, "acc/mean@1": 0.5, f"val-core/{SOURCE}/acc/best@8/mean": 0.9}, {}),
+    ],
+)
+def test_held_out_numbers_of_every_source_are_read(line: dict[str, float], numbers: dict[str, Any]) -> None:
+    assert held_out(line) == numbers
 
 
 @pytest.mark.parametrize(
@@ -74,11 +92,6 @@ def test_the_mean_reward_is_given_where_no_acc_is_reported(line: dict[str, float
     assert row(text, "mean reward") == ["-0.500", "-0.500"] and "accuracy" not in text
 
 
-def test_an_accuracy_of_one_that_equals_the_mean_reward_stays_one() -> None:
-    line = validation(1.0) | {f"val-aux/{SOURCE}/score/mean@1": 1.0}
-    assert held_out(line) == {SOURCE: {"acc": 1.0}}
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -94,37 +107,9 @@ def test_an_accuracy_of_one_that_equals_the_mean_reward_stays_one() -> None:
     ids=str,
 )
 def test_the_words_for_decoding_follow_the_settings(tmp_path: Path, options: dict | None, words: str) -> None:
-    from omegaconf import OmegaConf
-
+    assert decoding(tmp_path) == "", "without a config"
     OmegaConf.save({"actor_rollout_ref": {"rollout": {"val_kwargs": options}}}, tmp_path / "config.yaml")
     assert decoding(tmp_path) == words
-
-
-def test_without_a_config_nothing_is_said_of_the_decoding(tmp_path: Path) -> None:
-    assert decoding(tmp_path) == ""
-
-
-def test_no_well_formed_answer_at_all_gives_zero_accuracy_among_them() -> None:
-    assert held_out(validation(0.0, 0.0))[SOURCE]["acc_of_well_formed"] == 0.0
-
-
-def test_every_source_has_its_own_numbers() -> None:
-    line = validation(0.3, 0.6) | validation(0.75, source="math") | validation(0.5, source="a/b/c")
-    assert {source: values["acc"] for source, values in held_out(line).items()} == {
-        SOURCE: 0.3,
-        "math": 0.75,
-        "a/b/c": 0.5,
-    }
-
-
-def test_lines_of_training_hold_no_held_out_numbers() -> None:
-    line = {"step": 1, "critic/score/mean": 0.5, "acc/mean@1": 0.5, f"val-core/{SOURCE}/acc/best@8/mean": 0.9}
-    assert held_out(line) == {}
-
-
-def test_spread_of_the_accuracy_is_not_taken_for_the_accuracy() -> None:
-    line = validation(0.3) | {f"val-aux/{SOURCE}/acc/std@8": 0.46, f"val-aux/{SOURCE}/acc/best@8/mean": 0.9}
-    assert held_out(line) == {SOURCE: {"acc": 0.3}}
 
 
 # ---------------------------------------------------------------- the summary
@@ -150,21 +135,16 @@ def row(text: str, label: str) -> list[str]:
     return line.strip().removeprefix(label).split()
 
 
-def test_summary_shows_the_numbers_before_and_after(tmp_path: Path) -> None:
+def test_summary_shows_the_numbers_before_and_after_and_where_everything_lies(tmp_path: Path) -> None:
     text = summary(run(tmp_path), minutes=7.5)
     assert f"{tmp_path.name}: 4 steps, 7.5 minutes" in text
     assert row(text, f"held-out {SOURCE}, greedy") == ["step", "0", "step", "4"]
     assert row(text, "accuracy among well-formed") == ["0.500", "0.500"]
     assert row(text, "share of well-formed answers") == ["0.200", "0.900"]
     assert row(text.replace("accuracy among", "among"), "accuracy") == ["0.100", "0.450"]
-
-
-def test_summary_says_where_everything_lies(tmp_path: Path) -> None:
-    text = summary(run(tmp_path), minutes=7.0)
     assert row(text, "checkpoint") == [str(tmp_path / "checkpoints" / "global_step_10")]  # not by the alphabet
     assert row(text, "metrics") == [str(tmp_path / "metrics.jsonl")]
     assert row(text, "three trees") == [str(tmp_path / "sample_trees.txt")]
-    assert (tmp_path / "sample_trees.txt").is_file()
 
 
 def test_a_source_that_was_not_there_before_has_no_number_before(tmp_path: Path) -> None:
@@ -196,9 +176,7 @@ def test_tree_reads_from_problem_to_responses() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("written", "shown"), [(7, ["1", "4", "7"]), (3, ["1", "2", "3"]), (2, ["1", "2"]), (1, ["1"])]
-)
+@pytest.mark.parametrize(("written", "shown"), [(7, ["1", "4", "7"]), (3, ["1", "2", "3"]), (1, ["1"])])
 def test_trees_from_first_to_last_are_written(tmp_path: Path, written: int, shown: list[str]) -> None:
     store_trees(tmp_path, range(1, written + 1))
     target = write_sample_trees(tmp_path, count=3)
@@ -206,11 +184,7 @@ def test_trees_from_first_to_last_are_written(tmp_path: Path, written: int, show
     assert [line.split()[1] for line in target.read_text().splitlines() if line.startswith("step")] == shown
 
 
-def test_an_empty_folder_of_trees_gives_none(tmp_path: Path) -> None:
+def test_without_trees_nothing_is_written(tmp_path: Path) -> None:
+    assert write_sample_trees(tmp_path) is None and list(tmp_path.iterdir()) == []
     store_trees(tmp_path, [])
     assert write_sample_trees(tmp_path) is None
-
-
-def test_without_trees_nothing_is_written(tmp_path: Path) -> None:
-    assert write_sample_trees(tmp_path) is None
-    assert list(tmp_path.iterdir()) == []

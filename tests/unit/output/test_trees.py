@@ -1,7 +1,7 @@
 """Rollout trees: what is stored of a rollout, what happens on a resume, and the bound of the folder."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -50,6 +50,14 @@ def folder(tmp_path: Path) -> Path:
 
 def all_trees(output_dir: Path) -> list[dict[str, Any]]:
     return list(read_trees(tree_index(output_dir)))
+
+
+def store_steps(folder: Path, steps: Iterable[int], max_mb: float = 64.0, resumed_at: int = 0) -> TreeStore:
+    """A store with one tree of each step."""
+    store = TreeStore(folder, max_mb, resumed_at)
+    for step in steps:
+        store.write(step, [a_tree(step)])
+    return store
 
 
 # ---------------------------------------------------------------- one tree
@@ -116,34 +124,30 @@ def test_the_rest_is_what_stands_behind_the_kept_text() -> None:
 
 
 def test_the_schema_says_what_every_column_is(folder: Path) -> None:
-    def described(fields: list[pa.Field]) -> None:
+    def described(fields: Iterable[pa.Field]) -> None:
         for field in fields:
             assert field.metadata[b"description"], field.name
             inner = field.type.value_type if pa.types.is_list(field.type) else field.type
-            described(list(inner)) if pa.types.is_struct(inner) else None
+            described(inner if pa.types.is_struct(inner) else [])
 
-    TreeStore(folder, 64.0, 0).write(1, [a_tree()])
-    (path,) = stored_steps(folder).values()
-    assert pq.read_schema(path).equals(TREE_SCHEMA, check_metadata=False)
-    described(list(pq.read_schema(path)))
+    store_steps(folder, [1])
+    schema = pq.read_schema(stored_steps(folder)[1])
+    assert schema.equals(TREE_SCHEMA, check_metadata=False)
+    described(schema)
 
 
 # ---------------------------------------------------------------- the folder
 
 
-def test_trees_come_back_as_they_were(folder: Path) -> None:
+def test_trees_come_back_as_they_were_in_the_order_of_steps(folder: Path) -> None:
+    assert tree_index(folder.parent) == []
+    trees = [a_tree(3), a_tree(12, 'null \x00 quote " é 😀'), a_tree(12, ""), a_tree(1_000_000, "a\ud83db")]
     store = TreeStore(folder, 64.0, 0)
-    store.write(12, [a_tree(12, 'null \x00 quote " é 😀'), a_tree(12, "")])
-    store.write(3, [a_tree(3)])
-    assert [path.name for path in sorted(folder.iterdir())] == ["step_000003.parquet", "step_000012.parquet"]
-    assert all_trees(folder.parent) == [a_tree(3), a_tree(12, 'null \x00 quote " é 😀'), a_tree(12, "")]
-
-
-def test_steps_are_in_the_order_of_numbers(folder: Path) -> None:
-    store = TreeStore(folder, 64.0, 0)
-    for step in (1_000_000, 999_999, 7):
-        store.write(step, [a_tree(step)])
-    assert [tree["step"] for tree in all_trees(folder.parent)] == [7, 999_999, 1_000_000]
+    for step in (1_000_000, 4, 12, 3):
+        store.write(step, [tree for tree in trees if tree["step"] == step])
+    names = [f"step_{step}.parquet" for step in ("000003", "000012", "1000000")]
+    assert [path.name for path in sorted(folder.iterdir())] == names, "a step without trees writes nothing"
+    assert all_trees(folder.parent) == [*trees[:3], a_tree(1_000_000, "a\\ud83db")]
 
 
 def test_only_the_places_that_are_asked_for_are_read(folder: Path) -> None:
@@ -155,11 +159,6 @@ def test_only_the_places_that_are_asked_for_are_read(folder: Path) -> None:
     assert found == [(1, "0"), (1, "2"), (2, "1")]
 
 
-def test_a_step_without_trees_writes_nothing(folder: Path) -> None:
-    TreeStore(folder, 64.0, 0).write(1, [])
-    assert list(folder.iterdir()) == []
-
-
 def test_a_longer_text_is_cut_with_a_mark(folder: Path) -> None:
     store = TreeStore(folder, 64.0, 0)
     store.write(1, [a_tree(1, "x" * LONGEST_TEXT), a_tree(1, "y" * 1_000_000)])
@@ -169,16 +168,9 @@ def test_a_longer_text_is_cut_with_a_mark(folder: Path) -> None:
     assert cut["candidates"][0]["rest"] == cut["problem"] == cut["responses"][0]["text"]
 
 
-def test_half_a_surrogate_pair_is_stored_as_an_escape(folder: Path) -> None:
-    TreeStore(folder, 64.0, 0).write(1, [a_tree(1, "a\ud83db")])
-    assert all_trees(folder.parent) == [a_tree(1, "a\\ud83db")]
-
-
 @pytest.mark.parametrize("resumed_at", [0, 2, 9])
 def test_steps_after_the_checkpoint_are_removed_on_a_resume(folder: Path, resumed_at: int) -> None:
-    store = TreeStore(folder, 64.0, 0)
-    for step in range(1, 6):
-        store.write(step, [a_tree(step)])
+    store_steps(folder, range(1, 6))
     (folder / ".step_000004.parquet.4711").write_bytes(b"left by a kill")
     (folder / "notes.txt").write_text("mine")
     store = TreeStore(folder, 64.0, resumed_at)
@@ -189,8 +181,7 @@ def test_steps_after_the_checkpoint_are_removed_on_a_resume(folder: Path, resume
 
 
 def test_a_file_is_whole_or_absent(folder: Path, monkeypatch) -> None:
-    store = TreeStore(folder, 64.0, 0)
-    store.write(1, [a_tree(1, "before")])
+    store = store_steps(folder, [1])
 
     def killed(table: pa.Table, where: Any, **options: Any) -> None:
         where.write(b"PAR1 half")
@@ -199,27 +190,20 @@ def test_a_file_is_whole_or_absent(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr("recipe.skpo.output.trees.pq.write_table", killed)
     with pytest.raises(KeyboardInterrupt):
         store.write(1, [a_tree(1, "after")])
-    assert all_trees(folder.parent) == [a_tree(1, "before")]
+    assert all_trees(folder.parent) == [a_tree(1)]
 
 
 @pytest.mark.parametrize("kept", [0, 200])
 def test_a_damaged_file_is_left_out_and_said(folder: Path, caplog, kept: int) -> None:
-    store = TreeStore(folder, 64.0, 0)
-    for step in (1, 2, 3):
-        store.write(step, [a_tree(step)])
+    store_steps(folder, (1, 2, 3))
     path = stored_steps(folder)[2]
     content = path.read_bytes()
+    third = len(content) // 3
     # Cut off, or with a good footer and spoilt data.
-    path.write_bytes(
-        content[:100] if kept else content[:4] + b"\xff" * (len(content) // 3) + content[4 + len(content) // 3 :]
-    )
+    path.write_bytes(content[:100] if kept else content[:4] + b"\xff" * third + content[4 + third :])
     with caplog.at_level(logging.WARNING):
         assert [tree["step"] for tree in all_trees(folder.parent)] == [1, 3]
     assert str(path) in caplog.text
-
-
-def test_a_run_without_trees_has_none(tmp_path: Path) -> None:
-    assert tree_index(tmp_path) == []
 
 
 # ---------------------------------------------------------------- the bound
@@ -230,40 +214,28 @@ def size(folder: Path) -> int:
 
 
 def test_over_the_bound_the_steps_that_are_left_stay_even(folder: Path) -> None:
-    store = TreeStore(folder, 64.0, 0)
-    store.write(1, [a_tree()])
+    store_steps(folder, [1])
     bound = 20.5 * size(folder) / 1e6
     store = TreeStore(folder, bound, 0)
     for step in range(1, 201):
         store.write(step, [a_tree(step)])
-        assert size(folder) <= bound * 1e6
+        assert len(stored_steps(folder)) == min(step, 20) and size(folder) <= bound * 1e6
     steps = list(stored_steps(folder))
     gaps = [later - earlier for earlier, later in pairwise(steps)]
-    assert (steps[0], steps[-1], len(steps)) == (1, 200, 20)
+    assert (steps[0], steps[-1]) == (1, 200)
     assert max(gaps) <= 2 * 199 / 19, f"{steps} leave a hole"
     assert min(gaps[:-1]) >= 199 / 19 / 2, f"{steps} crowd"
 
 
-def test_no_more_is_removed_than_the_bound_asks_for(folder: Path) -> None:
-    store = TreeStore(folder, 64.0, 0)
-    for step in range(1, 41):
-        store.write(step, [a_tree(step)])
-    TreeStore(folder, 20.5 * size(folder) / 40 / 1e6, resumed_at=40).write(41, [a_tree(41)])
+def test_a_lower_bound_holds_from_the_next_step_on(folder: Path) -> None:
+    store_steps(folder, range(1, 41))
+    store_steps(folder, [41], 20.5 * size(folder) / 40 / 1e6, resumed_at=40)
     assert len(stored_steps(folder)) == 20
 
 
-def test_below_the_bound_nothing_is_removed(folder: Path) -> None:
-    store = TreeStore(folder, 0.5, 0)
-    for step in range(1, 21):
-        store.write(step, [a_tree(step)])
-    assert list(stored_steps(folder)) == list(range(1, 21))
-
-
 def test_the_newest_step_is_kept_whatever_its_size(folder: Path) -> None:
-    store = TreeStore(folder, 1e-6, 0)
-    for step in (1, 2, 3):
-        store.write(step, [a_tree(step)])
-        assert list(stored_steps(folder)) == [step]
+    store_steps(folder, (1, 2, 3), max_mb=1e-6)
+    assert list(stored_steps(folder)) == [3]
 
 
 @settings(max_examples=200, deadline=None)

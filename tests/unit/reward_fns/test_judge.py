@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -250,15 +249,6 @@ def test_a_late_reply_is_not_taken_for_the_next_ones(tmp_path: Path, monkeypatch
     asked.close()
 
 
-def test_the_lock_is_not_held_while_nothing_is_asked() -> None:
-    """A thread that dies in a comparison must not stop the others."""
-    assert judge.equal("g+1", "1+g")
-    thread = threading.Thread(target=judge.equal, args=("g+2", "2+g"))
-    thread.start()
-    thread.join(timeout=20)
-    assert not thread.is_alive() and judge.equal("g+3", "3+g")
-
-
 # ---------------------------------------------------------------- the guard
 
 
@@ -275,34 +265,24 @@ def test_the_guard_refuses_to_compile_text_and_to_touch_anything_and_says_so() -
         except (SyntaxError, sympy.SympifyError):
             print("sympify")
         math_worker.forbid_code()
-        for name, act in {
-            "eval": lambda: eval("1 + 1"),
-            "exec": lambda: exec("x = 1"),
-            "compile": lambda: compile("1", "<string>", "eval"),
-            "system": lambda: os.system("true"),
-            "popen": lambda: subprocess.Popen(["true"]),
-            "fork": lambda: os.fork(),
-            "kill": lambda: os.kill(os.getpid(), 0),
-            "symlink": lambda: os.symlink("a", "b"),
-            "link": lambda: os.link("a", "b"),
-            "chmod": lambda: os.chmod(".", 0),
-            "truncate": lambda: os.truncate("written", 0),
-            "write": lambda: open("written", "w"),
-            "create": lambda: os.open("written", os.O_CREAT | os.O_WRONLY),
-            "socket": lambda: socket.socket().connect(("127.0.0.1", 9)),
-        }.items():
+        for act, *arguments in (
+            (eval, "1 + 1"), (exec, "x = 1"), (compile, "1", "<string>", "eval"), (os.system, "true"), (os.fork,),
+            (subprocess.Popen, ["true"]), (os.kill, os.getpid(), 0), (os.symlink, "a", "b"), (os.link, "a", "b"),
+            (os.chmod, ".", 0), (os.truncate, "written", 0), (open, "written", "w"), (socket.socket,),
+            (os.open, "written", os.O_CREAT | os.O_WRONLY),
+        ):
             math_worker.refused.clear()
             try:
-                act()
+                act(*arguments)
             except PermissionError:
-                print(name if math_worker.refused else name + " without a word")
+                print(act.__name__ if math_worker.refused else act.__name__ + " without a word")
         print(compare("x+0.5", "\\\\frac{1}{2}+x"))
         """
     )
     out, _ = child.communicate(timeout=60)
     assert out.split() == [
-        *("warm", "told", "sympify", "eval", "exec", "compile", "system", "popen", "fork", "kill", "symlink", "link"),
-        *("chmod", "truncate", "write", "create", "socket", "True"),
+        *("warm", "told", "sympify", "eval", "exec", "compile", "system", "fork", "Popen", "kill", "symlink", "link"),
+        *("chmod", "truncate", "open", "socket", "open", "True"),
     ]
 
 

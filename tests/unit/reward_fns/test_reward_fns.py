@@ -3,7 +3,7 @@
 from decimal import Decimal
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_fns import TAIL_CHARACTERS, compute_score
@@ -15,58 +15,27 @@ def score(text: str, truth: str = "7", source: str = "skpo/arithmetic") -> float
     return result["score"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "3 + 4 = 7\n#### 7",
-        "#### 7.",
-        "####7",
-        "#### 7.0",
-        "#### +7",
-        "#### 07",
-        "#### 7 pens",
-        "#### 7\nDone.",
-        "#### 1\n#### 7",
+ARITHMETIC = {
+    "right": [
+        *("3 + 4 = 7\n#### 7", "#### 7.", "####7", "#### 7.0", "#### +7", "#### 07", "#### 7 pens"),
+        *("#### 7\nDone.", "#### 1\n#### 7"),
     ],
+    "wrong": ["#### 8", "#### -7", "#### 7.5", "#### 77", "#### 7\n#### 8", "#### 7,000"],
+    "unformed": [
+        *("", "7", "The answer is 7", "### 7", "####", "#### seven", "####\n7", "#### 7 - 0", "#### 7-0"),
+        *("#### 1,007 + 1", "#### 7.0.0", "#### $7", "#### ٧", "#### 7\n####", "#### " + "0" * 200 + "7"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "text"), [(verdict, text) for verdict in ARITHMETIC for text in ARITHMETIC[verdict]]
 )
-def test_right_answers_score_plus_one(text: str) -> None:
-    assert compute_score("skpo/arithmetic", text, "7")["score"] == 1.0
-
-
-@pytest.mark.parametrize("text", ["#### 8", "#### -7", "#### 7.5", "#### 77", "#### 7\n#### 8", "#### 7,000"])
-def test_wrong_answers_are_well_formed_and_score_minus_one(text: str) -> None:
+def test_the_number_after_the_last_mark_is_the_answer(verdict: str, text: str) -> None:
     result = compute_score("skpo/arithmetic", text, "7")
-    assert (result["score"], result["acc"], result["well_formed"]) == (-1.0, 0.0, 1.0)
-    assert result["pred"] != ""
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "7",
-        "The answer is 7",
-        "### 7",
-        "####",
-        "#### seven",
-        "####\n7",
-        "#### 7 - 0",
-        "#### 7-0",
-        "#### 1,007 + 1",
-        "#### 7.0.0",
-        "#### $7",
-        "#### ٧",
-        "#### 7\n####",
-        "#### " + "0" * 200 + "7",
-    ],
-)
-def test_answers_not_of_the_form_are_not_well_formed(text: str) -> None:
-    assert compute_score("skpo/arithmetic", text, "7") == {
-        "score": -1.0,
-        "acc": 0.0,
-        "well_formed": 0.0,
-        "pred": "",
-    }
+    right, formed = verdict == "right", verdict != "unformed"
+    assert (result["score"], result["acc"], result["well_formed"]) == (1.0 if right else -1.0, right, formed)
+    assert bool(result["pred"]) == formed and isinstance(result["score"], float)
 
 
 def test_commas_are_removed_on_both_sides() -> None:
@@ -88,55 +57,18 @@ def test_numbers_are_compared_exactly(whole: int, fraction: int, places: int) ->
     assert score(f"so\n#### {number + Decimal('0.000001'):f}", truth) == -1.0
 
 
-SOURCES = ["skpo/arithmetic", "openai/gsm8k", "lighteval/MATH", "math_dapo", "aime2025"]
-
-
-@settings(deadline=None)  # the first maths source imports verl, which takes seconds
-@given(st.text(alphabet=st.sampled_from("#0123456789,.-+= \n\\boxed{}$Answer:xٴ٣é\0")), st.sampled_from(SOURCES))
-@example("#### " + "9" * 5000, "skpo/arithmetic")
-@example("####" * 500, "openai/gsm8k")
-@example("\\boxed{" * 280, "lighteval/MATH")
-@example("\\boxed", "lighteval/MATH")
-@example("\\boxed{1}", "aime2025")
-@example("Answer: \\frac{", "math_dapo")
-def test_reward_never_raises_and_is_minus_or_plus_one(text: str, source: str) -> None:
-    result = compute_score(source, text, "7")
-    assert result["score"] in (-1.0, 1.0)
-    assert result["score"] == 2 * result["acc"] - 1
-    assert result["well_formed"] in (0.0, 1.0)
-    assert isinstance(result["pred"], str)
-    assert result["acc"] <= result["well_formed"]
-
-
-@given(st.text())
-def test_any_unicode_text_gets_a_reward(text: str) -> None:
-    assert score("#### " + text) in (-1.0, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("source", "right", "wrong", "unformed"),
-    [
-        ("HuggingFaceH4/MATH-500", "so \\boxed{\\frac{1}{2}}", "so \\boxed{2}", "so 1/2"),
-        ("math_dapo", "Answer: \\frac{1}{2}", "Answer: 2", "it is a half"),
-        ("aime2024", "Answer: \\frac{1}{2}", "Answer: 2", "it is a half"),
-    ],
-)
-def test_verls_maths_checks_become_plus_and_minus_one(source: str, right: str, wrong: str, unformed: str) -> None:
-    truth = "\\frac{1}{2}"
-    results = [compute_score(source, text, truth) for text in (right, wrong, unformed)]
-    assert [result["score"] for result in results] == [1.0, -1.0, -1.0]
-    assert [result["well_formed"] for result in results] == [1.0, 1.0, 0.0]
+@pytest.mark.parametrize("source", ["HuggingFaceH4/MATH-500", "lighteval/MATH", "math_dapo", "aime2024", "amc23"])
+def test_sources_of_mathematics_share_one_check(source: str) -> None:
+    texts = "so \\boxed{\\frac{1}{2}}", "Answer: 0.5", "Answer: 2", "it is a half"
+    results = [compute_score(source, text, "\\frac{1}{2}") for text in texts]
+    assert [result["score"] for result in results] == [1.0, 1.0, -1.0, -1.0]
+    assert [result["well_formed"] for result in results] == [1.0, 1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("source", ["no/such", "codecontests", "numina_cn_k12"])
 def test_unknown_and_code_running_sources_are_refused_by_name(source: str) -> None:
     with pytest.raises(ValueError, match=f"data_source '{source}' has no reward here"):
         compute_score(source, "#### 7", "7")
-
-
-def test_a_ground_truth_that_is_no_number_is_a_fault_of_the_data() -> None:
-    with pytest.raises(ValueError, match="ground_truth 'seven' is not a number"):
-        compute_score("skpo/arithmetic", "#### 7", "seven")
 
 
 @pytest.mark.parametrize("truth", ["5", 5, 5.0, Decimal("5"), Decimal("5.0")], ids=repr)
@@ -169,29 +101,11 @@ def test_verl_can_load_and_call_the_reward_by_path_and_by_package() -> None:
 
 
 GSM8K_RIGHT = [
-    "#### 1,234.5",
-    "####1234.50",
-    "#### $1,234.5",
-    "#### 1234.5 dollars.",
-    "#### **1234.5**",
-    "so \\boxed{1234.5}",
-    "\\boxed{1{,}234.5}",
-    "\\boxed{1\\,234.5}",
-    "\\boxed{\\$1,234.50}",
-    "\\boxed{x = 1234.5}",
-    "\\boxed{1234.5\\text{ eggs}}",
-    "\\boxed{+1234.5 \\%}",
-    "#### 2 * 617.25 = 1234.5",
-    "\\boxed{7}\n#### 1234.5",
-    "#### 7\n\\boxed{1234.5}",
-    "Answer: 1,234.5",
-    "The answer is $1234.5.",
-    "#### 1234.5 cm^2",
-    "\\boxed{1234.5\\text{ cm}^2}",
-    "#### $1,234.5/hour",
-    "#### Rs. 1234.5",
-    "#### USD 1,234.5",
-    "#### 1.2345 thousand",
+    *("#### 1,234.5", "####1234.50", "#### $1,234.5", "#### 1234.5 dollars.", "#### **1234.5**", "#### 1234.5 cm^2"),
+    *("so \\boxed{1234.5}", "\\boxed{1{,}234.5}", "\\boxed{1\\,234.5}", "\\boxed{\\$1,234.50}", "\\boxed{x = 1234.5}"),
+    *("\\boxed{1234.5\\text{ eggs}}", "\\boxed{+1234.5 \\%}", "\\boxed{1234.5\\text{ cm}^2}"),
+    *("#### 2 * 617.25 = 1234.5", "\\boxed{7}\n#### 1234.5", "#### 7\n\\boxed{1234.5}", "Answer: 1,234.5"),
+    *("The answer is $1234.5.", "#### $1,234.5/hour", "#### Rs. 1234.5", "#### USD 1,234.5", "#### 1.2345 thousand"),
     "#### 1234.5 eggs and that is all",
 ]
 
@@ -218,27 +132,10 @@ def test_signs_and_fractions_of_gsm8k() -> None:
 
 
 GSM8K_UNFORMED = [
-    "1234",
-    "#### 7 or 1234",
-    "#### 1234 - 0",
-    "#### 1234/1",
-    "#### 12,34",
-    "#### 1,2345",
-    "#### 1234.5.6",
-    "\\boxed{}",
-    "\\boxed{1234",
-    "\\boxed{1234}\n####",
-    "#### 1234\n\\boxed{",
-    "#### 1234 and 7",
-    "#### 12 34",
-    "#### ١٢٣٤",
-    "#### " + "1" * 300,
-    "#### 1234 squared",
-    "#### 1234 or more",
-    "#### 1234 and a half",
-    "#### 1234 thirds",
-    "#### 1234k",
-    "#### 1234:30",
+    *("1234", "#### 7 or 1234", "#### 1234 - 0", "#### 1234/1", "#### 12,34", "#### 1,2345", "#### 1234.5.6"),
+    *("\\boxed{}", "\\boxed{1234", "\\boxed{1234}\n####", "#### 1234\n\\boxed{", "#### 1234 and 7", "#### 12 34"),
+    *("#### ١٢٣٤", "#### " + "1" * 300, "#### 1234 squared", "#### 1234 or more", "#### 1234 and a half"),
+    *("#### 1234 thirds", "#### 1234k", "#### 1234:30"),
 ]
 
 
@@ -264,28 +161,18 @@ def test_a_strict_format_takes_that_form_alone() -> None:
         compute_score("math", "7", "7", answer_format="loose")
 
 
-CHOICES = [
-    ("\\boxed{C}", "C"),
-    ("\\boxed{\\text{(C)}}", "C"),
-    ("\\boxed{C}. Not \\boxed{J}", "J"),
-    ("Answer: C", "C"),
-    ("The answer is (C).", "C"),
-    ("**Answer: C) blue**", "C"),
-    ("The answer is option C because it is", "C"),
-    ("#### C", "C"),
-    ("I think\nC", "C"),
-    ("I think\n(C).\n", "C"),
-    ("\\boxed{K}", ""),
-    ("\\boxed{c}", ""),
-    ("\\boxed{CD}", ""),
-    ("\\boxed{Cats}", ""),
-    ("A dog is C", ""),
-    ("", ""),
-]
+CHOICES = {
+    "C": [
+        *("\\boxed{C}", "\\boxed{\\text{(C)}}", "Answer: C", "The answer is (C).", "**Answer: C) blue**", "#### C"),
+        *("The answer is option C because it is", "I think\nC", "I think\n(C).\n"),
+    ],
+    "J": ["\\boxed{C}. Not \\boxed{J}"],
+    "": ["\\boxed{K}", "\\boxed{c}", "\\boxed{CD}", "\\boxed{Cats}", "A dog is C", ""],
+}
 
 
-@pytest.mark.parametrize(("text", "letter"), CHOICES)
-def test_the_letter_is_the_answer_to_a_choice(text: str, letter: str) -> None:
+@pytest.mark.parametrize(("letter", "text"), [(letter, text) for letter in CHOICES for text in CHOICES[letter]])
+def test_the_letter_is_the_answer_to_a_choice(letter: str, text: str) -> None:
     result = compute_score("TIGER-Lab/MMLU-Pro", text, "C")
     assert result["pred"] == letter
     assert (result["acc"], result["well_formed"]) == (float(letter == "C"), float(bool(letter)))

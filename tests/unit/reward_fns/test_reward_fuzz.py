@@ -20,13 +20,7 @@ TRUTHS = {
     "openai/gsm8k": ["7", "-1,234.5"],
     "TIGER-Lab/MMLU-Pro": ["C"],
     "HuggingFaceH4/MATH-500": [
-        "7",
-        "\\frac{1}{2}",
-        "x^2+1",
-        "(3, \\frac{\\pi}{2})",
-        "\\{1, 2\\}",
-        "(-\\infty, 3]",
-        "\\text{even}",
+        *("7", "\\frac{1}{2}", "x^2+1", "(3, \\frac{\\pi}{2})", "\\{1, 2\\}", "(-\\infty, 3]", "\\text{even}"),
     ],
     "aime2024": ["204"],
 }

@@ -155,7 +155,7 @@ def test_rows_come_in_one_order_whichever_prompt_finished_first(make_trainer, qu
 def test_sessions_are_sorted_as_numbers(make_trainer, queue: Queue, monkeypatch) -> None:
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
-    monkeypatch.setattr(PPOTrainerSync, "_balance_batch", lambda self, batch, metrics: batch)
+    monkeypatch.setattr(PPOTrainerSync, "_balance_batch", lambda self, batch, *others: batch)
     rows = [stored_row(uid, session, 1.0, [9]) for uid in ("v1", "v0") for session in (10, 2, 1)]
     ordered = make_trainer("grpo")._balance_batch(queue.store(rows), {})
     assert ordered.keys == [f"{uid}_{session}_0" for uid in ("v0", "v1") for session in (1, 2, 10)]
@@ -174,6 +174,37 @@ def test_every_update_sees_whole_prompts_and_padding_comes_last(make_trainer, qu
         updates[(position % per_rank) // (size // ranks)].append(RowKey.parse(key).uid)
     assert sorted(updates[0]) == sorted([f"v{number:010d}" for number in (0, 1)] * (G + 1))
     assert sum(uid.startswith("pad") for uid in updates[1]) == G + 1
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_ranks_get_the_shares_that_they_had_when_verl_balanced_the_batch_before(
+    make_trainer, queue: Queue, shares: bool
+) -> None:
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    ranks, differences = 2, []
+    for seed in range(8):
+        stored = groups(3 if seed % 4 == 3 else 4, seed)
+        trainer = make_trainer(ranks=ranks)
+        trainer.shares_prompts = shares
+        metrics: dict[str, Any] = {}
+        batch = trainer._balance_batch(queue.store(stored), metrics)
+        former = queue.store(stored)
+        former.reorder(sorted(range(len(former)), key=lambda row: RowKey.parse(former.keys[row])))
+        verls: dict[str, Any] = {}
+        former = PPOTrainerSync._balance_batch(trainer, former, verls)
+        trainer._order_by_prompt(former, "former")
+
+        def tokens_per_rank_and_update(ordered) -> np.ndarray:
+            return np.array([tag["seq_len"] for tag in ordered.tags]).reshape(ranks, -1, G + 1).sum(2)
+
+        ours, theirs = tokens_per_rank_and_update(batch), tokens_per_rank_and_update(former)
+        differences.append(int(ours.max(0).sum() - theirs.max(0).sum()))
+        assert np.array_equal(ours.sum(0), theirs.sum(0)), "the same prompts in every update"
+        # Those of the rows as they came are verl's.
+        verls |= {f"global_seqlen/balanced_{name}": getattr(ours.sum(1), name)() for name in ("min", "max")}
+        assert metrics == metrics | verls
+    assert not any(differences), "tokens of the rank that the others wait for"
 
 
 def test_the_step_counts_its_tokens_and_adds_them_up_over_the_run(make_trainer, queue: Queue) -> None:

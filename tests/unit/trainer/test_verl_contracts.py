@@ -192,7 +192,23 @@ SEAMS = [
     (
         f"{SYNC}._balance_batch",
         "(self, batch, metrics, logging_prefix='global_seqlen', keep_minibatch=False)",
-        "base_trainer.BaseTrainer sorts the rows before it, trainer.SkpoTrainer orders them after it",
+        "base_trainer.BaseTrainer sorts the rows before it, and replaces it where an update needs whole prompts",
+    ),
+    (f"{SYNC}._get_required_batch_multiple", "(self, dp_size)", "base_trainer._balance_batch pads to it"),
+    (
+        "verl.trainer.ppo.padding_utils:upsample_batch_to_divisible_size",
+        "(batch, batch_multiple, eos_token_id)",
+        "base_trainer._balance_batch pads by it",
+    ),
+    (
+        "verl.utils.seqlen_balancing:log_seqlen_unbalance",
+        "(seqlen_list, partitions, prefix)",
+        "base_trainer._order_by_prompt logs the shares of the ranks by it",
+    ),
+    (
+        "verl.single_controller.base.worker:Worker._query_dispatch_info",
+        "(self, mesh_name)",
+        "base_trainer._data_parallel_size finds the ranks of the actor by it",
     ),
     (
         f"{SYNC}._compute_old_log_prob",
