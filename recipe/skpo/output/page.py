@@ -293,6 +293,10 @@ def trees_for_page(output_dir: Path, room: int, notes: list[str]) -> list[str]:
     index = tree_index(output_dir)
     count = min(len(index), MOST_TREES)
     encoded: list[str] = []
+    # Reading a tree takes a tenth of a second: four tell about how many fit.
+    sizes = [len(embed(page_tree(tree))) for tree in read_trees([index[place] for place in spread(len(index), 4)])]
+    if sizes:
+        count = min(count, int(1.25 * room * len(sizes) / sum(sizes)) + 1)
     while count:
         places = [index[place] for place in spread(len(index), count)]
         encoded = [embed(page_tree(tree)) for tree in read_trees(places)]

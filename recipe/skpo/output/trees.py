@@ -195,29 +195,33 @@ class TreeStore:
         stale = [path for step, path in stored_steps(folder).items() if step > resumed_at]
         for path in [*stale, *folder.glob(".step_*")]:  # the second: what a kill left
             path.unlink(missing_ok=True)
+        # Nobody else writes here, and a look at every file in every step takes long on a network disk.
+        self._sizes = {step: path.stat().st_size for step, path in stored_steps(folder).items()}
 
     def write(self, step: int, trees: Sequence[Mapping[str, Any]]) -> None:
         """Write the trees of one step, atomically, and thin the folder out if it is over its bound."""
         if not trees:
             return
         table = pa.Table.from_pylist([_storable(tree) for tree in trees], schema=TREE_SCHEMA)
-        target = self.folder / f"step_{step:06d}.parquet"
-        with replacing(target) as file:
+        with replacing(self._file(step)) as file:
             pq.write_table(table, file, compression="zstd")
+            size = file.tell()
+        self._sizes[step] = size
         self._thin_out()
+
+    def _file(self, step: int) -> Path:
+        return self.folder / f"step_{step:06d}.parquet"
 
     def _thin_out(self) -> None:
         """Remove the step whose neighbours are closest to each other, the earliest on a tie, until the rest fits."""
-        files = stored_steps(self.folder)
-        sizes = {step: path.stat().st_size for step, path in files.items()}
-        total = sum(sizes.values())
-        while total > self.max_bytes and len(files) > 1:
-            steps = list(files)
+        total = sum(self._sizes.values())
+        while total > self.max_bytes and len(self._sizes) > 1:
+            steps = sorted(self._sizes)
             inner = range(1, len(steps) - 1)
             index = min(inner, key=lambda index: steps[index + 1] - steps[index - 1], default=0)
             step = steps[index]
-            files.pop(step).unlink(missing_ok=True)
-            total -= sizes[step]
+            self._file(step).unlink(missing_ok=True)
+            total -= self._sizes.pop(step)
 
 
 def tree_index(output_dir: Path) -> list[tuple[Path, int]]:

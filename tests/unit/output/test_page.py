@@ -7,7 +7,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -37,7 +37,7 @@ from recipe.skpo.output.page import (
     trees_for_page,
     write_report,
 )
-from recipe.skpo.output.trees import FOLDER, TreeStore
+from recipe.skpo.output.trees import FOLDER, TreeStore, read_trees
 from tests.support.report_run import HARM, SOURCE, make_hostile_run, make_run, tree, validation
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -296,13 +296,21 @@ def test_a_tree_of_the_page_has_all_that_is_stored() -> None:
         assert response == {**original, "advantage": pytest.approx(original["advantage"], 1e-5)}
 
 
-def test_as_many_trees_as_fit_evenly_from_first_to_last(tmp_path: Path) -> None:
+def test_as_many_trees_as_fit_evenly_from_first_to_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path, steps=50)
     notes: list[str] = []
     whole = trees_for_page(run, 10**7, notes)
     assert [json.loads(text)["step"] for text in whole] == list(range(1, 51)) and notes == []
     room = sum(len(text) + 1 for text in whole) // 4
+    read: list[int] = []
+
+    def counting(places: Sequence[tuple[Path, int]]) -> Iterator[dict[str, Any]]:
+        read.append(len(places))
+        return read_trees(places)
+
+    monkeypatch.setattr(page_module, "read_trees", counting)
     some = trees_for_page(run, room, notes)
+    assert sum(read) <= 4 + 2.25 * len(some) + 2, "not all, of which few fit"
     steps = [json.loads(text)["step"] for text in some]
     assert sum(len(text) + 1 for text in some) <= room
     assert 9 <= len(steps) <= 12 and (steps[0], steps[-1]) == (1, 50)

@@ -227,6 +227,17 @@ def test_over_the_bound_the_steps_that_are_left_stay_even(folder: Path) -> None:
     assert min(gaps[:-1]) >= 199 / 19 / 2, f"{steps} crowd"
 
 
+def test_a_write_looks_at_no_other_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store_steps(folder, range(1, 11))
+    store = TreeStore(folder, 10.5 * size(folder) / 10 / 1e6, 10)
+    with monkeypatch.context() as patch:
+        for name in ("glob", "iterdir", "stat"):
+            patch.setattr(Path, name, None)
+        for step in (11, 12):
+            store.write(step, [a_tree(step)])
+    assert len(stored_steps(folder)) == 10
+
+
 def test_a_lower_bound_holds_from_the_next_step_on(folder: Path) -> None:
     store_steps(folder, range(1, 41))
     store_steps(folder, [41], 20.5 * size(folder) / 40 / 1e6, resumed_at=40)
