@@ -94,19 +94,6 @@ def test_extreme_selection_follows_the_reference(seed: int, count: int, step: in
     assert select_segment(deviations, "extreme", step) == reference_extreme(deviations, step)
 
 
-@given(seed=seeds, count=st.integers(1, 9))
-def test_first_selection_is_the_first(seed: int, count: int) -> None:
-    assert select_segment(np.random.default_rng(seed).random(count).tolist(), "first") == 0
-
-
-def test_random_selection_is_uniform_and_repeatable() -> None:
-    deviations, draws = [0.1, 5.0, 0.2, 0.3, 9.0], 3000
-    chosen = [select_segment(deviations, "random", seed=seed) for seed in range(draws)]
-    assert chosen == [select_segment(deviations, "random", seed=seed) for seed in range(draws)]
-    for count in (chosen.count(index) for index in range(len(deviations))):
-        assert abs(count - draws / len(deviations)) <= four_sigma(draws, 1 / len(deviations))
-
-
 @given(seed=seeds, boundary=st.sampled_from(["x", "xy", "yx", "zz"]), wanted=st.integers(0, 3))
 def test_the_last_boundary_is_the_first_prefix_that_holds_as_many_as_the_whole(
     seed: int, boundary: str, wanted: int

@@ -4,6 +4,7 @@ Only for config files that do not change while tests run, the recipe's, verl's a
 of a composed config, so each caller gets a copy.
 """
 
+import pickle
 from copy import copy, deepcopy
 from functools import cache
 from typing import Any
@@ -41,7 +42,7 @@ def install(patch: pytest.MonkeyPatch, folder: str) -> None:
     """
     load, compose = ConfigRepository.load_config, ConfigLoaderImpl._compose_config_from_defaults_list
     loaded: dict[Any, Any] = {}
-    composed: dict[Any, Any] = {}
+    composed: dict[Any, bytes] = {}
 
     def stays(source: ConfigSource) -> bool:
         return source.scheme() in ("pkg", "structured") or (source.path or "").startswith(folder)
@@ -63,8 +64,8 @@ def install(patch: pytest.MonkeyPatch, folder: str) -> None:
             return compose(self, defaults, repo)
         key = (sources, *((each.config_path, each.package, each.primary) for each in defaults))
         if key not in composed:
-            composed[key] = compose(self, defaults, _Copies(repo))
-        return deepcopy(composed[key])
+            composed[key] = pickle.dumps(compose(self, defaults, _Copies(repo)))
+        return pickle.loads(composed[key])
 
     patch.setattr(ConfigRepository, "load_config", load_once)
     patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", compose_once)

@@ -81,7 +81,9 @@ def rich_record(*args: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 def for_five_only(data_source: str, solution_str: str, ground_truth: str, **kwargs: Any) -> float:
-    """Good unless the response has a 6 in it."""
+    """Good unless the response has a 6 in it, or a 7."""
+    if "7" in solution_str:
+        raise ZeroDivisionError("a reward function of a user's own")
     return math.nan if "6" in solution_str else 1.0
 
 

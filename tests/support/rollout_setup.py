@@ -156,11 +156,14 @@ def make_config(compose_config, model_folder):
 
 @pytest.fixture
 def make_worker(make_config, fake_llm, queue: Queue) -> Callable[..., Setup]:
-    """Make an ``SkpoAgentLoopWorker`` by its real constructor; ``script`` answers its requests."""
+    """Make an ``SkpoAgentLoopWorker`` by its real constructor; ``script`` answers its requests.
+
+    Keyword arguments are settings below ``skpo``.
+    """
     from recipe.skpo.rollout.two_phases import SkpoAgentLoopWorker
 
-    def make(script=None, *overrides: str, worker_class=SkpoAgentLoopWorker, **options: Any) -> Setup:
-        config = make_config(*overrides, **options)
+    def make(script=None, *overrides: str, worker_class=SkpoAgentLoopWorker, model=None, **skpo: Any) -> Setup:
+        config = make_config(*overrides, skpo=skpo, **({"model": model} if model else {}))
         llm = fake_llm(script) if script else fake_llm()
         reward = RewardHandle(config)
         worker = worker_class(config, llm, reward_loop_worker_handles=[reward])
@@ -169,40 +172,25 @@ def make_worker(make_config, fake_llm, queue: Queue) -> Callable[..., Setup]:
     return make
 
 
-def scripted(setup_box: list[Setup], upstream, downstream) -> Callable[[Any], Any]:
-    """A script from two: each gets the running number of the request within its phase."""
-    numbers = {"up": itertools.count(), "down": itertools.count()}
-
-    def script(request):
-        if request.prompt_ids == setup_box[0].problem_ids():
-            return upstream(next(numbers["up"]))
-        return downstream(next(numbers["down"]))
-
-    return script
-
-
 @pytest.fixture
-def two_phases(make_worker) -> Callable[..., Setup]:
-    """A worker whose upstream and downstream answers are scripted apart, each by its number within the phase."""
+def baseline(make_worker) -> Callable[..., Setup]:
+    """As ``make_worker`` for the worker of the baselines."""
+    from recipe.skpo.rollout.worker import RolloutWorker
 
-    def make(upstream=None, downstream=None, *overrides: str, **options: Any) -> Setup:
-        box: list[Setup] = []
-        up = upstream or (lambda number: box[0].tokens(f"candidate {number}", end=""))
-        down = downstream or (lambda number: box[0].tokens(f"So it is #### {ANSWER if number % 2 else 6}"))
-        box.append(make_worker(scripted(box, up, down), *overrides, **options))
-        return box[0]
+    def make(script=None, *overrides: str, **skpo: Any) -> Setup:
+        return make_worker(script, "method=grpo", *overrides, worker_class=RolloutWorker, **skpo)
 
     return make
 
 
 @pytest.fixture
-def ablated(make_worker) -> Callable[..., Setup]:
-    """As ``two_phases`` for any ``skip``: the routing id distinguishes the phases; ``own`` completes a candidate.
+def two_phases(make_worker) -> Callable[..., Setup]:
+    """A worker whose upstream and downstream answers are scripted apart, each by its number within the phase.
 
-    Keyword arguments are settings below ``skpo``.
+    The routing id distinguishes the phases; ``own`` completes a candidate.
     """
 
-    def make(upstream=None, downstream=None, own=None, overrides=(), model=None, **skpo: Any) -> Setup:
+    def make(upstream=None, downstream=None, *overrides: str, own=None, **options: Any) -> Setup:
         box: list[Setup] = []
         numbers = {"up": itertools.count(), "down": itertools.count()}
         up = upstream or (lambda number: box[0].tokens("abcdefgh", end=""))
@@ -211,11 +199,11 @@ def ablated(make_worker) -> Callable[..., Setup]:
         def script(request):
             if "-down" in request.request_id:
                 return down(next(numbers["down"]))
-            if request.prompt_ids == box[0].problem_ids():
-                return up(next(numbers["up"]))
-            return own(request)
+            if own is not None and request.prompt_ids != box[0].problem_ids():
+                return own(request)
+            return up(next(numbers["up"]))
 
-        box.append(make_worker(script, *overrides, skpo=skpo, **({"model": model} if model else {})))
+        box.append(make_worker(script, *overrides, **options))
         return box[0]
 
     return make

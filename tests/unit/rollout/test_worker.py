@@ -23,7 +23,6 @@ from tests.support.rollout_setup import (
     SPLIT,
     STEP,
     G,
-    Setup,
     make_batch,
     make_prompt,
 )
@@ -34,33 +33,26 @@ from tests.support.rollout_setup import (
 async def test_a_prompt_ends_in_g_plus_one_rows_of_one_schema(two_phases) -> None:
     setup = two_phases()
     await setup.roll_out(make_prompt("v7"))
-
     assert sorted(setup.store.rows) == [f"v7_{session}_0" for session in range(G + 1)]
     assert {setup.store.partitions[key] for key in [*setup.store.rows, "v7"]} == {"train"}
-    names = {frozenset(row) for row in setup.store.rows.values()}
-    assert len(names) == 1, "TransferQueue partitions need one schema"
+    events = setup.store.events
+    assert (events[0], events[-1], len(events)) == (("running", "v7"), ("finished", "v7"), 2 + G + 1)
+    (names,) = {frozenset(row) for row in setup.store.rows.values()}  # TransferQueue's partitions need one schema
     expected = {"prompts", "responses", "input_ids", "position_ids", "response_mask", "loss_mask", "rm_scores"}
     expected |= {"rollout_log_probs", "uid", "id", "skpo_phase", "extra_fields", "raw_prompt", "reward_model"}
-    assert expected <= next(iter(names))
-    assert "agent_name" not in next(iter(names)), "it is verl's own choice of an agent loop, nothing to store"
+    assert expected <= names
+    assert "agent_name" not in names, "it is verl's own choice of an agent loop, nothing to store"
     kinds = {
         tuple((name, value.dtype) for name, value in sorted(row.items()) if isinstance(value, torch.Tensor))
         for row in setup.store.rows.values()
     }
     assert len(kinds) == 1
-    for row in setup.store.rows.values():
+    for key, row in setup.store.rows.items():
+        tag, tokens = setup.store.tags[key], len(row["responses"])
         assert (row["id"], row["uid"]) == ("id-v7", "v7")
-        tokens = len(row["responses"])
         assert len(row["rollout_log_probs"]) == len(row["response_mask"]) == len(row["rm_scores"]) == tokens
         assert row["input_ids"].tolist() == row["prompts"].tolist() + row["responses"].tolist()
-
-
-async def test_the_status_runs_from_running_to_finished_and_the_last_row_comes_before_it(two_phases) -> None:
-    setup = two_phases()
-    await setup.roll_out(make_prompt("v7"))
-    assert setup.store.events[0] == ("running", "v7")
-    assert setup.store.events[-1] == ("finished", "v7")
-    assert len(setup.store.events) == 2 + G + 1
+        assert (tag["seq_len"], tag["global_steps"]) == (len(row["input_ids"]), STEP)
 
 
 async def test_rows_and_tags_are_those_that_verl_would_store_one_by_one(two_phases, monkeypatch) -> None:
@@ -104,6 +96,7 @@ async def test_the_segment_row_is_the_segment_under_q_with_the_mean_reward_of_th
     assert segment["rm_scores"].tolist() == [0, 0, 0, 0, 0, -0.5]
     assert int(segment["skpo_phase"]) == 0
     assert [int(row["skpo_phase"]) for row in siblings] == [1] * G
+    assert setup.reward.calls == G, "the truncated segment is never scored itself"
 
 
 async def test_a_response_row_keeps_what_the_server_wrote(two_phases) -> None:
@@ -116,20 +109,7 @@ async def test_a_response_row_keeps_what_the_server_wrote(two_phases) -> None:
         assert row["response_mask"].tolist() == row["loss_mask"].tolist() == [1, 1, 1]
 
 
-async def test_the_truncated_segment_is_never_scored_itself(two_phases) -> None:
-    setup = two_phases()
-    await setup.roll_out(make_prompt())
-    assert setup.reward.calls == G
-
-
 # ---------------------------------------------------------------- phase one
-
-
-async def test_candidates_are_limited_to_the_split_position(two_phases) -> None:
-    setup = two_phases()
-    await setup.roll_out(make_prompt(skpo_split_position=5))
-    assert [request.params["max_tokens"] for request in setup.upstream()] == [5] * G
-    assert len(setup.store.row("v0000000000", 0)["responses"]) == 5
 
 
 async def test_longer_prompts_go_first_where_requests_queue(two_phases) -> None:
@@ -138,17 +118,6 @@ async def test_longer_prompts_go_first_where_requests_queue(two_phases) -> None:
     asked = {(request.request_id, request.priority) for request in setup.llm.requests}
     assert asked == {("v1-up", -90), ("v1-down", -90), ("v2-up", -700), ("v2-down", -700)}
     assert all("priority" not in request.params for request in setup.llm.requests), "vLLM's sampler knows none"
-
-
-async def test_the_candidate_with_the_median_deviation_is_kept(two_phases) -> None:
-    deviations = [2.0, 0.1, 0.9, 1.0]  # middle values 0.9 and 1.0: the earlier of them wins
-    setup = two_phases(upstream=lambda number: ([10 + number] * SPLIT, [-deviations[number]] * SPLIT))
-    await setup.roll_out(make_prompt("v7"))
-    assert setup.store.row("v7", 0)["responses"].tolist() == [12] * SPLIT
-    record = setup.store.record("v7")
-    assert record.chosen == 2
-    assert record.deviation == pytest.approx(0.9)
-    assert [candidate.deviation for candidate in record.candidates] == pytest.approx(deviations)
 
 
 @pytest.mark.parametrize("end", ["</s>", "<|im_end|>"])
@@ -170,6 +139,7 @@ async def test_a_candidate_that_ends_early_is_cut_in_half(two_phases, end: str, 
 async def test_a_candidate_that_fills_the_split_position_is_kept_whole(two_phases) -> None:
     setup = two_phases(upstream=lambda number: setup.tokens("abcdef", end=""))
     await setup.roll_out(make_prompt("v7"))
+    assert [request.params["max_tokens"] for request in setup.upstream()] == [SPLIT] * G
     assert setup.store.row("v7", 0)["responses"].tolist() == setup.tokens("abcdef", end="")
     assert setup.store.record("v7").early_share == 0.0
 
@@ -177,69 +147,43 @@ async def test_a_candidate_that_fills_the_split_position_is_kept_whole(two_phase
 # ---------------------------------------------------------------- the skip prompt
 
 
-async def test_siblings_are_asked_under_segment_then_problem(two_phases) -> None:
-    setup = two_phases()
+@pytest.mark.parametrize(("model", "bos"), [("model_folder", 0), ("bos_model_folder", 1), ("chatml_model_folder", 0)])
+async def test_siblings_are_asked_under_segment_then_problem(two_phases, request, model: str, bos: int) -> None:
+    """A BOS that the template adds is at the front, once; one that is the mark of a turn stays with its turn."""
+    setup = two_phases(model=request.getfixturevalue(model))
     await setup.roll_out(make_prompt("v7"))
-    segment = setup.store.row("v7", 0)["responses"].tolist()
-    expected = segment + setup.problem_ids()
-    assert [request.prompt_ids for request in setup.downstream()] == [expected] * G
-    assert [row["prompts"].tolist() for row in setup.store.siblings("v7")] == [expected] * G
-
-
-async def test_the_skip_prompt_has_exactly_one_bos_at_the_front(two_phases, bos_model_folder) -> None:
-    setup = two_phases(model=bos_model_folder)
-    await setup.roll_out(make_prompt("v7"))
-    bos, problem = setup.tokenizer.bos_token_id, setup.problem_ids()
-    assert problem.count(bos) == 1 and problem[0] == bos, "one from the template, none from the tokenizer"
-    segment = setup.store.row("v7", 0)
+    problem, segment = setup.problem_ids(), setup.store.row("v7", 0)
+    if model != "model_folder":
+        assert problem[0] == setup.tokenizer.bos_token_id and problem.count(problem[0]) == 2 - bos
     assert segment["prompts"].tolist() == problem
-    expected = [bos, *segment["responses"].tolist(), *problem[1:]]
+    expected = problem[:bos] + segment["responses"].tolist() + problem[bos:]
     assert [row["prompts"].tolist() for row in setup.store.siblings("v7")] == [expected] * G
-    assert [request.prompt_ids for request in setup.downstream()] == [expected] * G
+    assert [request.prompt_ids for request in setup.routed("v7-down")] == [expected] * G
 
 
-async def test_a_bos_that_is_the_mark_of_a_turn_stays_with_its_turn(two_phases, chatml_model_folder) -> None:
-    setup = two_phases(model=chatml_model_folder)
+@pytest.mark.parametrize(
+    ("skip", "context", "taken"),
+    [("concat", None, 0), ("unconditional", None, 0), ("continual", None, SPLIT), ("concat", 60, SPLIT)]
+    + [("continual", 60, SPLIT)],
+)
+async def test_a_response_gets_what_budget_and_context_leave(two_phases, skip: str, context, taken: int) -> None:
+    options = [] if context is None else [f"actor_rollout_ref.rollout.max_model_len={context}"]
+    setup = two_phases(None, lambda number: [40] * 100, *options, skip=skip)
     await setup.roll_out(make_prompt("v7"))
-    problem = setup.problem_ids()
-    assert problem[0] == setup.tokenizer.bos_token_id and problem.count(problem[0]) == 2
-    expected = setup.store.row("v7", 0)["responses"].tolist() + problem
-    assert [row["prompts"].tolist() for row in setup.store.siblings("v7")] == [expected] * G
-
-
-async def test_a_response_may_use_the_whole_response_budget(two_phases) -> None:
-    setup = two_phases(downstream=lambda number: [40] * 100)
-    await setup.roll_out(make_prompt("v7"))
-    assert [request.params["max_tokens"] for request in setup.downstream()] == [32] * G
-    assert [len(row["responses"]) for row in setup.store.siblings("v7")] == [32] * G
-
-
-async def test_a_response_gets_what_the_context_leaves_after_the_skip_prompt(two_phases) -> None:
-    setup = two_phases(None, None, "actor_rollout_ref.rollout.max_model_len=60")
-    await setup.roll_out(make_prompt("v7"))
-    left = 60 - SPLIT - len(setup.problem_ids())
-    assert 0 < left < 32
-    assert [request.params["max_tokens"] for request in setup.downstream()] == [left] * G
-
-
-async def test_a_skip_prompt_that_fills_the_context_fails_the_prompt(two_phases, caplog) -> None:
-    setup = two_phases()
-    question = "x" * 200
-    await setup.roll_out(make_prompt("v7", question=question))
-    assert setup.store.status("v7") == ["running", "failure"]
-    assert not setup.store.rows and not setup.downstream(question)
-    assert "no room in max_model_len" in caplog.text
+    left = 32 - taken if context is None else context - SPLIT - len(setup.problem_ids())
+    assert 0 < left <= 32 - taken
+    assert [request.params["max_tokens"] for request in setup.routed("v7-down")] == [left] * G
+    assert {int(row["response_mask"].sum()) for row in setup.store.siblings("v7")} == {left}
 
 
 # ---------------------------------------------------------------- skip: what the siblings continue
 
 
-async def test_unconditional_siblings_are_plain_responses_to_the_problem(ablated) -> None:
-    setup = ablated(skip="unconditional")
+async def test_unconditional_siblings_are_plain_responses_to_the_problem(two_phases) -> None:
+    setup = two_phases(skip="unconditional")
     await setup.roll_out(make_prompt("v7"))
     problem = setup.problem_ids()
     assert [request.prompt_ids for request in setup.routed("v7-down")] == [problem] * G
-    assert [request.params["max_tokens"] for request in setup.routed("v7-down")] == [32] * G
     for number, row in enumerate(setup.store.siblings("v7")):
         written = setup.tokens(f"#### {ANSWER if number % 2 else 6}")
         assert (row["prompts"].tolist(), row["responses"].tolist()) == (problem, written)
@@ -249,8 +193,8 @@ async def test_unconditional_siblings_are_plain_responses_to_the_problem(ablated
     assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == 0.0
 
 
-async def test_continual_siblings_continue_the_segment_which_is_masked(ablated) -> None:
-    setup = ablated(
+async def test_continual_siblings_continue_the_segment_which_is_masked(two_phases) -> None:
+    setup = two_phases(
         upstream=lambda number: (setup.tokens("abcdef", end=""), [-0.1, -0.2, -0.3, -0.4, -0.5, -0.6]),
         downstream=lambda number: ([40 + number, 50, 2], [-1.0, -2.0, -3.0]),
         skip="continual",
@@ -258,7 +202,6 @@ async def test_continual_siblings_continue_the_segment_which_is_masked(ablated) 
     await setup.roll_out(make_prompt("v7"))
     problem, segment = setup.problem_ids(), setup.tokens("abcdef", end="")
     assert [request.prompt_ids for request in setup.routed("v7-down")] == [problem + segment] * G
-    assert [request.params["max_tokens"] for request in setup.routed("v7-down")] == [32 - SPLIT] * G
     for number, row in enumerate(setup.store.siblings("v7")):
         assert row["prompts"].tolist() == problem
         assert row["responses"].tolist() == [*segment, 40 + number, 50, 2]
@@ -273,8 +216,8 @@ async def test_continual_siblings_continue_the_segment_which_is_masked(ablated) 
 
 
 @pytest.mark.parametrize(("skip", "reward"), [("continual", 1.0), ("concat", -1.0), ("unconditional", -1.0)])
-async def test_only_a_continued_segment_is_scored_with_its_response(ablated, skip: str, reward: float) -> None:
-    setup = ablated(
+async def test_only_a_continued_segment_is_scored_with_its_response(two_phases, skip: str, reward: float) -> None:
+    setup = two_phases(
         upstream=lambda number: setup.tokens(f"#### {ANSWER}", end=""),
         downstream=lambda number: setup.tokens("."),
         skip=skip,
@@ -283,24 +226,9 @@ async def test_only_a_continued_segment_is_scored_with_its_response(ablated, ski
     assert [float(row["rm_scores"].sum()) for row in setup.store.rows.values()] == [reward] * (G + 1)
 
 
-async def test_a_continual_response_gets_what_context_and_segment_leave(ablated) -> None:
-    setup = ablated(overrides=("actor_rollout_ref.rollout.max_model_len=60",), skip="continual")
-    await setup.roll_out(make_prompt("v7"))
-    left = 60 - SPLIT - len(setup.problem_ids())
-    assert 0 < left < 32 - SPLIT
-    assert [request.params["max_tokens"] for request in setup.routed("v7-down")] == [left] * G
-
-
-async def test_a_segment_as_long_as_the_response_budget_leaves_nothing_to_continue(ablated, caplog) -> None:
-    setup = ablated(upstream=lambda number: [40] * 32, skip="continual")
-    await setup.roll_out(make_prompt("v7", skpo_split_position=32))
-    assert setup.store.status("v7") == ["running", "failure"] and not setup.store.rows
-    assert "no room" in caplog.text
-
-
 @pytest.mark.parametrize("skip", ["concat", "chat", "continual", "unconditional"])
-async def test_a_failed_sibling_has_the_prompt_of_its_group_whatever_it_continues(ablated, skip: str) -> None:
-    setup = ablated(downstream=lambda number: [] if number == 0 else setup.tokens("#### 5"), skip=skip)
+async def test_a_failed_sibling_has_the_prompt_of_its_group_whatever_it_continues(two_phases, skip: str) -> None:
+    setup = two_phases(downstream=lambda number: [] if number == 0 else setup.tokens("#### 5"), skip=skip)
     await setup.roll_out(make_prompt("v7"))
     missing, other = setup.store.siblings("v7")[:2]
     assert missing["prompts"].tolist() == other["prompts"].tolist()
@@ -308,8 +236,8 @@ async def test_a_failed_sibling_has_the_prompt_of_its_group_whatever_it_continue
     assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == 1.0
 
 
-async def test_chat_quotes_the_segment_inside_the_one_user_turn(ablated) -> None:
-    setup = ablated(skip="chat")
+async def test_chat_quotes_the_segment_inside_the_one_user_turn(two_phases) -> None:
+    setup = two_phases(skip="chat")
     await setup.roll_out(make_prompt("v7"))
     expected = setup.problem_ids(f"Beginning of a solution:\nabcdef\n\n{QUESTION}")
     assert setup.tokenizer.decode(expected).count("<|im_start|>user") == 1
@@ -320,19 +248,15 @@ async def test_chat_quotes_the_segment_inside_the_one_user_turn(ablated) -> None
     assert setup.store.row("v7", 0)["prompts"].tolist() == setup.problem_ids(), "the segment itself is under q"
 
 
-async def test_the_quote_of_chat_is_a_setting_and_leaves_other_turns_and_braces_alone(ablated) -> None:
+async def test_the_quote_of_chat_is_a_setting_and_leaves_other_turns_and_braces_alone(two_phases) -> None:
     bos = 1  # a special token, which a text does not quote
-    setup = ablated(
+    setup = two_phases(
         upstream=lambda number: [bos, *setup.tokens("a{0}b", end="")],
         skip="chat",
         chat_quote="{problem} First: {segment}!",
     )
     question = "What is {x}?"
     turns = [{"role": "system", "content": "Be {brief}."}, {"role": "user", "content": question}]
-    # The script knows the first phase by the tokens of q.
-    setup.problem_ids = lambda question=None: setup.tokenizer.apply_chat_template(turns, add_generation_prompt=True)[
-        "input_ids"
-    ]
     await setup.roll_out(make_prompt("v7", raw_prompt=turns))
     quoted = [turns[0], {"role": "user", "content": "What is {x}? First: a{0}b!"}]
     expected = setup.tokenizer.apply_chat_template(quoted, add_generation_prompt=True)["input_ids"]
@@ -340,21 +264,19 @@ async def test_the_quote_of_chat_is_a_setting_and_leaves_other_turns_and_braces_
 
 
 @pytest.mark.parametrize("skip", ["chat", "continual", "unconditional"])
-async def test_every_skip_mode_has_exactly_one_bos_at_the_front(ablated, bos_model_folder, skip: str) -> None:
-    setup = ablated(model=bos_model_folder, skip=skip)
+async def test_every_skip_mode_has_exactly_one_bos_at_the_front(two_phases, bos_model_folder, skip: str) -> None:
+    setup = two_phases(model=bos_model_folder, skip=skip)
     await setup.roll_out(make_prompt("v7"))
     for request in setup.llm.requests:
-        assert (request.prompt_ids[0], request.prompt_ids.count(setup.tokenizer.bos_token_id)) == (
-            setup.tokenizer.bos_token_id,
-            1,
-        )
+        bos = setup.tokenizer.bos_token_id
+        assert (request.prompt_ids[0], request.prompt_ids.count(bos)) == (bos, 1)
 
 
 # ---------------------------------------------------------------- upstream reward: own
 
 
-async def test_own_reward_is_that_of_the_chosen_candidate_completed_under_the_problem(ablated) -> None:
-    setup = ablated(
+async def test_own_reward_is_that_of_the_chosen_candidate_completed_under_the_problem(two_phases) -> None:
+    setup = two_phases(
         upstream=lambda number: ([40 + number] * SPLIT, [-[2.0, 0.1, 0.9, 1.0][number]] * SPLIT),
         downstream=lambda number: setup.tokens("#### 9"),
         own=lambda request: setup.tokens(f"#### {ANSWER}"),
@@ -373,30 +295,26 @@ async def test_own_reward_is_that_of_the_chosen_candidate_completed_under_the_pr
     assert setup.store.record("v7").generated == G * SPLIT + completion
 
 
-async def test_a_candidate_that_ended_needs_no_completion(ablated) -> None:
-    """It is scored for all that it wrote, of which the segment is a half."""
-    setup = ablated(
-        upstream=lambda number: setup.tokens(f"#### {ANSWER}"),
-        downstream=lambda number: setup.tokens("#### 9"),
-        upstream_reward="own",
+@pytest.mark.parametrize(
+    ("written", "end", "position", "kept"),
+    [(f"#### {ANSWER}", "</s>", 10, 3), (f"{'x' * 26}#### {ANSWER}", "", 32, 32)],
+    ids=["ended", "used the whole budget"],
+)
+async def test_a_candidate_that_is_whole_needs_no_completion(two_phases, written, end, position, kept) -> None:
+    """It is scored for all that it wrote; of one that ended, the segment is a half."""
+    setup = two_phases(
+        lambda number: setup.tokens(written, end=end), lambda number: setup.tokens("#### 9"), upstream_reward="own"
     )
-    await setup.roll_out(make_prompt("v7", skpo_split_position=10))
+    await setup.roll_out(make_prompt("v7", skpo_split_position=position))
     assert len(setup.llm.requests) == 2 * G
     segment = setup.store.row("v7", 0)
-    assert segment["responses"].tolist() == setup.tokens(f"#### {ANSWER}")[:3]
+    assert segment["responses"].tolist() == setup.tokens(written, end=end)[:kept]
     assert float(segment["rm_scores"].sum()) == 1.0
-    assert setup.store.record("v7").generated == G * len(setup.tokens(f"#### {ANSWER}"))
+    assert setup.store.record("v7").generated == G * len(setup.tokens(written, end=end))
 
 
-async def test_a_candidate_that_used_the_whole_budget_is_scored_as_it_is(ablated) -> None:
-    setup = ablated(upstream=lambda number: setup.tokens(f"{'x' * 26}#### {ANSWER}", end=""), upstream_reward="own")
-    await setup.roll_out(make_prompt("v7", skpo_split_position=32))
-    assert len(setup.llm.requests) == 2 * G
-    assert float(setup.store.row("v7", 0)["rm_scores"].sum()) == 1.0
-
-
-async def test_own_reward_does_not_depend_on_which_siblings_fail(ablated) -> None:
-    setup = ablated(
+async def test_own_reward_does_not_depend_on_which_siblings_fail(two_phases) -> None:
+    setup = two_phases(
         downstream=lambda number: [] if number else setup.tokens("#### 9"),
         own=lambda request: setup.tokens(f"#### {ANSWER}"),
         upstream_reward="own",
@@ -406,11 +324,11 @@ async def test_own_reward_does_not_depend_on_which_siblings_fail(ablated) -> Non
 
 
 @pytest.mark.parametrize("fails", ["request", "reward"])
-async def test_without_the_own_reward_the_prompt_is_dropped(ablated, caplog, fails: str) -> None:
+async def test_without_the_own_reward_the_prompt_is_dropped(two_phases, caplog, fails: str) -> None:
     def own(request):
         return RuntimeError("the server died") if fails == "request" else setup.tokens(f"#### {ANSWER}")
 
-    setup = ablated(own=own, upstream_reward="own")
+    setup = two_phases(own=own, upstream_reward="own")
     # Siblings answer at once, the completion's reward is requested among theirs; all calls but one succeed.
     if fails == "reward":
         compute = setup.worker._compute_score
@@ -430,8 +348,8 @@ async def test_without_the_own_reward_the_prompt_is_dropped(ablated, caplog, fai
 
 
 @pytest.mark.parametrize("count", [1, 2])
-async def test_fewer_candidates_than_siblings(ablated, count: int) -> None:
-    setup = ablated(upstream=lambda number: [40 + number] * (SPLIT - number), candidates=count)
+async def test_fewer_candidates_than_siblings(two_phases, count: int) -> None:
+    setup = two_phases(upstream=lambda number: [40 + number] * (SPLIT - number), candidates=count)
     await setup.roll_out(make_prompt("v7"))
     assert len(setup.routed("v7-up")) == count and len(setup.routed("v7-down")) == G
     assert sorted(setup.store.rows) == [f"v7_{session}_0" for session in range(G + 1)]
@@ -443,25 +361,22 @@ async def test_fewer_candidates_than_siblings(ablated, count: int) -> None:
     assert len(set(seeds)) == len(seeds) == count + G
 
 
-async def test_all_of_few_candidates_failing_drops_the_prompt(ablated, caplog) -> None:
-    setup = ablated(upstream=lambda number: [], candidates=2)
-    await setup.roll_out(make_prompt("v7"))
-    assert setup.store.status("v7") == ["running", "failure"]
-    assert "all 2 upstream candidates failed" in caplog.text
-
-
 @pytest.mark.parametrize(
     ("selection", "step", "chosen"),
     [("median", 1, 2), ("extreme", 1, 1), ("extreme", 2, 0), ("first", 2, 0), ("random", 1, None)],
 )
-async def test_the_selection_decides_which_candidate_is_kept(ablated, selection: str, step: int, chosen) -> None:
-    deviations = [2.0, 0.1, 0.9, 1.0]
-    setup = ablated(upstream=lambda number: ([40 + number] * SPLIT, [-deviations[number]] * SPLIT), selection=selection)
+async def test_the_selection_decides_which_candidate_is_kept(two_phases, selection: str, step: int, chosen) -> None:
+    deviations = [2.0, 0.1, 0.9, 1.0]  # middle values 0.9 and 1.0: the earlier of them is the median
+    setup = two_phases(
+        upstream=lambda number: ([40 + number] * SPLIT, [-deviations[number]] * SPLIT), selection=selection
+    )
     if chosen is None:
         chosen = int(np.random.default_rng(SEED).integers(G))
     await setup.roll_out(make_prompt("v7", skpo_step=step))
     assert setup.store.row("v7", 0)["responses"].tolist() == [40 + chosen] * SPLIT
-    assert setup.store.record("v7").chosen == chosen
+    record = setup.store.record("v7")
+    assert (record.chosen, record.deviation) == (chosen, pytest.approx(deviations[chosen]))
+    assert [candidate.deviation for candidate in record.candidates] == pytest.approx(deviations)
 
 
 @pytest.mark.parametrize(
@@ -469,8 +384,8 @@ async def test_the_selection_decides_which_candidate_is_kept(ablated, selection:
     [(["."], "ab."), ([".", "d"], "ab.d"), (["b.d"], "ab.d"), (["?"], "ab.def"), ([ord("b")], "ab.def")],
     ids=str,
 )
-async def test_a_segment_ends_at_its_last_boundary(ablated, boundaries: list, kept: str) -> None:
-    setup = ablated(
+async def test_a_segment_ends_at_its_last_boundary(two_phases, boundaries: list, kept: str) -> None:
+    setup = two_phases(
         upstream=lambda number: (setup.tokens("ab.defgh", end=""), [-float(n + 1) for n in range(8)]),
         split="boundary_token",
         boundaries=boundaries,
@@ -484,15 +399,15 @@ async def test_a_segment_ends_at_its_last_boundary(ablated, boundaries: list, ke
     assert [request.params["max_tokens"] for request in setup.routed("v7-up")] == [SPLIT] * G
 
 
-async def test_a_boundary_may_be_a_token_id(ablated) -> None:
-    token = ablated().tokens("c", end="")[0]
-    setup = ablated(split="boundary_token", boundaries=[token])
+async def test_a_boundary_may_be_a_token_id(two_phases) -> None:
+    token = two_phases().tokens("c", end="")[0]
+    setup = two_phases(split="boundary_token", boundaries=[token])
     await setup.roll_out(make_prompt("v7"))
     assert setup.store.row("v7", 0)["responses"].tolist() == setup.tokens("abc", end="")
 
 
-async def test_the_half_of_an_early_finisher_is_cut_at_its_boundary_too(ablated) -> None:
-    setup = ablated(
+async def test_the_half_of_an_early_finisher_is_cut_at_its_boundary_too(two_phases) -> None:
+    setup = two_phases(
         upstream=lambda number: setup.tokens("a.bcde."), split="boundary_token", boundaries=["."], selection="first"
     )
     await setup.roll_out(make_prompt("v7", skpo_split_position=20))
@@ -502,11 +417,11 @@ async def test_the_half_of_an_early_finisher_is_cut_at_its_boundary_too(ablated)
 # ---------------------------------------------------------------- counted tokens
 
 
-async def test_every_request_is_counted_also_what_is_thrown_away(ablated) -> None:
+async def test_every_request_is_counted_also_what_is_thrown_away(two_phases) -> None:
     def upstream(number: int):
         return RuntimeError("the server died") if number == 0 else ([40] * 5, [] if number == 1 else [-0.5] * 5)
 
-    setup = ablated(upstream=upstream, downstream=lambda number: setup.tokens("#### 5"))
+    setup = two_phases(upstream=upstream, downstream=lambda number: setup.tokens("#### 5"))
     await setup.roll_out(make_prompt("v7"))
     answered = [request for request in setup.llm.requests if request.number != 0]
     assert len(answered) == 2 * G - 1
@@ -518,15 +433,15 @@ async def test_every_request_is_counted_also_what_is_thrown_away(ablated) -> Non
     }
 
 
-async def test_tokens_of_a_dropped_prompt_are_counted(ablated) -> None:
-    setup = ablated(downstream=lambda number: [])
+async def test_tokens_of_a_dropped_prompt_are_counted(two_phases) -> None:
+    setup = two_phases(downstream=lambda number: [])
     await setup.roll_out(make_prompt("v7"))
     assert setup.store.status("v7") == ["running", "failure"]
     assert setup.worker.take_tokens()["generated"] == G * SPLIT
 
 
-async def test_taking_the_counts_starts_them_anew(ablated) -> None:
-    setup = ablated()
+async def test_taking_the_counts_starts_them_anew(two_phases) -> None:
+    setup = two_phases()
     await setup.roll_out(make_prompt("v7"))
     first = setup.worker.take_tokens()
     assert all(first.values())
@@ -535,8 +450,8 @@ async def test_taking_the_counts_starts_them_anew(ablated) -> None:
     assert setup.worker.take_tokens() == first
 
 
-async def test_records_and_counts_agree_where_nothing_fails(ablated) -> None:
-    setup = ablated(own=lambda request: setup.tokens("#### 5"), upstream_reward="own", skip="continual")
+async def test_records_and_counts_agree_where_nothing_fails(two_phases) -> None:
+    setup = two_phases(own=lambda request: setup.tokens("#### 5"), upstream_reward="own", skip="continual")
     await setup.roll_out(make_prompt("v7"))
     records = [read_record(row["extra_fields"][RECORD]) for row in setup.store.rows.values()]
     assert setup.worker.take_tokens()["generated"] == sum(record.generated for record in records)
@@ -545,19 +460,8 @@ async def test_records_and_counts_agree_where_nothing_fails(ablated) -> None:
 # ---------------------------------------------------------------- the baselines' worker
 
 
-@pytest.fixture
-def make_baseline(make_worker) -> Callable[..., Setup]:
-    """Make the worker of the baselines; its requests are answered at random by prompt and seed."""
-    from recipe.skpo.rollout.worker import RolloutWorker
-
-    def make(*overrides: str, **skpo: Any) -> Setup:
-        return make_worker(None, "method=grpo", *overrides, worker_class=RolloutWorker, skpo=skpo)
-
-    return make
-
-
-async def test_a_baseline_samples_a_group_under_the_problem_with_a_seed_per_session(make_baseline) -> None:
-    setup = make_baseline()
+async def test_a_baseline_samples_a_group_under_the_problem_with_a_seed_per_session(baseline) -> None:
+    setup = baseline()
     await setup.roll_out(make_prompt("v7"), make_prompt("v8", skpo_seed=5000))
     assert sorted(setup.store.rows) == [f"{uid}_{session}_0" for uid in ("v7", "v8") for session in range(G)]
     assert [setup.store.status(uid) for uid in ("v7", "v8")] == [["running", "finished"]] * 2
@@ -573,31 +477,32 @@ async def test_a_baseline_samples_a_group_under_the_problem_with_a_seed_per_sess
     assert len(set(responses)) == G
 
 
-async def test_a_baseline_repeats_itself_under_the_same_seed(make_baseline, queue: Queue) -> None:
+@pytest.mark.parametrize("worker", ["baseline", "make_worker"])
+async def test_the_same_seed_gives_the_same_rows(request, queue: Queue, worker: str) -> None:
     runs = []
     for seed in (1, 1, 2):
         queue.rows.clear()
-        await make_baseline().roll_out(make_prompt("v7", skpo_seed=seed))
+        await request.getfixturevalue(worker)().roll_out(make_prompt("v7", skpo_seed=seed))
         runs.append({key: row["input_ids"].tolist() for key, row in queue.rows.items()})
     assert runs[0] == runs[1] != runs[2]
 
 
-async def test_a_baseline_can_leave_seeds_to_the_server(make_baseline) -> None:
-    setup = make_baseline(seed_requests=False)
+@pytest.mark.parametrize(("worker", "count"), [("baseline", G), ("make_worker", 2 * G)])
+async def test_seeds_can_be_left_to_the_server(request, worker: str, count: int) -> None:
+    setup = request.getfixturevalue(worker)(seed_requests=False)
     await setup.roll_out(make_prompt())
-    assert len(setup.llm.requests) == G
-    assert not any("seed" in request.params for request in setup.llm.requests)
+    assert len(setup.llm.requests) == count and not any("seed" in request.params for request in setup.llm.requests)
 
 
-async def test_a_baselines_validation_is_not_seeded_by_us(make_baseline) -> None:
-    setup = make_baseline()
+async def test_a_baselines_validation_is_not_seeded_by_us(baseline) -> None:
+    setup = baseline()
     await setup.roll_out(make_prompt("val"), validate=True)
     assert [request.params.get("seed") for request in setup.llm.requests] == [None]
     assert setup.llm.requests[0].params["temperature"] == 0
 
 
-async def test_a_baselines_tokens_are_counted(make_baseline) -> None:
-    setup = make_baseline()
+async def test_a_baselines_tokens_are_counted(baseline) -> None:
+    setup = baseline()
     await setup.roll_out(make_prompt("v7"))
     written = sum(len(row["responses"]) for row in setup.store.rows.values())
     assert setup.worker.take_tokens() == {
@@ -610,9 +515,9 @@ async def test_a_baselines_tokens_are_counted(make_baseline) -> None:
 # ---------------------------------------------------------------- requests
 
 
-async def test_each_phase_has_one_routing_id_of_its_own(two_phases) -> None:
+async def test_each_phase_has_one_routing_id_and_every_request_a_seed_of_its_own(two_phases) -> None:
     setup = two_phases()
-    await setup.roll_out(make_prompt("v7", "2+2?"), make_prompt("v8", "3+3?"))
+    await setup.roll_out(make_prompt("v7", "2+2?"), make_prompt("v8", "3+3?", skpo_seed=5000))
     routes = [
         {request.request_id for request in phase(question)}
         for phase in (setup.upstream, setup.downstream)
@@ -620,6 +525,8 @@ async def test_each_phase_has_one_routing_id_of_its_own(two_phases) -> None:
     ]
     assert [len(route) for route in routes] == [1, 1, 1, 1], "one replica per phase: its prefix cache is shared"
     assert len(set.union(*routes)) == 4
+    seeds = sorted(request.params["seed"] for request in setup.llm.requests)
+    assert seeds == [*range(SEED, SEED + 2 * G), *range(5000, 5000 + 2 * G)]
 
 
 async def test_full_determinism_names_every_request_apart(two_phases) -> None:
@@ -629,11 +536,11 @@ async def test_full_determinism_names_every_request_apart(two_phases) -> None:
 
 
 @pytest.mark.parametrize("validate", [False, True])
-async def test_full_determinism_names_the_responses_of_verls_agent_loop_apart(make_baseline, validate) -> None:
+async def test_full_determinism_names_the_responses_of_verls_agent_loop_apart(baseline, validate) -> None:
     """Requests are routed by name there; verl's constant one would send them all to one server."""
     names = []
     for uids in (("v7", "v8"), ("v7", "v8") if not validate else ("r1", "r2")):  # validation's uids are random
-        setup = make_baseline("actor_rollout_ref.rollout.full_determinism=true")
+        setup = baseline(None, "actor_rollout_ref.rollout.full_determinism=true")
         prompts = [make_prompt(uid, id=f"row {row}") for row, uid in enumerate(uids)]
         await setup.roll_out(*prompts, validate=validate)
         names.append(sorted(request.request_id for request in setup.llm.requests))
@@ -641,9 +548,9 @@ async def test_full_determinism_names_the_responses_of_verls_agent_loop_apart(ma
     assert names[0] == names[1]
 
 
-async def test_the_completion_of_a_candidate_has_a_name_and_a_seed_of_its_own_too(ablated) -> None:
+async def test_the_completion_of_a_candidate_has_a_name_and_a_seed_of_its_own_too(two_phases) -> None:
     override = "actor_rollout_ref.rollout.full_determinism=true"
-    setup = ablated(own=lambda request: setup.tokens("#### 5"), overrides=(override,), upstream_reward="own")
+    setup = two_phases(None, None, override, own=lambda request: setup.tokens("#### 5"), upstream_reward="own")
     await setup.roll_out(make_prompt("v7"))
     assert len({request.request_id for request in setup.llm.requests}) == 2 * G + 1
     assert sorted(request.params["seed"] for request in setup.llm.requests) == list(range(SEED, SEED + 2 * G + 1))
@@ -660,28 +567,6 @@ async def test_every_request_owns_its_sampling_parameters(two_phases) -> None:
         assert (request.params["top_p"], request.params["top_k"]) == (rollout.top_p, rollout.top_k)
         assert request.params["logprobs"] is True
         assert set(request.params) >= {"max_tokens", "repetition_penalty"}
-
-
-async def test_every_request_has_its_own_seed(two_phases) -> None:
-    setup = two_phases()
-    await setup.roll_out(make_prompt())
-    seeds = [request.params["seed"] for request in setup.llm.requests]
-    assert seeds == list(range(SEED, SEED + 2 * G))
-
-
-async def test_the_same_seed_gives_the_same_rows(make_worker, queue: Queue) -> None:
-    runs = []
-    for seed in (1, 1, 2):
-        queue.rows.clear()
-        await make_worker().roll_out(make_prompt("v7", skpo_seed=seed))
-        runs.append({key: row["input_ids"].tolist() for key, row in queue.rows.items()})
-    assert runs[0] == runs[1] != runs[2]
-
-
-async def test_seeds_can_be_left_to_the_server(two_phases) -> None:
-    setup = two_phases(None, None, "skpo.seed_requests=false")
-    await setup.roll_out(make_prompt())
-    assert not any("seed" in request.params for request in setup.llm.requests)
 
 
 async def test_the_records_count_tokens_and_cache_hits(two_phases) -> None:
@@ -789,29 +674,26 @@ def test_both_end_tokens_of_the_generation_config_are_known(make_worker) -> None
     assert setup.worker.stop_ids == set(ends)
 
 
-def test_the_manager_starts_our_workers(make_config, fake_llm) -> None:
+@pytest.fixture
+def make_manager(fake_llm) -> Callable[..., Any]:
+    """Make the manager that a config names, without workers."""
     from verl.utils.import_utils import load_class_from_fqn
 
+    def make(config: Any) -> Any:
+        name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
+        manager_class = load_class_from_fqn(name, "AgentLoopManager")
+        return manager_class(config=config, llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[])
+
+    return make
+
+
+def test_the_manager_starts_our_workers(make_config, make_manager) -> None:
     from recipe.skpo.rollout.two_phases import SkpoAgentLoopWorker
-
-    config = make_config()
-    manager_class = load_class_from_fqn(
-        config.actor_rollout_ref.rollout.agent.agent_loop_manager_class, "AgentLoopManager"
-    )
-    manager = manager_class(config=config, llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[])
-    assert manager.agent_loop_workers_class.__ray_actor_class__ is SkpoAgentLoopWorker
-
-
-def test_the_baselines_manager_starts_the_baselines_worker(make_config, fake_llm) -> None:
-    from verl.utils.import_utils import load_class_from_fqn
-
     from recipe.skpo.rollout.worker import RolloutWorker
 
-    config = make_config("method=grpo")
-    name = config.actor_rollout_ref.rollout.agent.agent_loop_manager_class
-    manager_class = load_class_from_fqn(name, "AgentLoopManager")
-    manager = manager_class(config=config, llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[])
-    assert manager.agent_loop_workers_class.__ray_actor_class__ is RolloutWorker
+    for method, worker in (("skpo", SkpoAgentLoopWorker), ("grpo", RolloutWorker)):
+        manager = make_manager(make_config(f"method={method}"))
+        assert manager.agent_loop_workers_class.__ray_actor_class__ is worker
 
 
 @pytest.mark.parametrize("name", ["SkpoAgentLoopManager", "MeteredManager"])
@@ -827,21 +709,17 @@ def test_configs_of_version_0_1_find_their_manager(name: str) -> None:
 @pytest.mark.parametrize("own_code", [False, True])
 @pytest.mark.parametrize("validate", [False, True])
 async def test_columns_that_nobody_reads_stay_in_the_trainer(
-    make_worker, monkeypatch, validate: bool, own_code: bool
+    make_worker, make_manager, monkeypatch, validate: bool, own_code: bool
 ) -> None:
     """Sent, each of them would break the response or replace a part of it."""
     import ray
-
-    from recipe.skpo.rollout.manager import RolloutManager
 
     setup = make_worker(lambda request: setup.tokens("#### 5"))
     columns = {"output": "#### 6", "responses": [[1, 2]], "rm_scores": 9.0, "trace": True, "session_id": 3, "day": None}
     batch = make_batch([make_prompt(f"v{n}", **columns, prompt=[]) for n in range(2)], validate)
     config = setup.worker.config
     config.actor_rollout_ref.rollout.agent.agent_loop_config_path = "loops.yaml" if own_code else None
-    manager = RolloutManager(
-        config=config, llm_client=setup.llm, teacher_client=None, reward_loop_worker_handles=[setup.reward]
-    )
+    manager = make_manager(config)
     sent: list[Any] = []
     manager.agent_loop_workers = [SimpleNamespace(generate_sequences=SimpleNamespace(remote=sent.append))]
     monkeypatch.setattr(ray, "get", lambda values: None)
@@ -855,18 +733,27 @@ async def test_columns_that_nobody_reads_stay_in_the_trainer(
         assert setup.store.status("v0") == setup.store.status("v1") == ["running", "finished"]
 
 
-def test_the_manager_adds_up_the_tokens_of_its_workers(make_config, fake_llm, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("taken", "counts", "total"),
+    [
+        (
+            "take_tokens",
+            [{"generated": 1, "prefilled": 20, "cached": 300}, {"generated": 4, "prefilled": 50, "cached": 600}],
+            {"generated": 5, "prefilled": 70, "cached": 900},
+        ),
+        ("take_failures", [{"sibling: A": 1}, {"sibling: A": 2, "prompt: B": 1}], {"sibling: A": 3, "prompt: B": 1}),
+    ],
+)
+def test_the_manager_adds_up_what_its_workers_counted(
+    make_config, make_manager, monkeypatch, taken, counts, total
+) -> None:
     import ray
 
-    from recipe.skpo.rollout.manager import SkpoAgentLoopManager
-
-    manager = SkpoAgentLoopManager(
-        config=make_config(), llm_client=fake_llm(), teacher_client=None, reward_loop_worker_handles=[]
-    )
-    counts = [{"generated": 1, "prefilled": 20, "cached": 300}, {"generated": 4, "prefilled": 50, "cached": 600}]
-    # No Ray here: a call returns its result, and ray.get hands it on.
-    manager.agent_loop_workers = [
-        SimpleNamespace(take_tokens=SimpleNamespace(remote=lambda count=count: count)) for count in counts
-    ]
-    monkeypatch.setattr(ray, "get", lambda values, timeout: list(values))
-    assert manager.take_tokens() == {"generated": 5, "prefilled": 70, "cached": 900}
+    manager = make_manager(make_config())
+    # No Ray here: a call returns its result, and ray.get returns that.
+    calls = [SimpleNamespace(remote=lambda count=count: count) for count in counts]
+    manager.agent_loop_workers = [SimpleNamespace(**{taken: call}) for call in calls]
+    waits = []
+    monkeypatch.setattr(ray, "get", lambda values, timeout: waits.append(timeout) or list(values))
+    assert getattr(manager, taken)() == total
+    assert 0 < waits[0] < 600, "not forever"

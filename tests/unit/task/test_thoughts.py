@@ -184,12 +184,12 @@ async def test_validation_follows_the_same_rule(make_worker, thinking_folder, re
 
 
 @pytest.mark.parametrize(("segment", "reward"), [("<think>", -1.0), ("abcdefg", 1.0)])
-async def test_a_thought_that_the_continued_segment_opens_is_open_in_its_response(ablated, segment, reward) -> None:
-    setup = ablated(
-        upstream=lambda number: setup.tokens(segment, end=""),
-        downstream=lambda number: setup.tokens(f"\n{GUESS}"),
+async def test_a_thought_that_the_continued_segment_opens_is_open_in_its_response(two_phases, segment, reward) -> None:
+    setup = two_phases(
+        lambda number: setup.tokens(segment, end=""),
+        lambda number: setup.tokens(f"\n{GUESS}"),
+        "data.max_response_length=64",
         skip="continual",
-        overrides=("data.max_response_length=64",),
     )
     await setup.roll_out(make_prompt(skpo_split_position=7))
     rewards = {float(row["rm_scores"].sum()) for row in setup.store.siblings("v0000000000")}

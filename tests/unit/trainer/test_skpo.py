@@ -19,7 +19,6 @@ from tensordict import TensorDict
 
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.method.rows import (
-    DOWNSTREAM,
     LENGTH_FIELD,
     PHASE_FIELD,
     RECORD,
@@ -135,18 +134,41 @@ def groups(count: int, seed: int = 0) -> list[Stored]:
     return rows
 
 
+def train(trainer: Any, queue: Queue, rows: list[Stored]) -> tuple[Any, dict[str, Any]]:
+    """Order and train a batch as a step does; returns it and the metrics."""
+    metrics: dict[str, Any] = {}
+    batch = trainer._balance_batch(queue.store(rows), metrics)
+    return trainer._compute_advantage(batch, metrics), metrics
+
+
+def responses_of(count: int, sessions: int = G) -> list[Stored]:
+    """Plain groups of a baseline: right and wrong responses of different lengths, the first group all right."""
+    rows = []
+    for number in range(count):
+        for session in range(sessions):
+            reward = 1.0 if number == 0 or (number + session) % 2 else -1.0
+            rows.append(
+                stored_row(f"v{number:010d}", session, reward, list(range(10, 11 + number + 2 * session)), None)
+            )
+    return rows
+
+
+def rows_of(method: str, prompts: int) -> list[Stored]:
+    """Rows of so many prompts as the method's rollout stores them; SPO's batch has G times as many."""
+    if method == "skpo":
+        return groups(prompts)
+    return responses_of(prompts * G, 1) if method == "spo" else responses_of(prompts)
+
+
 # ---------------------------------------------------------------- order of rows
 
 
 @pytest.mark.parametrize("method", ["skpo", "grpo"])
 def test_rows_come_in_one_order_whichever_prompt_finished_first(make_trainer, queue: Queue, method: str) -> None:
-    orders = []
+    orders, trainer = [], make_trainer(method)
     for seed in range(3):
-        rows = groups(4)
+        rows = rows_of(method, 4)
         np.random.default_rng(seed).shuffle(rows)  # type: ignore[arg-type]
-        trainer = make_trainer(method)
-        if method != "skpo":
-            rows = [item for item in rows if not item[0].endswith("_0_0")]
         orders.append(trainer._balance_batch(queue.store(rows), {}).keys)
     assert orders[0] == orders[1] == orders[2]
     assert sorted(orders[0]) == sorted(key for key, _, _ in rows)
@@ -160,20 +182,6 @@ def test_sessions_are_sorted_as_numbers(make_trainer, queue: Queue, monkeypatch)
     ordered = make_trainer("grpo")._balance_batch(queue.store(rows), {})
     assert ordered.keys == [f"{uid}_{session}_0" for uid in ("v0", "v1") for session in (1, 2, 10)]
     assert [tag["seq_len"] for tag in ordered.tags] == [3] * 6
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_every_update_sees_whole_prompts_and_padding_comes_last(make_trainer, queue: Queue, ranks: int) -> None:
-    trainer = make_trainer(ranks=ranks)
-    batch = trainer._balance_batch(queue.store(groups(3)[::-1]), {})
-    size = 2 * (G + 1)
-    assert len(batch) == 2 * size, "filled up to whole mini-batches"
-    per_rank = len(batch) // ranks
-    updates: list[list[str]] = [[], []]
-    for position, key in enumerate(batch.keys):
-        updates[(position % per_rank) // (size // ranks)].append(RowKey.parse(key).uid)
-    assert sorted(updates[0]) == sorted([f"v{number:010d}" for number in (0, 1)] * (G + 1))
-    assert sum(uid.startswith("pad") for uid in updates[1]) == G + 1
 
 
 @pytest.mark.parametrize("shares", [False, True])
@@ -292,54 +300,24 @@ def test_the_curriculum_is_for_methods_that_use_it_and_can_be_switched_off(
 # ---------------------------------------------------------------- SKPO's advantages
 
 
-def test_skpo_advantages_are_the_references_and_baselines_are_read_before_any_update(
-    make_trainer, queue: Queue
-) -> None:
-    trainer = make_trainer()
+def test_a_step_of_skpo_says_what_it_did(make_trainer, queue: Queue) -> None:
+    """The numbers that are trained are in tests/golden/test_golden_step.py."""
+    trainer, rows = make_trainer(), groups(4)
     # The same prompt twice in one batch, and one that was seen before.
-    rows = groups(4)
     for key, fields, _ in rows:
         if key.startswith(("v0000000000", "v0000000001")):
             fields["id"] = "twice"
     trainer.state.observe("id-v0000000002", 0.5, 10)
-    batch = trainer._balance_batch(queue.store(rows), {})
-    metrics: dict[str, Any] = {}
-    trainer._compute_advantage(batch, metrics)
-
-    written = [queue.rows[key] for key in batch.keys]
-    rewards = [float(item["rm_scores"].sum()) for item in written]
-    upstream = [int(item["skpo_phase"]) == UPSTREAM for item in written]
-    baselines = [0.5 if item["id"] == "id-v0000000002" else 0.0 for item in written]
-    uids = sorted({item["uid"] for item in written})
-    numbers = [uids.index(item["uid"]) for item in written]
-    up = reference_single_stream(rewards, baselines, upstream)
-    down = reference_group_relative(rewards, numbers, [not first for first in upstream])
-    assert len(batch) == 4 * (G + 1) and sum(upstream) == 4
-    for item, first, up_value, down_value in zip(written, upstream, up, down, strict=True):
-        expected = up_value if first else down_value
-        assert item["advantages"].tolist() == pytest.approx([expected] * len(item["responses"]), abs=1e-5)
-        share = (
-            0.5 / 2 / len(item["responses"])
-            if first
-            else 0.5
-            / 2
-            / sum(
-                len(other["responses"])
-                for other, other_first in zip(written, upstream, strict=True)
-                if other["uid"] == item["uid"] and not other_first
-            )
-        )
-        assert float(item[WEIGHT_FIELD]) == pytest.approx(share)
-
+    _, metrics = train(trainer, queue, rows)
     assert metrics["skpo/upstream/baseline/mean"] == pytest.approx(0.5 / 4)
     assert metrics["skpo/tracker/prompts_seen"] == 3
     assert metrics["skpo/prompts_dropped"] == 0
     assert metrics["skpo/rollout_actor_logprob_gap/mean"] > 0
     assert len(tree_index(Path(trainer.output_dir))) == 1
-    # A prompt's length is that of its own siblings.
-    uid = "v0000000003"
-    own = [len(item["responses"]) for item in written if item["uid"] == uid and int(item["skpo_phase"]) == DOWNSTREAM]
-    assert trainer.state.prompts.length(f"id-{uid}") == pytest.approx(sum(own) / G)
+    siblings = [fields for key, fields, _ in rows if key.startswith("v0000000003")][1:]
+    length = sum(len(fields["responses"]) for fields in siblings) / G
+    assert trainer.state.prompts.length("id-v0000000003") == pytest.approx(length)
+    assert trainer.state.prompts.count("id-v0000000003") == 1.0, "an unknown id is a first visit"
 
 
 @pytest.mark.parametrize("method", ["skpo", "grpo", "spo"])
@@ -348,8 +326,7 @@ def test_importance_weights_are_those_of_the_rollout(method: str, make_trainer, 
     trainer.config.algorithm.rollout_correction.rollout_is = "token"
     trainer.config.algorithm.rollout_correction.rollout_is_threshold = 1.015
     # A prompt is missing, so that there is padding.
-    rows = groups(3) if method == "skpo" else responses_of(3 if method == "grpo" else 6, 1 if method == "spo" else G)
-    batch = trainer._balance_batch(queue.store(rows), {})
+    batch = trainer._balance_batch(queue.store(rows_of(method, 3)), {})
     for key in batch.keys:
         if key.startswith("pad"):  # its log-probs are computed once it is there
             queue.rows[key]["old_log_probs"] = torch.zeros(1)
@@ -387,45 +364,22 @@ def test_trees_that_cannot_be_written_do_not_end_the_training(make_trainer, queu
     ]
 
 
-def test_a_hard_beginning_is_part_of_the_length_and_not_of_the_tokens_that_share_the_objective(
-    make_trainer, queue: Queue
-) -> None:
-    trainer = make_trainer(skip="continual", trees_per_step=0)
-    rows = []
-    for number in range(4):
-        uid = f"v{number:010d}"
-        rows.append(stored_row(uid, 0, 0.0, [9, 10, 11], UPSTREAM))
-        rows += [
-            stored_row(uid, session, 1.0 - 2 * (session % 2), [9, 10, 11, 20, 21], opening=3) for session in (1, 2)
-        ]
-    batch = trainer._balance_batch(queue.store(rows), {})
-    trainer._compute_advantage(batch, {})
-    response = queue.rows["v0000000000_1_0"]
-    assert float(response[WEIGHT_FIELD]) == pytest.approx(0.5 / 2 / 4), "two trained tokens in each of two siblings"
-    assert response["advantages"].tolist() == pytest.approx([0, 0, 0, -1, -1], abs=1e-5)
-    assert trainer.state.prompts.length("id-v0000000000") == 5
-
-
-def test_token_mean_pools_the_responses_of_an_update(make_trainer, queue: Queue) -> None:
-    trainer = make_trainer(downstream_aggregation="token_mean", trees_per_step=0)
-    batch = trainer._balance_batch(queue.store(groups(4, seed=5)), {})
-    trainer._compute_advantage(batch, {})
-    half = len(batch) // 2
-    for keys in (batch.keys[:half], batch.keys[half:]):
-        responses = [queue.rows[key] for key in keys if not key.endswith("_0_0")]
-        tokens = sum(len(item["responses"]) for item in responses)
-        assert [float(item[WEIGHT_FIELD]) for item in responses] == pytest.approx([0.5 / tokens] * len(responses))
-
-
-def test_padding_moves_no_tracker(make_trainer, queue: Queue) -> None:
-    trainer = make_trainer(trees_per_step=0)
-    batch = trainer._balance_batch(queue.store(groups(3)), {})
-    metrics: dict[str, Any] = {}
-    trainer._compute_advantage(batch, metrics)
-    assert len(trainer.state.prompts) == 3 and metrics["skpo/prompts_dropped"] == 1
+@pytest.mark.faults
+@pytest.mark.parametrize("method", ["skpo", "grpo", "spo"])
+def test_a_dropped_prompt_is_counted_and_its_padding_is_in_nothing(make_trainer, queue: Queue, method: str) -> None:
+    trainer = make_trainer(method, trees_per_step=0)
+    batch, metrics = train(trainer, queue, rows_of(method, 3))
     padding = [queue.rows[key] for key in batch.keys if key.startswith("pad")]
-    assert len(padding) == G + 1
-    assert all(float(item[WEIGHT_FIELD]) == 0.0 and not item["advantages"].any() for item in padding)
+    real = [queue.rows[key] for key in batch.keys if not key.startswith("pad")]
+    assert len(batch) == len(real) + len(padding) == {"skpo": 4 * (G + 1), "grpo": 4 * G, "spo": 4 * G}[method]
+    assert metrics["skpo/prompts_dropped"] == (2 if method == "spo" else 1)
+    assert len(trainer.state.prompts) == {"skpo": 3, "grpo": 0, "spo": 6}[method], "padding moves no tracker"
+    assert not any(item["advantages"].any() for item in padding)
+    if method == "skpo":
+        assert all(float(item[WEIGHT_FIELD]) == 0.0 for item in padding)
+    else:
+        mean = sum(len(item["responses"]) for item in real) / len(real)
+        assert metrics["skpo/downstream/length/mean"] == pytest.approx(mean)
 
 
 # ---------------------------------------------------------------- log-ratios
@@ -459,7 +413,7 @@ def test_the_log_ratio_is_the_mean_move_on_what_the_prompt_was_last_trained_on(m
 
 def test_the_stored_tokens_are_read_after_the_prompts_own_question(make_trainer, queue: Queue) -> None:
     trainer = make_trainer(tracker=LOGRATIO)
-    trainer.state.segments.put("id-v1", [30, 40], [0.0, 0.0])
+    trainer.state.segments.put("id-v1", [30, 40], [-0.3, -0.4])
     seen: list[dict[str, Any]] = []
     compute = trainer.actor_rollout_wg.compute_log_prob
 
@@ -468,23 +422,16 @@ def test_the_stored_tokens_are_read_after_the_prompts_own_question(make_trainer,
         return compute(batch)
 
     trainer.actor_rollout_wg.compute_log_prob = spy
-    rows = [stored_row("v1", 0, 1.0, [9, 9, 9], UPSTREAM)]
-    rows[0][1]["prompts"] = torch.tensor([71, 72, 73])
-    trainer._log_ratios(queue.store(rows), [0], ["id-v1"])
-    assert len(seen) == 1
-    assert seen[0]["prompts"].tolist() == [71, 72, 73]
-    assert seen[0]["input_ids"].tolist() == [71, 72, 73, 30, 40]
-    assert seen[0]["responses"].tolist() == [30, 40] and seen[0]["responses"].dtype == torch.int64
-    assert seen[0]["position_ids"].tolist() == [0, 1, 2, 3, 4]
-    assert seen[0]["response_mask"].tolist() == seen[0]["loss_mask"].tolist() == [1, 1]
-    assert "rm_scores" not in seen[0] and "old_log_probs" not in seen[0]
-
-
-def test_a_policy_that_did_not_move_has_log_ratio_zero(make_trainer, queue: Queue) -> None:
-    trainer = make_trainer(tracker=LOGRATIO)
-    trainer.state.segments.put("id-v1", [30, 40], [-0.3, -0.4])
-    batch = queue.store([stored_row("v1", 0, 1.0, [9], UPSTREAM)])
-    assert trainer._log_ratios(batch, [0], ["id-v1"])["id-v1"] == pytest.approx(0.0, abs=1e-6)
+    rows = [stored_row("v1", 0, 1.0, [9, 9, 9], UPSTREAM, prompts=[71, 72, 73])]
+    ratios = trainer._log_ratios(queue.store(rows), [0], ["id-v1"])
+    assert ratios == {"id-v1": pytest.approx(0.0, abs=1e-6)}, "a policy that did not move"
+    (row,) = seen
+    assert row["prompts"].tolist() == [71, 72, 73]
+    assert row["input_ids"].tolist() == [71, 72, 73, 30, 40]
+    assert row["responses"].tolist() == [30, 40] and row["responses"].dtype == torch.int64
+    assert row["position_ids"].tolist() == [0, 1, 2, 3, 4]
+    assert row["response_mask"].tolist() == row["loss_mask"].tolist() == [1, 1]
+    assert "rm_scores" not in row and "old_log_probs" not in row
 
 
 def test_ranks_get_equal_parts(make_trainer, queue: Queue) -> None:
@@ -515,25 +462,14 @@ def test_rows_are_cleared_also_when_the_actor_fails(make_trainer, queue: Queue) 
     assert len(queue.cleared) == 1
 
 
-def test_trackers_use_the_measured_ratio_and_the_next_visit_measures_what_was_trained_now(
-    make_trainer, queue: Queue
-) -> None:
+def test_the_next_visit_measures_what_was_trained_now(make_trainer, queue: Queue) -> None:
     trainer = make_trainer(tracker=LOGRATIO, trees_per_step=0)
-    batch = trainer._balance_batch(queue.store(groups(4)), {})
-    first: dict[str, Any] = {}
-    trainer._compute_advantage(batch, first)
+    batch, first = train(trainer, queue, groups(4))
     assert first["skpo/tracker/drift/mean"] == 0.0 and not trainer.actor_rollout_wg.asked
-    tokens, logprobs = trainer.state.segments.get("id-v0000000001")
-    segment = queue.rows["v0000000001_0_0"]
-    assert tokens.tolist() == segment["responses"].tolist()
-    np.testing.assert_allclose(logprobs, segment["old_log_probs"].numpy())
-    # Now the policy moves by 0.03 per token, the half-life is 0.06: rho = 2 ** -0.5, held at rho_min.
     trainer.actor_rollout_wg.score = lambda ids: -ids.float() / 100 + 0.03
     second: dict[str, Any] = {}
     trainer._compute_advantage(batch, second)
     assert second["skpo/tracker/drift/mean"] == pytest.approx(0.03, abs=1e-6)
-    assert trainer.state.prompts.count("id-v0000000001") == pytest.approx(0.875 + 1)
-    assert 2 ** (-0.03 / 0.06) < 0.875
 
 
 # ---------------------------------------------------------------- baselines
@@ -551,26 +487,14 @@ BASELINE_METRICS = {
         "prefix_cache/hit_rate",
         "all_equal_share",
     )
-} | {"skpo/prompts_dropped", "skpo/rollout_actor_logprob_gap/mean"}
-
-
-def responses_of(count: int, sessions: int = G) -> list[Stored]:
-    """Plain groups of a baseline: right and wrong responses of different lengths, the first group all right."""
-    rows = []
-    for number in range(count):
-        for session in range(sessions):
-            reward = 1.0 if number == 0 or (number + session) % 2 else -1.0
-            rows.append(
-                stored_row(f"v{number:010d}", session, reward, list(range(10, 11 + number + 2 * session)), None)
-            )
-    return rows
+}
+BASELINE_METRICS |= {"skpo/prompts_dropped", "skpo/requests_failed", "skpo/rollout_actor_logprob_gap/mean"}
+BASELINE_METRICS |= {f"skpo/tokens/{name}" for name in ("generated", "prefilled", "cached", "generated_so_far")}
 
 
 def test_a_baseline_keeps_verls_advantages_and_logs_them_like_skpo(make_trainer, queue: Queue) -> None:
     trainer = make_trainer("grpo")
-    batch = trainer._balance_batch(queue.store(responses_of(4)), {})
-    metrics: dict[str, Any] = {}
-    batch = trainer._compute_advantage(batch, metrics)
+    batch, metrics = train(trainer, queue, responses_of(4))
     rows = [queue.rows[key] for key in batch.keys]
     uids = sorted({item["uid"] for item in rows})
     rewards = [float(item["rm_scores"].sum()) for item in rows]
@@ -591,27 +515,13 @@ def test_a_baseline_keeps_verls_advantages_and_logs_them_like_skpo(make_trainer,
     assert len(trainer.state.prompts) == 0, "no tracker"
 
 
-def test_a_baselines_padding_is_in_no_metric(make_trainer, queue: Queue) -> None:
-    trainer = make_trainer("grpo")
-    batch = trainer._balance_batch(queue.store(responses_of(3)), {})
-    assert len(batch) == 8
-    metrics: dict[str, Any] = {}
-    trainer._compute_advantage(batch, metrics)
-    real = [queue.rows[key] for key in batch.keys if not key.startswith("pad")]
-    assert len(real) == 6
-    assert metrics["skpo/downstream/length/mean"] == pytest.approx(sum(len(item["responses"]) for item in real) / 6)
-    assert metrics["skpo/prompts_dropped"] == 1
-
-
 def test_spo_compares_with_the_tracker_read_before_any_update(make_trainer, queue: Queue) -> None:
     trainer = make_trainer("spo")
     rows = responses_of(8, sessions=1)
     rows[1][1]["id"] = rows[0][1]["id"] = "twice"
     trainer.state.observe("id-v0000000002", 0.5, 10)
     before = trainer.state.prompts.count("id-v0000000002")
-    batch = trainer._balance_batch(queue.store(rows), {})
-    metrics: dict[str, Any] = {}
-    batch = trainer._compute_advantage(batch, metrics)
+    batch, metrics = train(trainer, queue, rows)
     written = [queue.rows[key] for key in batch.keys]
     rewards = [float(item["rm_scores"].sum()) for item in written]
     baselines = [0.5 if item["id"] == "id-v0000000002" else 0.0 for item in written]
@@ -627,16 +537,6 @@ def test_spo_compares_with_the_tracker_read_before_any_update(make_trainer, queu
     assert trainer.state.prompts.length("id-v0000000003") == 4, "a response's length is what its prompt's is"
     assert trainer.state.prompts.value("twice") == pytest.approx(1.0), "both were right"
     assert "id-v0000000003" in trainer.state.segments, "SPO's own drift needs what was trained"
-
-
-def test_spo_padding_moves_no_tracker(make_trainer, queue: Queue) -> None:
-    trainer = make_trainer("spo")
-    batch = trainer._balance_batch(queue.store(responses_of(6, sessions=1)), {})
-    assert len(batch) == 8
-    trainer._compute_advantage(batch, {})
-    assert len(trainer.state.prompts) == len(trainer.state.segments) == 6
-    padding = [queue.rows[key] for key in batch.keys if key.startswith("pad")]
-    assert all(not item["advantages"].any() for item in padding)
 
 
 @pytest.mark.parametrize(
@@ -714,46 +614,34 @@ def run_loop(trainer, tokens_per_step: int) -> int:
     return trained
 
 
-@pytest.mark.parametrize(("tokens", "steps"), [(1, 1), (100, 1), (101, 2), (250, 3)])
-def test_training_ends_with_the_step_that_spends_the_budget(make_trainer, tokens: int, steps: int) -> None:
+def last_step(step: int) -> list[str]:
+    return [f"save {step}", "begin", f"validate {step}", f"log ['val'] {step}", "end"]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "save_freq", "test_freq", "steps", "done"),
+    [
+        *((tokens, 50, 50, steps, last_step(steps)) for tokens, steps in ((1, 1), (100, 1), (101, 2), (250, 3))),
+        (300, 3, 1, 3, ["validate 1", "validate 2", "save 3", "validate 3"]),  # what was done anyway is not done again
+        (100, -1, -1, 1, []),  # a run that never saves or tests does not do so at its end
+        *((tokens, 50, 50, 10, ["save 10", "validate 10"]) for tokens in (None, 1_000_000)),  # verl ends the run
+    ],
+)
+def test_training_ends_with_the_step_that_spends_the_budget(
+    make_trainer, tokens: int | None, save_freq: int, test_freq: int, steps: int, done: list[str]
+) -> None:
     trainer, calls = make_trainer("grpo"), []
     trainer.config.budget.tokens = tokens
-    trainer.config.trainer.save_freq, trainer.config.trainer.test_freq = 50, 50
+    trainer.config.trainer.save_freq, trainer.config.trainer.test_freq = save_freq, test_freq
     spending(trainer, calls)
     assert run_loop(trainer, 100) == steps
-    assert calls == [f"save {steps}", "begin", f"validate {steps}", f"log ['val'] {steps}", "end"]
-    assert trainer.global_steps == steps
-
-
-def test_what_the_last_step_did_anyway_is_not_done_again(make_trainer) -> None:
-    trainer, calls = make_trainer("grpo"), []
-    trainer.config.budget.tokens = 300
-    trainer.config.trainer.save_freq, trainer.config.trainer.test_freq = 3, 1
-    spending(trainer, calls)
-    assert run_loop(trainer, 100) == 3
-    assert calls == ["validate 1", "validate 2", "save 3", "validate 3"]
-
-
-def test_a_run_that_never_saves_or_tests_does_not_do_so_at_its_end(make_trainer) -> None:
-    trainer, calls = make_trainer("grpo"), []
-    trainer.config.budget.tokens = 100
-    trainer.config.trainer.save_freq = trainer.config.trainer.test_freq = -1
-    spending(trainer, calls)
-    assert run_loop(trainer, 100) == 1
-    assert calls == []
-
-
-@pytest.mark.parametrize("tokens", [None, 1_000_000])
-def test_without_a_spent_budget_verl_ends_the_run(make_trainer, tokens: int | None) -> None:
-    trainer, calls = make_trainer("grpo"), []
-    trainer.config.budget.tokens = tokens
-    trainer.config.trainer.save_freq, trainer.config.trainer.test_freq = 50, 50
-    spending(trainer, calls)
-    assert not trainer._budget_spent()
-    assert run_loop(trainer, 100) == 10
-    assert calls == ["save 10", "validate 10"]
-    trainer.on_train_end()
-    assert calls == ["save 10", "validate 10"]
+    assert calls == done
+    if steps == 10:
+        assert not trainer._budget_spent()
+        trainer.on_train_end()
+        assert calls == done
+    elif done == last_step(steps):
+        assert trainer.global_steps == steps
 
 
 def test_the_budget_counts_over_a_resume(make_trainer, tmp_path: Path) -> None:
@@ -799,12 +687,11 @@ def test_boundaries_that_nobody_writes_stop_the_first_step(
         if int(fields[PHASE_FIELD]) == UPSTREAM:
             record = fields["extra_fields"][RECORD]
             record["candidates"] = [record["candidates"][0] | {"at_boundary": n < 4 * share} for n in range(4)]
-    batch = trainer._balance_batch(queue.store(rows), {})
     if not stopped:
-        trainer._compute_advantage(batch, {})
+        train(trainer, queue, rows)
         return
     with pytest.raises(ConfigError) as error:
-        trainer._compute_advantage(batch, {})
+        train(trainer, queue, rows)
     message = f"skpo.boundaries: none of ['\\n'] is in any candidate of step {step}, so that skpo.split=boundary_token "
     assert str(error.value) == f"{message}cuts as skpo.split=adaptive does; name what the model writes"
 
@@ -820,33 +707,12 @@ def test_a_reason_to_stop_ends_the_run_before_the_step_is_trained(make_trainer, 
 
 
 @pytest.mark.faults
-def test_a_dropped_prompt_is_counted_and_its_trackers_stay(make_trainer, queue: Queue) -> None:
-    trainer = make_trainer()
-    metrics: dict[str, float] = {}
-    trainer._compute_advantage(trainer._balance_batch(queue.store(groups(3)), metrics), metrics)
-    assert metrics["skpo/prompts_dropped"] == 1
-    assert len(trainer.state.prompts) == 3
-
-
-@pytest.mark.faults
-def test_an_unknown_prompt_id_is_a_first_visit(make_trainer, queue: Queue) -> None:
-    """Of data that was changed between two launches, for example."""
-    trainer = make_trainer()
-    trainer.state.observe("id-v0000000000", 0.5, 10.0)
-    assert trainer.state.baseline("never seen") == 0.0
-    trainer._compute_advantage(trainer._balance_batch(queue.store(groups(4)), {}), {})
-    assert trainer.state.prompts.count("id-v0000000001") == 1.0
-    assert trainer.state.prompts.count("id-v0000000000") > 1.0
-
-
-@pytest.mark.faults
 @pytest.mark.parametrize("method", ["skpo", "grpo", "spo"])
 def test_other_weights_in_the_servers_stop_the_run(make_trainer, queue: Queue, method: str) -> None:
     from recipe.skpo.rollout.failures import RolloutError
 
     for gap, stops in ((0.4, False), (0.6, True), (math.nan, True)):
-        trainer = make_trainer(method)
-        rows = groups(4) if method == "skpo" else responses_of(8 if method == "spo" else 4, 1 if method == "spo" else G)
+        trainer, rows = make_trainer(method), rows_of(method, 4)
         for _, fields, _ in rows:
             fields["rollout_log_probs"] = fields["old_log_probs"] + gap
         batch = trainer._balance_batch(queue.store(rows), {})
