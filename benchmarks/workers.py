@@ -145,11 +145,9 @@ WORKERS: dict[str, type[RolloutWorker]] = {
 
 @dataclass(frozen=True)
 class PhaseCost:
-    """Cost of one phase of one rollout.
+    """Cost of one phase of one rollout; ``cached`` tokens are part of ``prefilled`` ones.
 
-    Attributes:
-        seconds: from its first request to its last answer; phases of different prompts overlap.
-        requests, generated, prefilled, cached: sums; ``cached`` is part of ``prefilled``.
+    ``seconds`` are from its first request to its last answer; phases of different prompts overlap.
     """
 
     seconds: float
@@ -227,14 +225,9 @@ def counted_queue() -> Iterator[_Queue]:
 async def roll_out(
     variant: Variant, config: DictConfig, client: Any, reward: Any, prompts: Sequence[Prompt]
 ) -> RolloutCost:
-    """Roll out a batch by the variant's worker.
+    """Roll out a batch by the variant's worker, with the config composed for it.
 
-    Args:
-        variant: which worker.
-        config: composed for it.
-        client: with the signature of verl's LLM client.
-        reward: handle of a reward worker: ``reward.compute_score.remote(data)`` is awaited.
-        prompts: the batch.
+    ``client`` has the signature of verl's LLM client; ``reward.compute_score.remote(data)`` is awaited.
 
     Raises:
         RuntimeError: a prompt failed; times of a partial rollout mean nothing.

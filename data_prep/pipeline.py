@@ -265,18 +265,11 @@ def prepare(
     skip_bad: bool = False,
     against: Sequence[Path] = (),
 ) -> dict[str, Path]:
-    """Write ``out/<split>.parquet`` for each split and return the paths by split.
+    """Write ``out/<split>.parquet`` for each split (None takes all) and return the paths by split.
 
-    Args:
-        source: the data set.
-        out: folder of the files.
-        place: a file (for a single split), a folder or a hub name; None is the source's own.
-        splits: None takes all.
-        limit: rows of each split at most.
-        template: name or path; None takes the source's.
-        seed: of the sample.
-        skip_bad: leave malformed rows out.
-        against: prepared parquet files whose problems are kept out of the training split.
+    ``place`` is a file (for a single split), a folder or a hub name, None the source's; ``template`` is a name or path,
+    None the source's. At most ``limit`` rows of each split are sampled with the seed. Problems in the files of
+    ``against`` are kept out of the training split.
     """
     splits = tuple(splits or source.splits)
     if place is not None and Path(place).is_file() and len(splits) > 1:

@@ -35,10 +35,8 @@ class RawRow:
 def read_rows(source: str, split: str, hub_config: str | None = None) -> Iterator[RawRow]:
     """Read the rows of one split, in the order of the source.
 
-    Args:
-        source: a file, a folder with one file (or several shards) per split, or a hub name.
-        split: its name in the source.
-        hub_config: the hub's name of a subset.
+    The source is a file, a folder with one file (or several shards) per split, or a hub name; `split` is the source's
+    name of it, and `hub_config` the hub's name of a subset.
 
     Raises:
         DataError: no such file, split or data set.

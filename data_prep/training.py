@@ -17,13 +17,13 @@ SOURCES = {"gsm8k": "data_prep.gsm8k", "math": "data_prep.math", "dapo_math": "d
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The keys of `data.prepare`.
+    """The keys of `data.prepare`; None takes the data set's own source and template, and all rows.
 
     Attributes:
         name: of the data set, one of `SOURCES`.
-        source: file, folder or hub name; None for the data set's own.
-        template: name or path; None for the data set's own.
-        train_rows, val_rows: at most; None for all.
+        source: file, folder or hub name.
+        template: name or path.
+        train_rows, val_rows: at most.
         val_benchmark: name of a benchmark (`data_prep.benchmarks`); None for the test split of `source`.
         val_source: of the benchmark or test split.
         seed: of the samples.

@@ -43,9 +43,7 @@ class UntrustedError(ValueError):
 def parse_json(text: str | bytes, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Parse JSON text; NaN and infinities that are written as such are kept.
 
-    Args:
-        text: to parse.
-        pairs_hook: makes an object of its keys and values; None makes a dictionary, where the last of equal keys wins.
+    ``pairs_hook`` makes an object of its keys and values; without it the last of equal keys wins.
 
     Raises:
         UntrustedError: it is not JSON, is nested too deeply, or has a number that no float can hold.

@@ -62,11 +62,7 @@ READERS: dict[str, tuple[str, Callable[[Mapping[str, float]], dict[str, float]]]
 
 
 def read_run(path: Path) -> list[dict[str, Any]]:
-    """Read a ``metrics.jsonl``, one object per step, by rising step.
-
-    Raises:
-        ConfigError: no such file, or no line with a step in it.
-    """
+    """Read a ``metrics.jsonl``, one object per step, by rising step; raises ConfigError if there is none."""
     require(path.is_file(), f"--run: {path}: file not found; name a run folder or its metrics.jsonl")
     steps = read_steps(path)
     require(bool(steps), f"--run: {path}: holds no line with a step; name a metrics.jsonl that a run wrote")
@@ -74,10 +70,7 @@ def read_run(path: Path) -> list[dict[str, Any]]:
 
 
 def curves_of(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> pd.DataFrame:
-    """Compute mean and band of every curve.
-
-    Args:
-        runs: per method its runs, each as ``read_run`` returns it.
+    """Compute mean and band of every curve, of the runs of each method as ``read_run`` returns them.
 
     Returns:
         One row per method, ``curve``, ``variant`` (data source of an accuracy, else "") and ``step`` with ``mean``,

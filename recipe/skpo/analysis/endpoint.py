@@ -222,20 +222,10 @@ def ask_stored(
     max_tokens: int,
     confirm: Callable[[str], None],
 ) -> dict[str, list[Completion]]:
-    """Return continuations of all requests, stored ones from the store.
+    """Return K = ``samples`` continuations of each request by its key, stored ones from the store.
 
-    Args:
-        config: where to ask.
-        requests: with distinct keys.
-        store: JSON lines, appended to after every completed request.
-        samples: K, continuations per request.
-        temperature: of each continuation.
-        top_p: of each continuation.
-        max_tokens: of each continuation.
-        confirm: called with the estimate of the missing requests before anything is sent; raises to stop.
-
-    Returns:
-        Completions by key.
+    The store is appended to after every request.  ``confirm`` is called with the estimate of the missing requests
+    before anything is sent, and raises to stop.
 
     Raises:
         ConfigError: no key, or a request failed for good; the message says how many are stored.

@@ -100,13 +100,7 @@ class Draws:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Draws):
-    """What ``sample`` draws; each option's help says what it is.
-
-    Attributes:
-        methods: name and Hugging Face folder of each checkpoint.
-        engine: how the models are served, one after the other.
-        asked: per method how its model is asked and judged.
-    """
+    """What ``sample`` draws; ``methods`` and ``asked`` are by name of the method, which is a checkpoint folder."""
 
     methods: dict[str, str]
     data: Path = option(help="parquet file (data_prep.schema)")
@@ -123,14 +117,7 @@ class SampleConfig(Draws):
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig(Draws):
-    """What ``measure`` does; each option's help says what it is.
-
-    Attributes:
-        responses: files of correct responses, JSON lines or parquet.
-        engine: how the local evaluator is served; None with an endpoint.
-        endpoint: None with a local evaluator.
-        asked: how the local evaluator is asked; its rewards are those of all responses.
-    """
+    """What ``measure`` does, by a local evaluator (``model``, ``engine``) or by an endpoint."""
 
     responses: tuple[Path, ...]
     positions: int = option(100, "N, positions per response", least=1)
@@ -155,15 +142,9 @@ class MeasureConfig(Draws):
 
 
 def sample(config: SampleConfig, out: Path, open_sampler: Callable[[str], Sampler] | None = None) -> list[Path]:
-    """Draw from each checkpoint, and write the correct responses as ``read_responses`` reads them.
+    """Draw from each checkpoint, and write the correct responses as ``read_responses`` reads them; returns the file.
 
-    Args:
-        config: what to draw.
-        out: folder of ``responses.jsonl`` and of the draws, which are stored per method.
-        open_sampler: makes a sampler of a checkpoint folder; None starts vLLM.
-
-    Returns:
-        The file.
+    Draws are stored per method.  ``open_sampler`` makes a sampler of a checkpoint folder; None starts vLLM.
     """
     judging = [name.replace("asked.", f"asked.{method}.") for name in JUDGING for method in config.asked]
     check_same_config(out, config, (*engines.FREE, *judging))
@@ -429,16 +410,10 @@ def measure(
     confirm: Callable[[str], None],
     open_sampler: Callable[[str], Sampler] | None = None,
 ) -> list[Path]:
-    """Continue, value, write.
+    """Continue, value, write; returns the files.
 
-    Args:
-        config: what to measure.
-        out: folder; continuations of an interrupted run with the same config are used.
-        confirm: see ``endpoint.ask_stored``.
-        open_sampler: makes the local evaluator of its folder; None starts vLLM.
-
-    Returns:
-        The files.
+    Continuations of an interrupted run with the same config are used.  ``confirm`` is that of ``endpoint.ask_stored``;
+    ``open_sampler`` makes the local evaluator of its folder, None starts vLLM.
     """
     from recipe.skpo.analysis.drawing import draw_implicit_advantage
 

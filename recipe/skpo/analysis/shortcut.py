@@ -165,14 +165,7 @@ class Planned:
 
 
 class Plan:
-    """Turns problems and plain responses into requests, and completions into groups.
-
-    Args:
-        config: of the analysis.
-        tokenizer: of the model.
-        problems: of the data file.
-        prompts: their tokens.
-    """
+    """Turns problems and plain responses into requests, and completions into groups."""
 
     def __init__(
         self, config: ShortcutConfig, tokenizer: Any, problems: Sequence[Problem], prompts: Sequence[tuple[int, ...]]
@@ -296,15 +289,9 @@ def summary(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
 
 
 def run(config: ShortcutConfig, out: Path, open_sampler: Callable[[], Sampler] | None = None) -> list[Path]:
-    """Draw, count, write.
+    """Draw, count, write; returns the files.
 
-    Args:
-        config: what to draw.
-        out: folder; draws of an interrupted run with the same config are used.
-        open_sampler: makes the sampler; None starts vLLM.
-
-    Returns:
-        The files.
+    Draws of an interrupted run with the same config are used.  ``open_sampler`` None starts vLLM.
     """
     from recipe.skpo.analysis.drawing import draw_shortcut
 

@@ -18,10 +18,7 @@ ADAPTER = "lora_adapter"
 
 
 def has_adapter(actor: Path) -> bool:
-    """Find out whether a checkpoint of verl's FSDP has an adapter.
-
-    Args:
-        actor: its folder.
+    """Find out whether a folder of verl's FSDP checkpoint has an adapter.
 
     Raises:
         ConfigError: rank or alpha are not known; verl's merger would take 0 for alpha, and the adapter would be lost.

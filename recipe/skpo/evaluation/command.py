@@ -45,14 +45,7 @@ from recipe.skpo.task.run_settings import Chat, run_settings
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A file's problems.
-
-    Attributes:
-        name: for tables and folders.
-        problems: its rows.
-        prompts: their tokens.
-        digest: differs when the file's bytes do.
-    """
+    """A file's problems and their tokens; ``digest`` differs when the file's bytes do."""
 
     name: str
     problems: list[Problem]
@@ -86,13 +79,7 @@ def benchmark_files(config: EvaluationConfig) -> dict[str, Path]:
 
 
 def read_benchmark(name: str, path: Path, tokenizer: Any, limit: int) -> Benchmark:
-    """Read a benchmark's problems with their tokens.
-
-    Args:
-        name: of the benchmark.
-        path: parquet file (``data_prep.schema``).
-        tokenizer: of the model, with its chat template.
-        limit: longest prompt, in tokens.
+    """Read a benchmark's problems with their tokens under the tokenizer's chat template, each at most ``limit``.
 
     Raises:
         DataError: naming file, row or column, and the fix.
@@ -166,15 +153,7 @@ def write_problems(path: Path, problems: Sequence[Answered]) -> None:
 
 
 def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None = None) -> list[Path]:
-    """Check, draw, score, write.
-
-    Args:
-        config: what to evaluate.
-        open_sampler: makes the sampler of a model; None starts vLLM.
-
-    Returns:
-        The files, the table first.
-    """
+    """Check, draw, score, write; returns the files, the table first.  ``open_sampler`` None starts vLLM."""
     files = benchmark_files(config)
     counts = {name: config.responses(name) for name in files}
     checkpoint = find_checkpoint(config.checkpoint, config.trusted_globals)

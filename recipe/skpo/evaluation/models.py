@@ -133,12 +133,9 @@ def _files_digest(files: Sequence[Path]) -> str:
 def merged_model(checkpoint: Checkpoint, beside: Path) -> str:
     """Return the Hugging Face folder of a checkpoint; an FSDP checkpoint is merged unless that was done before.
 
+    The merged model goes into ``merged`` beside the folder ``beside``, under the checkpoint's label and identity.
     verl's merger runs in a process of its own, so that its memory is free again when vLLM starts.  It writes bfloat16,
     which is what verl's weight sync gives to a vLLM of that dtype.  Another process merges a LoRA adapter in.
-
-    Args:
-        checkpoint: from ``find_checkpoint``.
-        beside: the merged model goes into ``merged`` beside this folder, under the checkpoint's label and identity.
 
     Raises:
         ConfigError: verl's merger cannot read the checkpoint.

@@ -101,11 +101,7 @@ def read_flags(record: type[Record], flags: argparse.Namespace, **others: Any) -
 
 
 def check_options(record: Any, name: Callable[[Field[Any]], str] = _flag) -> None:
-    """Check a record's options.
-
-    Args:
-        record: an instance.
-        name: what an option is called in the message.
+    """Check a record's options, each called ``name(option)`` in a message.
 
     Raises:
         ConfigError: naming the first one that is out of bounds.
@@ -123,13 +119,7 @@ def check_options(record: Any, name: Callable[[Field[Any]], str] = _flag) -> Non
 
 @dataclass(frozen=True)
 class RewardFunction:
-    """The reward, as the trainer's ``reward.custom_reward_function``.
-
-    Attributes:
-        path: ``pkg://<module>`` or a Python file.
-        name: of the function in it.
-        reward_kwargs: passed with every call.
-    """
+    """The reward: a function of ``pkg://<module>`` or a Python file, as the trainer's ``custom_reward_function``."""
 
     path: str
     name: str

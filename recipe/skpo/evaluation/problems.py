@@ -50,13 +50,8 @@ class Problem:
 def read_problems(path: Path, option: str, count: int | None = None) -> list[Problem]:
     """Read the first ``count`` problems of a parquet file (``data_prep.schema``); None reads all.
 
-    Args:
-        path: the file.
-        option: that named it, for messages.
-        count: how many.
-
     Raises:
-        DataError: naming file, row or column, and the fix.
+        DataError: naming file, row or column, and the fix; ``option`` is what named the file.
     """
     try:
         check_parquet(path, role="val")
@@ -80,15 +75,12 @@ def read_problems(path: Path, option: str, count: int | None = None) -> list[Pro
 
 
 def prompts_of(problems: Sequence[Problem], tokenizer: Any, where: str) -> list[tuple[int, ...]]:
-    """Tokenise the problems' chats in a child process whose time and memory are bounded: a template is a program.
+    """Tokenise the chats of a file's problems with the model's template.
 
-    Args:
-        problems: of one file.
-        tokenizer: of the model, with its chat template.
-        where: option and file, for messages.
+    A template is a program, so that this happens in a child process whose time and memory are bounded.
 
     Raises:
-        DataError: naming the row that the template fails on.
+        DataError: naming the row that the template fails on; ``where`` is option and file.
     """
 
     def tokens(place: Place) -> list[list[int]]:
@@ -132,13 +124,7 @@ class Checked:
 
 
 class Reward:
-    """The reward function, called as the trainer does.
-
-    Args:
-        function: where it is.
-
-    Attributes:
-        marks: of a thought; see ``ThoughtReader``.
+    """The reward function, called as the trainer does; ``marks`` enclose a thought (``ThoughtReader``).
 
     Raises:
         ConfigError: no such module, file or function, or it does not take the arguments.
@@ -153,12 +139,9 @@ class Reward:
         self.marks = configured_marks(function.path, function.reward_kwargs)
 
     def __call__(self, problem: Problem, response: str, extra_info: Mapping[str, Any] | None = None) -> Checked:
-        """Check a response; a result without ``acc`` is right if its score is positive.
+        """Check a response, a text without special tokens, with ``extra_info`` or else the problem's.
 
-        Args:
-            problem: what was asked.
-            response: its text without special tokens, as the trainer's reward sees it.
-            extra_info: passed instead of the problem's own.
+        A result without ``acc`` is right if its score is positive.
         """
         info = problem.extra_info if extra_info is None else extra_info
         try:
@@ -195,12 +178,7 @@ class Reward:
 
 
 class Judge:
-    """A reward and the tokenizer of the model whose responses it checks.
-
-    Args:
-        reward: the reward function.
-        tokenizer: of the model.
-    """
+    """A reward and the tokenizer of the model whose responses it checks."""
 
     def __init__(self, reward: Reward, tokenizer: Any) -> None:
         self.reward, self._tokenizer = reward, tokenizer

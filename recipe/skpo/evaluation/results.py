@@ -53,10 +53,7 @@ def _flat(config: Any, prefix: str = "") -> dict[str, Any]:
 def check_same_config(out: Path, config: Any, free: Sequence[str] = ()) -> None:
     """Make ``out`` the folder of a command with this config, which may be half done.
 
-    Args:
-        out: folder; made if absent.
-        config: a dataclass.
-        free: dotted names of values that may differ from those in the folder, because no draw depends on them.
+    ``free`` are dotted names of values that may differ from those in the folder, because no draw depends on them.
 
     Raises:
         ConfigError: the folder holds draws of another config, naming the first value that differs; or a secret in the

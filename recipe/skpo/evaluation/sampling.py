@@ -144,20 +144,11 @@ def draw_stored(
     prompts_per_call: int = 16,
     report: Callable[[str], None] = print,
 ) -> dict[str, list[Completion]]:
-    """Return completions of all requests, stored ones from the store.
+    """Return the completions of all requests, which have distinct keys, by key; stored ones come from the store.
 
-    Requests are always cut into the same calls, and a call with anything missing is drawn as a whole, so that an
-    interrupted command asks the engine for the same batches as one that was not.
-
-    Args:
-        requests: with distinct keys.
-        store: JSON lines, appended to after every call.
-        sample: called only if something is missing.
-        prompts_per_call: prompts of one call.
-        report: called with one line of progress per call.
-
-    Returns:
-        Completions by key.
+    Requests are always cut into the same calls of ``prompts_per_call``, and a call with anything missing is drawn as a
+    whole, so that an interrupted command asks the engine for the same batches as one that was not.  The store is
+    appended to after every call, and ``report`` gets one line of progress.
 
     Raises:
         ValueError: two requests with one key.

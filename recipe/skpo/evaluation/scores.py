@@ -69,11 +69,7 @@ class Score:
 
 
 def pass_probability(k: int, j: int) -> np.ndarray:
-    """Compute the unbiased pass@j of a problem by how many of its k responses are right.
-
-    Args:
-        k: responses.
-        j: 1 to k.
+    """Compute the unbiased pass@j of a problem with k responses by how many of them are right.
 
     Returns:
         (k + 1,) float64; entry c is 1 - C(k - c, j) / C(k, j).
@@ -82,7 +78,7 @@ def pass_probability(k: int, j: int) -> np.ndarray:
 
 
 def bootstrap_interval(right: np.ndarray, k: int, *, seed: int, resamples: int) -> tuple[float, float]:
-    """Bootstrap avg@k over problems, by percentiles.
+    """Bootstrap the 95% interval of avg@k over problems, by percentiles.
 
     A resample of problems is, for avg@k, how often each count of right responses is drawn, which is multinomial: that
     is drawn at once for all resamples, and its size does not grow with the benchmark's.
@@ -92,9 +88,6 @@ def bootstrap_interval(right: np.ndarray, k: int, *, seed: int, resamples: int) 
         k: responses per problem.
         seed: of the draws.
         resamples: how many.
-
-    Returns:
-        The 2.5th and 97.5th percentile.
     """
     histogram = np.bincount(right, minlength=k + 1)
     drawn = np.random.default_rng(seed).multinomial(len(right), histogram / len(right), size=resamples)

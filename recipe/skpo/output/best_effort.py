@@ -32,13 +32,7 @@ class BestEffort:
 
 
 class BestEffortLogger:
-    """One of verl's logging backends whose ``log`` may fail.
-
-    Args:
-        name: of the backend, as in ``trainer.logger``.
-        backend: the backend.
-        effort: remembers failures.
-    """
+    """The backend ``name`` of verl's logging whose ``log`` may fail; ``effort`` remembers failures."""
 
     def __init__(self, name: str, backend: Any, effort: BestEffort) -> None:
         self._name, self._backend, self._effort = name, backend, effort

@@ -31,13 +31,8 @@ def mean(values: Iterable[float]) -> float:
 def rollout_metrics(rows: Rows, advantages: torch.Tensor) -> dict[str, float]:
     """Compute the metrics of what a step rolled out, over the valid rows of each phase.
 
-    Args:
-        rows: the batch.
-        advantages: float (rows,).
-
-    Returns:
-        Metric name to value.  Tokens are sums over the batch; seconds are means over prompts; ``prefix_cache/hit_rate``
-        is cached / prefilled prompt tokens.
+    The advantages are float (rows,).  Tokens are sums over the batch; seconds are means over prompts;
+    ``prefix_cache/hit_rate`` is cached / prefilled prompt tokens.
     """
     result: dict[str, float] = {}
     for name, phase in (("upstream", UPSTREAM), ("downstream", DOWNSTREAM)):
@@ -86,8 +81,7 @@ def _equal_share(rows: Rows) -> float:
 def update_metrics(sums: Mapping[str, float]) -> tuple[dict[str, float], float]:
     """Turn the sums that ``skpo_loss`` reports into shares.
 
-    Args:
-        sums: ``skpo/<phase>/<name>_sum``, already added over micro-batches and averaged over ranks and updates.
+    They are ``skpo/<phase>/<name>_sum``, already added over micro-batches and averaged over ranks and updates.
 
     Returns:
         Metrics (loss and, per trained token, clip shares and KL), and the KL that the policy moved by in this step,

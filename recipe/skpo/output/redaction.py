@@ -89,9 +89,7 @@ def environment_secrets(environment: Mapping[str, str] | None = None) -> dict[st
 def hide_secrets(config: Any, instead: Callable[[str, str], Any] = lambda path, why: HIDDEN) -> Any:
     """Copy a plain configuration with every secret in it replaced, keys of mappings included.
 
-    Args:
-        config: mappings, lists and plain values.
-        instead: makes the replacement of a value or key, from its path and the reason.
+    ``instead`` makes the replacement of a value or key from its path and the reason.
     """
     known = environment_secrets()
 

@@ -76,12 +76,7 @@ def decoding(output_dir: Path) -> str:
 
 
 def summary(output_dir: Path, minutes: float | None = None) -> str:
-    """Compose the summary.
-
-    Args:
-        output_dir: of the run.
-        minutes: wall time of this launch; None if nothing was trained.
-    """
+    """Compose the summary; ``minutes`` is the wall time of this launch, None if nothing was trained."""
     lines = read_lines(output_dir / "metrics.jsonl")
     validated = [(int(line["step"]), held_out(line)) for line in lines if held_out(line)]
     steps = max((int(line["step"]) for line in lines), default=0)
