@@ -3,7 +3,6 @@
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,12 @@ ONE_SHOT = "Ann has 3 pens. Ann gets 4. How many now?"
 
 
 def row(question: str = "1 + 1?", index: int = 0) -> Row:
-    return Row(
-        data_source="skpo/arithmetic",
-        prompt=[{"role": "user", "content": question}],
-        ground_truth="2",
-        ability="math",
-        split="train",
-        index=index,
-        question=question,
-    )
+    return Row("skpo/arithmetic", [{"role": "user", "content": question}], "2", "math", "train", index, question)
 
 
-def write_records(path: Path, records: list[dict[str, Any]]) -> Path:
-    """Write raw records without the checks of write_parquet."""
-    pq.write_table(pa.Table.from_pylist(records), path)
-    return path
+def records_of(paths: dict[str, Path]) -> list[dict[str, Any]]:
+    """The rows of all splits."""
+    return [record for path in paths.values() for record in pq.read_table(path).to_pylist()]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +76,7 @@ def test_wording_and_one_shot_are_the_measured_ones(default_task) -> None:
 def test_answers_follow_from_the_questions_and_no_total_is_negative(tmp_path: Path) -> None:
     paths = arithmetic.prepare(tmp_path, train=1000, val=500, min_terms=1, max_terms=4)
     terms = set()
-    for record in [record for path in paths.values() for record in pq.read_table(path).to_pylist()]:
+    for record in records_of(paths):
         _, operands, signs = read(record)
         assert all(1 <= operand <= 9 for operand in operands)
         totals = [operands[0]]
@@ -125,15 +115,6 @@ def test_any_choice_is_even_and_without_repetition(expressions: int, wordings: i
         assert max(uses) - min(uses) <= 1
 
 
-def test_same_arguments_give_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
-    def task(name: str, seed: int) -> dict[str, bytes]:
-        paths = arithmetic.prepare(tmp_path / name, train=40, val=20, seed=seed)
-        return {split: path.read_bytes() for split, path in paths.items()}
-
-    assert task("a", 1) == task("b", 1)
-    assert task("a", 1)["val"] != task("c", 2)["val"]
-
-
 def test_the_seed_decides_which_expressions_are_held_out_and_in_which_wordings(tmp_path: Path) -> None:
     def val(seed: int) -> tuple[set[Any], list[Any]]:
         path = arithmetic.prepare(tmp_path, train=1, seed=seed)["val"]
@@ -147,25 +128,31 @@ def test_the_seed_decides_which_expressions_are_held_out_and_in_which_wordings(t
 
 
 @pytest.mark.parametrize("max_terms", [2, 4])
-def test_neither_split_depends_on_the_size_of_the_other(max_terms: int, tmp_path: Path) -> None:
-    def task(train: int, val: int) -> dict[str, bytes]:
-        paths = arithmetic.prepare(tmp_path, train=train, val=val, max_terms=max_terms)
+def test_a_split_depends_on_its_size_and_the_seed_alone(max_terms: int, tmp_path: Path) -> None:
+    def task(train: int, val: int, seed: int = 1) -> dict[str, bytes]:
+        paths = arithmetic.prepare(tmp_path, train=train, val=val, seed=seed, max_terms=max_terms)
         return {split: path.read_bytes() for split, path in paths.items()}
 
-    few, more_train, more_val = task(10, 20), task(1100, 20), task(10, 300)
+    few, more_train, more_val, other_seed = task(10, 20), task(1100, 20), task(10, 300), task(10, 20, seed=2)
     assert few["val"] == more_train["val"] != more_val["val"]
     assert few["train"] == more_val["train"] != more_train["train"]
+    assert few["val"] != other_seed["val"]
 
 
-def test_every_existing_problem_can_be_had_and_one_more_is_refused(tmp_path: Path) -> None:
+def test_every_existing_problem_can_be_had_and_the_impossible_is_refused(tmp_path: Path) -> None:
     arithmetic.prepare(tmp_path, train=1116, val=384)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(DataError, match=r"--train 1117: only 1116 problems exist .*93 expressions x 12 wordings"):
-        arithmetic.prepare(tmp_path, train=1117, val=1)
-    with pytest.raises(DataError, match=r"--val 385: only 384 problems exist .*32 expressions x 12 wordings"):
-        arithmetic.prepare(tmp_path, train=1, val=385)
-    with pytest.raises(DataError, match=r"--val 6073: only 6072 problems exist"):  # 2024 / 4 x 12
-        arithmetic.prepare(tmp_path, train=1, val=6073, max_terms=3)
+    for arguments, message in (
+        ({"train": 1117, "val": 1}, r"--train 1117: only 1116 problems exist .*93 expressions x 12 wordings"),
+        ({"train": 1, "val": 385}, r"--val 385: only 384 problems exist .*32 expressions x 12 wordings"),
+        ({"train": 1, "val": 6073, "max_terms": 3}, r"--val 6073: only 6072 problems exist"),  # 2024 / 4 x 12
+        ({"train": 0}, "need"),
+        ({"val": 0}, "need"),
+        ({"min_terms": 3, "max_terms": 2}, "need"),
+        ({"min_terms": 0}, "need"),
+    ):
+        with pytest.raises(DataError, match=message):
+            arithmetic.prepare(tmp_path, **arguments)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -180,15 +167,6 @@ def test_many_terms_are_cut_at_the_first_expressions_drawn(monkeypatch: pytest.M
     assert len(set(drawn)) == len(drawn) == 300
     assert {len(expression.operands) for expression in drawn} == {6}
     assert set(arithmetic.draw_expressions(1_000_000, 6, 6)) != set(drawn)
-
-
-@pytest.mark.parametrize(
-    "arguments", [{"train": 0}, {"val": 0}, {"min_terms": 3, "max_terms": 2}, {"min_terms": 0}], ids=str
-)
-def test_impossible_arguments_are_refused(arguments: dict[str, int], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="need"):
-        arithmetic.prepare(tmp_path, **arguments)
-    assert not list(tmp_path.iterdir())
 
 
 def changed_template(path: Path, *changes: tuple[str, str]) -> Path:
@@ -209,37 +187,30 @@ def test_another_template_changes_the_wording_and_the_example_with_it(tmp_path: 
         ("3 + 4", "9 - 2"),
     )
     paths = arithmetic.prepare(tmp_path, train=1116, val=384, template=path)
-    for record in [record for path in paths.values() for record in pq.read_table(path).to_pylist()]:
+    for record in records_of(paths):
         question = record["extra_info"]["question"]
         assert question.startswith("A jar holds ")
         assert record["prompt"][1]["content"] == "A jar holds 9 pens of Ann. Ann loses 2. How many now?"
         assert not ("holds 9 " in question and "loses 2." in question)
 
 
-def test_a_template_without_names_and_things_has_one_wording(tmp_path: Path) -> None:
+def test_a_template_without_names_and_things_has_one_wording_and_without_example_leaves_no_expression_out(
+    tmp_path: Path,
+) -> None:
     path = changed_template(
         tmp_path / "plain.yaml",
         ("names: [Ann, Ben, Tom, Mia]\n", ""),
         ("things: [pens, eggs, cups]\n", ""),
         ("{name}", "Zoe"),
         ("{thing}", "nuts"),
-    )
-    paths = arithmetic.prepare(tmp_path, train=93, val=32, template=path)
-    questions = [record["extra_info"]["question"] for record in pq.read_table(paths["train"]).to_pylist()]
-    assert all(question.startswith("Zoe has ") and " nuts. Zoe " in question for question in questions)
-    with pytest.raises(DataError, match="only 93 problems exist"):
-        arithmetic.prepare(tmp_path, train=94, val=32, template=path)
-
-
-def test_a_template_without_an_example_leaves_no_expression_out(tmp_path: Path) -> None:
-    path = changed_template(
-        tmp_path / "zero_shot.yaml",
         ("example: 3 + 4\n", ""),
         ('  - {role: user, content: "{example}"}\n', ""),
     )
-    arithmetic.prepare(tmp_path, train=94 * 12, val=32 * 12, template=path)
-    with pytest.raises(DataError, match="94 expressions"):
-        arithmetic.prepare(tmp_path, train=94 * 12 + 1, val=1, template=path)
+    paths = arithmetic.prepare(tmp_path, train=94, val=32, template=path)
+    questions = [record["extra_info"]["question"] for record in records_of(paths)]
+    assert all(question.startswith("Zoe has ") and " nuts. Zoe " in question for question in questions)
+    with pytest.raises(DataError, match="only 94 problems exist"):
+        arithmetic.prepare(tmp_path, train=95, val=32, template=path)
 
 
 @pytest.mark.parametrize(
@@ -328,49 +299,38 @@ def test_a_written_file_passes_the_check(tmp_path: Path) -> None:
     assert table.column("id").to_pylist() == [row("a").id, row("b").id]
 
 
-def without(column: str) -> Callable[[list[dict[str, Any]]], None]:
-    return lambda records: [record.pop(column) for record in records] and None
-
-
-def setting(column: str, values: list[Any]) -> Callable[[list[dict[str, Any]]], None]:
-    def change(records: list[dict[str, Any]]) -> None:
-        for record, value in zip(records, values, strict=True):
-            record[column] = value
-
-    return change
-
-
 GOOD_PROMPT = [{"role": "user", "content": "a"}]
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("column", "values", "message"),
     [
-        (without("id"), "missing column(s) id"),
-        (without("reward_model"), "missing column(s) reward_model"),
-        (without("prompt"), "missing column(s) prompt"),
-        (setting("prompt", [GOOD_PROMPT, []]), "row 1: column 'prompt'"),
-        (setting("prompt", [GOOD_PROMPT, None]), "row 1: column 'prompt'"),
-        (setting("prompt", ["a", "b"]), "row 0: column 'prompt'"),
-        (setting("prompt", [GOOD_PROMPT, [{"role": "user", "content": None}]]), "row 1: column 'prompt'"),
-        (setting("prompt", [[{"role": "user"}], [{"role": "user"}]]), "row 0: column 'prompt'"),
-        (
-            setting("reward_model", [{"ground_truth": "1"}, {"ground_truth": None}]),
-            "row 1: column 'reward_model'",
-        ),
-        (setting("reward_model", [{"style": "rule"}, {"style": "rule"}]), "row 0: column 'reward_model'"),
-        (setting("id", ["x", None]), "row 1: column 'id'"),
-        (setting("id", [1, 2]), "row 0: column 'id'"),
-        (setting("id", ["x", "x"]), "rows 0 and 1: same id 'x'"),
-        (setting("data_source", ["s", ""]), "row 1: column 'data_source'"),
+        ("id", None, "missing column(s) id"),
+        ("reward_model", None, "missing column(s) reward_model"),
+        ("prompt", None, "missing column(s) prompt"),
+        ("prompt", [GOOD_PROMPT, []], "row 1: column 'prompt'"),
+        ("prompt", [GOOD_PROMPT, None], "row 1: column 'prompt'"),
+        ("prompt", ["a", "b"], "row 0: column 'prompt'"),
+        ("prompt", [GOOD_PROMPT, [{"role": "user", "content": None}]], "row 1: column 'prompt'"),
+        ("prompt", [[{"role": "user"}], [{"role": "user"}]], "row 0: column 'prompt'"),
+        ("reward_model", [{"ground_truth": "1"}, {"ground_truth": None}], "row 1: column 'reward_model'"),
+        ("reward_model", [{"style": "rule"}, {"style": "rule"}], "row 0: column 'reward_model'"),
+        ("id", ["x", None], "row 1: column 'id'"),
+        ("id", [1, 2], "row 0: column 'id'"),
+        ("id", ["x", "x"], "rows 0 and 1: same id 'x'"),
+        ("data_source", ["s", ""], "row 1: column 'data_source'"),
     ],
 )
 def test_a_damaged_file_is_refused_in_one_line(
-    damage: Callable[[list[dict[str, Any]]], None], message: str, tmp_path: Path
+    column: str, values: list[Any] | None, message: str, tmp_path: Path
 ) -> None:
+    """The column has these values; None: it is missing."""
     records = [row("a").record(), row("b", index=1).record()]
-    damage(records)
-    path = write_records(tmp_path / "bad.parquet", records)
+    for number, record in enumerate(records):
+        record[column] = values[number] if values else None
+    records = records if values else [{name: record[name] for name in record if name != column} for record in records]
+    path = tmp_path / "bad.parquet"
+    pq.write_table(pa.Table.from_pylist(records), path)
     with pytest.raises(DataError) as caught:
         check_parquet(path, role="val")
     text = str(caught.value)

@@ -6,11 +6,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -23,7 +23,7 @@ from data_prep.prompts import FOLDER, load_prompt_template
 from data_prep.reading import RawRow, read_rows, split_files
 from data_prep.schema import DataError, check_parquet, prompt_id
 from data_prep.training import TrainingData, prepare_training
-from reward_fns import compute_score
+from reward_fns import compute_score, route
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the data sets are not beside the repository")
@@ -43,6 +43,10 @@ def word_problem(number: int) -> dict[str, str]:
 
 def records(path: Path) -> list[dict[str, Any]]:
     return pq.read_table(path).to_pylist()
+
+
+def answers(path: Path) -> list[str]:
+    return [row["reward_model"]["ground_truth"] for row in records(path)]
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -104,17 +108,12 @@ def test_math_takes_the_same_answers_from_the_solutions_as_math500_gives(tmp_pat
 
 def test_rows_have_verls_columns_the_template_and_a_content_hash(folder: Path, tmp_path: Path) -> None:
     paths = prepare(gsm8k.SOURCE, tmp_path / "out", place=str(folder))
-    row = records(paths["train"])[3]
     question = "What is 3 + 1?"
-    assert row == {
+    asked = f'{question} Let\'s think step by step and output the final answer after "####".'
+    assert records(paths["train"])[3] == {
         "id": prompt_id("openai/gsm8k", question),
         "data_source": "openai/gsm8k",
-        "prompt": [
-            {
-                "role": "user",
-                "content": f'{question} Let\'s think step by step and output the final answer after "####".',
-            }
-        ],
+        "prompt": [{"role": "user", "content": asked}],
         "ability": "math",
         "reward_model": {"style": "rule", "ground_truth": "4"},
         "extra_info": {"split": "train", "index": 3, "question": question},
@@ -123,15 +122,13 @@ def test_rows_have_verls_columns_the_template_and_a_content_hash(folder: Path, t
 
 @pytest.mark.parametrize("limit", [None, 7])
 def test_the_same_input_gives_the_same_bytes(folder: Path, tmp_path: Path, limit: int | None) -> None:
-    made = [
-        {
-            split: path.read_bytes()
-            for split, path in prepare(gsm8k.SOURCE, tmp_path / name, place=str(folder), limit=limit, seed=seed).items()
-        }
-        for name, seed in (("a", 1), ("b", 1), ("c", 2))
-    ]
-    assert made[0] == made[1]
-    assert (made[0] == made[2]) == (limit is None)
+    def made(seed: int) -> list[bytes]:
+        paths = prepare(gsm8k.SOURCE, tmp_path, place=str(folder), limit=limit, seed=seed)
+        return [path.read_bytes() for path in paths.values()]
+
+    first = made(1)
+    assert (made(2) == first) == (limit is None)
+    assert made(1) == first
 
 
 def test_a_limit_is_a_seeded_sample_in_the_sources_order(folder: Path, tmp_path: Path) -> None:
@@ -152,50 +149,43 @@ def test_a_sample_is_a_subsequence_of_its_size(values: list[int], limit: int, se
     assert all(problem in remaining for problem in chosen)
 
 
-def test_exact_duplicates_are_dropped_and_counted(folder: Path, tmp_path: Path, capsys) -> None:
-    jsonl(folder / "train.jsonl", [word_problem(number) for number in (1, 2, 1, 1, 3)])
-    rows = records(prepare(gsm8k.SOURCE, tmp_path / "out", place=str(folder))["train"])
-    assert [row["reward_model"]["ground_truth"] for row in rows] == ["2", "3", "4"]
+def test_duplicates_are_dropped_and_a_question_with_two_answers_stops_the_run_or_loses_both(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
+    rows = [word_problem(number) for number in (1, 2, 1, 1, 3)]
+    file = jsonl(folder / "train.jsonl", rows)
+    assert answers(prepare(gsm8k.SOURCE, tmp_path / "out", place=str(folder))["train"]) == ["2", "3", "4"]
     assert "train.parquet: 3 of 5 rows, 2 exact duplicates dropped;" in capsys.readouterr().out
-
-
-def test_one_question_with_two_answers_stops_the_run_or_loses_both_rows(folder: Path, tmp_path: Path, capsys) -> None:
     contradicted = word_problem(1) | {"answer": "#### 99"}
-    file = jsonl(folder / "train.jsonl", [word_problem(1), word_problem(2), contradicted, contradicted])
+    jsonl(file, [*rows[:2], contradicted, contradicted])
     with pytest.raises(DataError) as caught:
-        prepare(gsm8k.SOURCE, tmp_path / "out", place=str(folder))
+        prepare(gsm8k.SOURCE, tmp_path / "bad", place=str(folder))
     message = one_line(caught)
-    assert (
-        f"{file}: line 3: same id" in message and f"{file}: line 1" in message and "'99' here and '2' there" in message
-    )
-    assert not (tmp_path / "out").exists()
-    paths = prepare(gsm8k.SOURCE, tmp_path / "out", place=str(folder), skip_bad=True)
-    assert [row["reward_model"]["ground_truth"] for row in records(paths["train"])] == ["3"]
+    for said in (f"{file}: line 3: same id", f"{file}: line 1", "'99' here and '2' there"):
+        assert said in message
+    assert not (tmp_path / "bad").exists()
+    paths = prepare(gsm8k.SOURCE, tmp_path / "bad", place=str(folder), skip_bad=True)
+    assert answers(paths["train"]) == ["3"]
     assert "2 bad rows left out" in capsys.readouterr().out
 
 
-def test_training_problems_that_are_held_out_are_dropped_and_counted(folder: Path, tmp_path: Path, capsys) -> None:
-    jsonl(folder / "train.jsonl", [word_problem(1), {"question": "what is  100+1 ?", "answer": "#### 101"}])
-    paths = prepare(gsm8k.SOURCE, tmp_path / "out", place=str(folder))
-    assert len(records(paths["train"])) == 1 and len(records(paths["test"])) == 6
-    assert "1 dropped because they are held out" in capsys.readouterr().out
-
-
-def test_the_whole_test_split_is_held_out_even_if_only_a_sample_of_it_is_written(folder: Path, tmp_path: Path) -> None:
-    jsonl(folder / "train.jsonl", [word_problem(number) for number in (1, *range(100, 106))])
-    assert len(records(prepare(gsm8k.SOURCE, tmp_path, place=str(folder), limit=1)["test"])) == 1
-    assert [row["reward_model"]["ground_truth"] for row in records(tmp_path / "train.parquet")] == ["2"]
+def test_training_problems_of_the_whole_test_split_are_dropped_and_counted(
+    folder: Path, tmp_path: Path, capsys
+) -> None:
+    leaks = [word_problem(number) for number in range(100, 105)]
+    spelt_otherwise = {"question": "what is  105+1 ?", "answer": "#### 106"}
+    jsonl(folder / "train.jsonl", [word_problem(1), *leaks, spelt_otherwise])
+    paths = prepare(gsm8k.SOURCE, tmp_path, place=str(folder), limit=1)
+    assert answers(paths["train"]) == ["2"] and len(records(paths["test"])) == 1, "only a sample of it is written"
+    assert "6 dropped because they are held out" in capsys.readouterr().out
 
 
 def test_problems_of_other_files_are_kept_out_with_against(folder: Path, tmp_path: Path) -> None:
     other = jsonl(tmp_path / "aime.jsonl", [{"problem": "What is $3$ + 1", "answer": 4}])
     benchmarks.prepare(tmp_path / "bench", names=["aime24"], source=str(other))
+    given = ["--out", str(tmp_path / "out"), "--source", str(folder), "--split", "train", "--against"]
     for against in (tmp_path / "bench", tmp_path / "bench" / "aime24.parquet"):
-        code = command.main(
-            gsm8k.SOURCE,
-            ["--out", str(tmp_path / "out"), "--source", str(folder), "--against", str(against), "--split", "train"],
-        )
-        assert code == 0
+        assert command.main(gsm8k.SOURCE, [*given, str(against)]) == 0
         questions = [row["extra_info"]["question"] for row in records(tmp_path / "out" / "train.parquet")]
         assert len(questions) == 19 and "What is 3 + 1?" not in questions
 
@@ -254,11 +244,6 @@ def test_a_split_without_a_usable_row_is_refused(folder: Path, tmp_path: Path) -
         prepare(gsm8k.SOURCE, tmp_path / "out", place=str(folder), skip_bad=True)
 
 
-def test_rows_other_kind_are_counted_apart() -> None:
-    found = collect([RawRow("a", {"x": 1}), RawRow("b", {})], lambda fields: Problem("s", "q", "1") if fields else None)
-    assert (len(found.problems), found.other_kind, found.read) == (1, 1, 2)
-
-
 def test_a_killed_command_leaves_no_half_file(folder: Path, tmp_path: Path) -> None:
     """The writer is stopped in the middle of writing the second file; what is there is whole."""
     code = """
@@ -275,14 +260,9 @@ def killed(table, where):
 pq.write_table = killed
 command.main(gsm8k.SOURCE, ["--out", sys.argv[1], "--source", sys.argv[2]])
 """
-    out = tmp_path / "out"
-    repository = Path(__file__).parents[3]
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(out), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(repository)},
-        capture_output=True,
-        timeout=60,
-    )
+    out, repository = tmp_path / "out", str(Path(__file__).parents[3])
+    environment = {**os.environ, "PYTHONPATH": repository}
+    done = subprocess.run([sys.executable, "-c", code, str(out), str(folder)], env=environment, timeout=60)
     assert done.returncode == -9
     assert len(records(out / "train.parquet")) == 20 and not (out / "test.parquet").exists()
 
@@ -292,26 +272,21 @@ command.main(gsm8k.SOURCE, ["--out", sys.argv[1], "--source", sys.argv[2]])
 
 def test_every_format_gives_the_same_rows(tmp_path: Path) -> None:
     rows = [word_problem(number) for number in range(3)]
-    jsonl(tmp_path / "a" / "train.jsonl", rows)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "train.json").write_text(json.dumps(rows))
-    (tmp_path / "c").mkdir()
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c" / "train.parquet")
-    (tmp_path / "d").mkdir()
-    lines = ["question,answer", *(f'"{row["question"]}","{row["answer"]}"' for row in rows)]
-    (tmp_path / "d" / "train.csv").write_text("\n".join(lines))
-    (tmp_path / "e" / "main").mkdir(parents=True)
-    for shard in (0, 1, 2):
-        pq.write_table(
-            pa.Table.from_pylist(rows[shard : shard + 1]),
-            tmp_path / "e" / "main" / f"train-0000{shard}-of-00003.parquet",
-        )
+    table = pa.Table.from_pylist(rows)
+
+    def place(name: str) -> Path:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        return tmp_path / name
+
+    jsonl(place("jsonl/train.jsonl"), rows)
+    place("json/train.json").write_text(json.dumps(rows))
+    pq.write_table(table, place("parquet/train.parquet"))
+    pa_csv.write_csv(table, place("csv/train.csv"))
     for number, row in enumerate(rows):
-        path = tmp_path / "f" / "train" / "algebra" / f"{number}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(row))
-    for name in "abcdef":
-        assert [dict(row.fields) for row in read_rows(str(tmp_path / name), "train")] == rows, name
+        pq.write_table(table.slice(number, 1), place(f"shards/main/train-0000{number}-of-00003.parquet"))
+        place(f"one by one/train/algebra/{number}.json").write_text(json.dumps(row))
+    for folder in tmp_path.iterdir():
+        assert [dict(row.fields) for row in read_rows(str(folder), "train")] == rows, folder.name
 
 
 def test_places_name_the_row(tmp_path: Path) -> None:
@@ -487,20 +462,18 @@ def test_math_reads_the_box_or_the_answer(fields: dict[str, Any], answer: str) -
 
 
 @pytest.mark.parametrize(
-    ("convert", "fields", "message"),
+    ("fields", "message"),
     [
-        (math.SOURCE.problem, {"problem": "p", "solution": "\\boxed{1"}, "no complete"),
-        (math.SOURCE.problem, {"problem": "p", "answer": "x" * 500}, "500 characters"),
-        (math.SOURCE.problem, {"problem": "p", "answer": True}, "not a number"),
-        (math.SOURCE.problem, {"problem": "p", "answer": float("nan")}, "not a number"),
-        (math.SOURCE.problem, {"solution": "\\boxed{1}"}, "'problem' or 'question' is missing"),
+        ({"problem": "p", "solution": "\\boxed{1"}, "no complete"),
+        ({"problem": "p", "answer": "x" * 500}, "500 characters"),
+        ({"problem": "p", "answer": True}, "not a number"),
+        ({"problem": "p", "answer": float("nan")}, "not a number"),
+        ({"solution": "\\boxed{1}"}, "'problem' or 'question' is missing"),
     ],
 )
-def test_math_refuses_rows_without_a_checkable_answer(
-    convert: Callable[[dict[str, Any]], Problem], fields: dict[str, Any], message: str
-) -> None:
+def test_math_refuses_rows_without_a_checkable_answer(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError, match=message):
-        convert(fields)
+        math.SOURCE.problem(fields)
 
 
 BEFORE = (
@@ -526,19 +499,10 @@ def test_dapo_is_reduced_to_its_unique_bare_problems(tmp_path: Path, capsys) -> 
     source = str(tmp_path / "dapo-math-17k.parquet")
     assert command.main(dapo_math.SOURCE, ["--out", str(tmp_path / "out"), "--source", source]) == 0
     made = records(tmp_path / "out" / "train.parquet")
-    assert [row["reward_model"]["ground_truth"] for row in made] == ["0", "-1", "-2", "-3", "-4"]
+    assert answers(tmp_path / "out" / "train.parquet") == ["0", "-1", "-2", "-3", "-4"]
     assert [row["extra_info"]["question"] for row in made][1] == "Find $x$ if $x = 1$."
     assert made[0]["prompt"][0]["content"].startswith("Find $x$") and "\\boxed{}" in made[0]["prompt"][0]["content"]
     assert "5 of 45 rows, 40 exact duplicates dropped" in capsys.readouterr().out
-
-
-def test_dapo_leaves_out_the_benchmarks_problems(tmp_path: Path) -> None:
-    bench = jsonl(tmp_path / "aime24.jsonl", [{"problem": "Find $y$ if  $y=3$", "answer": "003"}])
-    benchmarks.prepare(tmp_path / "bench", source=str(bench), names=["aime24"])
-    rows = [dapo_row("Find $y$ if $y = 3$.", "3"), dapo_row("Find $y$ if $y = 4$.", "4")]
-    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "dapo.parquet")
-    out = prepare(dapo_math.SOURCE, tmp_path, place=str(tmp_path / "dapo.parquet"), against=[tmp_path / "bench"])
-    assert [row["reward_model"]["ground_truth"] for row in records(out["train"])] == ["4"]
 
 
 @pytest.mark.parametrize(
@@ -579,16 +543,12 @@ def test_olympiad_keeps_open_english_text_problems_and_joins_several_answers() -
     row = {"question": "q", "context": "Let x.", "final_answer": ["$2$", "$-1$"], "modality": "Text-only"}
     problem = convert({**row, "subject": "Math", "language": "English", "question_type": "Open-ended"})
     assert problem == Problem("olympiadbench", "Let x.\n\nq", "2, -1")
-    for other in (
-        {"subject": "Physics"},
-        {"language": "Chinese"},
-        {"image_1": b"png"},
-        {"question_type": "Theorem proof"},
-    ):
-        assert convert({**row, **other}) is None
+    assert compute_score("olympiadbench", "\\boxed{-1, 2}", "2, -1")["acc"] == 1.0
+    others = [{"subject": "Physics"}, {"language": "Chinese"}, {"image_1": b"png"}, {"question_type": "Theorem proof"}]
+    found = collect((RawRow(str(other), row | other) for other in others), convert)
+    assert (found.problems, found.other_kind, found.read) == ([], 4, 4), "counted apart"
     with pytest.raises(RowError, match="not a list of strings"):
         convert({**row, "final_answer": None})
-    assert problem is not None and compute_score("olympiadbench", "\\boxed{-1, 2}", problem.answer)["acc"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -631,13 +591,10 @@ def test_mmlu_pro_lists_its_options_and_its_letter_is_the_answer() -> None:
 
 
 def test_every_benchmark_has_a_reward_and_a_template() -> None:
-    from reward_fns import route
-
     row = {"problem": "p", "question": "p", "answer": "1", "final_answer": ["1"]}
+    special = {"mmlu_pro": {"answer": "A", "options": ["x"]}, "gsm8k": {"answer": "#### 1"}}
     for name, source in benchmarks.BENCHMARKS.items():
-        fields = {**row, "answer": "A", "options": ["x"]} if name == "mmlu_pro" else row
-        fields = {**row, "answer": "#### 1"} if name == "gsm8k" else fields
-        problem = source.problem(fields)
+        problem = source.problem(row | special.get(name, {}))
         assert problem is not None
         route(problem.data_source)
         load_prompt_template(source.template)
@@ -663,27 +620,24 @@ def test_a_folder_gives_the_benchmarks_it_has(tmp_path: Path, capsys) -> None:
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("one", "other", "same"),
     [
-        ("Find $x$.", "find x"),
-        ("A  b\nc", "a b c"),
-        ("$\\dfrac{1}{2}$", "\\frac12"),
-        ("\\left(1, 2\\right)", "(1,2)"),
-        ("Janet’s ducks", "Janet's ducks"),
-        ("1,000 eggs", "1000 eggs"),
-        ("ｘ＋１", "x+1"),
+        ("Find $x$.", "find x", True),
+        ("A  b\nc", "a b c", True),
+        ("$\\dfrac{1}{2}$", "\\frac12", True),
+        ("\\left(1, 2\\right)", "(1,2)", True),
+        ("Janet’s ducks", "Janet's ducks", True),
+        ("1,000 eggs", "1000 eggs", True),
+        ("ｘ＋１", "x+1", True),
+        ("2 + 3", "2 - 3", False),
+        ("2.5 pens", "25 pens", False),
+        ("x < 1", "x > 1", False),
+        ("3 eggs", "4 eggs", False),
+        ("x^2", "x2", False),
     ],
 )
-def test_typesetting_does_not_make_another_problem(one: str, other: str) -> None:
-    assert normalised(one) == normalised(other)
-
-
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [("2 + 3", "2 - 3"), ("2.5 pens", "25 pens"), ("x < 1", "x > 1"), ("3 eggs", "4 eggs"), ("x^2", "x2")],
-)
-def test_values_and_operators_do(one: str, other: str) -> None:
-    assert normalised(one) != normalised(other)
+def test_values_and_operators_make_another_problem_typesetting_does_not(one: str, other: str, same: bool) -> None:
+    assert (normalised(one) == normalised(other)) == same
 
 
 @given(st.text())
@@ -696,19 +650,16 @@ def test_normalised_text_is_stable_and_empty_text_holds_nothing_out(text: str) -
 
 
 def test_training_files_are_the_train_split_and_a_sample_of_the_test_split(folder: Path, tmp_path: Path) -> None:
-    paths = prepare_training(tmp_path / "run", TrainingData("gsm8k", str(folder), template="boxed", val_rows=3))
+    paths = prepare_training(tmp_path, TrainingData("gsm8k", str(folder), template="boxed", val_rows=3))
     train, val = records(paths["train"]), records(paths["val"])
     assert len(train) == 20 and len(val) == 3
     assert {row["extra_info"]["split"] for row in val} == {"val"}
     assert "\\boxed{}" in train[0]["prompt"][0]["content"]
-    again = prepare_training(tmp_path / "again", TrainingData("gsm8k", str(folder), template="boxed", val_rows=3))
-    assert [again[split].read_bytes() for split in again] == [paths[split].read_bytes() for split in paths]
 
 
 def test_dapo_is_validated_with_a_benchmark_whose_problems_are_left_out(tmp_path: Path) -> None:
-    pq.write_table(
-        pa.Table.from_pylist([dapo_row("Find 3.", "3"), dapo_row("Find 4.", "4")]), tmp_path / "dapo.parquet"
-    )
+    rows = [dapo_row("Find 3.", "3"), dapo_row("Find 4.", "4")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "dapo.parquet")
     bench = jsonl(tmp_path / "aime24.jsonl", [{"problem": "find 3", "answer": 3}])
     for val_source in (str(bench), str(tmp_path)):
         paths = prepare_training(

@@ -53,22 +53,19 @@ def test_missing_package_is_named_with_its_fix(tmp_path: Path, monkeypatch: pyte
     assert visible(tmp_path) == []
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_package_without_exactly_one_gguf_is_refused(
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_the_one_gguf_is_found_without_importing_the_package(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "__init__.py").write_text("raise RuntimeError('imported')")
     for number in range(count):
         (tmp_path / f"{number}.gguf").touch()
     fake_package(monkeypatch, tmp_path)
-    with pytest.raises(ModelError, match=f"has {count} .gguf files"):
-        smollm2.find_gguf()
-
-
-def test_the_one_gguf_is_found_without_importing_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "__init__.py").write_text("raise RuntimeError('imported')")
-    (tmp_path / "model.gguf").touch()
-    fake_package(monkeypatch, tmp_path)
-    assert smollm2.find_gguf() == tmp_path / "model.gguf"
+    if count == 1:
+        assert smollm2.find_gguf() == tmp_path / "0.gguf"
+    else:
+        with pytest.raises(ModelError, match=f"has {count} .gguf files"):
+            smollm2.find_gguf()
 
 
 def test_a_failed_verification_leaves_no_folder(
@@ -175,31 +172,11 @@ DIGITS_STEP = """{
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        (
-            "tokenizer_config.json",
-            '"eos_token": "<|im_end|>"',
-            '"eos_token": "<|im_start|>"',
-            "tokenizer.eos_token_id",
-        ),
-        (
-            "generation_config.json",
-            '"eos_token_id": 2',
-            '"eos_token_id": 1',
-            "generation_config.eos_token_id",
-        ),
-        (
-            "tokenizer_config.json",
-            'up_tokenization_spaces": false',
-            'up_tokenization_spaces": true',
-            "clean_up",
-        ),
+        ("tokenizer_config.json", '"eos_token": "<|im_end|>"', '"eos_token": "<|im_start|>"', "tokenizer.eos_token_id"),
+        ("generation_config.json", '"eos_token_id": 2', '"eos_token_id": 1', "generation_config.eos_token_id"),
+        ("tokenizer_config.json", 'up_tokenization_spaces": false', 'up_tokenization_spaces": true', "clean_up"),
         ("tokenizer.json", DIGITS_STEP, "", "pieces of"),
-        (
-            "chat_template.jinja",
-            "<|im_start|>assistant\n",
-            "<|im_start|>assistant:\n",
-            "end of the rendered chat",
-        ),
+        ("chat_template.jinja", "assistant\n", "assistant:\n", "end of the rendered chat"),
     ],
 )
 def test_verification_refuses_a_wrong_checkpoint(

@@ -61,14 +61,14 @@ def _locale_dependent(tree: ast.Module) -> list[int]:
         if not isinstance(node, ast.Call):
             continue
         keywords = {item.arg for item in node.keywords}
-        attribute = isinstance(node.func, ast.Attribute)
+        method = isinstance(node.func, ast.Attribute)
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        modes = [item.value for item in node.args[0 if attribute else 1 :][:1] if isinstance(item, ast.Constant)]
-        text = name in ("read_text", "write_text") or (
-            name == "open" and any(mode in ("r", "w", "a") for mode in modes)
+        mode = node.args[0 if method else 1 :][:1]
+        opens = name == "open" and (
+            (not method and not mode) or any(getattr(item, "value", "") in ("r", "w", "a") for item in mode)
         )
-        text = text or (name == "open" and not attribute and len(node.args) == 1)
-        if (text or keywords & {"text", "universal_newlines"}) and "encoding" not in keywords:
+        text = opens or name in ("read_text", "write_text") or keywords & {"text", "universal_newlines"}
+        if text and "encoding" not in keywords:
             found.append(node.lineno)
     return found
 
@@ -76,7 +76,7 @@ def _locale_dependent(tree: ast.Module) -> list[int]:
 def test_every_text_has_an_encoding() -> None:
     files = [
         path
-        for folder in ("recipe", "data_prep", "data_prep", "reward_fns", "benchmarks", "scripts")
+        for folder in ("recipe", "data_prep", "reward_fns", "benchmarks", "scripts")
         for path in (REPOSITORY / folder).rglob("*.py")
     ]
     found = {
