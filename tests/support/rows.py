@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from recipe.skpo.method.rows import (
@@ -47,7 +48,7 @@ def make_rows(
 
 def make_record(**changes: Any) -> RolloutRecord:
     """The record of a prompt with two candidates, of which one ended early."""
-    candidates = (CandidateRecord((5, 6), (), 0.5, False), CandidateRecord((7,), (8,), 0.75, True))
+    candidates = (CandidateRecord(np.array([5, 6]), 2, 0.5, False), CandidateRecord(np.array([7, 8]), 1, 0.75, True))
     fields = {"generated": 40, "prefilled": 100, "cached": 75, "split_position": 10, "candidates": candidates}
     return RolloutRecord(**fields | {"chosen": 0, "seconds": 2.0, "downstream_seconds": 6.0} | changes)
 

@@ -109,20 +109,20 @@ class TokenCounts:
     cached: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CandidateRecord:
     """One upstream candidate.
 
     Attributes:
-        token_ids: the kept tokens, which become the segment if it is chosen.
-        rest_ids: tokens behind the cut.
+        token_ids: all that it wrote, int32 (tokens,): a tuple of Python's numbers takes ten times the memory.
+        kept: tokens before the cut, which become the segment if it is chosen.
         deviation: d(s), mean of -log pi over the kept tokens, in nats per token.
         ended_early: whether it ended by itself, at t_q at the latest.
         at_boundary: whether it was cut at a boundary; None if none was looked for.
     """
 
-    token_ids: tuple[int, ...]
-    rest_ids: tuple[int, ...]
+    token_ids: np.ndarray
+    kept: int
     deviation: float
     ended_early: bool
     at_boundary: bool | None = None

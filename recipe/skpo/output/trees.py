@@ -118,12 +118,13 @@ def rollout_tree(
     assert isinstance(record, RolloutRecord)
     candidates = []
     for index, candidate in enumerate(record.candidates):
-        text, whole = decode(candidate.token_ids), decode(candidate.token_ids + candidate.rest_ids)
+        tokens = candidate.token_ids.tolist()
+        text, whole = decode(tokens[: candidate.kept]), decode(tokens)
         candidates.append(
             {
                 "text": text,
                 # Cut from the whole text if possible: decoded alone, a text may lose its leading space.
-                "rest": whole[len(text) :] if whole.startswith(text) else decode(candidate.rest_ids),
+                "rest": whole[len(text) :] if whole.startswith(text) else decode(tokens[candidate.kept :]),
                 "deviation": candidate.deviation,
                 "ended_early": candidate.ended_early,
                 "chosen": index == record.chosen,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import transfer_queue as tq
 from verl.experimental.agent_loop import AgentLoopOutput
@@ -327,8 +328,8 @@ class SkpoAgentLoopWorker(RolloutWorker):
             split_position=split_position,
             candidates=tuple(
                 CandidateRecord(
-                    token_ids=candidate.segment.token_ids,
-                    rest_ids=tuple(candidate.output.token_ids[len(candidate.segment.token_ids) :]),
+                    token_ids=np.array(candidate.output.token_ids, dtype=np.int32),
+                    kept=len(candidate.segment.token_ids),
                     deviation=candidate.segment.deviation,
                     ended_early=candidate.ended_early,
                     at_boundary=candidate.segment.at_boundary if looks_for_boundaries else None,

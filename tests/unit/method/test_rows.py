@@ -1,5 +1,7 @@
 """The row format: keys, columns decoded once, columns written back."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -9,6 +11,7 @@ from recipe.skpo.method.rows import (
     UPSTREAM,
     WEIGHT_FIELD,
     Ragged,
+    RolloutRecord,
     RowKey,
     Rows,
     TokenCounts,
@@ -62,7 +65,11 @@ def test_stored_rows_are_decoded() -> None:
     assert (rows.lengths.tolist(), rows.tokens["response_mask"].sizes.tolist()) == ([2, 2, 1], [3, 2, 1])
     assert rows.rewards.tolist() == [-1.0, 0.5, 0.25] and rows.rewards.dtype == torch.float32
     assert rows.padding.tolist() == [False, True, False]
-    assert rows.records[::2] == [TokenCounts(2, 2, 1), make_record(generated=1, prefilled=2, cached=1)]
+    counts, _, record = rows.records
+    assert isinstance(record, RolloutRecord)
+    made = make_record(generated=1, prefilled=2, cached=1, candidates=())
+    assert (counts, replace(record, candidates=())) == (TokenCounts(2, 2, 1), made)
+    assert [(item.token_ids.tolist(), item.kept) for item in record.candidates] == [([5, 6], 2), ([7, 8], 1)]
     assert [column.tolist() for column in rows.tokens["old_log_probs"].split()] == [
         pytest.approx([-0.05, -0.06, -0.07]),
         pytest.approx([-0.09, -0.09]),

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,7 @@ def record(
     deviation: float, early: tuple[bool, ...], boundaries: tuple[bool | None, ...] = (None,) * 4, **changes: Any
 ):
     pairs = zip(early, boundaries, strict=True)
-    candidates = tuple(CandidateRecord((5,), (), deviation, ended, cut) for ended, cut in pairs)
+    candidates = tuple(CandidateRecord(np.array([5]), 1, deviation, ended, cut) for ended, cut in pairs)
     return make_record(candidates=candidates, **changes)
 
 

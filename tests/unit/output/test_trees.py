@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -67,7 +68,10 @@ def letters(token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
     return ("" if skip_special_tokens else "<s>") + "".join(chr(token) for token in token_ids)
 
 
-CANDIDATES = (CandidateRecord((97, 98), (), 0.1, False), CandidateRecord((99,), (100,), 0.4, True))
+CANDIDATES = (
+    CandidateRecord(np.array([97, 98]), 2, 0.1, False),
+    CandidateRecord(np.array([99, 100]), 1, 0.4, True),
+)
 
 
 def the_tree(candidates: tuple[CandidateRecord, ...], chosen: int, decode=letters) -> dict[str, Any]:
@@ -112,13 +116,13 @@ def test_the_rest_is_what_stands_behind_the_kept_text() -> None:
     def strip(token_ids: Sequence[int], **options: Any) -> str:
         return letters(token_ids).lstrip(" ")
 
-    (tree,) = the_tree((replace(CANDIDATES[1], rest_ids=(32, 100)),), 0, strip)["candidates"]
+    (tree,) = the_tree((replace(CANDIDATES[1], token_ids=np.array([99, 32, 100])),), 0, strip)["candidates"]
     assert (tree["text"], tree["rest"]) == ("c", " d")
 
     def utf8(token_ids: Sequence[int], **options: Any) -> str:
         return bytes(token_ids).decode("utf-8", "replace")
 
-    candidate = replace(CANDIDATES[1], token_ids=(99, 0xC3), rest_ids=(0xA9, 100))
+    candidate = replace(CANDIDATES[1], token_ids=np.array([99, 0xC3, 0xA9, 100]), kept=2)
     (tree,) = the_tree((candidate,), 0, utf8)["candidates"]
     assert (tree["text"], tree["rest"]) == ("c\ufffd", "\ufffdd")
 

@@ -134,6 +134,9 @@ async def test_a_candidate_that_ends_early_is_cut_in_half(two_phases, end: str, 
     assert {tuple(request.prompt_ids) for request in setup.downstream()} == {(*text[:kept], *setup.problem_ids())}
     record = setup.store.record("v7")
     assert record.early_share == 1.0
+    for candidate in record.candidates:
+        assert (candidate.token_ids.tolist(), candidate.kept) == (text, kept)
+        assert candidate.token_ids.dtype == np.int32, "verl's dump of a row keeps the array"
 
 
 async def test_a_candidate_that_fills_the_split_position_is_kept_whole(two_phases) -> None:
