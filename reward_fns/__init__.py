@@ -129,8 +129,8 @@ def compute_score(
     """
     answer_format = read_format(answer_format)
     truth = truth_text(ground_truth)
-    told = (extra_info or {}).get(AFTER_THOUGHT)
-    text = told if isinstance(told, str) else after_thought(solution_str, thought_marks)
+    given = (extra_info or {}).get(AFTER_THOUGHT)
+    text = given if isinstance(given, str) else after_thought(solution_str, thought_marks)
     pred, correct = route(data_source)(text[-TAIL_CHARACTERS:], truth, answer_format)
     return {
         "score": 1.0 if correct else -1.0,

@@ -50,5 +50,5 @@ def _said(text: str) -> str:
     alone = _ALONE.fullmatch(_WRAPPING.sub("", text.rstrip().rpartition("\n")[2][-40:]))
     if alone:
         return alone[1]
-    said = [match[1] or match[2] for match in _CORRECT.finditer(_WRAPPING.sub("", text))]
-    return said[-1] if said else ""
+    letters = [match[1] or match[2] for match in _CORRECT.finditer(_WRAPPING.sub("", text))]
+    return letters[-1] if letters else ""

@@ -68,9 +68,9 @@ def equal(answer: str, truth: str) -> bool:
         return False
     if plain(left) == plain(right):
         return True
-    numbers = number(left), number(right)
-    if None not in numbers:
-        return numbers[0] == numbers[1] and not units.differ(units.split_unit(left)[2], units.split_unit(right)[2])
+    left_number, right_number = number(left), number(right)
+    if left_number is not None and right_number is not None:
+        return left_number == right_number and not units.differ(units.split_unit(left)[2], units.split_unit(right)[2])
     if refusal(left):
         return False
     return judge.equal(left, right)

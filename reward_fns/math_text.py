@@ -258,11 +258,11 @@ def _argument(text: str, position: int, depth: int, out: list[str]) -> int:
         end = _group_end(text, position)
         inner = text[position + 1 : end - 1]
     elif text[position] == "\\" and (match := _COMMAND.match(text, position)) and match[1]:
-        found: list[str] = []
+        arguments: list[str] = []
         end = match.end()
         if match[1] in ARGUMENTS and depth < DEEPEST:
-            end = _arguments(text, end, match[1], depth + 1, found)
-        out.append("{\\" + match[1] + "".join(found) + "}")
+            end = _arguments(text, end, match[1], depth + 1, arguments)
+        out.append("{\\" + match[1] + "".join(arguments) + "}")
         return end
     else:
         end = position + 1

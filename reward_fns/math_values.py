@@ -259,9 +259,9 @@ def functions_or_products(left: Expr, right: Expr) -> tuple[Expr, Expr]:
     if bool(calls[0]) == bool(calls[1]):
         return left, right
 
-    def multiplied(expression: Expr, found: set[Any]) -> Expr:
+    def multiplied(expression: Expr, calls: set[Any]) -> Expr:
         return expression.xreplace(
-            {call: sympy.Mul(Symbol(call.func.__name__), *call.args, evaluate=False) for call in found}
+            {call: sympy.Mul(Symbol(call.func.__name__), *call.args, evaluate=False) for call in calls}
         )
 
     return multiplied(left, calls[0]), multiplied(right, calls[1])
@@ -271,12 +271,12 @@ def _same_expression(left: Expr, right: Expr) -> bool:
     if left == right:
         return left is not sympy.nan and left is not sympy.zoo
     if not variables(left) and not variables(right):
-        numbers = constant(left), constant(right)
-        if None in numbers:
+        constants = constant(left), constant(right)
+        if None in constants:
             return False
-        if all(isinstance(number, Rational) for number in numbers):
-            return bool(numbers[0] == numbers[1])
-        one, other = (number if not isinstance(number, Rational) else to_mpmath(number) for number in numbers)
+        if all(isinstance(each, Rational) for each in constants):
+            return bool(constants[0] == constants[1])
+        one, other = (to_mpmath(each) if isinstance(each, Rational) else each for each in constants)
         return bool(abs(one - other) <= TOLERANCE * max(abs(one), abs(other), mpmath.mpf(10) ** -10))
     everywhere = left.has(sympy.I) or right.has(sympy.I)
     real, other_pairs = 0, []

@@ -20,6 +20,18 @@ _TRACEBACK = "HYDRA_FULL_ERROR"
 """Hydra's variable: with it errors are raised, without it Hydra prints several lines of its own and exits."""
 
 
+_HYDRA_SAYS = {
+    r"already at '([^']+)'": r"\1: is in the config already; leave out the + in front of it",
+    # A group that no defaults list has.
+    r"Could not override '([^']+)'": r"\1: is not a group of this command; its groups are listed by --help",
+    r"^(\S+) appears more than once in the final defaults": r"\1: is chosen twice; leave out the + in front of it",
+    r"Ambiguous value for argument '([^=]+)=(.*?)'": r"\1: \2 can be read in several ways; write [\2] for a list, "
+    r"quote it for a text, or give --multirun for one run each",
+    r"Sweep parameters '([^=]+)=(.*?)' requires": r"\1: \2 means several runs; give --multirun, or one value",
+}
+"""Message of Hydra's to our sentence."""
+
+
 @contextmanager
 def one_sentence(task: Callable[..., Any], overrides: Sequence[str]) -> Iterator[None]:
     """End the command with one sentence for errors that come before ``task`` is called by Hydra.
@@ -60,19 +72,9 @@ def sentence(error: BaseException, overrides: Iterable[str] = ()) -> str:
         given = (word.partition("=")[0].lstrip("+~") for word in overrides)
         whole = next((word for word in given if word.startswith(f"{key}.")), key)
         return unknown_key(whole, reference_keys(overrides))
-    if match := re.search(r"already at '([^']+)'", text):
-        return f"{match[1]}: is in the config already; leave out the + in front of it"
-    if match := re.search(r"Could not override '([^']+)'", text):  # a group that no defaults list has
-        return f"{match[1]}: is not a group of this command; its groups are listed by --help"
-    if match := re.search(r"^(\S+) appears more than once in the final defaults list", text):
-        return f"{match[1]}: is chosen twice; leave out the + in front of it"
-    if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*?)'", text):
-        return (
-            f"{match[1]}: {match[2]} can be read in several ways; write [{match[2]}] for a list, quote it for a text, "
-            f"or give --multirun for one run each"
-        )
-    if match := re.search(r"Sweep parameters '([^=]+)=(.*?)' requires", text):
-        return f"{match[1]}: {match[2]} means several runs; give --multirun, or one value"
+    for pattern, said in _HYDRA_SAYS.items():
+        if match := re.search(pattern, text):
+            return match.expand(said)
     if "Config group override must be" in text:
         return f"{_group_without_choice(overrides)}: a group needs the name of one of its choices; --help lists them"
     if match := re.search(r"Error merging override ([^=]+)=(\S*)", text):

@@ -15,6 +15,7 @@ from recipe.skpo.checks import ACTOR, ROLLOUT
 from recipe.skpo.checks.engine import check_model_engine, choose_engine, flash_attention_installed
 from recipe.skpo.checks.gpus import check_ranks, check_token_budgets
 from recipe.skpo.checks.options import check_options
+from recipe.skpo.checks.paths import nearest_existing
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.settings import SkpoSettings
 
@@ -144,7 +145,6 @@ def check_config(config: DictConfig, settings: SkpoSettings, overrides: Sequence
     """Refuse options that are not installed, that nothing would read, or that cannot be trained with together."""
     check_model_engine(config)
     choose_engine(config, flash_attention=flash_attention_installed())
-    _check_rollout_type(config)
     _check_required(config, settings)
     _check_combinations(config, settings)
     if config.method.name == "skpo":
@@ -153,13 +153,6 @@ def check_config(config: DictConfig, settings: SkpoSettings, overrides: Sequence
     check_token_budgets(config)
     check_options(config, overrides)
     check_loggers(config)
-
-
-def _check_rollout_type(config: DictConfig) -> None:
-    if config.actor_rollout_ref.rollout.dtype not in DTYPES:
-        raise ConfigError(
-            f"{ROLLOUT}.dtype: is {config.actor_rollout_ref.rollout.dtype!r}, must be one of {', '.join(DTYPES)}"
-        )
 
 
 def _check_required(config: DictConfig, settings: SkpoSettings) -> None:
@@ -176,6 +169,9 @@ def _check_required(config: DictConfig, settings: SkpoSettings) -> None:
 
 
 def _check_combinations(config: DictConfig, settings: SkpoSettings) -> None:
+    dtype = config.actor_rollout_ref.rollout.dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"{ROLLOUT}.dtype: is {dtype!r}, must be one of {', '.join(DTYPES)}")
     if config.platform.name == "cpu" and config.actor_rollout_ref.actor.strategy == "fsdp":
         raise ConfigError(f"{ACTOR}.strategy: is fsdp, which refuses modules on a CPU; use fsdp2")
     batch, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size
@@ -253,8 +249,8 @@ def check_folders(config: DictConfig) -> None:
     """Refuse folders of the run that cannot be made or written."""
     for path in ("output_dir", "trainer.default_local_dir"):
         folder = Path(OmegaConf.select(config, path))
-        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-        if not there.is_dir():
-            raise ConfigError(f"{path}: {folder} cannot be made: {there} is a file; give another folder")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise ConfigError(f"{path}: {folder} cannot be written: no permission for {there}; give another folder")
+        nearest = nearest_existing(folder)
+        if not nearest.is_dir():
+            raise ConfigError(f"{path}: {folder} cannot be made: {nearest} is a file; give another folder")
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise ConfigError(f"{path}: {folder} cannot be written: no permission for {nearest}; give another folder")

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from data_prep.schema import PARQUET_SCHEMA, DataError, check_parquet
 from recipe.skpo.checks.reward import Sample, check_reward, is_ours, try_every_truth, try_reward
-from recipe.skpo.errors import ConfigError
+from recipe.skpo.errors import ConfigError, brief
 from recipe.skpo.task.columns import GENERATED, OURS, SENT, STEERING, sends_all
 
 Role = Literal["train", "val"]
@@ -60,12 +60,7 @@ class DataFile:
 
 
 def check_data(config: DictConfig) -> None:
-    """Check the data files, as the trainer will read them, and the reward on their rows.
-
-    Raises:
-        ConfigError: naming the config path and what it must be.
-        DataError: naming file, row or column, and the fix.
-    """
+    """Check the data files, as the trainer will read them, and the reward on their rows."""
     _check_class(config)
     files: list[DataFile] = []
     for role in ROLES:
@@ -93,11 +88,7 @@ def check_data(config: DictConfig) -> None:
 
 
 def prompt_files(config: DictConfig, role: Role) -> list[str]:
-    """Return ``data.train_files`` or ``data.val_files`` as a list.
-
-    Raises:
-        ConfigError: none is named.
-    """
+    """Return ``data.train_files`` or ``data.val_files`` as a list; none is refused."""
     value = config.data[f"{role}_files"]
     if not value:
         raise ConfigError(f"data.{role}_files: is not set; name a parquet file, or choose a data set with data=<name>")
@@ -114,15 +105,14 @@ def _check_class(config: DictConfig) -> None:
     label = f"{custom.get('name')} of {custom.get('path')}"
     try:
         with redirect_stdout(io.StringIO()):
-            found = get_dataset_class(config.data)
+            chosen = get_dataset_class(config.data)
     except Exception as error:  # a process border: the file is somebody's own
-        reason = (str(error.__cause__ or error).splitlines() or [""])[0]
         raise ConfigError(
-            f"data.custom_cls: {label} cannot be loaded ({type(error.__cause__ or error).__name__}: {reason}); give a "
-            f"python file and the name of a torch Dataset in it"
+            f"data.custom_cls: {label} cannot be loaded ({brief(error.__cause__ or error)}); give a python file and "
+            f"the name of a torch Dataset in it"
         ) from error
     curriculum = config.skpo.curriculum.enable and "curriculum" in config.method.uses
-    if curriculum and not issubclass(found, RLHFDataset):
+    if curriculum and not issubclass(chosen, RLHFDataset):
         raise ConfigError(
             f"data.custom_cls: {label} has no `dataframe`, from which the curriculum reads the ids; derive it from "
             f"verl's RLHFDataset, or set skpo.curriculum.enable=false"

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from recipe.skpo.checks.paths import nearest_existing
 from recipe.skpo.errors import ConfigError, brief
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -230,8 +231,8 @@ def check_shared_memory(config: DictConfig) -> None:
         return
     bucket = 0
     if config.platform.name == "cpu":
-        ranks = config.trainer.n_gpus_per_node
-        bucket = ranks * config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes << 20
+        megabytes = config.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes
+        bucket = config.trainer.n_gpus_per_node * megabytes << 20
     needed, free = _RING_BYTES + bucket, shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         weights = f" and {bucket >> 20} for the weights" if bucket else ""
@@ -251,8 +252,8 @@ def check_temporary_folder(config: DictConfig) -> None:
     folder = given or os.environ.get(name)
     if not starts_ray(config) or not folder:
         return
-    there = next((place for place in (Path(folder), *Path(folder).absolute().parents) if place.exists()), Path("/"))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+    nearest = nearest_existing(Path(folder))
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise ConfigError(f"{name}: {folder} cannot be written by {_user()}; give a folder of your own, or none")
     room = _LONGEST_SOCKET - len(_RAYS_PART.removeprefix("/ray") if given else _RAYS_PART)
     length = len(os.fsencode(folder.rstrip("/")))

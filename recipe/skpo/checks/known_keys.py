@@ -251,14 +251,14 @@ def _unknown(given: Mapping[str, Any], known: Mapping[str, Any], path: str) -> I
     name, parent = path.rpartition(".")[2], path.rpartition(".")[0].rpartition(".")[2]
     if name in OPEN or parent in OPEN:
         return
-    own = _fields(known.get("_target_")) | OPTIONAL.get(name, set())
+    unnamed = _fields(known.get("_target_")) | OPTIONAL.get(name, set())
     if path == "ray_kwargs.ray_init":
         import ray
 
-        own |= set(signature(ray.init).parameters) - {"kwargs"}
+        unnamed |= set(signature(ray.init).parameters) - {"kwargs"}
     for key, value in given.items():
         place, below = _join(path, key), known.get(key)
-        if key not in known and key not in own and key not in OPEN:
+        if key not in known and key not in unnamed and key not in OPEN:
             yield place
         elif isinstance(below, Mapping) and isinstance(value, Mapping):
             yield from _unknown(value, below, place) if below else ()

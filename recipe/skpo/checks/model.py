@@ -37,11 +37,7 @@ _THREADS = 16
 
 
 def check_model(config: DictConfig) -> None:
-    """Refuse a model that cannot be trained or served: nothing of its weights but their headers is read.
-
-    Raises:
-        ConfigError: naming the folder or file and what is wrong with it.
-    """
+    """Refuse a model that cannot be trained or served."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where, model = "actor_rollout_ref.model.path", config.actor_rollout_ref.model
@@ -105,13 +101,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def check_prompt_lengths(config: DictConfig) -> None:
-    """Check every prompt's length under the run's own tokenizer and chat template.
-
-    Raises:
-        ConfigError: no tokenizer at the model's path, or no chat template.
-        DataError: naming file and row of the first prompt that is too long or that the template refuses; or too few
-            prompts are left.
-    """
+    """Check every prompt's length under the run's own tokenizer and chat template, and that enough are left."""
     errors = (ConfigError, DataError)
     try:
         try:

@@ -61,6 +61,11 @@ def caller() -> Path:
     return Path(os.environ.get(CALLER) or os.getcwd())
 
 
+def nearest_existing(path: Path) -> Path:
+    """Return the path, or the nearest folder above it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
+
+
 # ---------------------------------------------------------------- the command line
 
 _TILDE = re.compile(r"""(^|[\[,])(\s*["']?)(~[\w.-]*)(?=$|[/,\]"'])""")
@@ -68,14 +73,14 @@ _TILDE = re.compile(r"""(^|[\[,])(\s*["']?)(~[\w.-]*)(?=$|[/,\]"'])""")
 
 def readable(arguments: Sequence[str]) -> list[str]:
     """Rewrite file names that Hydra's grammar does not read: ``~`` is expanded, other unusual names are quoted."""
-    return [_readable(argument) for argument in arguments]
+    return list(map(_readable, arguments))
 
 
 def _readable(argument: str) -> str:
     match = re.match(r"(\+{0,2}([\w.]+)=)(.+)", argument, re.DOTALL)
     if not match or match[2] not in (*NAMES, *FILES, TEMPLATE):
         return argument
-    value = _TILDE.sub(lambda found: found[1] + found[2] + os.path.expanduser(found[3]), match[3])
+    value = _TILDE.sub(lambda name: name[1] + name[2] + os.path.expanduser(name[3]), match[3])
     if _parses(match[1] + value) or value[0] in "[\"'":
         return match[1] + value
     quoted = '"' + re.sub(r'(\\*)"', r'\1\1\\"', value) + '"'
@@ -126,14 +131,12 @@ def resolve_paths(config: DictConfig, overrides: Sequence[str]) -> None:
             base = caller() if given else Path.cwd()
             must_exist = key in NAMES
             try:
-                absolute = (
-                    _absolute(value, base, must_exist)
-                    if isinstance(value, str)
-                    else [_absolute(item, base, must_exist) for item in value]
-                )
+                absolute = [
+                    _absolute(item, base, must_exist) for item in ([value] if isinstance(value, str) else value)
+                ]
             except RuntimeError:
                 raise ConfigError(f"{key}: {value} names the home folder of an unknown user; give its path") from None
-            OmegaConf.update(config, key, absolute)
+            OmegaConf.update(config, key, absolute[0] if isinstance(value, str) else absolute)
         template = OmegaConf.select(config, TEMPLATE)
         if template and isinstance(template, str) and (text := _text_of_file(template)) is not None:
             OmegaConf.update(config, TEMPLATE, text)
@@ -216,8 +219,8 @@ class Choices:
             if files:
                 return f"{_plain(Path(str(files[0])).stem)}-{short_digest(files)}"
         # Validation files do not change what is trained.
-        own = [f"data.{name}" for name in ("source", "template", "train_rows", "skip_bad", "prepare.seed")]
-        given = {key: OmegaConf.select(config, key) for key in own if overridden(key, self.overrides)}
+        keys = [f"data.{name}" for name in ("source", "template", "train_rows", "skip_bad", "prepare.seed")]
+        given = {key: OmegaConf.select(config, key) for key in keys if overridden(key, self.overrides)}
         given = {key: _absolute(value, caller(), must_exist=True) for key, value in given.items()}
         return f"{self.data}-{short_digest(given)}" if given else self.data
 
@@ -227,11 +230,11 @@ _NOT_IN_A_NAME = re.compile(r"(output_dir|platform|trainer\.(total_|save_|test_|
 
 def job_name(overrides: Iterable[str]) -> str:
     """Name a job of a sweep by its overrides, those left out that may change when it is resumed."""
-    own = [override for override in overrides if not _NOT_IN_A_NAME.match(override.lstrip("+"))]
-    parts = [override.lstrip("+~").partition("=") for override in own]
+    kept = [override for override in overrides if not _NOT_IN_A_NAME.match(override.lstrip("+"))]
+    parts = [override.lstrip("+~").partition("=") for override in kept]
     # Files and groups are in the run's name or are long; the digest tells them from each other.
     labels = [f"{key.rpartition('.')[2]}_{value}" for key, _, value in parts if "." in key and key not in NAMES + FILES]
-    return "-".join([*(_plain(label) for label in labels[:4]), short_digest(own)])
+    return "-".join([*(_plain(label) for label in labels[:4]), short_digest(kept)])
 
 
 def run_name(*, _root_: DictConfig) -> str:

@@ -6,7 +6,7 @@ An error in a resolver reaches the user with the key of whatever is computed.  S
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
@@ -46,16 +46,6 @@ def fifth(response: int) -> int:
     return max(1, _number("data.max_response_length", response) // 5)
 
 
-def half_life(drift: str) -> float:
-    """Return the default half-life of a unit of the drift; the settings refuse an unknown unit by name."""
-    return HALF_LIVES.get(drift, 8.0)
-
-
-def given(value: Any, default: Any) -> Any:
-    """Return a value that was given under its former name, else the default."""
-    return default if value is None else value
-
-
 def cpu_dtype(name: str) -> str:
     """Translate the rollout's dtype into verl's name."""
     if name not in CPU_DTYPES:
@@ -79,19 +69,22 @@ def _number(path: str, value: Any, kind: Callable[[Any], Any] = int) -> Any:
         raise ConfigError(f"{path}: is {value!r}, must be {what}") from None
 
 
-for _name, _resolver in {
+_RESOLVERS: dict[str, Callable[..., Any]] = {
     "skpo_rows": rows_per_prompt,
     "skpo_context": context_length,
     "skpo_fifth": fifth,
     "skpo_workers": workers,
     "skpo_gpus": gpus,
-    "skpo_half_life": half_life,
-    "skpo_given": given,
+    # The settings refuse an unknown unit of the drift by name.
+    "skpo_half_life": lambda drift: HALF_LIVES.get(drift, 8.0),
+    # A value that was given under its former name, else the default.
+    "skpo_given": lambda value, default: default if value is None else value,
     "skpo_digest": digest,
     "skpo_run_name": run_name,
     "platform_dtype": cpu_dtype,
-}.items():
-    OmegaConf.register_new_resolver(_name, cast("Callable[..., Any]", _resolver), replace=True)
+}
+for _name, _resolver in _RESOLVERS.items():
+    OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 OmegaConf.register_new_resolver("skpo_scratch", scratch_folder, use_cache=True, replace=True)
 
 ConfigStore.instance().store("skpo_settings", {"skpo": default_node()})

@@ -57,9 +57,8 @@ def check_reward(config: DictConfig) -> RewardCall:
     return call
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=8)  # importing a function may take long, or do something
 def _loaded(path: str, name: str, kwargs: str) -> RewardCall:
-    """Load a function once: importing it may take long, or do something."""
     return RewardCall(path, name, json.loads(kwargs))
 
 
@@ -154,12 +153,7 @@ def _tried(config: DictConfig, call: RewardCall, sample: Sample) -> Verdict:
 
 
 def try_every_truth(call: RewardCall, rows: Iterable[tuple[str, str, Any]]) -> None:
-    """Let the reward of this recipe check an answer to every row.
-
-    Args:
-        call: of ``reward_fns.compute_score``.
-        rows: place for a message, data source and ground truth of each.
-    """
+    """Let the reward of this recipe check an answer to every row: its place, data source and ground truth."""
     tried: set[tuple[str, str]] = set()
     for where, data_source, truth in rows:
         key = (data_source, repr(truth))

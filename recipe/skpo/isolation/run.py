@@ -49,13 +49,13 @@ def isolated(config: DictConfig) -> Iterator[Path]:
         IsolationError: a setting of the config stands against it.
     """
     ray_init = config.ray_kwargs.ray_init
-    own = ray_init.get("address") == "local"
+    own_ray = ray_init.get("address") == "local"
     _check(config)
     temporary = tempfile.gettempdir()
     folders.sweep([temporary, "/tmp"])
     # Another node of a cluster need not have this one's TMPDIR.
-    folder = folders.make(own and "RAY_TMPDIR" not in os.environ, None if own else ["/tmp"])
-    shared, here = _variables(config, folder, own, temporary)
+    folder = folders.make(own_ray and "RAY_TMPDIR" not in os.environ, None if own_ray else ["/tmp"])
+    shared, here = _variables(config, folder, own_ray, temporary)
     before = {name: os.environ.get(name) for name in here}
     os.environ.update(here)
     _configure(config, shared)
@@ -73,13 +73,15 @@ def isolated(config: DictConfig) -> Iterator[Path]:
         folders.remove(folder)
 
 
-def _variables(config: DictConfig, folder: Path, own: bool, temporary: str) -> tuple[dict[str, str], dict[str, str]]:
+def _variables(
+    config: DictConfig, folder: Path, own_ray: bool, temporary: str
+) -> tuple[dict[str, str], dict[str, str]]:
     """Return variables for the run's workers, and all for this process, from which a Ray of its own inherits."""
     shared = {folders.VARIABLE: str(folder), "VLLM_RPC_BASE_PATH": str(folder)}
     if config.actor_rollout_ref.rollout.prometheus.enable:
         shared[OPEN_PATHS] = "/metrics"
     here = dict(shared)
-    if own:
+    if own_ray:
         here[OWN_CLUSTER] = "1"
         if "RAY_TMPDIR" not in os.environ:
             here["RAY_TMPDIR"] = temporary if _reads_session_in_tmp(config) else str(folder)

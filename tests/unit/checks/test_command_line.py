@@ -29,7 +29,6 @@ REFUSED = {
     "skpo.tracker=5": "skpo.tracker: ",
     "skpo.split=boundary_token": "skpo.boundaries: name the strings or token ids",
     r'skpo.split=boundary_token skpo.boundaries=["\d"]': r"skpo.boundaries: '\\d' holds a backslash",
-    "skpo.tracker.drift=days": "skpo.tracker.drift: must be one of kl_steps, nats, logratio, got 'days'",
     "method=grpo skpo.skip=chat": "skpo.skip: has no effect with method=grpo; leave it out",
     # combinations
     "algorithm.use_kl_in_reward=true": "algorithm.use_kl_in_reward: is True, must be False: rewards stay plain; for a",
@@ -75,8 +74,6 @@ REFUSED = {
     "model_engine=megatron": "model_engine: is megatron, which needs GPUs; leave it out on the CPU platform",
     # values
     f"{ROLLOUT}.dtype=bf16": DTYPE.format("'bf16'"),
-    f"{ROLLOUT}.dtype=half": DTYPE.format("'half'"),
-    f"{ROLLOUT}.dtype=auto": DTYPE.format("'auto'"),
     f"{ROLLOUT}.dtype=float16": DTYPE.format("'float16'"),
     f"{ROLLOUT}.dtype=null": DTYPE.format("None"),
     f"platform=gpu {ROLLOUT}.dtype=bf16": f"{ROLLOUT}.dtype: is 'bf16', must be one of auto, half, ",

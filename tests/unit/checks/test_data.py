@@ -18,10 +18,12 @@ from recipe.skpo.checks.model import check_prompt_lengths
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.task import prompt_lengths
 
+OURS = "skpo/arithmetic"
+
 
 def write_rows(path: Path, questions: list[str], split: str = "train") -> Path:
     rows = [
-        Row("skpo/arithmetic", [{"role": "user", "content": question}], "5", "math", split, index, question)
+        Row(OURS, [{"role": "user", "content": question}], "5", "math", split, index, question)
         for index, question in enumerate(questions)
     ]
     write_parquet(rows, path)
@@ -57,13 +59,8 @@ def one_line(error: pytest.ExceptionInfo) -> str:
 # ---------------------------------------------------------------- files
 
 
-def test_a_data_source_without_a_reward_is_refused_unless_the_reward_is_ones_own(config, tmp_path: Path) -> None:
-    prompt = [{"role": "user", "content": "q"}]
-    rows = [Row("my/source", prompt, "5", "math", "train", index, f"q{index}") for index in range(4)]
-    write_parquet(rows, tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"train.parquet: row 0: data_source 'my/source' has no reward here") as error:
-        check_data(config)
-    one_line(error)
+def test_a_data_source_of_ones_own_passes_with_a_reward_of_ones_own(config, tmp_path: Path, train: Path) -> None:
+    pq.write_table(with_column("data_source", lambda n: ["my/source"] * n)(pq.read_table(train)), train)
     own_reward(config, tmp_path, "return 1.0")
     check_data(config)
 
@@ -87,10 +84,6 @@ def test_a_training_prompt_in_the_held_out_file_is_noted(config, train: Path, tm
         assert line.startswith(f"note: {count} prompts of data.val_files are in data.train_files too")
 
 
-def table_of(path: Path) -> pa.Table:
-    return pq.read_table(path)
-
-
 def with_column(name: str, values: Callable[[int], Any]) -> Callable[[pa.Table], pa.Table]:
     """Replace a column, or add it."""
 
@@ -108,10 +101,7 @@ GOOD_FILES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
     "truths as integers": (with_column("reward_model", lambda n: [{"ground_truth": k} for k in range(n)]), ""),
     "truths as floats": (with_column("reward_model", lambda n: [{"ground_truth": k / 2} for k in range(n)]), ""),
     "truths as decimals": (with_column("reward_model", lambda n: [{"ground_truth": Decimal(k)} for k in range(n)]), ""),
-    "a category of pandas": (
-        with_column("data_source", lambda n: pa.array(["skpo/arithmetic"] * n).dictionary_encode()),
-        "",
-    ),
+    "a category of pandas": (with_column("data_source", lambda n: pa.array([OURS] * n).dictionary_encode()), ""),
     "large texts of polars": (with_column("id", lambda n: pa.array(map(str, range(n)), pa.large_string())), ""),
     "an index of pandas": (with_column("__index_level_0__", lambda n: list(range(n))), ""),
     "extra_info that is null": (with_column("extra_info", pa.nulls), ""),
@@ -135,7 +125,7 @@ GOOD_FILES: dict[str, tuple[Callable[[pa.Table], pa.Table], str]] = {
 @pytest.mark.parametrize("name", GOOD_FILES)
 def test_files_of_other_libraries_and_with_more_columns_pass(config, train: Path, name: str, capsys) -> None:
     change, note = GOOD_FILES[name]
-    pq.write_table(change(table_of(train)), train)
+    pq.write_table(change(pq.read_table(train)), train)
     check_data(config)
     said = capsys.readouterr().out
     assert said.startswith(f"note: {note}") and said.count("\n") == 1 if note else not said
@@ -144,7 +134,7 @@ def test_files_of_other_libraries_and_with_more_columns_pass(config, train: Path
 def test_files_that_differ_in_what_verl_can_join_pass(config, train: Path, tmp_path: Path) -> None:
     """A field that is null in one, a column that one has not, columns in another order."""
     other = write_rows(tmp_path / "other.parquet", ["30 + 1?", "31 + 1?"])
-    table = with_column("extra_info", lambda n: [{"index": None, "level": "hard"}] * n)(table_of(other))
+    table = with_column("extra_info", lambda n: [{"index": None, "level": "hard"}] * n)(pq.read_table(other))
     pq.write_table(table.drop_columns(["ability"]).select(sorted(set(table.column_names) - {"ability"})), other)
     config.data.train_files = [str(train), str(other)]
     check_data(config)
@@ -194,7 +184,7 @@ def test_a_reward_of_ones_own_may_return_any_one_number(config, tmp_path: Path, 
 def test_a_reward_of_ones_own_is_called_once_per_data_source_and_file_list(config, tmp_path: Path, train: Path) -> None:
     sources = ["a", "b", "a", "b", "a", "a", "a", "a"]
     truths = with_column("reward_model", lambda n: [{"ground_truth": [k]} for k in range(n)])
-    pq.write_table(truths(with_column("data_source", lambda n: sources)(table_of(train))), train)
+    pq.write_table(truths(with_column("data_source", lambda n: sources)(pq.read_table(train))), train)
     own_reward(config, tmp_path, "return 1.0")
     check_data(config)
     calls = check_reward(config)._function.__globals__["calls"]

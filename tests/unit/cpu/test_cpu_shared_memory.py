@@ -28,41 +28,28 @@ def test_only_new_segments_of_the_two_kinds_are_left_over(tmp_path: Path) -> Non
     assert {path.name for path in tmp_path.iterdir()} == {"psm_before", "plasma_new"}
 
 
-def test_a_mapped_segment_stays(tmp_path: Path) -> None:
-    path = _segment(tmp_path, "psm_mapped")
+@pytest.mark.parametrize("mapped", [True, False])
+def test_a_segment_in_use_stays(tmp_path: Path, mapped: bool) -> None:
+    path = _segment(tmp_path, "psm_in_use")
     with path.open("r+b") as file:
-        mapping = mmap.mmap(file.fileno(), 0)
+        user = mmap.mmap(file.fileno(), 0) if mapped else os.fdopen(os.dup(file.fileno()))
+    with user:
+        assert leftover_segments(set(), tmp_path) == [] == remove_segments([path])
+    assert remove_segments(leftover_segments(set(), tmp_path)) == [path]
+
+
+@pytest.mark.parametrize("why", ["of another user", "others may open it", "a link", "another name"])
+def test_what_may_be_somebody_elses_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """A process of another user could hold a segment that it may open, and we cannot look into that."""
+    path = tmp_path / "psm_theirs"
+    if why == "a link":
+        path.symlink_to(_segment(tmp_path, "valuable"))
+    else:
+        path = _segment(tmp_path, "valuable" if why == "another name" else path.name, 0o666 if "open" in why else 0o600)
+    if why == "of another user":
+        monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
     assert leftover_segments(set(), tmp_path) == []
     assert remove_segments([path]) == []
-    mapping.close()
-    assert remove_segments([path]) == [path]
-
-
-def test_a_segment_that_is_open_but_not_yet_mapped_stays(tmp_path: Path) -> None:
-    path = _segment(tmp_path, "psm_opened")
-    with path.open("r+b"):
-        assert leftover_segments(set(), tmp_path) == []
-    assert leftover_segments(set(), tmp_path) == [path]
-
-
-def test_a_segment_of_another_user_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = _segment(tmp_path, "psm_theirs")
-    monkeypatch.setattr(os, "getuid", lambda: path.stat().st_uid + 1)
-    assert leftover_segments(set(), tmp_path) == []
-    assert remove_segments([path]) == []
-
-
-def test_a_segment_others_may_open_stays(tmp_path: Path) -> None:
-    """A process of another user could hold it, and we cannot look into that."""
-    _segment(tmp_path, "psm_shared", mode=0o666)
-    assert leftover_segments(set(), tmp_path) == []
-
-
-def test_a_link_stays(tmp_path: Path) -> None:
-    target = _segment(tmp_path, "valuable")
-    (tmp_path / "psm_link").symlink_to(target)
-    assert leftover_segments(set(), tmp_path) == []
-    assert remove_segments([tmp_path / "psm_link", target]) == []
 
 
 def test_a_segment_that_vanishes_is_not_counted(tmp_path: Path) -> None:
