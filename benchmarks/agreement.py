@@ -83,8 +83,8 @@ def rearranged(answer: str) -> set[str]:
     """
     if re.search(r"[A-Z]|\\(?:text|mbox|in)|[a-z]{4}", re.sub(r"\\[a-z]*frac|\\sqrt|\\left|\\right", "", answer)):
         return set()
-    found = math_verify.parse(f"${answer}$", parsing_timeout=None)
-    value = found[0] if found else None
+    parsed = math_verify.parse(f"${answer}$", parsing_timeout=None)
+    value = parsed[0] if parsed else None
     written = value.args if isinstance(value, sympy.Eq) else (value,)
     sides = [side for side in written if isinstance(side, sympy.Expr)]
     if len(sides) < len(written) or not any(side.free_symbols for side in sides):

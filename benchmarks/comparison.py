@@ -83,6 +83,6 @@ def store(records: Sequence[dict[str, Any]], settings: dict[str, Any], out: Path
     """Write the runs and their medians."""
     medians = {"medians": summarise(records), "phases": phase_medians(records)}
     content = {
-        name: found.astype(object).where(found.notna(), None).to_dict("records") for name, found in medians.items()
+        name: frame.astype(object).where(frame.notna(), None).to_dict("records") for name, frame in medians.items()
     }
     write_json(out, {"settings": settings, **content, "runs": list(records)})

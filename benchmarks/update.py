@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 seconds[name].append(taken)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     base = next(iter(medians.values()))
-    lines = [[name, f"{own:.3f}", f"{base / own:.2f}", f"{positions[name]:,}"] for name, own in medians.items()]
+    lines = [[name, f"{value:.3f}", f"{base / value:.2f}", f"{positions[name]:,}"] for name, value in medians.items()]
     print(table(["engine", "seconds", "speed-up", "positions computed"], lines))
     settings = {**vars(options), "model": Path(options.model).name, "out": options.out.name}
     write_json(options.out, {"settings": settings, "seconds": seconds, "positions": positions})

@@ -172,13 +172,13 @@ def phase_costs(calls: Iterable[Call]) -> dict[str, PhaseCost]:
         grouped.setdefault(call.phase, []).append(call)
     return {
         phase: PhaseCost(
-            seconds=max(call.end for call in own) - min(call.start for call in own),
-            requests=len(own),
-            generated=sum(call.generated for call in own),
-            prefilled=sum(call.prefilled for call in own),
-            cached=sum(call.cached for call in own),
+            seconds=max(call.end for call in phase_calls) - min(call.start for call in phase_calls),
+            requests=len(phase_calls),
+            generated=sum(call.generated for call in phase_calls),
+            prefilled=sum(call.prefilled for call in phase_calls),
+            cached=sum(call.cached for call in phase_calls),
         )
-        for phase, own in grouped.items()
+        for phase, phase_calls in grouped.items()
     }
 
 
@@ -189,9 +189,9 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     import recipe.skpo.main  # noqa: F401  registers the resolvers
 
     # These three ask for Hydra's own node, which only a Hydra run has.
-    own = ["output_dir=outputs/benchmarks", "trainer.experiment_name=benchmark"]
+    needed = ["output_dir=outputs/benchmarks", "trainer.experiment_name=benchmark"]
     with initialize_config_dir(str(REPOSITORY / "recipe/skpo/config"), version_base=None):
-        config = compose("skpo_trainer", overrides=[*own, *overrides])
+        config = compose("skpo_trainer", overrides=[*needed, *overrides])
     OmegaConf.resolve(config)
     return config
 

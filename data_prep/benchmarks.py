@@ -157,22 +157,22 @@ def prepare(
 
     The arguments are the options of the command.
     """
-    found = {
+    collected = {
         name: read_split(BENCHMARKS[name], place, "test", skip_bad=skip_bad)
         for name, place in places(source, names).items()
     }
-    for problems in found.values():
+    for problems in collected.values():
         problems.problems = sample(problems.problems, limit, seed)
-    paths = {name: out / f"{name}.parquet" for name in found}
-    for choice in dict.fromkeys(template or BENCHMARKS[name].template for name in found):
-        chosen = [name for name in found if (template or BENCHMARKS[name].template) == choice]
-        write_problems({paths[name]: ("test", found[name]) for name in chosen}, choice)
-    _report_shared(found)
+    paths = {name: out / f"{name}.parquet" for name in collected}
+    for choice in dict.fromkeys(template or BENCHMARKS[name].template for name in collected):
+        chosen = [name for name in collected if (template or BENCHMARKS[name].template) == choice]
+        write_problems({paths[name]: ("test", collected[name]) for name in chosen}, choice)
+    _report_shared(collected)
     return paths
 
 
-def _report_shared(found: Mapping[str, Collected]) -> None:
-    texts = {name: {normalised(problem.question) for problem in part.problems} for name, part in found.items()}
+def _report_shared(collected: Mapping[str, Collected]) -> None:
+    texts = {name: {normalised(problem.question) for problem in split.problems} for name, split in collected.items()}
     for (name, here), (other, there) in combinations(texts.items(), 2):
         if here & there:
             print(f"note: {len(here & there)} problems are in {name} and in {other}")

@@ -129,20 +129,20 @@ def collect(
     Raises:
         DataError: with place and reason of the first malformed row, unless `skip_bad`.
     """
-    found = Collected()
+    collected = Collected()
     first: dict[str, tuple[Problem, str]] = {}
     ambiguous: set[str] = set()
     for raw in rows:
-        found.read += 1
+        collected.read += 1
         try:
             if raw.fault:
                 raise RowError(raw.fault)
             problem = convert(raw.fields)
             if problem is None:
-                found.other_kind += 1
+                collected.other_kind += 1
                 continue
             if problem.id in ambiguous:
-                found.duplicates += 1
+                collected.duplicates += 1
                 continue
             known, where = first.setdefault(problem.id, (problem, raw.where))
             if where == raw.where:
@@ -153,23 +153,23 @@ def collect(
                     f"same id {problem.id} as {where}, but the answer is {problem.answer!r} here and "
                     f"{known.answer!r} there"
                 )
-            found.duplicates += 1
+            collected.duplicates += 1
         except RowError as error:
             fault = f"{raw.where}: {error}"
             if not skip_bad:
                 raise DataError(f"{fault}; mend the row, or leave out such rows with --skip-bad") from error
-            found.bad.append(fault)
-    found.problems = [problem for identifier, (problem, _) in first.items() if identifier not in ambiguous]
+            collected.bad.append(fault)
+    collected.problems = [problem for identifier, (problem, _) in first.items() if identifier not in ambiguous]
     # A question with two answers: nobody knows which one is right, so both rows go.
-    found.bad += [f"{where}: a later row has another answer" for id, (_, where) in first.items() if id in ambiguous]
-    return found
+    collected.bad += [f"{where}: a later row has another answer" for id, (_, where) in first.items() if id in ambiguous]
+    return collected
 
 
-def drop_held_out(found: Collected, texts: frozenset[str]) -> None:
+def drop_held_out(collected: Collected, texts: frozenset[str]) -> None:
     """Drop and count the problems whose normalised text is among `texts`."""
-    kept = [problem for problem in found.problems if normalised(problem.question) not in texts]
-    found.leaks += len(found.problems) - len(kept)
-    found.problems = kept
+    kept = [problem for problem in collected.problems if normalised(problem.question) not in texts]
+    collected.leaks += len(collected.problems) - len(kept)
+    collected.problems = kept
 
 
 def sample(problems: Sequence[Problem], limit: int | None, seed: int) -> list[Problem]:
@@ -185,14 +185,14 @@ def sample(problems: Sequence[Problem], limit: int | None, seed: int) -> list[Pr
 def read_split(source: Source, place: str | None, split: str, *, skip_bad: bool = False) -> Collected:
     """Read one split of a source; `place` is a file, folder or hub name, None for the source's own place on the hub."""
     rows = read_rows(place or source.hub, source.splits[split], None if place else source.hub_config)
-    found = collect(rows, source.problem, skip_bad=skip_bad)
-    for fault in found.bad[:LISTED]:
+    collected = collect(rows, source.problem, skip_bad=skip_bad)
+    for fault in collected.bad[:LISTED]:
         print(f"left out: {one_line(fault, LONGEST_LINE)}", file=sys.stderr)
-    if len(found.bad) > LISTED:
-        print(f"left out: {len(found.bad) - LISTED} more", file=sys.stderr)
-    if not found.problems:
-        raise DataError(f"{place or source.hub}: no usable row of {found.read} for split {split}")
-    return found
+    if len(collected.bad) > LISTED:
+        print(f"left out: {len(collected.bad) - LISTED} more", file=sys.stderr)
+    if not collected.problems:
+        raise DataError(f"{place or source.hub}: no usable row of {collected.read} for split {split}")
+    return collected
 
 
 def questions_of(files: Iterable[Path]) -> list[str]:
@@ -238,17 +238,17 @@ def write_problems(splits: Mapping[Path, tuple[str, Collected]], template: str) 
         DataError: before anything is written, if two rows of different files have one id.
     """
     chat = load_prompt_template(template)
-    everything = [problem for _, found in splits.values() for problem in found.problems]
+    everything = [problem for _, collected in splits.values() for problem in collected.problems]
     refuse_duplicates(
         pa.chunked_array([[problem.id for problem in everything]], pa.string()),
         " + ".join(str(path) for path in splits),
         "drop one of the two rows from its source",
     )
-    for path, (split, found) in splits.items():
-        write_split(path, split, found.problems, chat.prompt)
-        lengths = sorted(len(problem.question) for problem in found.problems)
+    for path, (split, collected) in splits.items():
+        write_split(path, split, collected.problems, chat.prompt)
+        lengths = sorted(len(problem.question) for problem in collected.problems)
         print(
-            f"{path}: {found.summary()}; questions of {lengths[0]} to {lengths[-1]} characters "
+            f"{path}: {collected.summary()}; questions of {lengths[0]} to {lengths[-1]} characters "
             f"(median {lengths[len(lengths) // 2]}), template {template}"
         )
 
@@ -275,12 +275,12 @@ def prepare(
     if place is not None and Path(place).is_file() and len(splits) > 1:
         raise DataError(f"--source {place}: is one file; say with --split which of {', '.join(splits)} it is")
     load_prompt_template(template or source.template)
-    found = {split: read_split(source, place, split, skip_bad=skip_bad) for split in splits}
-    if "train" in found:
-        test = [problem.question for name, split in found.items() if name != "train" for problem in split.problems]
-        drop_held_out(found["train"], held_out([*test, *questions_of(against)]))
-    for split in found.values():
+    collected = {split: read_split(source, place, split, skip_bad=skip_bad) for split in splits}
+    if "train" in collected:
+        test = [problem.question for name, split in collected.items() if name != "train" for problem in split.problems]
+        drop_held_out(collected["train"], held_out([*test, *questions_of(against)]))
+    for split in collected.values():
         split.problems = sample(split.problems, limit, seed)
     paths = {split: out / f"{split}.parquet" for split in splits}
-    write_problems({paths[split]: (split, found[split]) for split in splits}, template or source.template)
+    write_problems({paths[split]: (split, collected[split]) for split in splits}, template or source.template)
     return paths

@@ -64,17 +64,17 @@ def split_files(folder: Path, split: str) -> list[Path]:
     """
     candidates = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
     by_name = [path for path in candidates if re.fullmatch(rf"{re.escape(split)}(-.*)?", path.stem)]
-    found = by_name or [path for path in candidates if split in path.relative_to(folder).parent.parts]
-    if not found:
+    files = by_name or [path for path in candidates if split in path.relative_to(folder).parent.parts]
+    if not files:
         present = ", ".join(str(path.relative_to(folder)) for path in candidates[:5]) or "no data file"
         raise DataError(
             f"{folder}: has no {split}.jsonl, .json, .parquet or .csv (it has {present}); name the file by --source"
         )
-    copies = {path.stem for path in found if path.suffix != found[0].suffix}
+    copies = {path.stem for path in files if path.suffix != files[0].suffix}
     if copies:
-        listed = ", ".join(str(path.relative_to(folder)) for path in found[:4])
+        listed = ", ".join(str(path.relative_to(folder)) for path in files[:4])
         raise DataError(f"{folder}: {split} is there in several formats ({listed}); name one of them by --source")
-    return found
+    return files
 
 
 def _file_rows(file: Path) -> Iterator[RawRow]:

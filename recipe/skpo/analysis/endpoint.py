@@ -160,21 +160,21 @@ async def _complete(
     """Ask for ``samples`` continuations, again if the endpoint returns fewer choices than requested."""
     extra = {"continue_final_message": True, "add_generation_prompt": False}
     body = extra if config.mode == "prefill" and request.partial else None
-    found: list[Completion] = []
-    while len(found) < samples:
-        count = min(samples - len(found), config.samples_per_request or samples)
+    completions: list[Completion] = []
+    while len(completions) < samples:
+        count = min(samples - len(completions), config.samples_per_request or samples)
         answer = await client.chat.completions.create(
             model=config.model,
             messages=request.chat(config.mode),
             n=count,
-            seed=request.seed + len(found),
+            seed=request.seed + len(completions),
             extra_body=body,
             **settings,
         )
         choices = list(answer.choices or [])[:count]
         require(bool(choices), f"{config.base_url}: an answer without choices; is it an OpenAI-compatible endpoint?")
-        found += [Completion((), choice.message.content or "", choice.finish_reason or "") for choice in choices]
-    return found
+        completions += [Completion((), choice.message.content or "", choice.finish_reason or "") for choice in choices]
+    return completions
 
 
 async def _ask_all(

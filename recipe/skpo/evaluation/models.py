@@ -73,8 +73,8 @@ def _latest(folder: Path) -> Path:
         step = marked_step(root)
         if step is not None:
             path = root / f"global_step_{step}"
-            found = f"checkpoint: {root / MARKER} names {path.name}, which is not there"
-            require(path.is_dir(), f"{found}; name another one")
+            marker = f"checkpoint: {root / MARKER}"
+            require(path.is_dir(), f"{marker} names {path.name}, which is not there; name another one")
             return path
     return folder
 

@@ -77,8 +77,8 @@ def add_flags(parser: argparse.ArgumentParser, record: type, title: str = "") ->
         default, text = None if item.default is MISSING else item.default, item.metadata["help"]
         if default not in (None, ""):
             shown = default if isinstance(default, tuple) else (default,)
-            numbers = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown)
-            text += f" (default {','.join(numbers)})"
+            texts = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown)
+            text += f" (default {','.join(texts)})"
         group.add_argument(
             _flag(item),
             dest=item.name,

@@ -24,8 +24,8 @@ LAST_STEP = 2**53
 
 def mean(values: Iterable[float]) -> float:
     """Return the arithmetic mean of at least one number."""
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
+    listed = list(values)
+    return sum(listed) / len(listed)
 
 
 def rollout_metrics(rows: Rows, advantages: torch.Tensor) -> dict[str, float]:

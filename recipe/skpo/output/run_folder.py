@@ -9,13 +9,15 @@ MARKER = "latest_checkpointed_iteration.txt"
 """verl's file with the number of the checkpoint that counts."""
 
 
+def by_step(folder: Path, pattern: str) -> dict[int, Path]:
+    """Map step to path, in the order of steps, of what is in a folder; the first group of the names' pattern."""
+    steps = {int(match[1]): path for path in folder.glob("*") if (match := re.fullmatch(pattern, path.name))}
+    return dict(sorted(steps.items()))
+
+
 def stored_checkpoints(folder: Path) -> dict[int, Path]:
     """Map step to folder of all checkpoints, whole or not, in the order of steps."""
-    found = {}
-    for path in folder.glob("global_step_*"):
-        if (match := re.fullmatch(r"global_step_(\d+)", path.name)) and path.is_dir():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    return {step: path for step, path in by_step(folder, r"global_step_(\d+)").items() if path.is_dir()}
 
 
 def marked_step(folder: Path) -> int | None:

@@ -27,16 +27,16 @@ def held_out(line: dict[str, float]) -> dict[str, dict[str, float]]:
         ``{source: {"acc": share correct, "well_formed": share, "acc_of_well_formed": share}}``; the last two only
         if the reward function reports ``well_formed``.  ``{source: {"reward": mean}}`` if it reports no ``acc``.
     """
-    found: dict[str, dict[str, float]] = {}
+    means: dict[str, dict[str, float]] = {}
     for name, value in line.items():
         # val-core/<data source>/<variable>/mean@<n>; a data source may contain slashes
         section, _, rest = name.partition("/")
         if section in ("val-core", "val-aux") and rest.rpartition("/")[2].startswith("mean@"):
             source, _, variable = rest.rpartition("/")[0].rpartition("/")
             if isinstance(value, int | float):
-                found.setdefault(source, {})[variable] = value
+                means.setdefault(source, {})[variable] = value
     result = {}
-    for source, values in found.items():
+    for source, values in means.items():
         # Runs of former releases have the plain number that a reward function returned as ``acc`` too.
         plain = "score" not in values and values.get("acc") == values.get("reward")
         if "acc" in values and not plain:

@@ -7,7 +7,6 @@ evenly from the first to the newest.  A resume removes the steps that are traine
 
 import logging
 import random
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 
 from recipe.skpo.method.rows import RolloutRecord, Rows, Transcript
 from recipe.skpo.output.files import replacing
+from recipe.skpo.output.run_folder import by_step
 
 logger = logging.getLogger(__name__)
 
@@ -173,11 +173,7 @@ def _storable(value: Any) -> Any:
 
 def stored_steps(folder: Path) -> dict[int, Path]:
     """Step to file, in the order of steps."""
-    found = {}
-    for path in folder.glob("step_*.parquet"):
-        if match := re.fullmatch(r"step_(\d+)\.parquet", path.name):
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    return by_step(folder, r"step_(\d+)\.parquet")
 
 
 class TreeStore:

@@ -68,6 +68,20 @@ class FakeSampler:
 
 
 @pytest.fixture
+def refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command in an empty folder; it must refuse in one line, which is returned, and make no folder ``out``."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main: Callable[[list[str]], int], arguments: list[str]) -> str:
+        assert main([*arguments, "--out", "out"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1 and not Path("out").exists()
+        return error.removeprefix("error: ")
+
+    return run
+
+
+@pytest.fixture
 def problems_file(tmp_path: Path) -> Path:
     """Six problems, "0 + 0?" to "5 + 5?"."""
     path = tmp_path / "problems.parquet"

@@ -101,9 +101,8 @@ def test_table_results_and_config_are_written(command, model: Path, capsys: pyte
     assert rows["ground_truth"].tolist() == [str(2 * n) for n in range(10)]
     for number, row in enumerate(rows.itertuples()):
         assert (row.k, len(row.responses), len(row.lengths)) == (3, 3, 3)
-        for response, pred, right, formed, length, cut in zip(
-            row.responses, row.preds, row.right, row.well_formed, row.lengths, row.cut, strict=True
-        ):
+        columns = (row.responses, row.preds, row.right, row.well_formed, row.lengths, row.cut)
+        for response, pred, right, formed, length, cut in zip(*columns, strict=True):
             answered = response.startswith("####")
             assert (right, formed) == (answered and number % 2 == 0, answered)
             assert pred == (response[5:] if answered else "")
@@ -232,24 +231,15 @@ def test_greedy(command, capsys: pytest.CaptureFixture[str]) -> None:
         (["benchmarks=[livecodebench]"], "benchmarks: 'livecodebench' is unknown; known are aime24, "),
         (["benchmarks=[amc23]"], "make it with `python -m data_prep.benchmarks --names amc23 --out cache/benchmarks`"),
         (["benchmarks=[no.parquet]"], "benchmarks: no.parquet does not exist; "),
-        (
-            ["benchmarks=[sums.parquet,./sums.parquet]"],
-            "benchmarks: ./sums.parquet and sums.parquet are both called sums",
-        ),
+        (["benchmarks=[sums.parquet,./sums.parquet]"], "./sums.parquet and sums.parquet are both called sums"),
         (["checkpoint=null"], "checkpoint: is not set; give a Hugging Face folder or name, "),
         (["checkpoint=no/such/model"], "checkpoint: no/such/model does not exist; give "),
         (["max_prompt_length=10"], "row 0: the prompt has 25 tokens, max_prompt_length is 10; raise it"),
         (["reward.path=no.py"], "reward: "),
         (["reward.name=nope"], "reward: "),
         (["+reward.reward_kwargs.answer_format=nope"], "answer_format: 'nope' is unknown"),
-        (
-            ["+reward.reward_kwargs.answer_formt=boxed"],
-            "reward_kwargs.answer_formt: is unknown; known are answer_format",
-        ),
-        (
-            ["+reward.reward_kwargs.thought_marks=off"],
-            "thought_marks: 'off' is unknown; give auto, none, or the opening",
-        ),
+        (["+reward.reward_kwargs.answer_formt=boxed"], "answer_formt: is unknown; known are answer_format"),
+        (["+reward.reward_kwargs.thought_marks=off"], "thought_marks: 'off' is unknown; give auto, none, or"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(
