@@ -203,19 +203,17 @@ def upstream_scores(
         truth = 2 * segment - 1 - exact
         true_normalised = batch_normalised(2 * segment - 1, exact, config.batch)
         for estimator, baseline in (("skpo", tracked), ("skpo_exact_baseline", exact)):
+            difference = reward - baseline
             normalised = batch_normalised(reward, baseline, config.batch)
-            right = _right(reward - baseline, truth)
-            yield (
-                estimator,
-                visit,
-                Scores(
-                    right=right,
-                    zero=(signs(reward - baseline) == 0).astype(np.float64),
-                    error=np.abs(normalised - true_normalised),
-                    normalised_right=_right(normalised, truth),
-                    prompt_right=right,
-                ),
+            right = _right(difference, truth)
+            scores = Scores(
+                right=right,
+                zero=(signs(difference) == 0).astype(np.float64),
+                error=np.abs(normalised - true_normalised),
+                normalised_right=_right(normalised, truth),
+                prompt_right=right,
             )
+            yield estimator, visit, scores
         for key, observed in zip(keys, reward, strict=True):
             tracker.visit(key, (observed + 1) / 2, 1.0, config.drift)
 

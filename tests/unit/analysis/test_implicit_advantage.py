@@ -66,7 +66,7 @@ def test_cuts_are_at_word_ends_and_begin_with_nothing() -> None:
     assert ["one two"[:end] for end in cut_lengths("one two", 4)] == ["", "", "one", "one"]
 
 
-def test_marks_numbers_and_commands_are_not_torn() -> None:
+def test_marks_numbers_and_commands_are_not_split() -> None:
     text = "so \\frac{1}{2} is 0.5, 1,200 .\n#### 7"
     pieces = ["so", " \\frac", "{", "1", "}{", "2", "}", " is", " 0.5", ",", " 1,200", " .", "\n####", " 7"]
     assert "".join(pieces) == text

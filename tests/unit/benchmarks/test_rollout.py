@@ -108,7 +108,7 @@ def test_sticky_routing_finds_the_siblings_prefill_in_the_cache() -> None:
             assert hit >= share, name
 
 
-def test_phases_are_told_by_their_requests() -> None:
+def test_phases_are_distinguished_by_their_requests() -> None:
     calls = [
         Call("downstream", 2.0, 9.0, 30, 50, 40),
         Call("upstream", 0.0, 3.0, 10, 20, 0),

@@ -43,7 +43,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does(adapted, tmp_path: 
 
     tokens = torch.arange(50)[None]
     with torch.no_grad():
-        wanted = adapted(input_ids=tokens).logits
+        expected = adapted(input_ids=tokens).logits
         with adapted.disable_adapter():
             base = adapted(input_ids=tokens).logits
     state = merged_by_verl(adapted, tmp_path / "actor", tmp_path / "target")
@@ -60,7 +60,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does(adapted, tmp_path: 
     with torch.no_grad():
         found = merged.float()(input_ids=tokens).logits
     # bfloat16 has 8 bits.
-    assert (found - wanted).abs().max() < 0.02 * (wanted - base).abs().max()
+    assert (found - expected).abs().max() < 0.02 * (expected - base).abs().max()
 
 
 def test_an_adapter_without_its_base_model_is_refused(adapted, tmp_path: Path) -> None:

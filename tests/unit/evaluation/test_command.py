@@ -265,11 +265,11 @@ def test_bad_row_is_named(command, data: Path, capsys: pytest.CaptureFixture[str
 
 def test_reward_of_ones_own_gets_what_the_trainer_gives(command, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "def check(data_source, solution_str, ground_truth, extra_info, wanted, **_):\n"
+        "def check(data_source, solution_str, ground_truth, extra_info, chosen, **_):\n"
         "    assert data_source == 'skpo/arithmetic' and '</s>' not in solution_str\n"
-        "    return {'score': 1.0 if extra_info['index'] == wanted else -1.0}\n"
+        "    return {'score': 1.0 if extra_info['index'] == chosen else -1.0}\n"
     )
-    overrides = ["reward.path=mine.py", "reward.name=check", "+reward.reward_kwargs.wanted=4"]
+    overrides = ["reward.path=mine.py", "reward.name=check", "+reward.reward_kwargs.chosen=4"]
     assert command(*overrides, "output_dir=out")[0] == 0
     rows = pd.read_parquet("out/sums/problems.parquet")
     assert rows["n_right"].tolist() == [3 * (n == 4) for n in range(10)]
@@ -358,16 +358,16 @@ def test_a_run_is_evaluated_with_its_own_template_and_reward(command, model: Pat
 
 
 def test_the_arguments_of_the_runs_reward_are_taken_over(command, model: Path, tmp_path: Path) -> None:
-    reward = "def check(wanted, extra_info, **_):\n    return float(extra_info['index'] == wanted)\n"
+    reward = "def check(chosen, extra_info, **_):\n    return float(extra_info['index'] == chosen)\n"
     (tmp_path / "mine.py").write_text(reward)
-    run = thinking_run(tmp_path / "run", model, {"path": "mine.py", "name": "check", "reward_kwargs": {"wanted": 4}})
+    run = thinking_run(tmp_path / "run", model, {"path": "mine.py", "name": "check", "reward_kwargs": {"chosen": 4}})
     ours = (f"checkpoint={run}", "reward.path=mine.py", "reward.name=check", "max_prompt_length=70", "output_dir=out")
 
     def right() -> list[int]:
         return pd.read_parquet("out/sums/problems.parquet").query("n_right > 0").index.tolist()
 
     assert command(*ours)[0] == 0 and right() == [4]
-    assert command(*ours, "+reward.reward_kwargs.wanted=7")[0] == 0 and right() == [7], "what is given goes over it"
+    assert command(*ours, "+reward.reward_kwargs.chosen=7")[0] == 0 and right() == [7], "what is given goes over it"
 
 
 def test_a_model_of_no_run_is_asked_as_the_keys_say(command, model: Path, capsys) -> None:

@@ -208,7 +208,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out_and_does_not_swallow_the_next_one(
     assert steps(path) == [1, 2, 3, 4]
 
 
-def test_lines_with_unicode_line_ends_or_a_torn_character_are_read(tmp_path: Path) -> None:
+def test_lines_with_unicode_line_ends_or_half_a_character_are_read(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     line = {"step": 1, "text": "one\u2028two\x85three"}
     path.write_bytes((json.dumps(line, ensure_ascii=False) + '\n{"step": 2, "text": "é').encode()[:-1])

@@ -154,7 +154,7 @@ def test_trees_come_back_as_they_were_in_the_order_of_steps(folder: Path) -> Non
     assert all_trees(folder.parent) == [*trees[:3], a_tree(1_000_000, "a\\ud83db")]
 
 
-def test_only_the_places_that_are_asked_for_are_read(folder: Path) -> None:
+def test_only_the_requested_places_are_read(folder: Path) -> None:
     store = TreeStore(folder, 64.0, 0)
     for step in (1, 2):
         store.write(step, [a_tree(step, str(number)) for number in range(3)])

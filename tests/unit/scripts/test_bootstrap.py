@@ -419,8 +419,8 @@ def test_a_package_that_hides_ours_is_named(project, tmp_path):
 def test_a_listed_gpu_means_gpu_requirements_unless_told_otherwise(project, environment, platform):
     result = project.bootstrap(**environment)
     assert result.stdout == f"{platform}\n", result.stderr
-    wanted = {"cpu": "cpu.txt", "gpu": "cuda.txt"}[platform]
-    assert any(f"-r requirements/{wanted}" in call for call in project.calls())
+    name = {"cpu": "cpu.txt", "gpu": "cuda.txt"}[platform]
+    assert any(f"-r requirements/{name}" in call for call in project.calls())
 
 
 # --- the two commands
