@@ -6,9 +6,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.skpo.checks import ACTOR, MODEL
+from recipe.skpo.checks import ACTOR, MODEL, ROLLOUT
 from recipe.skpo.errors import ConfigError
 
+DENSE_MASK_GB = 2
+"""Largest mask of ``packed_attention=dense``; building it takes twice as much."""
 KINDS = ("auto", "varlen", "flex", "dense", "none")
 ATTENTION = f"{MODEL}.override_config.attn_implementation"
 
@@ -97,11 +99,30 @@ def _obstacle(config: DictConfig, kind: str) -> str | None:
             return f"its masks need +{ATTENTION}=sdpa (is {attention})"
         if model.use_remove_padding:
             return f"{MODEL}.use_remove_padding is true, but it packs rows in its own way"
+        gigabytes = _dense_mask_gb(config)
+        if gigabytes > DENSE_MASK_GB:
+            return (
+                f"the mask of a micro-batch may take {gigabytes:.1f} GB, more than {DENSE_MASK_GB} (a byte per pair of "
+                f"tokens of {ACTOR}.ppo_max_token_len_per_gpu or {ROLLOUT}.log_prob_max_token_len_per_gpu)"
+            )
     elif attention not in (None, "sdpa"):
         return f"{ATTENTION} is {attention}"
     elif not model.use_remove_padding:
         return f"{MODEL}.use_remove_padding is false"
     return None
+
+
+def _dense_mask_gb(config: DictConfig) -> float:
+    """Gigabytes of the largest dense mask: a byte per pair of tokens of a micro-batch."""
+    actor, rollout, data = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.data
+    row, rows = data.max_prompt_length + data.max_response_length, data.train_batch_size * rollout.n
+    budgets = (
+        actor.ppo_max_token_len_per_gpu if actor.use_dynamic_bsz else row * (actor.ppo_micro_batch_size_per_gpu or 1),
+        rollout.log_prob_max_token_len_per_gpu
+        if rollout.log_prob_use_dynamic_bsz
+        else row * (rollout.log_prob_micro_batch_size_per_gpu or 1),
+    )
+    return min(max(budgets), row * rows) ** 2 / 1e9
 
 
 def sequence_parallel_size(config: Any) -> int:

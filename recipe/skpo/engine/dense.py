@@ -137,13 +137,14 @@ def pack_rows(prompts: Sequence[torch.Tensor], responses: Sequence[torch.Tensor]
             own[0] = last_of_prompt
             predictors[row] = sequence * length + own
 
-    same_tree = tree.unsqueeze(2) == tree.unsqueeze(1)
-    same_branch = (branch.unsqueeze(2) == branch.unsqueeze(1)) | (branch.unsqueeze(1) == 0)
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    # In place: with long rows the mask is most of the memory.
+    visible = branch.unsqueeze(2) == branch.unsqueeze(1)
+    visible |= branch.unsqueeze(1) == 0
+    visible &= tree.unsqueeze(2) == tree.unsqueeze(1)
     return PackedRows(
         input_ids,
         position_ids,
-        (same_tree & same_branch & causal).unsqueeze(1),
+        visible.tril_().unsqueeze(1),
         torch.cat(predictors),
         torch.cat(list(responses)),
     )

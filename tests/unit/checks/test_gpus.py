@@ -99,6 +99,29 @@ def test_sequence_parallel_needs_flash_attention(spelling: str, compose_config) 
 
 
 @pytest.mark.parametrize(
+    ("overrides", "gigabytes"),
+    [
+        ([f"{ACTOR}.ppo_max_token_len_per_gpu=40000"], None),
+        ([f"{ACTOR}.ppo_max_token_len_per_gpu=50000"], "2.5"),
+        ([f"{ROLLOUT}.log_prob_max_token_len_per_gpu=100000"], "10.0"),
+        ([f"{ACTOR}.use_dynamic_bsz=false", f"{ACTOR}.ppo_micro_batch_size_per_gpu=12"], "2.4"),
+        # As good as unlimited, which a small step does not fill.
+        ([f"{ACTOR}.ppo_max_token_len_per_gpu=100000", "data.train_batch_size=1"], None),
+    ],
+)
+def test_a_dense_mask_that_takes_gigabytes_is_refused(overrides: list[str], gigabytes: str, compose_config) -> None:
+    sizes = ["data.max_prompt_length=1024", "data.max_response_length=3072", "data.train_batch_size=64"]
+    config = compose_config("platform=cpu", *sizes, *overrides)
+    if gigabytes is None:
+        assert choose_engine(config, flash_attention=False).kind == "dense"
+        return
+    with pytest.raises(
+        ConfigError, match=f"packed_attention: is dense, but the mask .* may take {gigabytes} GB, more than 2"
+    ):
+        choose_engine(config, flash_attention=False)
+
+
+@pytest.mark.parametrize(
     ("name", "method", "longest"),
     [
         ("actor.ppo_max_token_len_per_gpu", "skpo", 1024 + 1536 + 3072),
