@@ -62,6 +62,8 @@ from recipe.skpo.trainer.timeouts import CheckpointManagerWithTimeout, ReplayBuf
 
 logger = logging.getLogger(__name__)
 
+_MANY = 100_000
+"""Prompts above which the memory of their stored segments is warned of."""
 _OFTEN = 3
 """Failed visits in a row from which a prompt is named in the log."""
 EFFORT = BestEffort()
@@ -129,6 +131,10 @@ class BaseTrainer(PPOTrainerSync):
     def _init_dataloader(self) -> None:
         with counted_dataset(self.config):
             super()._init_dataloader()
+        if self.settings.tracker.drift == "logratio":
+            prompts = len(self.train_dataset)
+            expected = self.state.segments.expected(prompts, self.config.data.max_response_length)
+            logger.log(logging.WARNING if prompts > _MANY else logging.INFO, expected)
         if self.curriculum:
             batches = PrioritisedBatches(
                 # The whole column at once; row by row takes sixty times as long.

@@ -50,9 +50,17 @@ class StateError(RuntimeError):
 
 
 class StoredSegments:
-    """Each prompt's last trained tokens with their log-probs, for the drift ``logratio`` (docs/method.md, 12)."""
+    """Each prompt's last trained tokens with their log-probs, for the drift ``logratio`` (docs/method.md, 12).
 
-    def __init__(self) -> None:
+    Args:
+        most_tokens: bound of all of them; over it, those stored longest ago are dropped.
+    """
+
+    TOKEN_BYTES = 8
+
+    def __init__(self, most_tokens: int = 10**9) -> None:
+        self.most_tokens = most_tokens
+        self._tokens = 0
         self._rows: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def __contains__(self, prompt_id: str) -> bool:
@@ -66,15 +74,32 @@ class StoredSegments:
         return self._rows[prompt_id]
 
     def put(self, prompt_id: str, token_ids: Any, logprobs: Any) -> None:
-        """Replace what is stored for the prompt.
+        """Replace what is stored for the prompt by copies: a view would keep the whole batch in memory.
 
         Raises:
             ValueError: no token, or lengths that differ.
         """
-        tokens, values = np.asarray(token_ids, dtype=np.int32), np.asarray(logprobs, dtype=np.float32)
+        tokens, values = np.array(token_ids, dtype=np.int32), np.array(logprobs, dtype=np.float32)
         if not tokens.size or tokens.shape != values.shape:
             raise ValueError(f"{tokens.size} tokens with {values.size} log-probs for prompt {prompt_id}")
+        self._drop(prompt_id)
         self._rows[prompt_id] = (tokens, values)
+        self._tokens += tokens.size
+        while self._tokens > self.most_tokens:
+            self._drop(next(iter(self._rows)))
+
+    def _drop(self, prompt_id: str) -> None:
+        if prompt_id in self._rows:
+            self._tokens -= self._rows.pop(prompt_id)[0].size
+
+    def expected(self, prompts: int, tokens: int) -> str:
+        """Say how much memory these prompts' segments of at most so many tokens can take."""
+        most, wanted = (count * self.TOKEN_BYTES / 1e9 for count in (self.most_tokens, prompts * tokens))
+        kept = f"; over {most:.1f} GB those stored longest ago are dropped" if wanted > most else ""
+        return (
+            f"skpo.tracker.drift=logratio keeps the last segments of {prompts:,} prompts: at most {wanted:.1f} GB in "
+            f"the trainer and in every checkpoint{kept}"
+        )
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """``keys``, ``lengths``, and the rows one after another in ``token_ids`` and ``logprobs``."""
@@ -98,7 +123,7 @@ class StoredSegments:
         total = int(ends[-1]) if len(ends) else 0
         if not (len(state["keys"]) == len(ends) and total == len(state["token_ids"]) == len(state["logprobs"])):
             raise ValueError("stored segments have arrays of different lengths")
-        self._rows = {}
+        self._rows, self._tokens = {}, 0
         for key, start, end in zip(state["keys"], ends - state["lengths"], ends, strict=True):
             self.put(str(key), state["token_ids"][start:end], state["logprobs"][start:end])
 

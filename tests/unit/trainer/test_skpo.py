@@ -270,7 +270,7 @@ def test_every_prompt_gets_its_own_uid_split_seed_and_the_step(make_trainer, mon
     [("skpo", True, True), ("skpo", False, False), ("grpo", True, False), ("spo", True, True)],
 )
 def test_the_curriculum_is_for_methods_that_use_it_and_can_be_switched_off(
-    make_trainer, monkeypatch, method: str, enable: bool, prioritised: bool
+    make_trainer, monkeypatch, caplog, method: str, enable: bool, prioritised: bool
 ) -> None:
     from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
@@ -279,12 +279,14 @@ def test_the_curriculum_is_for_methods_that_use_it_and_can_be_switched_off(
     ids = [f"p{number}" for number in range(20)]
 
     def init_dataloader(self) -> None:
-        self.train_dataset = SimpleNamespace(dataframe={"id": ids}, __len__=lambda: 20)
+        self.train_dataset = type("Dataset", (), {"dataframe": {"id": ids}, "__len__": lambda self: 20})()
         self.train_dataloader = "verl's own"
 
     monkeypatch.setattr(PPOTrainerSync, "_init_dataloader", init_dataloader)
     trainer = make_trainer(method, curriculum={"enable": enable, "epsilon": 0.25})
-    trainer._init_dataloader()
+    with caplog.at_level("INFO", "recipe.skpo.trainer"):
+        trainer._init_dataloader()
+    assert ("segments of 20 prompts" in caplog.text) is (method == "spo"), "whose drift is the log-ratio"
     assert trainer.curriculum is prioritised
     if not prioritised:
         assert trainer.train_dataloader == "verl's own"

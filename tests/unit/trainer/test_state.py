@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -179,6 +180,28 @@ def test_a_stored_segment_is_the_last_one_of_its_prompt() -> None:
     tokens, logprobs = segments.get("a")
     assert (tokens.tolist(), logprobs.tolist()) == ([7, 8], [-0.25, -0.75])
     assert (tokens.dtype, logprobs.dtype) == (np.int32, np.float32)
+
+
+def test_over_its_bound_the_segments_stored_longest_ago_are_dropped() -> None:
+    segments = StoredSegments(most_tokens=5)
+    batch = torch.arange(8.0)
+    for key, size in (("a", 2), ("b", 2), ("a", 1), ("c", 2)):
+        segments.put(key, range(size), batch[:size])
+    assert len(segments) == 3, "a was replaced, and is now the younger one"
+    batch[:] = -1.0
+    assert segments.get("c")[1].tolist() == [0.0, 1.0], "a copy: a view would keep the batch"
+    segments.put("d", [7, 8], [0.0, 0.0])
+    assert ["a" in segments, "b" in segments, "c" in segments, "d" in segments] == [True, False, True, True]
+    fewer = StoredSegments(most_tokens=4)
+    fewer.load_state_dict(segments.state_dict())
+    assert len(fewer) == 2 and "a" not in fewer, "a checkpoint of a run without the bound is loaded as far as it goes"
+
+
+@pytest.mark.parametrize(("prompts", "size", "drops"), [(17_000, "1.1 GB", False), (2_000_000, "128.0 GB", True)])
+def test_the_memory_of_segments_is_told(prompts: int, size: str, drops: bool) -> None:
+    told = StoredSegments().expected(prompts, 8_000)
+    assert f"segments of {prompts:,} prompts: at most {size}" in told
+    assert ("over 8.0 GB those stored longest ago are dropped" in told) is drops
 
 
 @pytest.mark.parametrize(("tokens", "logprobs"), [([], []), ([1, 2], [-1.0]), ([1], [-1.0, -2.0])])
