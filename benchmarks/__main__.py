@@ -1,8 +1,9 @@
-"""All measurements, or one of them: ``python -m benchmarks [rollout|engine|recipe|update|threads [OPTIONS]]``.
+"""All measurements, or one of them: ``python -m benchmarks [rollout|engine|recipe|scale|update|threads [OPTIONS]]``.
 
     rollout    SKPO, GRPO and two-batch SKPO on clusters in virtual time, at the paper's shape among others
     engine     the same methods on this machine's vLLM, with the embedded model and task
     recipe     the recipe's own Python against its limits
+    scale      how the cost of each part grows, and its share of a large step
     update     one actor update with and without share_prefixes
     threads    an actor update beside an idle thread pool, by number of threads and OpenMP's wait policy
 
@@ -15,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-PARTS = ("rollout", "engine", "recipe", "update", "threads")
+PARTS = ("rollout", "engine", "recipe", "scale", "update", "threads")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ of 512.  ``python -m cProfile -s tottime -m benchmarks recipe`` shows where the 
 """
 
 import json
+import pickle
 import statistics
 import subprocess
 import sys
@@ -53,7 +54,9 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
 # ---------------------------------------------------------------- per prompt, in a rollout worker
 
 
-def prompt_parts() -> dict[str, Callable[[], Any]]:
+def prompt_parts(
+    group: int = GROUP, tokens: int = RESPONSE_TOKENS, segment: int = SEGMENT_TOKENS
+) -> dict[str, Callable[[], Any]]:
     """Return the recipe's work for one prompt on top of verl, by name; its inputs are made beforehand."""
     from verl.workers.rollout.replica import TokenOutput
 
@@ -72,25 +75,25 @@ def prompt_parts() -> dict[str, Callable[[], Any]]:
             extra_fields={"num_cached_tokens": 0},
         )
 
-    outputs, answers = ([answer(n) for _ in range(GROUP)] for n in (SEGMENT_TOKENS, RESPONSE_TOKENS))
+    outputs, answers = ([answer(n) for _ in range(group)] for n in (segment, tokens))
 
     def cut(output: TokenOutput) -> Candidate:
-        segment = cut_segment(output.token_ids, output.log_probs or [], SEGMENT_TOKENS, False)
-        return Candidate(segment, False, output)
+        kept = cut_segment(output.token_ids, output.log_probs or [], segment, False)
+        return Candidate(kept, False, output)
 
     candidates = [cut(output) for output in outputs]
     # The rows need nothing of a worker's own.
     worker: Any = object.__new__(SkpoAgentLoopWorker)
     worker.settings = SkpoSettings()
     skip = skip_prompt(candidates[0].segment.token_ids, problem)
-    state = SkpoState(SkpoSettings(), RESPONSE_TOKENS)
+    state = SkpoState(SkpoSettings(), tokens)
 
     def select() -> int:
         return select_segment([candidate.segment.deviation for candidate in map(cut, outputs)])
 
     def rows() -> list[Any]:
         siblings = [worker._row(skip, answer.token_ids, answer.log_probs, {}) for answer in answers]
-        return [*siblings, worker._segment_row(problem, candidates, 0, SEGMENT_TOKENS, (0.0, 0.0), 0)]
+        return [*siblings, worker._segment_row(problem, candidates, 0, segment, (0.0, 0.0), 0)]
 
     def trackers() -> None:
         state.next_visit("a", 1)
@@ -108,51 +111,42 @@ def prompt_parts() -> dict[str, Callable[[], Any]]:
 # ---------------------------------------------------------------- per step, in the trainer
 
 
-def training_step(prompts: int = PROMPTS) -> Callable[[], dict[str, float]]:
-    """Return a call that computes the trainer's advantages, trackers, loss weights and metrics of one batch.
+def stored_rows(
+    prompts: int, group: int = GROUP, tokens: int = RESPONSE_TOKENS, segment: int | None = SEGMENT_TOKENS
+) -> tuple[Any, Any]:
+    """Make a batch as TransferQueue hands it over: its columns, its keys and tags.
 
-    It is ``SkpoTrainer._compute_advantage`` itself; TransferQueue hands over what is in memory already.  A call returns
-    the step's metrics.
+    Each prompt has its own record of candidates of real length, as a rollout worker makes it.
+
+    Args:
+        prompts: number of them.
+        group: responses of each.
+        tokens: of each response.
+        segment: tokens of a segment and of each candidate; None makes responses alone, as verl's own agent stores them.
     """
     import torch
-    from omegaconf import OmegaConf
     from tensordict import NonTensorData, NonTensorStack, TensorDict
     from transfer_queue import KVBatchMeta
 
-    from recipe.skpo.method.rows import (
-        DOWNSTREAM,
-        PHASE_FIELD,
-        RECORD,
-        UPSTREAM,
-        CandidateRecord,
-        RolloutRecord,
-        TokenCounts,
-    )
-    from recipe.skpo.settings import SkpoSettings
-    from recipe.skpo.trainer.skpo import SkpoTrainer
-    from recipe.skpo.trainer.state import SkpoState
+    from recipe.skpo.method.rows import DOWNSTREAM, PHASE_FIELD, RECORD, UPSTREAM, TokenCounts
 
     generator = torch.Generator().manual_seed(1)
-    sizes = [SEGMENT_TOKENS, *[RESPONSE_TOKENS] * GROUP] * prompts
-    uids = [f"v{number:010d}" for number in range(prompts) for _ in range(GROUP + 1)]
-    keys = [f"{uid}_{row % (GROUP + 1)}_0" for row, uid in enumerate(uids)]
-    siblings = asdict(TokenCounts(generated=RESPONSE_TOKENS, prefilled=700, cached=600))
-    record = RolloutRecord(
-        generated=GROUP * SEGMENT_TOKENS,
-        prefilled=GROUP * PROBLEM_TOKENS,
-        cached=0,
-        split_position=SEGMENT_TOKENS,
-        candidates=(CandidateRecord(np.zeros(SEGMENT_TOKENS, np.int32), SEGMENT_TOKENS, 0.5, False),) * GROUP,
-        chosen=0,
-        seconds=1.0,
-        downstream_seconds=1.0,
-    )
+    phases = [DOWNSTREAM] * group if segment is None else [UPSTREAM, *[DOWNSTREAM] * group]
+    sizes = [tokens if phase == DOWNSTREAM or segment is None else segment for phase in phases] * prompts
+    uids = [f"v{number:010d}" for number in range(prompts) for _ in phases]
+    keys = [f"{uid}_{row % len(phases)}_0" for row, uid in enumerate(uids)]
+    extras: list[Any] = [{"num_cached_tokens": 600, RECORD: asdict(TokenCounts(tokens, 700, 600))}] * group * prompts
+    if segment is not None:
+        *_, upstream = prompt_parts(group, 1, segment)["rows"]()
+        stored = pickle.dumps({RECORD: asdict(upstream.extra_fields[RECORD])})
+        own = [pickle.loads(stored) for _ in range(prompts)]  # noqa: S301  made one line above
+        extras = [extra for record in own for extra in [record, *extras[:group]]]
 
     def nested(rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
-    def scores(tokens: int) -> torch.Tensor:
-        row = torch.zeros(tokens)
+    def scores(size: int) -> torch.Tensor:
+        row = torch.zeros(size)
         row[-1] = float(torch.randint(2, (1,), generator=generator)) * 2 - 1
         return row
 
@@ -162,28 +156,60 @@ def training_step(prompts: int = PROMPTS) -> Callable[[], dict[str, float]]:
     fields = {
         "id": stack([f"{int(uid[1:]):016x}" for uid in uids]),
         "uid": stack(uids),
-        PHASE_FIELD: torch.tensor([UPSTREAM, *[DOWNSTREAM] * GROUP] * prompts),
-        "responses": nested([torch.ones(tokens, dtype=torch.int64) for tokens in sizes]),
-        "response_mask": nested([torch.ones(tokens, dtype=torch.int64) for tokens in sizes]),
-        "rm_scores": nested([scores(tokens) for tokens in sizes]),
-        "rollout_log_probs": nested([torch.full((tokens,), -0.5) for tokens in sizes]),
-        "old_log_probs": nested([torch.full((tokens,), -0.5) for tokens in sizes]),
-        "extra_fields": stack([{RECORD: asdict(record)}, *[{RECORD: siblings}] * GROUP] * prompts),
+        "responses": nested([torch.ones(size, dtype=torch.int64) for size in sizes]),
+        "response_mask": nested([torch.ones(size, dtype=torch.int64) for size in sizes]),
+        "rm_scores": nested([scores(size) for size in sizes]),
+        "rollout_log_probs": nested([torch.full((size,), -0.5) for size in sizes]),
+        "old_log_probs": nested([torch.full((size,), -0.5) for size in sizes]),
+        "extra_fields": stack(extras),
     }
+    if segment is not None:
+        fields[PHASE_FIELD] = torch.tensor(phases * prompts)
+    tags = [{"seq_len": 700 + size, "prompt_len": 700, "response_len": size} for size in sizes]
     data = TensorDict(fields, batch_size=len(keys))
-    trainer: Any = object.__new__(SkpoTrainer)
+    return data, KVBatchMeta(partition_id="train", keys=keys, tags=tags)
+
+
+def trainer_of(kind: type, prompts: int, rows_per_prompt: int, ranks: int = 1, tokens: int = RESPONSE_TOKENS) -> Any:
+    """Make a trainer that has what a step's own Python reads, without model, servers and files."""
+    from omegaconf import OmegaConf
+
+    from recipe.skpo.settings import SkpoSettings
+    from recipe.skpo.trainer.state import SkpoState
+
+    trainer: Any = object.__new__(kind)
     trainer.settings = SkpoSettings(trees_per_step=0)
-    trainer.state = SkpoState(trainer.settings, RESPONSE_TOKENS)
+    trainer.state = SkpoState(trainer.settings, tokens)
     trainer.output_dir = Path(tempfile.mkdtemp())
-    trainer.global_steps, trainer.resumed_at = 1, 0
+    trainer.global_steps, trainer.resumed_at, trainer.use_critic = 1, 0, False
     trainer.trees = SimpleNamespace(write=lambda step, trees: None)
-    trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": [0]})
-    actor = {"actor": {"ppo_mini_batch_size": 32}, "rollout": {"n": GROUP + 1, "calculate_log_probs": True}}
+    trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": list(range(ranks))})
+    trainer.tokenizer = SimpleNamespace(eos_token_id=0)
+    trainer.agent_loop_manager = SimpleNamespace(take_tokens=lambda: {"generated": 0}, take_failures=dict)
+    update = max(prompts // 4, ranks)
+    actor = {"actor": {"ppo_mini_batch_size": update}, "rollout": {"n": rows_per_prompt, "calculate_log_probs": True}}
     algorithm = {"adv_estimator": "skpo", "rollout_correction": {"rollout_is": None}}
+    data = {"train_batch_size": prompts}
     trainer.config = OmegaConf.create(
-        {"actor_rollout_ref": actor, "algorithm": algorithm, "data": {"train_batch_size": prompts}}
+        {"actor_rollout_ref": actor, "algorithm": algorithm, "data": data, "trainer": {"critic_warmup": 0}}
     )
-    batch = KVBatchMeta(partition_id="train", keys=keys, tags=[{"seq_len": 700 + tokens} for tokens in sizes])
+    return trainer
+
+
+def training_step(
+    prompts: int = PROMPTS, group: int = GROUP, tokens: int = RESPONSE_TOKENS, segment: int | None = SEGMENT_TOKENS
+) -> Callable[[], dict[str, float]]:
+    """Return a call that computes the trainer's advantages, trackers, loss weights and metrics of one batch.
+
+    It is ``_compute_advantage`` of SKPO's trainer itself, without a segment of SPO's; TransferQueue hands over what is
+    in memory already.  A call returns the step's metrics.
+    """
+    from recipe.skpo.trainer.baselines import SpoTrainer
+    from recipe.skpo.trainer.skpo import SkpoTrainer
+
+    data, batch = stored_rows(prompts, group, tokens, segment)
+    kind = SpoTrainer if segment is None else SkpoTrainer
+    trainer = trainer_of(kind, prompts, len(batch) // prompts, tokens=tokens)
 
     def step() -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -204,17 +230,17 @@ def prompt_key(number: int) -> str:
 
 
 def visited_state(count: int) -> Any:
-    """Make a run's state after one visit of every prompt."""
+    """Make a run's state after one visit of every prompt, in random order as in a run."""
     from recipe.skpo.settings import SkpoSettings
     from recipe.skpo.trainer.state import SkpoState
 
     state = SkpoState(SkpoSettings(), RESPONSE_TOKENS)
-    for number in range(count):
+    for number in np.random.default_rng(2).permutation(count).tolist():
         state.observe(prompt_key(number), 0.5, 900.0)
     return state
 
 
-def _highest_memory() -> int:
+def highest_memory() -> int:
     """Read the highest resident memory of this process in bytes (``ru_maxrss`` would count the parent's)."""
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(status["VmHWM"].split()[0]) * 1024
@@ -252,7 +278,7 @@ def million(count: int = MILLION) -> dict[str, float]:
         path = state.save(Path(folder))
         save_seconds = time.process_time() - start
         size = path.stat().st_size
-        peak = _highest_memory() - before
+        peak = highest_memory() - before
         loaded = SkpoState(SkpoSettings(), RESPONSE_TOKENS)
         start = time.process_time()
         loaded.load(Path(folder))
@@ -277,15 +303,14 @@ def fresh_million(count: int = MILLION) -> dict[str, float]:
     return numbers
 
 
-def draw_seconds(prompts: int, repeats: int) -> float:
-    """Measure the median time of drawing one batch of 128 by priority from ``prompts`` ids, all visited."""
+def draws(prompts: int, batch: int = PROMPTS) -> Callable[[], list[int]]:
+    """Return a call that draws a batch by priority from ``prompts`` ids, all visited."""
     from recipe.skpo.method.curriculum import PrioritisedBatches
 
     state = visited_state(prompts)
     ids = [*map(prompt_key, range(prompts))]
-    batches = PrioritisedBatches(ids, PROMPTS, 0.05, state.prompts, lambda: state.rng)
-    drawn = iter(batches)
-    return median_seconds(lambda: next(drawn), repeats)
+    drawn = iter(PrioritisedBatches(ids, batch, 0.05, state.prompts, lambda: state.rng))
+    return lambda: next(drawn)
 
 
 # ---------------------------------------------------------------- all of it
@@ -310,8 +335,10 @@ def measure(repeats: int) -> list[Measured]:
         Measured("million prompts: save", table["save_s"], "s", 3.0),
         Measured("million prompts: load", table["load_s"], "s"),
         Measured("million prompts: file", table["file_mb"], "MB"),
-        Measured(f"draw of a batch from {DAPO_PROMPTS:,} prompts", draw_seconds(DAPO_PROMPTS, repeats) * 1e3, "ms"),
-        Measured(f"draw of a batch from {MILLION:,} prompts", draw_seconds(MILLION, 3) * 1e3, "ms"),
+        Measured(
+            f"draw of a batch from {DAPO_PROMPTS:,} prompts", median_seconds(draws(DAPO_PROMPTS), repeats) * 1e3, "ms"
+        ),
+        Measured(f"draw of a batch from {MILLION:,} prompts", median_seconds(draws(MILLION), 3) * 1e3, "ms"),
     ]
 
 
