@@ -7,15 +7,17 @@ nor on the wording of the system message. A source module writes `Row`s by `writ
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from tqdm import tqdm
 
 MOST_ROWS = 10_000_000
 MOST_VALUES = 500_000_000
@@ -140,11 +142,12 @@ def check_parquet(path: Path, *, role: Literal["train", "val"], prompt_key: str 
             raise DataError(f"{where}: missing column(s) {', '.join(missing)} (it has {has}); {REWRITE}")
         refuse_excess(path, {*needed, "extra_info"}, where)
         batches, rows = list[pa.RecordBatch](), 0
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path) as file, progress(file.metadata.num_rows, "rows checked") as bar:
             for batch in file.iter_batches(batch_size=_ROWS, columns=needed):
                 _check_rows(batch, prompt_key, where, rows)
                 batches.append(batch.select(kept))
                 rows += batch.num_rows
+                bar.update(batch.num_rows)
     except PermissionError as error:
         raise DataError(f"{where}: no permission to read it; `chmod +r` it") from error
     except (pa.ArrowException, OSError) as error:
@@ -260,7 +263,7 @@ def refuse_excess(path: Path, needed: set[str], where: str) -> None:
     if not texts:
         return
     total = needed_total = first = 0
-    with pq.ParquetFile(path, read_dictionary=texts) as file:
+    with pq.ParquetFile(path, read_dictionary=texts) as file, progress(metadata.num_rows, "texts measured") as bar:
         # One row group after another: arrow cannot join nested dictionaries of two.
         batches = (file.iter_batches(_ROWS, row_groups=[group], columns=texts) for group in range(len(groups)))
         for batch in chain.from_iterable(batches):
@@ -282,6 +285,12 @@ def refuse_excess(path: Path, needed: set[str], where: str) -> None:
                         f"{_short(name)}; split it, or drop columns"
                     )
             first += batch.num_rows
+            bar.update(batch.num_rows)
+
+
+def progress(rows: int, what: str) -> "tqdm[NoReturn]":
+    """Make a progress bar, which is shown on a terminal alone, and only of what takes more than three seconds."""
+    return tqdm(total=rows, desc=what, file=sys.stdout, delay=3, disable=None, leave=False)
 
 
 def _text_sizes(array: pa.Array) -> tuple[int, int]:

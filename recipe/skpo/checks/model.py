@@ -4,7 +4,6 @@ Nothing of the weights but the headers of their files is read.
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm
 
 from data_prep.hub import quiet_hub
-from data_prep.schema import DataError
+from data_prep.schema import DataError, progress
 from data_prep.untrusted import UntrustedError, one_line, read_json
 from recipe.skpo.checks.data import prompt_files
 from recipe.skpo.checks.paths import caller
@@ -170,8 +168,7 @@ def _measured(config: DictConfig, file: str, tokenizer: Any, place: Place, toget
     """Count the tokens of a file's prompts, int32 (rows,)."""
     lengths = np.empty(pq.read_metadata(file).num_rows, np.int32)
     done = 0
-    # Shown on a terminal alone, and not in the first seconds.
-    with tqdm(total=len(lengths), desc="prompt lengths", file=sys.stdout, delay=3, disable=None, leave=False) as bar:
+    with progress(len(lengths), "prompts tokenised") as bar:
         for texts in _rendered(config, file, tokenizer, place, together):
             place.move(f"{file}: row {done}", PROMPT_SECONDS)
             found = np.array(count_tokens(texts, tokenizer), np.int32)
