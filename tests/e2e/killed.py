@@ -8,6 +8,7 @@ processes follow within seconds, as after a SIGKILL from outside.
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ POINTS = (
     "after_marker",
 )
 """Where a run can be killed, in the order in which a step comes by."""
+GENERATING_S = 0.5
 
 
 def cut_in_half(path: Path) -> None:
@@ -62,9 +64,7 @@ def install(point: str, step: int, launcher: int) -> None:
 
     def kill_in_generation(trainer: Any) -> None:
         # The prompts of the step are with the rollout by now; what a few of them generated is lost.
-        import time
-
-        time.sleep(0.5)
+        time.sleep(GENERATING_S)
         kill()
 
     def kill_in_state(trainer: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import omegaconf.base
 import pytest
+from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
@@ -67,6 +68,17 @@ def install(patch: pytest.MonkeyPatch, folder: str) -> None:
             composed[key] = pickle.dumps(compose(self, defaults, _Copies(repo)))
         return pickle.loads(composed[key])
 
+    make_map, maps = defaults_list._create_interpolation_map, {}
+
+    def map_once(overrides: Any, defaults: list[Any], self_added: bool) -> Any:
+        """Values for interpolations between the defaults of a file; read only."""
+        texts = [str(each) for each in defaults if not (self_added and each.is_self())]
+        key = (*overrides.known_choices.items(), *texts)
+        if key not in maps:
+            maps[key] = make_map(overrides, defaults, self_added)
+        return maps[key]
+
+    patch.setattr(defaults_list, "_create_interpolation_map", map_once)
     patch.setattr(ConfigRepository, "load_config", load_once)
     patch.setattr(ConfigLoaderImpl, "_compose_config_from_defaults_list", compose_once)
     patch.setattr(omegaconf.base, "parse", cache(omegaconf.base.parse))

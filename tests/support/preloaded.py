@@ -39,6 +39,8 @@ def _execute(script: str, arguments: Sequence[str], variables: dict[str, str], f
         exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
         code = 1

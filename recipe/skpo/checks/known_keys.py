@@ -75,6 +75,7 @@ MOVED = {
     "sandbox_fusion": "reward.sandbox_fusion",
 }
 """Keys that verl's config still has and verl no longer reads, to where they are now."""
+_LONGEST_FIRST = sorted(MOVED, key=len, reverse=True)
 
 _ELSEWHERE = ("critic", "distillation", "reward.reward_model", "skip", "global_profiler", "actor_rollout_ref.ref")
 """Nodes that hold the names of others again and that no method here uses: not offered as the nearest key."""
@@ -221,7 +222,7 @@ def _below(path: str, node: str) -> bool:
 
 
 def _moved_to(path: str) -> str | None:
-    former = next((old for old in sorted(MOVED, key=len, reverse=True) if _below(path, old)), None)
+    former = next((old for old in _LONGEST_FIRST if _below(path, old)), None)
     return None if former is None else MOVED[former] + path.removeprefix(former)
 
 

@@ -7,10 +7,9 @@ through Hydra in this process; and where a config is enough the function that Hy
 import json
 import logging
 import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -28,10 +27,14 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 REFUSED = {"skpo.nope=1": "skpo.nope: unknown key; known are group_size, "}
 """Override -> how its message starts; checks/test_command_line.py has many more, in one process."""
 
-# Loaded by the interpreter before anything of ours; notes at the end what the process has imported.
-SITE = """\
-import atexit, os, sys
-atexit.register(lambda: open(os.environ["IMPORTED"], "w").write("\\n".join(sys.modules)))
+# Notes at the end what the process has imported.
+MAIN = """\
+import os, runpy, sys
+os.chdir(sys.argv.pop(1))
+try:
+    runpy.run_module("recipe.skpo.main", run_name="__main__", alter_sys=True)
+finally:
+    open("imported", "w").write("\\n".join(sys.modules))
 """
 
 HEAVY = ("verl.trainer.main_ppo", "recipe.skpo.trainer.skpo", "recipe.skpo.rollout.worker", "vllm")
@@ -39,38 +42,27 @@ HEAVY = ("verl.trainer.main_ppo", "recipe.skpo.trainer.skpo", "recipe.skpo.rollo
 
 
 class Run:
-    """``python -m recipe.skpo.main`` with one override, in a process of its own and an empty folder."""
+    """``python -m recipe.skpo.main`` in a process of its own and an empty folder."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
+    def __init__(self, preloaded: Any, folder: Path, *arguments: str) -> None:
         self.folder = folder
         folder.mkdir()
-        (folder / "site").mkdir()
-        (folder / "site" / "sitecustomize.py").write_text(SITE)
-        environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith(("SKPO_", "VERL_", "HYDRA_"))},
-            "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(REPOSITORY)]),
-            "IMPORTED": str(folder / "imported"),
-            "SKPO_PLATFORM": "cpu",
-        }
-        done = subprocess.run(
-            [sys.executable, "-m", "recipe.skpo.main", *arguments],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        others = {key: value for key, value in os.environ.items() if not key.startswith(("SKPO_", "VERL_", "HYDRA_"))}
+        variables = others | {"PYTHONPATH": str(REPOSITORY), "SKPO_PLATFORM": "cpu"}
+        done = preloaded.run(MAIN, str(folder), *arguments, variables=variables)
         self.exit, self.out, self.err = done.returncode, done.stdout, done.stderr
         imported = folder / "imported"
         self.imported = set(imported.read_text().splitlines()) if imported.exists() else set()
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def runs(preloaded, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     folder = tmp_path_factory.mktemp("runs")
     arguments = {"--cfg job": ("--cfg", "job"), **{override: (override,) for override in REFUSED}}
     with ThreadPoolExecutor(max_workers=2) as pool:
-        started = [pool.submit(Run, folder / str(number), *words) for number, words in enumerate(arguments.values())]
+        started = [
+            pool.submit(Run, preloaded, folder / str(number), *words) for number, words in enumerate(arguments.values())
+        ]
         return dict(zip(arguments, [run.result() for run in started], strict=True))
 
 

@@ -171,7 +171,7 @@ HANDLING: dict[str, tuple[str, Any, tuple[str, ...]]] = {
         nothing,
         (
             f"{KILLS}::test_going_back_to_an_older_checkpoint_makes_it_the_one_that_counts",
-            f"{KILLS}::test_starting_anew_forgets_the_old_mark",
+            f"{KILLS}::test_a_new_start_and_another_runs_checkpoint_leave_no_old_mark",
         ),
     ),
     "older checkpoints are removed": (

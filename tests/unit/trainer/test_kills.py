@@ -6,13 +6,15 @@ split position and the seed, so that a difference anywhere shows in all that fol
 process and ends by SIGKILL or by ``os._exit``.  ``tests/e2e/test_resume.py`` does a few of them with everything real.
 """
 
+import itertools
 import json
 import os
 import re
 import signal
 import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,7 +35,8 @@ from recipe.skpo.trainer.fingerprint import FILE_NAME as FINGERPRINT
 from recipe.skpo.trainer.identity import fingerprint
 from recipe.skpo.trainer.resume import ResumePlan, plan_resume
 from recipe.skpo.trainer.state import FILE_NAME
-from tests.e2e.killed import POINTS, install
+from tests.e2e import killed as killing
+from tests.e2e.killed import POINTS
 
 pytestmark = pytest.mark.resume
 
@@ -106,30 +109,37 @@ def made_up_step(trainer: Any, metrics: dict[str, float], timing_raw: dict[str, 
     trainer.state.tokens_generated += 10
 
 
-def launch(work: Callable[[], None], log: Path) -> int:
-    """Run ``work`` in a fork; 0, or minus the signal that ended it."""
+def launch(config: Any, point: str | None = None, step: int = 0) -> int:
+    """Train in a fork, with a kill built in if ``point`` is given; 0, or minus the signal that ended it."""
+    log = Path(f"{config.output_dir}.log")
     child = os.fork()
     if child == 0:
         code = 1
         try:
             torch.set_num_threads(1)
-            work()
+            if point is not None:
+                killing.install(point, step, os.getpid())
+            train(config)
             code = 0
         except BaseException:
             log.write_text(traceback.format_exc(), encoding="utf-8")
         finally:
             os._exit(code)
     _, status = os.waitpid(child, 0)
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    if os.WIFSIGNALED(status):
+        return -os.WTERMSIG(status)
+    assert not log.exists(), log.read_text(encoding="utf-8")
+    return os.WEXITSTATUS(status)
 
 
-def killed(config: Any, point: str, step: int) -> None:
-    install(point, step, os.getpid())
-    train(config)
+def kill(config: Any, point: str, step: int) -> Path:
+    """Train until the kill; returns the folder of checkpoints."""
+    assert launch(config, point, step) == -signal.SIGKILL, f"{point} at {step}: it ended well"
+    return Path(config.trainer.default_local_dir)
 
 
-@pytest.fixture
-def make_config(compose_config, model_folder: Path, tmp_path: Path, monkeypatch) -> Callable[..., Any]:
+@pytest.fixture(scope="module")
+def make_config(compose_config, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
     """The config of a run in a folder of its own; ``curriculum`` on or off."""
     from transformers import AutoTokenizer
     from verl.trainer.ppo.v1 import trainer_base
@@ -137,33 +147,35 @@ def make_config(compose_config, model_folder: Path, tmp_path: Path, monkeypatch)
 
     import recipe.skpo.trainer.skpo  # noqa: F401  once, before the first fork
 
+    folder, numbers = tmp_path_factory.mktemp("runs"), itertools.count()
     files = {}
     for role, size in {"train": ROWS, "val": ROWS, "other": ROWS, "small": BATCH}.items():
-        files[role] = tmp_path / f"{role}.parquet"
+        files[role] = folder / f"{role}.parquet"
         rows = [
             Row("t", [{"role": "user", "content": f"{role} {n}"}], "1", "none", role, n, f"{role} {n}")
             for n in range(size)
         ]
         write_parquet(rows, files[role])
-    monkeypatch.setattr(trainer_base.PPOTrainer, "step", made_up_step)
-    # Read once for all forks.
-    data = compose_config("platform=cpu", "data=files").data
-    tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    read = {str(file): RLHFDataset(str(file), tokenizer, data) for file in files.values()}
-    monkeypatch.setattr(trainer_base, "create_rl_dataset", lambda file, *arguments, **options: read[file])
 
-    def make(name: str, curriculum: bool, keep: int | None = 2) -> Any:
+    def make(curriculum: bool = True, keep: int | None = 2) -> Any:
         config = compose_config("platform=cpu", "data=files", "skpo.group_size=2")
         config.data.train_files, config.data.val_files = str(files["train"]), str(files["val"])
         config.data.train_batch_size, config.data.max_response_length = BATCH, 64
         config.actor_rollout_ref.model.path = str(model_folder)
         config.skpo.curriculum.enable = curriculum
-        config.output_dir = str(tmp_path / name)
-        config.trainer.default_local_dir = str(tmp_path / name / "checkpoints")
+        config.output_dir = str(folder / f"run {next(numbers)}")
+        config.trainer.default_local_dir = f"{config.output_dir}/checkpoints"
         config.trainer.total_training_steps, config.trainer.max_actor_ckpt_to_keep = STEPS, keep
         return config
 
-    return make
+    # Read once for all forks.
+    data, tokenizer = make().data, AutoTokenizer.from_pretrained(model_folder)
+    read = {str(file): RLHFDataset(str(file), tokenizer, data) for file in files.values()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer_base.PPOTrainer, "step", made_up_step)
+        patch.setattr(trainer_base, "create_rl_dataset", lambda file, *arguments, **options: read[file])
+        patch.setattr(killing, "GENERATING_S", 0.0)
+        yield make
 
 
 def result(config: Any) -> dict[str, Any]:
@@ -178,23 +190,26 @@ def result(config: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture
-def unbroken(make_config, tmp_path: Path) -> Callable[[bool], dict[str, Any]]:
+@pytest.fixture(scope="module")
+def unbroken(make_config) -> Callable[[bool], dict[str, Any]]:
+    """Result of a run that was not killed, with the curriculum or without."""
+
+    @cache
     def run(curriculum: bool) -> dict[str, Any]:
-        config = make_config("unbroken", curriculum)
-        assert launch(lambda: train(config), tmp_path / "log") == 0, (tmp_path / "log").read_text()
+        config = make_config(curriculum)
+        assert launch(config) == 0
         return result(config)
 
     return run
 
 
-@pytest.mark.parametrize("curriculum", [True, False], ids=["curriculum", "shuffled"])
-def test_a_run_killed_at_every_point_is_the_run_that_never_was(
-    make_config, unbroken, tmp_path: Path, curriculum: bool
-) -> None:
-    expected = unbroken(curriculum)
+each_order = pytest.mark.parametrize("curriculum", [True, False], ids=["curriculum", "shuffled"])
+
+
+@each_order
+def test_a_run_killed_at_every_point_is_the_run_that_never_was(make_config, unbroken, curriculum: bool) -> None:
+    expected, config = dict(unbroken(curriculum)), make_config(curriculum)
     assert [line["step"] for line in expected["metrics"]] == list(range(1, STEPS + 1))
-    config, log = make_config("broken", curriculum), tmp_path / "log"
     checkpoints = Path(config.trainer.default_local_dir)
     # All but the last point let the same save be tried again.
     for step, points in (
@@ -205,9 +220,7 @@ def test_a_run_killed_at_every_point_is_the_run_that_never_was(
     ):
         saved = (step - 1) // SAVE_EVERY * SAVE_EVERY or None
         for point in points:
-            assert launch(lambda point=point, step=step: killed(config, point, step), log) == -signal.SIGKILL, (
-                f"{point} at {step}: {log.read_text() if log.exists() else 'it ended well'}"
-            )
+            kill(config, point, step)
             if point == "torn_marker":
                 assert (checkpoints / MARKER).read_text() == ""
             else:
@@ -224,61 +237,52 @@ def test_a_run_killed_at_every_point_is_the_run_that_never_was(
         assert names == ["actor", "data.pt", FINGERPRINT, FILE_NAME, METRICS_FILE]
 
 
-@pytest.mark.parametrize("curriculum", [True, False], ids=["curriculum", "shuffled"])
-def test_a_kill_right_after_a_save(make_config, unbroken, tmp_path: Path, curriculum: bool) -> None:
-    expected, config = unbroken(curriculum), make_config("broken", curriculum)
+@each_order
+def test_a_kill_right_after_a_save(make_config, unbroken, curriculum: bool) -> None:
+    expected, config = dict(unbroken(curriculum)), make_config(curriculum)
     for step in (2, 4, 6, STEPS):
-        assert launch(lambda step=step: killed(config, "after_marker", step), tmp_path / "log") == -signal.SIGKILL
-        assert marked_step(Path(config.trainer.default_local_dir)) == step
+        assert marked_step(kill(config, "after_marker", step)) == step
     assert plan(config).finished
     # The kill came before the step was logged.  Nobody has opened the file since the last one.
     found = result(config)
-    assert found["metrics"] == expected["metrics"][:-1]
-    assert {name: found[name] for name in ("state", "weight")} == {name: expected[name] for name in ("state", "weight")}
+    assert found.pop("metrics") == expected.pop("metrics")[:-1]
+    assert found == expected
 
 
-def test_one_checkpoint_is_enough_to_survive_a_kill(make_config, unbroken, tmp_path: Path) -> None:
+def test_one_checkpoint_is_enough_to_survive_a_kill(make_config, unbroken) -> None:
     """With one to keep, the old one goes when the new one counts and not before."""
-    expected, config = unbroken(True), make_config("broken", True, keep=1)
-    folder = Path(config.trainer.default_local_dir)
+    config = make_config(keep=1)
     for point in POINTS[:-1]:
-        assert launch(lambda point=point: killed(config, point, 4), tmp_path / "log") == -signal.SIGKILL
+        folder = kill(config, point, 4)
         assert 2 in stored_checkpoints(folder)
-    assert launch(lambda: train(config), tmp_path / "log") == 0
-    assert result(config) == expected
+    assert launch(config) == 0
+    assert result(config) == unbroken(True)
     assert list(stored_checkpoints(folder)) == [STEPS]
 
 
-def test_all_checkpoints_are_kept_where_no_number_is_given(make_config, tmp_path: Path) -> None:
-    config = make_config("all", True, keep=None)
-    assert launch(lambda: train(config), tmp_path / "log") == 0
-    assert list(stored_checkpoints(Path(config.trainer.default_local_dir))) == [2, 4, 6, 7]
-
-
-def test_going_back_to_an_older_checkpoint_makes_it_the_one_that_counts(make_config, unbroken, tmp_path: Path) -> None:
+def test_going_back_to_an_older_checkpoint_makes_it_the_one_that_counts(make_config, unbroken) -> None:
     """A kill while step 6 is saved for the second time must not leave a mark on half of the old and half of the new."""
-    expected, config = unbroken(True), make_config("back", True, keep=None)
+    config = make_config(keep=None)
+    assert launch(config) == 0
     folder = Path(config.trainer.default_local_dir)
-    assert launch(lambda: train(config), tmp_path / "log") == 0
+    assert list(stored_checkpoints(folder)) == [2, 4, 6, 7], "all are kept where no number is given"
     back = config.copy()
     back.trainer.resume_mode, back.trainer.resume_from_path = "resume_path", str(folder / "global_step_4")
-    assert launch(lambda: killed(back, "torn_actor", 6), tmp_path / "log") == -signal.SIGKILL
+    kill(back, "torn_actor", 6)
     assert marked_step(folder) == 4
-    assert launch(lambda: train(config), tmp_path / "log") == 0
-    assert result(config) == expected
+    assert launch(config) == 0
+    assert result(config) == unbroken(True)
 
 
-@pytest.mark.parametrize("curriculum", [True, False], ids=["curriculum", "shuffled"])
+@each_order
 @pytest.mark.parametrize("other", ["other", "small"])
-def test_other_training_data_are_read_from_their_beginning(
-    make_config, tmp_path: Path, other: str, curriculum: bool
-) -> None:
+def test_other_training_data_are_read_from_their_beginning(make_config, other: str, curriculum: bool) -> None:
     """The checkpoint is two batches into the epoch; the other file is as large, or has one batch."""
-    config, fresh = make_config("changed", curriculum), make_config("fresh", curriculum)
-    assert launch(lambda: killed(config, "after_marker", 2), tmp_path / "log") == -signal.SIGKILL
+    config, fresh = make_config(curriculum), make_config(curriculum)
+    kill(config, "after_marker", 2)
     for changed in (config, fresh):
-        changed.data.train_files = str(tmp_path / f"{other}.parquet")
-        assert launch(lambda changed=changed: train(changed), tmp_path / "log") == 0, (tmp_path / "log").read_text()
+        changed.data.train_files = str(Path(changed.data.train_files).with_name(f"{other}.parquet"))
+        assert launch(changed) == 0
 
     def prompts(run: Any, steps: range) -> list[list[float]]:
         found = {line["step"]: [line[f"prompt/{n}"] for n in range(BATCH)] for line in result(run)["metrics"]}
@@ -297,32 +301,26 @@ def test_a_changed_learning_rate_reaches_every_worker(make_config, tmp_path: Pat
     remote = SimpleNamespace(remote=lambda function: calls.write_text(function.__name__))
     monkeypatch.setattr(base_trainer.ray, "get", list)
     monkeypatch.setattr(Actor, "workers", [SimpleNamespace(__ray_call__=remote)], raising=False)
-    config = make_config("rate", True)
-    assert launch(lambda: killed(config, "after_marker", 2), tmp_path / "log") == -signal.SIGKILL
+    config = make_config()
+    kill(config, "after_marker", 2)
     config.actor_rollout_ref.actor.optim.lr = rate
-    assert launch(lambda: train(config), tmp_path / "log") == 0, (tmp_path / "log").read_text()
+    assert launch(config) == 0
     assert calls.exists() is (rate != 1e-5)
 
 
-def test_starting_anew_forgets_the_old_mark(make_config, tmp_path: Path) -> None:
-    config = make_config("new", True)
-    assert launch(lambda: train(config), tmp_path / "log") == 0
-    config.trainer.resume_mode = "disable"
-    assert launch(lambda: killed(config, "generation", 1), tmp_path / "log") == -signal.SIGKILL
-    folder = Path(config.trainer.default_local_dir)
-    assert marked_step(folder) is None and list(stored_checkpoints(folder)) == [6, 7]
-
-
-def test_a_mark_in_another_runs_folder_stays(make_config, tmp_path: Path) -> None:
-    """A run that goes on from somebody else's checkpoint marks its own folder alone."""
-    source, fork = make_config("source", True, keep=None), make_config("fork", True)
-    assert launch(lambda: train(source), tmp_path / "log") == 0
+def test_a_new_start_and_another_runs_checkpoint_leave_no_old_mark(make_config) -> None:
+    """A run that resumes from somebody else's checkpoint marks its own folder alone."""
+    source, fork = make_config(keep=None), make_config()
+    assert launch(source) == 0
     theirs, ours = Path(source.trainer.default_local_dir), Path(fork.trainer.default_local_dir)
     fork.trainer.resume_mode, fork.trainer.resume_from_path = "resume_path", str(theirs / "global_step_4")
     ours.mkdir(parents=True)
     mark(ours, 99)
-    assert launch(lambda: killed(fork, "generation", 5), tmp_path / "log") == -signal.SIGKILL
+    kill(fork, "generation", 5)
     assert marked_step(theirs) == STEPS and marked_step(ours) is None
+    source.trainer.resume_mode = "disable"
+    kill(source, "generation", 1)
+    assert marked_step(theirs) is None and list(stored_checkpoints(theirs)) == [2, 4, 6, 7]
 
 
 # ---------------------------------------------------------------- a full disk
@@ -367,7 +365,7 @@ def full_disk(place: str, trainer: Any, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_full_disk_is_named_and_the_run_goes_on_from_the_last_whole_checkpoint(
     make_config, unbroken, monkeypatch, place: str
 ) -> None:
-    config = make_config("full", True)
+    config = make_config()
     folder = Path(config.trainer.default_local_dir)
     trainer = make_trainer(config)
     with monkeypatch.context() as patch:
