@@ -159,7 +159,7 @@ except KeyboardInterrupt:
 def test_a_signal_ends_the_command_with_one_line(number: int, ignored: bool, code: int, line: str | None) -> None:
     handler = signal.SIG_IGN if ignored else signal.SIG_DFL
     process = subprocess.Popen(
-        [sys.executable, "-c", WAITING if not ignored else WAITING.replace("sleep(5)", "sleep(1)")],
+        [sys.executable, "-c", WAITING if not ignored else WAITING.replace("sleep(5)", "sleep(0.3)")],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -609,6 +609,9 @@ async def sync(outcome, peer=False, rank_has_server=True):
     other.destroy(linger=0)
     return message, time.monotonic() - started
 
+async def calls():
+    return await asyncio.gather(*(call(*case) for case in CALLS))
+
 async def call(outcome, method, *args):
     try:
         await getattr(make(outcome), method)(*args)
@@ -620,7 +623,7 @@ CASES = [
     ("hangs", True), ("hangs",), ("fails", True, False),
 ]
 CALLS = [("hangs", "resume", ["weights"]), ("hangs", "release"), ("is gone", "release"), ("has a time-out", "release")]
-print(json.dumps([[asyncio.run(sync(*case)) for case in CASES], [asyncio.run(call(*case)) for case in CALLS]]))
+print(json.dumps([[asyncio.run(sync(*case)) for case in CASES], asyncio.run(calls())]))
 """
 
 
