@@ -107,20 +107,16 @@ def test_an_older_checkpoint_can_be_named(config, checkpoints: Path) -> None:
     assert one_line(error).startswith(f"{checkpoints}/global_step_5: holds no")
 
 
-def test_resume_path_without_a_path_is_refused(config, checkpoints: Path) -> None:
-    config.trainer.resume_mode = "resume_path"
-    config.trainer.resume_from_path = None
+@pytest.mark.parametrize(
+    "given",
+    # verl only logs an unknown mode and then fails on a name that was never set.
+    [{"resume_mode": "resume_path", "resume_from_path": None}, {"resume_mode": "always"}],
+)
+def test_a_resume_without_a_path_or_a_known_mode_is_refused(config, checkpoints: Path, given: dict) -> None:
+    config.trainer.update(given)
     with pytest.raises((ConfigError, StateError)) as error:
         resume(config)
-    assert "trainer.resume_from_path" in one_line(error)
-
-
-def test_an_unknown_resume_mode_is_refused(config, checkpoints: Path) -> None:
-    """verl only logs it and then fails on a name that was never set."""
-    config.trainer.resume_mode = "always"
-    with pytest.raises((ConfigError, StateError)) as error:
-        resume(config)
-    assert "trainer.resume_mode" in one_line(error)
+    assert f"trainer.{list(given)[-1]}" in one_line(error)
 
 
 @pytest.mark.parametrize("content", ["ten", "10 5", "-3", "1.5"])
@@ -163,20 +159,18 @@ def test_a_marker_that_is_not_read_is_not_repaired(config, checkpoints: Path, mo
 # ---------------------------------------------------------------- is there anything left to do
 
 
-@pytest.mark.parametrize(("last", "finished"), [(9, True), (10, True), (11, False), (None, False)])
-def test_a_run_is_finished_at_its_last_step(config, checkpoints: Path, last: int | None, finished: bool) -> None:
-    config.trainer.total_training_steps = last
-    assert resume(config).finished is finished
-
-
-@pytest.mark.parametrize(("budget", "finished"), [(4999, True), (5000, True), (5001, False), (None, False)])
-def test_a_run_is_finished_when_its_tokens_are_spent(
-    config, checkpoints: Path, budget: int | None, finished: bool
+@pytest.mark.parametrize(
+    ("last", "budget", "finished"),
+    [(9, None, True), (10, None, True), (11, None, False), (None, None, False)]
+    + [(None, 4999, True), (None, 5000, True), (None, 5001, False)],
+)
+def test_a_run_is_finished_at_its_last_step_or_when_its_tokens_are_spent(
+    config, checkpoints: Path, last: int | None, budget: int | None, finished: bool
 ) -> None:
     state = SkpoState(SkpoSettings(), 64)
     state.tokens_generated = 5000
     state.save(checkpoints / "global_step_10")
-    config.budget.tokens = budget
+    config.trainer.total_training_steps, config.budget.tokens = last, budget
     assert resume(config).finished is finished
 
 

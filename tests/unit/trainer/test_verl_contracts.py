@@ -1,8 +1,8 @@
 """What we rely on in verl 0.9.1, pinned: the signatures of all that we override or call.
 
 When one fails after an upgrade of verl: read the change upstream, then what the message names on our side, adapt it,
-and only then the table, verl_signatures.yaml.  docs/verl_seams.md tells the reason of each override; scripts/verl_facts.yaml lists what we
-rely on in the text of its functions, which scripts/check_verl_version.py checks.
+and only then the table, verl_signatures.yaml.  docs/verl_seams.md tells the reason of each override;
+scripts/verl_facts.yaml lists what we rely on in the text of its functions, which scripts/check_verl_version.py checks.
 """
 
 import importlib
