@@ -309,7 +309,7 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         if arguments != ("data=files",):  # the data are not there
             monkeypatch.setattr(main, "check_data", lambda config: None)
         monkeypatch.setattr(main, "fingerprint", lambda config: SimpleNamespace(write=lambda folder: None))
-        monkeypatch.setattr(main, "launch", launched.append)
+        monkeypatch.setattr(main, "launch", lambda config, done: launched.append(config))
         monkeypatch.setattr(main, "report", lambda folder, minutes=None: None)
         try:
             main.main()

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from data_prep.untrusted import error_line
 from recipe.skpo.errors import ConfigError, describe
+from recipe.skpo.output.console import say
 from recipe.skpo.output.run_folder import marked_step
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ class Watch(threading.Thread):
                 return
             if waited > _NOTE_S and not noted and self._handles.keys() - self._answered:
                 noted = True
-                print(f"note: the start waits for {self._waits_for()}", flush=True)
+                say(f"note: the start waits for {self._waits_for()}")
 
     def end(self, failed: bool) -> None:
         """Stop looking, with a last look if the run failed; a question to a Ray that is gone would start another."""

@@ -1,13 +1,13 @@
 """From the checked config to a training: environment and engine, verl's runner, and the last line of an early end."""
 
-import logging
 import os
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from data_prep.untrusted import error_line, one_line
 from recipe.skpo import cpu
@@ -25,7 +25,8 @@ from recipe.skpo.ending import (
 )
 from recipe.skpo.errors import ConfigError, RunError, describe
 from recipe.skpo.isolation.run import choose_cluster, isolated
-from recipe.skpo.output.console import CleanFormatter
+from recipe.skpo.output.console import VARIABLE, Screen, configure_logging
+from recipe.skpo.output.run_folder import log_file
 
 ENDING = Ending()
 """Why this command is to end, if it is."""
@@ -48,7 +49,7 @@ def apply_platform(config: DictConfig) -> None:
         variables |= _apply_engine(config)
         # A Ray that is already running does not inherit this process's environment.
         runtime_env = config.ray_kwargs.ray_init.runtime_env
-        runtime_env.env_vars = {**variables, **(runtime_env.get("env_vars") or {})}
+        runtime_env.env_vars = {VARIABLE: config.console, **variables, **(runtime_env.get("env_vars") or {})}
 
 
 def _apply_engine(config: DictConfig) -> dict[str, str]:
@@ -79,17 +80,39 @@ def _apply_engine(config: DictConfig) -> dict[str, str]:
     return chosen
 
 
-def configure_logging() -> None:
-    """Give our loggers a handler of their own, as verl does with its own: vLLM's import silences root below ERROR."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(CleanFormatter("%(levelname)s:%(asctime)s:%(message)s"))
-    ours = logging.getLogger("recipe.skpo")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(os.environ.get("VERL_LOGGING_LEVEL", "INFO"))
+def launch(config: DictConfig, done: int = 0) -> None:
+    """Hand the checked config to verl; an early end exits with one line that says how to continue.
+
+    Args:
+        config: prepared.
+        done: steps that the checkpoint to resume from has.
+    """
+    log, short = log_file(config.output_dir), config.console == "short"
+    tokens = OmegaConf.select(config, "budget.tokens")
+    steps = config.trainer.total_training_steps if tokens is None else None
+    watch = Watch(ENDING, begun(config), config.skpo.start_timeout_s)
+    try:
+        with Screen(log, steps, done) if short else nullcontext():
+            _train(config, watch)
+    except ConfigError as error:
+        sys.exit(error_line(error))
+    except SystemExit as error:
+        # Ray's own handler, from when it starts to when ours are back.
+        if error.code != signal.SIGTERM:
+            raise
+        ENDING.number = signal.SIGTERM
+        ENDING.leave(way_on(config))
+    except KeyboardInterrupt:
+        ENDING.leave(way_on(config))
+    except Exception as error:  # process border: whatever ended the run, the last line says how to continue
+        with log.open("a", encoding="utf-8") if short else nullcontext(sys.stderr) as file:
+            traceback.print_exc(file=file)
+        if short:
+            print(f"note: all that the run's processes printed is in {log}", file=sys.stderr)
+        sys.exit(last_words(error, watch.died, config))
 
 
-def launch(config: DictConfig) -> None:
-    """Hand the checked config to verl; an early end exits with one line that says how to continue."""
+def _train(config: DictConfig, watch: Watch) -> None:
     import ray
     from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
     from verl.trainer.ppo.utils import need_critic, need_reference_policy
@@ -100,7 +123,7 @@ def launch(config: DictConfig) -> None:
     try:
         validate_config(config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
     except (AssertionError, ValueError, TypeError) as error:
-        sys.exit(error_line(f"verl refuses the config: {one_line(error) or type(error).__name__}"))
+        raise ConfigError(f"verl refuses the config: {one_line(error) or type(error).__name__}") from error
 
     class SkpoTaskRunner(TaskRunnerV1.__ray_actor_class__):  # type: ignore[name-defined,misc]
         """verl's runner; importing our trainers registers them inside the actor's process."""
@@ -121,26 +144,10 @@ def launch(config: DictConfig) -> None:
                 step, said = getattr(self.trainer, "global_steps", 0), describe(error)
                 raise RunError(f"in step {step}: {said}" if step and f"step {step}" not in said else said) from error
 
-    watch = Watch(ENDING, begun(config), config.skpo.start_timeout_s)
-
     def ready() -> None:
         ENDING.install()
         check_cluster(config, ray.nodes())
         watch.start()
 
-    try:
-        with isolated(config), clean_shared_memory(config.platform.name == "cpu"), shutting_down(watch):
-            run_ppo(config, task_runner_class=WatchedRunner(ray.remote(SkpoTaskRunner), ready))
-    except ConfigError as error:
-        sys.exit(error_line(error))
-    except SystemExit as error:
-        # Ray's own handler, from when it starts to when ours are back.
-        if error.code != signal.SIGTERM:
-            raise
-        ENDING.number = signal.SIGTERM
-        ENDING.leave(way_on(config))
-    except KeyboardInterrupt:
-        ENDING.leave(way_on(config))
-    except Exception as error:  # process border: whatever ended the run, the last line says how to continue
-        traceback.print_exc()
-        sys.exit(last_words(error, watch.died, config))
+    with isolated(config), clean_shared_memory(config.platform.name == "cpu"), shutting_down(watch):
+        run_ppo(config, task_runner_class=WatchedRunner(ray.remote(SkpoTaskRunner), ready))

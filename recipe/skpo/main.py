@@ -42,6 +42,7 @@ from recipe.skpo.launch import ENDING, apply_platform, launch
 from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.page import write_report
+from recipe.skpo.output.progress import opening
 from recipe.skpo.output.redaction import reject_secret_overrides, reject_secrets
 from recipe.skpo.output.summary import summary
 from recipe.skpo.settings import SkpoSettings
@@ -242,7 +243,8 @@ def run(config: DictConfig) -> None:
             )
             report(output_dir)
             return
-        launch(config)
+        print(opening(config, plan.step))
+        launch(config, plan.step)
         report(output_dir, minutes=(time.monotonic() - started) / 60)
 
 

@@ -172,6 +172,8 @@ def _check_combinations(config: DictConfig, settings: SkpoSettings) -> None:
     dtype = config.actor_rollout_ref.rollout.dtype
     if dtype not in DTYPES:
         raise ConfigError(f"{ROLLOUT}.dtype: is {dtype!r}, must be one of {', '.join(DTYPES)}")
+    if config.console not in ("short", "full"):
+        raise ConfigError(f"console: is {config.console!r}, must be short or full")
     if config.platform.name == "cpu" and config.actor_rollout_ref.actor.strategy == "fsdp":
         raise ConfigError(f"{ACTOR}.strategy: is fsdp, which refuses modules on a CPU; use fsdp2")
     batch, mini = config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size

@@ -16,6 +16,7 @@ from recipe.skpo.errors import ConfigError
 from recipe.skpo.isolation import folder as folders
 from recipe.skpo.isolation.http_guard import OPEN_PATHS
 from recipe.skpo.isolation.worker import OWN_CLUSTER
+from recipe.skpo.output.console import say
 
 HOOK = "recipe.skpo.isolation.worker.set_up"
 RECEIVER = "recipe.skpo.isolation.receiver.PrivateReceiver"
@@ -155,4 +156,4 @@ def _keep_logs(folder: Path, output_dir: Path) -> None:
             kept = output_dir / "ray_logs"
             shutil.rmtree(kept, ignore_errors=True)
             shutil.copytree(logs, kept)
-            print(f"note: Ray's logs of this run are in {kept}")
+            say(f"note: Ray's logs of this run are in {kept}")

@@ -25,7 +25,7 @@ from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.metrics import read_steps
 from recipe.skpo.output.redaction import HIDDEN, hide_secrets
-from recipe.skpo.output.summary import LABELS, decoding, held_out
+from recipe.skpo.output.summary import LABELS, decoding, held_out, minutes_of
 from recipe.skpo.output.trees import read_trees, spread, tree_index
 
 T = TypeVar("T")
@@ -192,12 +192,12 @@ def headline(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = [value for line in steps for name in names if (value := number(line.get(name))) is not None]
         return number(sum(values)) if values else None
 
-    seconds = total(f"{TIMES}step", f"{TIMES}testing")
+    minutes = minutes_of(steps)
     return {
         "sources": that_fit(sources, LARGEST_HEADLINE),
         "steps": max((int(line["step"]) for line in steps), default=0),
         "tokens": total(f"{UPSTREAM}tokens_generated", f"{DOWNSTREAM}tokens_generated"),
-        "minutes": None if seconds is None else number(seconds / 60),
+        "minutes": number(minutes),
     }
 
 

@@ -15,6 +15,11 @@ def by_step(folder: Path, pattern: str) -> dict[int, Path]:
     return dict(sorted(steps.items()))
 
 
+def log_file(output_dir: str | Path) -> Path:
+    """Return where all that a run's processes print is kept."""
+    return Path(output_dir) / "logs" / "run.log"
+
+
 def stored_checkpoints(folder: Path) -> dict[int, Path]:
     """Map step to folder of all checkpoints, whole or not, in the order of steps."""
     return {step: path for step, path in by_step(folder, r"global_step_(\d+)").items() if path.is_dir()}

@@ -1,13 +1,18 @@
 """The short summary at the end of a run, read from its files."""
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pyarrow import ArrowException, concat_tables
+from pyarrow.parquet import read_table
+
 from data_prep.untrusted import UntrustedError, one_line, read_yaml
 from recipe.skpo.output.files import write_atomic
-from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.output.metrics import mean, read_lines
 from recipe.skpo.output.run_folder import stored_checkpoints
 from recipe.skpo.output.trees import read_trees, spread, tree_index
 
@@ -75,31 +80,117 @@ def decoding(output_dir: Path) -> str:
     return ", ".join([*words, f"mean of {n:g}"] if n > 1 else words)
 
 
+def problems(output_dir: Path) -> dict[str, int]:
+    """Count the validation problems of a run per data source; none where its config or its files cannot be read."""
+    with suppress(UntrustedError, OSError, ArrowException, AttributeError, KeyError, TypeError, ValueError):
+        data = read_yaml(output_dir / "config.yaml")["data"]
+        files = [data["val_files"]] if isinstance(data["val_files"], str) else data["val_files"]
+        sources = concat_tables([read_table(file, columns=["data_source"]) for file in files])[
+            "data_source"
+        ].to_pylist()
+        most = data.get("val_max_samples") or -1
+        return Counter(sources) if most < 0 or most >= len(sources) else {}
+    return {}
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Return the 95% interval of a proportion (Wilson 1927): ``share`` of ``count`` problems."""
+    z2 = 1.96**2 / count
+    middle, half = share + z2 / 2, math.sqrt(z2 * (share * (1 - share) + z2 / 4))
+    return (middle - half) / (1 + z2), (middle + half) / (1 + z2)
+
+
+def change(before: float, after: float, count: int) -> str:
+    """Say in words by how much an accuracy over ``count`` problems changed, with its 95% interval."""
+    half = 1.96 * math.sqrt((before * (1 - before) + after * (1 - after)) / count)
+    by = f"{after - before:+.3f} +- {half:.3f}"
+    if abs(after - before) <= half:
+        return f"no change that {count} problems could show ({by})"
+    return f"{'rose' if after > before else 'fell'} ({by})"
+
+
+def minutes_of(lines: Iterable[Mapping[str, Any]]) -> float | None:
+    """Sum the minutes of steps and validations over all launches; start-ups are not among them.  None if not logged."""
+    names = ("timing_s/step", "timing_s/testing")
+    seconds = [value for line in lines for name in names if isinstance(value := line.get(name), (int, float))]
+    return sum(seconds) / 60 if seconds else None
+
+
 def summary(output_dir: Path, minutes: float | None = None) -> str:
     """Compose the summary; ``minutes`` is the wall time of this launch, None if nothing was trained."""
     lines = read_lines(output_dir / "metrics.jsonl")
-    validated = [(int(line["step"]), held_out(line)) for line in lines if held_out(line)]
-    steps = max((int(line["step"]) for line in lines), default=0)
-    launch = f", {minutes:.1f} minutes in this launch" if minutes is not None else ""
-    text = ["", f"{output_dir.name}: {steps} steps{launch}"]
-    if validated:
-        (first, before), (last, after) = validated[0], validated[-1]
-        how = decoding(output_dir)
-        for source in after:
-            shown = one_line(source)
-            title = f"held-out {shown}, {how}" if how else f"held-out {shown}"
-            text.append(f"  {title:<32} step {first:<6} step {last}")
-            for key, label in LABELS.items():
-                if key in after[source]:
-                    earlier = before.get(source, {}).get(key, float("nan"))
-                    text.append(f"    {label:<30} {earlier:>8.3f}    {after[source][key]:>8.3f}")
+    steps, whole = max((int(line["step"]) for line in lines), default=0), minutes_of(lines)
+    times = [f"{whole:.1f} minutes of steps and validations in all launches"] if whole is not None else []
+    times += [f"{minutes:.1f} in this one, its start included"] if minutes is not None else []
+    text = ["", f"{output_dir.name}: {steps} steps{', ' if times else ''}{'; '.join(times)}"]
+    text += _held_out_rows(lines, output_dir)
+    text += [f"  {name:<12} {words}" for name, words in _answers(lines).items()]
     checkpoints = list(stored_checkpoints(output_dir / "checkpoints").values())
-    text += [f"  checkpoint   {checkpoints[-1]}"] if checkpoints else []
-    text.append(f"  metrics      {output_dir / 'metrics.jsonl'}")
     trees = write_sample_trees(output_dir)
-    if trees is not None:
-        text.append(f"  three trees  {trees}")
-    return "\n".join(text)
+    places = {
+        "checkpoint": checkpoints[-1] if checkpoints else None,
+        "metrics": output_dir / "metrics.jsonl",
+        "three trees": trees,
+        "evaluate": f"python -m recipe.skpo.evaluation checkpoint={output_dir} benchmarks=[...]"
+        if checkpoints
+        else None,
+        "compare": "the same command with method=grpo" if _is_skpo(lines) else None,
+    }
+    return "\n".join([*text, *(f"  {name:<12} {place}" for name, place in places.items() if place)])
+
+
+def _held_out_rows(lines: Sequence[dict[str, Any]], output_dir: Path) -> list[str]:
+    validated = [(int(line["step"]), held_out(line)) for line in lines if held_out(line)]
+    if not validated:
+        return []
+    (first, before), (last, after) = validated[0], validated[-1]
+    how, counts, text = decoding(output_dir), problems(output_dir), list[str]()
+    for source in after:
+        count, earlier = counts.get(source), before.get(source, {})
+        of = f", {count} problems" if count else ""
+        title = f"held-out {one_line(source)}{of}{', ' if how else ''}{how}"
+        text.append(f"  {title:<40} step {first:<6} step {last}")
+        for key, label in LABELS.items():
+            if key in after[source]:
+                row = f"    {label:<38} {earlier.get(key, math.nan):>8.3f}    {after[source][key]:>8.3f}"
+                if key == "acc" and count:
+                    low, high = wilson_interval(after[source]["acc"], count)
+                    row += f"   95% interval {low:.3f} to {high:.3f}"
+                text.append(row)
+        if count and last > first and "acc" in after[source] and "acc" in earlier:
+            text.append(f"    {'change':<38} {change(earlier['acc'], after[source]['acc'], count)}")
+    return text
+
+
+def _is_skpo(lines: Sequence[dict[str, Any]]) -> bool:
+    return any("skpo/upstream/reward/mean" in line for line in lines)
+
+
+def _answers(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Answer what a run cost, where it had no signal, and what its trackers did; what was not logged is left out."""
+
+    def column(name: str) -> list[float]:
+        return [float(line[name]) for line in lines if name in line]
+
+    def course(values: list[float], form: str) -> str:
+        return f"{values[0]:{form}} to {values[-1]:{form}}"
+
+    answers, generated, seconds = dict[str, str](), column("skpo/tokens/generated"), column("timing_s/step")
+    responses = sum(column("skpo/downstream/tokens_generated"))
+    if generated and seconds:
+        answers["cost"] = f"{mean(seconds):.3g} s and {mean(generated):,.0f} generated tokens a step"
+        if responses:
+            answers["cost"] += f", {sum(generated) / responses:.2f} x those of the responses, which GRPO has to pay too"
+    if equal := column("skpo/downstream/all_equal_share"):
+        answers["no signal"] = f"in {mean(equal):.0%} of the groups, whose rewards were equal ({course(equal, '.0%')})"
+    parts = {"value": ("value", ".2f"), "effective count": ("effective_count", ".2f"), "drift": ("drift", ".2g")}
+    tracked = {label: (column(f"skpo/tracker/{name}/mean"), form) for label, (name, form) in parts.items()}
+    said = [f"{label} {course(values, form)}" for label, (values, form) in tracked.items() if values]
+    if seen := column("skpo/tracker/prompts_seen"):
+        said.insert(0, f"{seen[-1]:,.0f} prompts")
+    if said:
+        answers["trackers"] = ", ".join(said)
+    return answers
 
 
 def write_sample_trees(output_dir: Path, count: int = 3) -> Path | None:

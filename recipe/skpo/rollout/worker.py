@@ -14,6 +14,7 @@ from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopWorkerTQ
 
 from recipe.skpo.method.rows import SEED_FIELD
+from recipe.skpo.output.console import configure_logging
 from recipe.skpo.rollout.admission import Clock, slots_of_worker
 from recipe.skpo.rollout.client import CLOCK, REQUEST_ID, CheckedLLMClient
 from recipe.skpo.rollout.failures import RolloutError, RolloutStop, cause_of
@@ -32,6 +33,7 @@ class RolloutWorker(AgentLoopWorkerTQ.__ray_actor_class__):  # type: ignore[name
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        configure_logging()
         self.settings = SkpoSettings.from_config(self.config.skpo)
         vocabulary = self.model_config.hf_config.get_text_config().vocab_size
         self.llm_client: CheckedLLMClient = CheckedLLMClient(self.llm_client, vocabulary, slots_of_worker(self.config))

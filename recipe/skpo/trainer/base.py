@@ -38,6 +38,7 @@ from recipe.skpo.method.rows import RowKey, Rows, visit_columns
 from recipe.skpo.output.best_effort import BestEffort, BestEffortLogger
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.metrics import MetricsFile, mean, plain_numbers, read_numbers, rollout_metrics
+from recipe.skpo.output.progress import ProgressLines
 from recipe.skpo.output.trees import FOLDER, TreeStore
 from recipe.skpo.rollout.failures import RolloutError, stop_reason
 from recipe.skpo.rollout.manager import RolloutManager
@@ -236,6 +237,8 @@ class BaseTrainer(PPOTrainerSync):
             loggers["metrics_file"] = MetricsFile(
                 self.output_dir / "metrics.jsonl", self.resumed_at, self.saved_metrics
             )
+            ends_with = self.total_training_steps, OmegaConf.select(self.config, "budget.tokens")
+            loggers["progress"] = ProgressLines(*ends_with)
             for name, backend in loggers.items():
                 loggers[name] = BestEffortLogger(name, backend, EFFORT)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.skpo.errors import ConfigError, RunError
+from recipe.skpo.output.console import say
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.run_folder import MARKER, stored_checkpoints
 from recipe.skpo.task.model_files import count_parameters
@@ -184,7 +185,7 @@ def check_room(config: DictConfig) -> None:
             f"trainer.save_freq=-1"
         )
     if keep is not None and free < size * (keep - there):
-        print(f"note: {room} and {keep} are kept; a save without room will end the run")
+        say(f"note: {room} and {keep} are kept; a save without room will end the run")
 
 
 def remove_older(folder: Path, newest: int, keep: int | None) -> None:

@@ -30,6 +30,11 @@ class ResumePlan:
     changes: tuple[Difference, ...] | None = ()
     finished: bool = False
 
+    @property
+    def step(self) -> int:
+        """The step that the run continues after; 0 for a fresh start."""
+        return _step(self.checkpoint) if self.checkpoint else 0
+
     def notes(self) -> list[str]:
         """Say in one line each what the command changes."""
         return lines(self.checkpoint, self.changes, self.finished) if self.checkpoint else []

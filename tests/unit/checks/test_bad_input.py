@@ -70,7 +70,7 @@ def run(compose_config, model_folder: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(HydraConfig.instance(), "cfg", OmegaConf.create(COMMAND))
     # They change this process, or start everything.
     monkeypatch.setattr(main, "apply_platform", lambda config: None)
-    monkeypatch.setattr(main, "launch", lambda config: print("launched"))
+    monkeypatch.setattr(main, "launch", lambda config, done: print("launched"))
     monkeypatch.setattr(main, "report", lambda *arguments, **options: None)
     config = compose_config("platform=cpu", "data=files")
     files = {}

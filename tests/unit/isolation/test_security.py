@@ -209,7 +209,7 @@ def test_variables_of_the_environment_get_into_no_file_and_no_output(
     launched = []
     for check in ("check_data", "check_model", "check_prompt_lengths", "prepare_data", "prepare_model"):
         monkeypatch.setattr(main, check, lambda config: None)
-    monkeypatch.setattr(main, "launch", launched.append)
+    monkeypatch.setattr(main, "launch", lambda config, done: launched.append(config))
     for name in ("TENSORBOARD_DIR", "VERL_ENGINE_DEVICE"):
         monkeypatch.setenv(name, "x")
     environment = dict(os.environ)

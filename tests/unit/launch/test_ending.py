@@ -232,7 +232,7 @@ def test_rays_own_handler_of_sigterm_ends_the_run_in_the_same_way(launched, caps
         (ConnectionError("Could not find any running Ray instance."), "error: ConnectionError: Could not find any "),
     ],
 )
-def test_an_error_of_the_run_ends_in_one_line_after_its_traceback(launched, capsys, error: Exception, line) -> None:
+def test_an_error_of_the_run_ends_in_one_line(launched, capsys, tmp_path: Path, error: Exception, line) -> None:
     def run_ppo(config: Any, task_runner_class: Any) -> None:
         raise error
 
@@ -240,7 +240,8 @@ def test_an_error_of_the_run_ends_in_one_line_after_its_traceback(launched, caps
     assert isinstance(said, str) and len(said.splitlines()) == 1
     assert said.startswith(line)
     assert said.endswith("; nothing has been saved yet, so the same command starts from the beginning")
-    assert "Traceback" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"note: all that the run's processes printed is in {tmp_path}/logs/run.log\n"
+    assert "Traceback" in (tmp_path / "logs/run.log").read_text()
 
 
 def test_a_cluster_that_is_too_small_is_refused_before_the_runner_starts(launched, monkeypatch) -> None:

@@ -250,9 +250,10 @@ def test_the_platform_is_what_the_driver_says(tmp_path: Path, monkeypatch, scrip
 
 
 def test_warnings_are_seen_where_vllm_is_imported(monkeypatch, capsys) -> None:
-    ours = logging.getLogger("recipe.skpo")
-    for name in ("handlers", "propagate", "level"):
-        monkeypatch.setattr(ours, name, getattr(ours, name))
+    for ours in map(logging.getLogger, ("recipe.skpo", "reward_fns")):
+        for name in ("handlers", "propagate", "level"):
+            monkeypatch.setattr(ours, name, getattr(ours, name))
+    monkeypatch.setenv("SKPO_CONSOLE", "full")
     launch.configure_logging()
     # What importing vLLM's server does (model_hosting_container_standards/logging_config.py).
     monkeypatch.setattr(logging.root, "level", logging.ERROR)
@@ -275,7 +276,11 @@ def test_attention_follows_what_is_installed(
     config = compose_config("platform=gpu", "packed_attention=none", *extra)
     launch.apply_platform(config)
     assert config.actor_rollout_ref.model.override_config.get("attn_implementation") == used
-    assert config.ray_kwargs.ray_init.runtime_env.env_vars == {"TENSORBOARD_DIR": "elsewhere", "PYTHONUTF8": "1"}
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars == {
+        "SKPO_CONSOLE": "short",
+        "TENSORBOARD_DIR": "elsewhere",
+        "PYTHONUTF8": "1",
+    }
 
 
 @pytest.mark.parametrize("given", [None, "mine", "[mine, yours]"])

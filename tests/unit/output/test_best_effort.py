@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from recipe.skpo.output.best_effort import BestEffort, BestEffortLogger
 
@@ -67,10 +68,11 @@ def test_every_logger_of_a_run_is_guarded(monkeypatch, tmp_path: Path) -> None:
     trainer.settings = SimpleNamespace(trees_max_mb=1.0)
     backend = Backend()
     backend.error = FULL
+    trainer.total_training_steps, trainer.config = 4, OmegaConf.create({})
     trainer.logger = SimpleNamespace(logger={"tensorboard": backend})
     trainer._open_metrics_file()
     trainer._open_metrics_file()
-    assert set(trainer.logger.logger) == {"tensorboard", "metrics_file"}
+    assert set(trainer.logger.logger) == {"tensorboard", "metrics_file", "progress"}
     for logger in trainer.logger.logger.values():
         logger.log(data={"x": 1.0}, step=1)
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == '{"step": 1, "x": 1.0}\n'

@@ -86,3 +86,43 @@ def test_every_text_has_an_encoding() -> None:
     }
     # A method of importlib's, which reads what was installed.
     assert {place for place in found if "distribution_alias" not in place} == set()
+
+
+SCREEN = r"""
+import logging, os, subprocess, sys
+from pathlib import Path
+from recipe.skpo.output.console import Screen, VARIABLE, configure_logging, say
+
+with Screen(Path(sys.argv[1]) / "logs/run.log", 4):
+    print("flood")
+    sys.stderr.write("half a "), sys.stderr.write("line\n")
+    os.write(2, b"from C++\n")
+    subprocess.run(["echo", "from a child"])
+    say("for people")
+    child = "import logging; from recipe.skpo.output.console import *; configure_logging(); say('step 1/4 here');"
+    child += "[logging.getLogger('recipe.skpo.x').warning('trouble %d', i) for i in range(5)]"
+    forwarded = subprocess.run([sys.executable, "-c", child], env=os.environ | {VARIABLE: "short"}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    for line in forwarded.splitlines():
+        print(f"\x1b[36m(Worker(name) pid=7, ip=1.2.3.4)\x1b[0m {line}")
+    print("(EngineCore pid=1) quoted [skpo] is not marked")
+print("after", file=sys.stderr)
+raise SystemExit("error: last")
+"""
+
+
+def test_the_screen_shows_what_is_for_people_and_keeps_the_rest(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SCREEN, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
+    warnings = [f"warning: trouble {count}" for count in range(3)]
+    assert done.stdout.splitlines() == ["for people", "step 1/4 here", *warnings]
+    assert done.stderr.splitlines() == ["after", "error: last"]
+    log = (tmp_path / "logs/run.log").read_text()
+    for line in (
+        "flood",
+        "half a line",
+        "from C++",
+        "from a child",
+        "[skpo] for people",
+        "quoted [skpo] is not marked",
+    ):
+        assert line in log.splitlines() or f"(EngineCore pid=1) {line}" in log.splitlines()

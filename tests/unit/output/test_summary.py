@@ -4,11 +4,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from omegaconf import OmegaConf
+from pyarrow.parquet import write_table
 
 from recipe.skpo.output.metrics import MetricsFile
-from recipe.skpo.output.summary import decoding, held_out, render_tree, summary, write_sample_trees
+from recipe.skpo.output.summary import (
+    change,
+    decoding,
+    held_out,
+    render_tree,
+    summary,
+    wilson_interval,
+    write_sample_trees,
+)
 from recipe.skpo.output.trees import FOLDER, TreeStore
 
 SOURCE = "skpo/arithmetic"
@@ -137,7 +147,7 @@ def row(text: str, label: str) -> list[str]:
 
 def test_summary_shows_the_numbers_before_and_after_and_where_everything_lies(tmp_path: Path) -> None:
     text = summary(run(tmp_path), minutes=7.5)
-    assert f"{tmp_path.name}: 4 steps, 7.5 minutes" in text
+    assert f"{tmp_path.name}: 4 steps, 7.5 in this one, its start included" in text
     assert row(text, f"held-out {SOURCE}, greedy") == ["step", "0", "step", "4"]
     assert row(text, "accuracy among well-formed") == ["0.500", "0.500"]
     assert row(text, "share of well-formed answers") == ["0.200", "0.900"]
@@ -158,6 +168,34 @@ def test_a_run_that_wrote_nothing_still_has_a_summary(tmp_path: Path) -> None:
     text = summary(tmp_path, minutes=0.0)
     assert f"{tmp_path.name}: 0 steps" in text
     assert "held-out" not in text and "checkpoint" not in text and "trees" not in text
+
+
+def test_the_summary_says_whether_it_learned_and_what_it_cost(tmp_path: Path) -> None:
+    val = tmp_path / "val.parquet"
+    write_table(pa.table({"data_source": [SOURCE] * 100 + ["other"] * 4}), val)
+    config = {"data": {"val_files": [str(val)], "val_max_samples": -1}}
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    file = MetricsFile(tmp_path / "metrics.jsonl", resumed_at=0)
+    file.log(validation(0.3) | {"timing_s/testing": 30.0}, step=0)
+    for step, (equal, value) in enumerate([(0.0, 0.5), (0.5, 0.75)], start=1):
+        cost = {"skpo/tokens/generated": 1500, "skpo/downstream/tokens_generated": 1000, "timing_s/step": 15.0}
+        tracker = {"value/mean": value, "effective_count/mean": step, "drift/mean": 0.1, "prompts_seen": 8 * step}
+        tracker = {f"skpo/tracker/{name}": number for name, number in tracker.items()}
+        shares = {"skpo/downstream/all_equal_share": equal}
+        file.log(cost | tracker | shares | (validation(0.5) if step == 2 else {}), step=step)
+    text = summary(tmp_path, minutes=2.0)
+    assert "2 steps, 1.0 minutes of steps and validations in all launches; 2.0 in this one" in text
+    assert row(text, "accuracy")[2:] == ["95%", "interval", "0.404", "to", "0.596"]
+    assert row(text, "change") == ["rose", "(+0.200", "+-", "0.133)"]
+    assert "15 s and 1,500 generated tokens a step, 1.50 x those" in text
+    assert "in 25% of the groups, whose rewards were equal (0% to 50%)" in text
+    assert "16 prompts, value 0.50 to 0.75, effective count 1.00 to 2.00, drift 0.1 to 0.1" in text
+
+
+def test_a_small_change_is_not_called_one() -> None:
+    assert change(0.5, 0.6, 20).startswith("no change that 20 problems could show")
+    assert change(0.6, 0.2, 100).startswith("fell")
+    assert wilson_interval(0.0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4))
 
 
 # ---------------------------------------------------------------- trees

@@ -80,7 +80,7 @@ class World:
         patch.setattr(main, "apply_platform", lambda config: None)
         return world
 
-    def launch(self, config) -> None:
+    def launch(self, config, done) -> None:
         """What a run leaves that is stopped after its first save."""
         output_dir, checkpoints = Path(config.output_dir), Path(config.trainer.default_local_dir)
         self.launched.append(output_dir)

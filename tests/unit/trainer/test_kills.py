@@ -65,7 +65,7 @@ def make_trainer(config: Any) -> Any:
 
     trainer = SkpoTrainer(config)
     trainer.tokenizer, trainer.processor = None, None
-    trainer.use_critic, trainer.actor_rollout_wg = False, Actor()
+    trainer.use_critic, trainer.actor_rollout_wg, trainer.total_training_steps = False, Actor(), STEPS
     trainer.checkpoint_callback = SimpleNamespace(on_save=lambda **options: None)
     trainer.logger = SimpleNamespace(logger={})
     trainer._init_dataloader()
