@@ -1,6 +1,7 @@
 """The command line that the source modules share."""
 
 import argparse
+import ast
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,3 +58,24 @@ def main(source: Source, argv: Sequence[str] | None = None) -> int:
             against=given.against,
         )
     )
+
+
+def commands(folder: Path, package: str) -> dict[str, str]:
+    """Find the modules of a package that are commands, without importing them: their docstrings say it.
+
+    Returns:
+        Name to the first sentence of the docstring and its command lines.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.py")):
+        said = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        lines = [line for line in said.splitlines() if line.strip().startswith(f"python -m {package}.{path.stem} ")]
+        if lines:
+            found[path.stem] = "\n".join([said.split("\n")[0], *lines])
+    return found
+
+
+def listed(folder: Path, package: str) -> str:
+    """List the commands of a package as text."""
+    texts = commands(folder, package).values()
+    return "\n\n".join([*texts, "--help behind a command lists its options."])

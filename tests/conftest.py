@@ -314,8 +314,8 @@ def command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         try:
             main.main()
         except SystemExit as error:
-            assert isinstance(error.code, str), "Hydra printed a traceback"
-            return Launched(message=error.code)
+            assert error.code == 0 or isinstance(error.code, str), "Hydra printed a traceback"
+            return Launched(message=error.code or None)
         finally:
             GlobalHydra.instance().clear()
         return Launched(config=launched[0] if launched else None)

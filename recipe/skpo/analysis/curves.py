@@ -20,6 +20,7 @@ import pandas as pd
 from recipe.skpo.analysis.common import add_out, parser_of, write_results
 from recipe.skpo.evaluation.options import require
 from recipe.skpo.evaluation.results import run_cli
+from recipe.skpo.output.console import markdown_table
 from recipe.skpo.output.metrics import read_steps
 from recipe.skpo.output.summary import held_out
 
@@ -144,6 +145,19 @@ def summary(curves: pd.DataFrame, phases: pd.DataFrame) -> dict[str, Any]:
     return result
 
 
+def table_of(found: Mapping[str, Any]) -> str:
+    """Show a ``summary``: a row per curve, a column per method."""
+    names = dict.fromkeys(name for values in found.values() for name in values)
+
+    def cell(value: Any) -> str:
+        if isinstance(value, Mapping):
+            return f"{value['first']:.4g} to {value['last']:.4g} (step {value['first_step']} to {value['last_step']})"
+        return "" if value is None else f"{value:.4g}"
+
+    rows = [[name.replace("_", " "), *(cell(values.get(name)) for values in found.values())] for name in names]
+    return markdown_table(["", *found], rows)
+
+
 def run(config: CurvesConfig, out: Path) -> list[Path]:
     """Read, draw, write; returns the files."""
     from recipe.skpo.analysis.drawing import draw_curves
@@ -154,8 +168,9 @@ def run(config: CurvesConfig, out: Path) -> list[Path]:
     lacking = missing(list(runs), curves, phases)
     if lacking:
         print(f"left out: {'; '.join(lacking)}")
-    figure = draw_curves(curves, phases)
-    return write_results(out, "curves", config, summary(curves, phases), {"curves": curves, "phases": phases}, figure)
+    figure, found = draw_curves(curves, phases), summary(curves, phases)
+    print(table_of(found))
+    return write_results(out, "curves", config, found, {"curves": curves, "phases": phases}, figure)
 
 
 def _run_argument(text: str) -> tuple[str, tuple[Path, ...]]:

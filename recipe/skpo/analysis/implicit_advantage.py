@@ -434,8 +434,14 @@ def measure(
     else:
         continuations = continue_locally(config, states, out / CONTINUATIONS, open_sampler)
     table = tabulate(shared, config.positions, state_values(states, continuations, reward))
-    figure = draw_implicit_advantage(table)
-    return write_results(out, "implicit_advantage", config, summary(table, len(states)), {"by_position": table}, figure)
+    figure, found = draw_implicit_advantage(table), summary(table, len(states))
+    for method in dict.fromkeys(response.method for response in shared):
+        numbers = found[method]
+        quarters = "  ".join(f"{advantage:+.3f}" for advantage in numbers["advantage_by_quarter"])
+        print(
+            f"{method:<14} value {numbers['value']:+.3f}   advantage {numbers['advantage']:+.3f}, by quarter {quarters}"
+        )
+    return write_results(out, "implicit_advantage", config, found, {"by_position": table}, figure)
 
 
 def _named(text: str) -> tuple[str, str]:

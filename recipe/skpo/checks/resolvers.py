@@ -6,6 +6,7 @@ An error in a resolver reaches the user with the key of whatever is computed.  S
 import hashlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -15,6 +16,8 @@ from recipe.skpo.checks.gpus import gpus_to_use, visible_gpus
 from recipe.skpo.checks.paths import run_name, scratch_folder
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.settings import HALF_LIVES, default_node
+
+CONFIG = Path(__file__).parents[1] / "config"
 
 CPU_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 """vLLM's name of what the CPU platform computes in, to verl's."""
@@ -61,6 +64,11 @@ def digest(choices: Any) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def choices(group: str) -> str:
+    """List what can be chosen of a group of ours."""
+    return ", ".join(sorted(file.stem for file in (CONFIG / group).glob("*.yaml")))
+
+
 def _number(path: str, value: Any, kind: Callable[[Any], Any] = int) -> Any:
     try:
         return kind(value)
@@ -80,6 +88,7 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     # A value that was given under its former name, else the default.
     "skpo_given": lambda value, default: default if value is None else value,
     "skpo_digest": digest,
+    "skpo_choices": choices,
     "skpo_run_name": run_name,
     "platform_dtype": cpu_dtype,
 }

@@ -3,7 +3,7 @@
     python -m recipe.skpo.evaluation checkpoint=outputs/<run> benchmarks=[aime24,math500] [key=value ...]
 
 Draws k responses per problem with vLLM, checks them with the training's reward, and writes tables of avg@k and pass@k
-and every response.  ``config/evaluate.yaml`` has all keys.  A killed evaluation resumes; a finished one scores its
+and every response.  A killed evaluation resumes; a finished one scores its
 stored responses again.  The paper gives k but no temperature: 0.6 with top-p 0.95 is usual for reasoning models;
 ``temperature=0 k.default=1`` is greedy, as the trainer's validation.
 """
@@ -20,7 +20,7 @@ import pandas as pd
 
 from data_prep.benchmarks import BENCHMARKS
 from data_prep.schema import DataError
-from recipe.skpo.evaluation.config import EvaluationConfig, read_config
+from recipe.skpo.evaluation.config import CONFIG, EvaluationConfig, read_config
 from recipe.skpo.evaluation.engine import FREE, detected_platform
 from recipe.skpo.evaluation.models import Checkpoint, find_checkpoint, merged_model
 from recipe.skpo.evaluation.options import chat_of, require
@@ -212,10 +212,12 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = Parser(prog="python -m recipe.skpo.evaluation", description=__doc__)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of config/evaluate.yaml, as Hydra reads them"
+    # The comments of the config say what each key is; above them is what Hydra alone reads.
+    keys = CONFIG.read_text(encoding="utf-8").partition("- _self_\n\n")[2]
+    parser = Parser(
+        prog="python -m recipe.skpo.evaluation", description=__doc__, epilog=f"keys and defaults:\n\n{keys}"
     )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="any of the keys below, as Hydra reads them")
     overrides = parser.parse_args(argv).overrides
     os.environ.setdefault("SKPO_PLATFORM", detected_platform())
 

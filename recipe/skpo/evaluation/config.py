@@ -17,6 +17,8 @@ from recipe.skpo.evaluation.models import ACCEPTED
 from recipe.skpo.evaluation.options import RewardFunction, check_options, require
 from recipe.skpo.output.redaction import reject_secrets
 
+CONFIG = Path(__file__).parents[1] / "config/evaluate.yaml"
+
 
 @dataclass(frozen=True)
 class EvaluationConfig:
@@ -102,8 +104,8 @@ def read_config(overrides: Sequence[str]) -> EvaluationConfig:
         ConfigError: an override that Hydra or the record refuses.
     """
     try:
-        with initialize_config_dir(str(Path(__file__).parents[1] / "config"), version_base=None):
-            config = compose("evaluate", overrides=list(overrides))
+        with initialize_config_dir(str(CONFIG.parent), version_base=None):
+            config = compose(CONFIG.stem, overrides=list(overrides))
         OmegaConf.resolve(config)
         reject_secrets(OmegaConf.to_container(config))
     except (HydraException, OmegaConfBaseException) as error:

@@ -131,6 +131,7 @@ def test_command_writes_everything_and_says_what_is_left_out(
     assert curves.main([*flags, "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert out.count("left out:") == 1 and "$g$ has no reward" in out
+    assert "| reward | 0.15 to 0.3 (step 1 to 2) |  |" in out and "| seconds per step | 10 |  |" in out
     names = {"curves.png", "curves.svg", "curves.json", "curves.csv", "phases.csv", "config.json"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     table = pd.read_csv(tmp_path / "out/curves.csv")

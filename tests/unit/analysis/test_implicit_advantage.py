@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +226,7 @@ def measure_config(path: Path, model: Path, **changes: Any) -> MeasureConfig:
     return MeasureConfig(**(values | {"model": str(model), "engine": engine()} | changes))
 
 
-def test_measure_locally_continues_each_state_once(tmp_path: Path, model_folder: Path) -> None:
+def test_measure_locally_continues_each_state_once(tmp_path: Path, model_folder: Path, capsys) -> None:
     path = write(tmp_path / "r.jsonl", [row("a", n) for n in (1, 2)] + [row("b", n, f"#### {2 * n}") for n in (1, 2)])
     tokenizer = load_tokenizer(str(model_folder))
     # The evaluator knows the answer once the response has begun.
@@ -242,6 +243,8 @@ def test_measure_locally_continues_each_state_once(tmp_path: Path, model_folder:
     # Of the two problems' answers, 2 and 4, the evaluator knows one.
     assert table.loc[("a", 0.2), "value"] == 0.0
     assert (table.groupby("position")["advantage"].sum().abs() < 1e-9).all()
+    said = re.search(r"^b +value (\S+)   advantage .*by quarter( +[+-]\d\.\d+){4}$", capsys.readouterr().out, re.M)
+    assert said and float(said[1]) == pytest.approx(table.loc["b", "value"].mean(), abs=5e-4)
 
 
 def test_measure_again_with_more_positions_uses_what_is_stored(tmp_path: Path, model_folder: Path) -> None:

@@ -10,6 +10,8 @@ import runpy
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,14 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from data_prep.__main__ import main as data_prep_main
+from data_prep.command import commands
+from recipe.skpo.evaluation.command import main as evaluation_main
+from recipe.skpo.evaluation.config import EvaluationConfig
 from tests.conftest import REPOSITORY
 
-DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DOCUMENTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+HELP = REPOSITORY / "recipe/skpo/config/hydra/help/skpo.yaml"
 PYTHON = ("python", ".venv/bin/python", "/opt/verl-skpo/.venv/bin/python")
 SHELL = ("cd", "sleep", "#SBATCH", "export", "source")
 """Words that begin a line of a shell script which starts no program of ours."""
@@ -36,7 +43,14 @@ def lines_of(document: Path) -> Iterator[str]:
                 yield " ".join(line.split())
 
 
+def examples() -> list[str]:
+    """The command lines of ``--help``."""
+    template = yaml.safe_load(HELP.read_text(encoding="utf-8"))["template"]
+    return re.findall(r"^ +(python -m (?!.*\[key=value\]).*)", template, re.MULTILINE)
+
+
 LINES = [(document.name, line) for document in DOCUMENTS for line in dict.fromkeys(lines_of(document))]
+LINES += [("--help", line) for line in examples()]
 
 
 def words_of(line: str) -> tuple[list[str], bool]:
@@ -169,3 +183,48 @@ def test_folders_of_the_default_run_are_called_as_it_calls_them(compose_config) 
     for document in DOCUMENTS:
         named = set(re.findall(r"outputs/smollm2_135m[\w-]*", document.read_text(encoding="utf-8")))
         assert named <= made, document.name
+
+
+# ---------------------------------------------------------------- what commands say of themselves
+
+
+def test_help_names_options_with_their_values_and_what_can_be_chosen(command_line, compose_config, capsys) -> None:
+    command_line("--help", "method=grpo", "skpo.group_size=6")
+    said = capsys.readouterr().out
+    options = dict(
+        re.findall(r"^  ([a-z_]+(?:\.[a-z_]+)*) {2,}.*\((.+)\)$", said.partition("\nOptions")[2], re.MULTILINE)
+    )
+    config = compose_config("method=grpo", "skpo.group_size=6")
+    assert len(options) == 15
+    assert options == {key: str(OmegaConf.select(config, key)) for key in options}
+    assert "cispo, dapo, dr_grpo, grpo, gspo, rloo, sapo, skpo, spo (grpo)" in said
+    assert "--cfg job --package skpo" in said and len(said.splitlines()) < 50
+
+
+@pytest.mark.parametrize("package", ["data_prep", "recipe.skpo.analysis"])
+def test_a_package_lists_its_commands(package: str, capsys, monkeypatch) -> None:
+    folder = REPOSITORY / package.replace(".", "/")
+    runnable = {
+        path.stem for path in folder.glob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+    }
+    assert set(commands(folder, package)) == runnable - {"__main__"}
+    monkeypatch.setattr(sys, "argv", [package])
+    with suppress(SystemExit):
+        runpy.run_module(package, run_name="__main__")
+    said = capsys.readouterr().out
+    assert all(f"python -m {package}.{name} " in said for name in runnable - {"__main__"})
+
+
+def test_data_prep_runs_the_command_that_it_is_given(capsys) -> None:
+    with pytest.raises(SystemExit):
+        data_prep_main(["gsm8k", "--help"])
+    assert "python -m data_prep.gsm8k" in capsys.readouterr().out
+    assert (data_prep_main([]), data_prep_main(["gsm9k"])) == (0, 2)
+
+
+def test_evaluation_lists_its_keys(capsys) -> None:
+    with pytest.raises(SystemExit):
+        evaluation_main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n{item.name}: " in said or f"\n{item.name}:\n" in said for item in fields(EvaluationConfig))
+    assert "defaults:\n  - " not in said
