@@ -150,7 +150,7 @@ class SkpoSettings:
         split: where candidates are cut: ``adaptive`` (the paper: t_q uniform on [split_low, split_high] x mean response
             length), ``fixed`` (the two ends of that range in turn, by step) or ``boundary_token`` (at the last boundary
             at or before the adaptive t_q).
-        split_low, split_high: the range.
+        split_low, split_high: the range, in shares of the mean response length.
         boundaries: token ids and strings at which ``boundary_token`` cuts.  A config may write escapes (``unescaped``).
         selection: which candidate is kept: ``median`` (the paper), ``extreme``, ``first``, ``random``; see
             ``segments.select_segment``.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from recipe.skpo.output.glossary import METRICS, TERMS_OF_THE_LOSS, described
 from recipe.skpo.output.metrics import read_lines
 from tests.e2e.tiny import overrides
 
@@ -65,6 +66,7 @@ def train(folder: Path, *arguments: str) -> list[dict[str, float]]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = read_lines(folder / "out/metrics.jsonl")
+    assert not [name for line in lines for name in line if name != "step" and described(name) is None]
     return [line for line in lines if "actor/grad_norm" in line]
 
 
@@ -105,6 +107,7 @@ def test_terms_of_verls_loss(method: str, tmp_path: Path) -> None:
     assert [line["step"] for line in steps] == [1, 2]
     for line in steps:
         assert line["actor/grad_norm"] > 0
+        assert {name for metric in METRICS if metric.only == TERMS_OF_THE_LOSS for name in metric.names()} <= set(line)
         assert line["actor/entropy_loss"] > 0
         assert 0.5 < line["rollout_corr/rollout_is_mean"] < 2
     # Before the first update the actor is the reference.

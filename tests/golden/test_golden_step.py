@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from tensordict import NonTensorData, NonTensorStack, TensorDict
 
 from recipe.skpo.method.rows import DOWNSTREAM, SEED_FIELD, SPLIT_FIELD, UPSTREAM, WEIGHT_FIELD, RowKey
+from recipe.skpo.output.glossary import METRICS
 from recipe.skpo.settings import SkpoSettings, TrackerSettings
 from recipe.skpo.trainer.state import SkpoState
 from tests.support.queue import Queue
@@ -26,6 +27,7 @@ from tests.support.rows import stored_row
 
 GROUP, BATCH, PER_UPDATE, STEPS, BUDGET = 3, 6, 2, 6, 60
 TOLERANCE = 1e-4  # rows are float32
+PROMISED = {name for metric in METRICS for name in metric.names() if name.startswith("skpo/") and not metric.only}
 
 
 @dataclass
@@ -237,6 +239,7 @@ def test_steps_follow_the_reference(
 
         trainer.kl_sums = (float(rng.exponential(0.5)), float(rng.exponential(0.5)), 40, 160)
         real._update_actor(batch, metrics)
+        assert {name for name in metrics if name.startswith("skpo/")} == PROMISED
         run.end_step(sum(trainer.kl_sums[:2]) / 200)
         for number in range(9):
             name = f"prompt {number}"

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 from data_prep.untrusted import UntrustedError, error_line, read_yaml
 from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
+from recipe.skpo.output.glossary import described, unit_of
 from recipe.skpo.output.metrics import read_steps
 from recipe.skpo.output.redaction import HIDDEN, hide_secrets
 from recipe.skpo.output.summary import LABELS, decoding, held_out, minutes_of
@@ -56,7 +57,7 @@ UPSTREAM, DOWNSTREAM, TRACKER, TIMES = "skpo/upstream/", "skpo/downstream/", "sk
 
 CURVES: list[tuple[str, list[tuple[str, str]]]] = [
     ("Reward and baseline", [("reward", f"{DOWNSTREAM}reward/mean"), ("baseline", f"{UPSTREAM}baseline/mean")]),
-    ("Groups without a signal", [("share of groups with equal rewards", f"{DOWNSTREAM}all_equal_share")]),
+    ("Groups without a signal", [("", f"{DOWNSTREAM}all_equal_share")]),
     (
         "Spread of the advantages",
         [("upstream", f"{UPSTREAM}advantage/std"), ("downstream", f"{DOWNSTREAM}advantage/std")],
@@ -69,8 +70,8 @@ CURVES: list[tuple[str, list[tuple[str, str]]]] = [
             ("tracked", f"{TRACKER}length/mean"),
         ],
     ),
-    ("Deviation d of the segment", [("nats per token", f"{UPSTREAM}deviation/mean")]),
-    ("Candidates that ended early", [("share", f"{UPSTREAM}early_finish_share")]),
+    ("Deviation d of the segment", [("", f"{UPSTREAM}deviation/mean")]),
+    ("Candidates that ended early", [("", f"{UPSTREAM}early_finish_share")]),
     ("Loss", [("upstream", f"{UPSTREAM}loss"), ("downstream", f"{DOWNSTREAM}loss")]),
     (
         "Tokens whose ratio was clipped",
@@ -81,16 +82,13 @@ CURVES: list[tuple[str, list[tuple[str, str]]]] = [
             ("downstream, high", f"{DOWNSTREAM}ratio_clipped_high_share"),
         ],
     ),
-    ("Policy KL of a step", [("nats per token", "skpo/policy_kl")]),
-    ("Entropy", [("nats per token", "actor/entropy")]),
+    ("Policy KL of a step", [("", "skpo/policy_kl")]),
+    ("Entropy", [("", "actor/entropy")]),
     ("Gradient norm", [("norm", "actor/grad_norm")]),
-    (
-        "Rollout against actor",
-        [("mean |difference of log-probs|", "skpo/rollout_actor_logprob_gap/mean")],
-    ),
+    ("Rollout against actor", [("", "skpo/rollout_actor_logprob_gap/mean")]),
     ("Value tracker", [("value", f"{TRACKER}value/mean")]),
     ("Drift since the last visit", [("drift", f"{TRACKER}drift/mean")]),
-    ("Effective count", [("visits that count", f"{TRACKER}effective_count/mean")]),
+    ("Effective count", [("", f"{TRACKER}effective_count/mean")]),
     (
         "Seconds per step",
         [
@@ -109,7 +107,10 @@ CURVES: list[tuple[str, list[tuple[str, str]]]] = [
         [("upstream", f"{UPSTREAM}prefix_cache/hit_rate"), ("downstream", f"{DOWNSTREAM}prefix_cache/hit_rate")],
     ),
 ]
-"""Title, then label and metric of each line.  Lines without numbers are left out; every other metric can be picked."""
+"""Title, then label ("" for the unit) and metric of each line.
+
+Lines without numbers are left out; every other metric can be picked.
+"""
 
 HELD_OUT = "held-out "
 """The held-out numbers are among the metrics as ``held-out <source>: <label>``."""
@@ -172,10 +173,14 @@ def curves(steps: Sequence[Mapping[str, Any]], notes: list[str], how: str = "") 
     held = [(source + ending, [(label, f"{source}: {label}") for label in LABELS.values()]) for source in sources]
     groups = [*held, *CURVES]
     drawn = [
-        {"title": title, "lines": [{"label": label, "name": name} for label, name in lines if name in shown]}
+        {
+            "title": title,
+            "lines": [{"label": label or unit_of(name), "name": name} for label, name in lines if name in shown],
+        }
         for title, lines in groups
     ]
-    return {"groups": [group for group in drawn if group["lines"]], "series": shown}
+    meanings = {name: metric.text for name in shown if (metric := described(name)) is not None}
+    return {"groups": [group for group in drawn if group["lines"]], "series": shown, "meanings": meanings}
 
 
 def headline(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from recipe.skpo.method.rows import CandidateRecord, Rows, TokenCounts
+from recipe.skpo.output.glossary import described
 from recipe.skpo.output.metrics import MetricsFile, read_lines, read_steps, rollout_metrics, update_metrics
 from tests.support.rows import make_record, make_rows
 
@@ -96,7 +97,8 @@ def test_the_share_of_segments_at_a_boundary_is_there_where_boundaries_are_looke
     rows = two_prompts()
     for row, shares in ((0, ONE_OF_FOUR), (3, THREE_OF_FOUR), (6, ALL)):
         rows.records[row] = record(0.5, ONE_OF_FOUR, shares)  # type: ignore[index]
-    assert rollout_metrics(rows, ADVANTAGES)["skpo/upstream/boundary_share"] == 0.5
+    published = rollout_metrics(rows, ADVANTAGES)
+    assert published["skpo/upstream/boundary_share"] == 0.5 and all(map(described, published))
 
 
 def test_padding_alone_publishes_nothing_and_without_prefilled_tokens_the_hit_rate_is_zero() -> None:

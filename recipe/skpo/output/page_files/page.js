@@ -354,7 +354,7 @@ function drawCurves() {
   });
   const show = () => {
     const name = names[Number(pick.value)];
-    byId("metric-chart").replaceChildren(chart(name, [{ label: "value", name }]));
+    byId("metric-chart").replaceChildren(chart(name, [{ label: data.curves.meanings[name] || "value", name }]));
   };
   pick.addEventListener("change", show);
   if (names.length) show();
