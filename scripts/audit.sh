@@ -16,7 +16,7 @@ trap 'rm -rf "$folder"' EXIT
 status=0
 for file in requirements/cpu.txt requirements/cuda.txt; do
     echo "== $file"
-    # Without the hashes: where there are some it wants them all, and the CPU build of torch has none.
+    # Names and versions are all that it looks up.
     grep -oE '^[A-Za-z0-9._-]+==[^ ;]+' "$file" >"$folder/pins.txt"
     "$folder/venv/bin/pip-audit" -r "$folder/pins.txt" --no-deps --disable-pip --strict --progress-spinner off "$@" || status=1
 done

