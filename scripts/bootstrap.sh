@@ -3,7 +3,7 @@
 # Called by run_skpo.sh and run_tests.sh; does nothing when the environment is current.
 #
 # stdout: one word, the platform (cpu or gpu). Everything meant for people goes to stderr.
-# SKPO_PLATFORM=cpu|gpu forces the platform, SKPO_INSTALLER=uv|pip the installer, PYTHON=<path> the interpreter.
+# SKPO_PLATFORM=cpu|gpu forces the platform, PYTHON=<path> the interpreter; SKPO_INSTALLER=pip does without uv.
 set -euo pipefail
 # With CDPATH set, cd may go elsewhere and prints where it went.
 unset CDPATH
@@ -59,9 +59,8 @@ pick_uv() {
         if [[ "$("$uv" --version 2>/dev/null)" =~ ^uv\ (0\.([89]|[1-9][0-9])|[1-9]) ]]; then return; fi
     done
     said="$({ "$python" -m venv --clear .uv && .uv/bin/python -m pip install -r requirements/uv.txt; } 2>&1)" && return
-    uv="" said="uv is not on PATH, and pip could not install it ($(tail -n 1 <<<"$said"))"
-    if [[ "${SKPO_INSTALLER:-}" == uv ]]; then fail "$said."; fi
-    say "$said: pip installs everything, which takes minutes longer."
+    uv=""
+    say "uv is not on PATH, and pip could not install it ($(tail -n 1 <<<"$said")): pip installs everything, which takes minutes longer."
 }
 
 # Makes .venv, unless there is one that packages can be installed into. One that was made by hand is taken as it is.
@@ -87,7 +86,7 @@ make_environment() {
 export_pip_settings() {
     local name value
     while IFS== read -r name value; do
-        value="${value:1:-1}" value="${value//\\n/ }"
+        value="${value#?}" value="${value%?}" value="${value//\\n/ }" # without pip's quotes
         case "${name##*.}" in
             index-url) export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX:-${UV_INDEX_URL:-$value}}" ;;
             extra-index-url) export UV_INDEX="${UV_INDEX:-$value}" ;;
@@ -107,19 +106,27 @@ offline() {
         ! grep -q 'from versions: [^n]' "$log"
 }
 
-# Says in one sentence why the last attempt failed, and what to do.
+# Says why the last attempt failed and what to do. An argument is the advice if nobody has the file.
 explain() {
-    local why
-    why="$(grep -E '^ *(error|ERROR|cause|WARNING: Retrying)' "$log" | tail -n 1)" || why="$(tail -n 1 "$log")"
-    if offline; then why="no network, the package index cannot be reached: $(grep -E 'Retrying|cause' "$log" | tail -n 1)"; fi
-    if grep -qE "'[^']*(gcc|cc|clang)[^']*'( failed|$)|Python\.h: No such file" "$log"; then
-        why="a package that comes as source needs a C compiler and Python's headers (on Debian and Ubuntu: gcc and python3-dev)"
+    local why advice="${1:-}" lines='^ *(error|ERROR)'
+    if offline; then
+        lines=Retrying
+        advice="${advice:-The package index cannot be reached: check the network, or name a mirror (PIP_INDEX_URL)}"
+    elif grep -qE "'[^']*(gcc|cc|clang)[^']*'( failed|$)|Python\.h: No such file" "$log"; then
+        advice="A package that comes as source needs a C compiler and Python's headers (on Debian and Ubuntu: gcc and python3-dev)"
+    elif ! grep -qE 'No solution found|No matching distribution' "$log"; then
+        advice=""
     fi
-    fail "the installation failed: ${why//  /}${1:+. $1}. Details: $log"
+    # The last line of pip's about it; the first two and the last of uv's chain of causes.
+    why="$(grep -E "$lines" "$log" || cat "$log")" why="${why##*$'\n'}"
+    if [[ -n "$uv" ]]; then
+        why="$(sed -nE 's/^ *(error|cause): //p' "$log" | sed -n '1,2p;3,${$p}' | sed -z 's/\n$//;s/\n/: /g')"
+    fi
+    fail "the installation failed: $why.${advice:+ $advice.} Details: $log"
 }
 
 install() {
-    local python="${PYTHON:-python3}" uv index installer=pip pin=.venv/torch.txt build=.venv/build-constraints.txt
+    local python="${PYTHON:-python3}" uv index advice installer=pip pin=.venv/torch.txt build=.venv/build-constraints.txt
     [[ "$OSTYPE" == linux* ]] || fail "Linux is needed, vLLM has no packages for $OSTYPE: use a container (Dockerfile)."
     if [[ -n "${PYTHON:-}" ]]; then check_python; fi
     pick_uv
@@ -146,8 +153,9 @@ install() {
         index="$(sed -n 's/^url = "\(.*\)"$/\1/p' pyproject.toml)"
         if ! attempt -r "$pin"; then
             if offline; then explain; fi
-            attempt --extra-index-url "$index" -r "$pin" || explain "The CPU build of torch is neither where your other packages\
- come from nor can it be had from $index: name a mirror (PIP_EXTRA_INDEX_URL) or a folder with the wheel (PIP_FIND_LINKS)"
+            advice="The CPU build of torch is not where your other packages come from, and $index does not answer with it: "
+            advice+="name a mirror (PIP_EXTRA_INDEX_URL) or a folder with the wheel (PIP_FIND_LINKS)"
+            attempt --extra-index-url "$index" -r "$pin" || explain "$advice"
         fi
     fi
     attempt --require-hashes -r "$requirements" || explain
