@@ -122,7 +122,7 @@ explain() {
     if [[ -n "$uv" ]]; then
         why="$(sed -nE 's/^ *(error|cause): //p' "$log" | sed -n '1,2p;3,${$p}' | sed -z 's/\n$//;s/\n/: /g')"
     fi
-    fail "the installation failed: $why.${advice:+ $advice.} Details: $log"
+    fail "the installation failed: ${why%.}.${advice:+ $advice.} Details: $log"
 }
 
 install() {
@@ -159,7 +159,8 @@ install() {
         fi
     fi
     attempt --require-hashes -r "$requirements" || explain
-    # The build tool is pinned in the requirements; isolation would resolve and download another one.
+    # The build tool is pinned in the requirements; isolation would resolve and download another one. pip refuses both at once.
+    unset PIP_BUILD_CONSTRAINT
     attempt --no-build-isolation -e . || explain
     # Written whole and last: rename is atomic.
     stamp_for "$(version_of .venv/bin/python)" >.venv/.skpo-stamp.new

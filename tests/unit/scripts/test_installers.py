@@ -14,6 +14,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import pip
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,9 +70,11 @@ def served(tmp_path: Path) -> Iterator[tuple[Path, str]]:
 
 @pytest.fixture(scope="module")
 def environment_with_pip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One environment for all tests of pip: making it takes seconds."""
+    """An environment with the pinned pip, which `python -m venv` may not have."""
     folder = tmp_path_factory.mktemp("pip") / ".venv"
-    venv.create(folder, with_pip=True)
+    venv.create(folder)
+    (packages,) = folder.glob("lib/python3*/site-packages")
+    shutil.copytree(Path(pip.__file__).parent, packages / "pip")
     return folder
 
 
