@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -14,7 +15,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
-import pip
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -74,7 +74,8 @@ def environment_with_pip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pip") / ".venv"
     venv.create(folder)
     (packages,) = folder.glob("lib/python3*/site-packages")
-    shutil.copytree(Path(pip.__file__).parent, packages / "pip")
+    # Importing pip would turn off setuptools' own distutils in this process.
+    shutil.copytree(Path(sysconfig.get_path("purelib")) / "pip", packages / "pip")
     return folder
 
 
