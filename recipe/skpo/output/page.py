@@ -1,380 +1,76 @@
-"""One self-contained HTML page about a run: headline numbers, curves, rollout trees, config.
+"""One self-contained HTML page about a run, or about several that are compared.
 
     python -m recipe.skpo.output.page <run folder>
+    python -m recipe.skpo.output.page <run folder> <run folder> ... [--out <file>]
 
-Writes ``report.html`` into the run folder.  The page needs no network and stays below ``LARGEST_PAGE``: long texts keep
-their beginning and end, long series and many trees are sampled evenly, and the page says what it leaves out.  Text of a
-model, a data file or a config stands in one JSON block of pure ASCII without ``<``, ``>`` and ``&``, and the script
-renders it as text only.  The Content-Security-Policy allows only the page's own script and style.
+The first writes ``report.html`` into the run folder: headline numbers, curves, rollout trees, config.  The second
+writes ``comparison.html``: final numbers, curves over each other, the settings that differ.  A page needs no network
+and stays below ``LARGEST_PAGE``.  Text of a model, a data file or a config stands in one JSON block of pure ASCII
+without ``<``, ``>`` and ``&``, and the script renders it as text only.  The Content-Security-Policy allows only the
+page's own script and style.
 """
 
 import argparse
 import base64
 import hashlib
-import json
-import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
 
-from data_prep.untrusted import UntrustedError, error_line, read_yaml
+from data_prep.untrusted import error_line
+from recipe.skpo.output.comparison import comparison
 from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
-from recipe.skpo.output.glossary import described, unit_of
-from recipe.skpo.output.metrics import read_steps
-from recipe.skpo.output.redaction import HIDDEN, hide_secrets
-from recipe.skpo.output.summary import LABELS, decoding, held_out, minutes_of
-from recipe.skpo.output.trees import read_trees, spread, tree_index
-
-T = TypeVar("T")
-
-LARGEST_PAGE = 4_800_000
-"""Bytes of the whole page."""
-
-LONGEST_TEXT = 6_000
-"""Characters of one text of a tree; less where a tree has so many texts that it would pass ``LARGEST_TREE``."""
-
-LARGEST_TREE = 220_000
-"""Characters of all texts of one tree."""
-
-MOST_TREES = 400
-MOST_POINTS = 400
-"""Points of one series; less where there are so many series that they would pass ``MOST_NUMBERS``."""
-
-MOST_NUMBERS = 60_000
-LONGEST_NAME = 300
-"""Characters of a metric's name or of one setting."""
-
-LARGEST_CURVES, LARGEST_CONFIG, LARGEST_HEADLINE = 1_500_000, 500_000, 100_000
-"""Bytes of these parts; trees get the rest."""
+from recipe.skpo.output.page_data import (
+    LARGEST_PAGE,
+    ReportError,
+    curves,
+    embed,
+    headline,
+    read_config,
+    run_steps,
+    trees_for_page,
+)
+from recipe.skpo.output.summary import LABELS, decoding, problems
 
 PAGE = Path(__file__).with_name("page_files")
 
-UPSTREAM, DOWNSTREAM, TRACKER, TIMES = "skpo/upstream/", "skpo/downstream/", "skpo/tracker/", "timing_s/"
-
-CURVES: list[tuple[str, list[tuple[str, str]]]] = [
-    ("Reward and baseline", [("reward", f"{DOWNSTREAM}reward/mean"), ("baseline", f"{UPSTREAM}baseline/mean")]),
-    ("Groups without a signal", [("", f"{DOWNSTREAM}all_equal_share")]),
-    (
-        "Spread of the advantages",
-        [("upstream", f"{UPSTREAM}advantage/std"), ("downstream", f"{DOWNSTREAM}advantage/std")],
-    ),
-    (
-        "Length in tokens",
-        [
-            ("segment", f"{UPSTREAM}length/mean"),
-            ("response", f"{DOWNSTREAM}length/mean"),
-            ("tracked", f"{TRACKER}length/mean"),
-        ],
-    ),
-    ("Deviation d of the segment", [("", f"{UPSTREAM}deviation/mean")]),
-    ("Candidates that ended early", [("", f"{UPSTREAM}early_finish_share")]),
-    ("Loss", [("upstream", f"{UPSTREAM}loss"), ("downstream", f"{DOWNSTREAM}loss")]),
-    (
-        "Tokens whose ratio was clipped",
-        [
-            ("upstream, low", f"{UPSTREAM}ratio_clipped_low_share"),
-            ("upstream, high", f"{UPSTREAM}ratio_clipped_high_share"),
-            ("downstream, low", f"{DOWNSTREAM}ratio_clipped_low_share"),
-            ("downstream, high", f"{DOWNSTREAM}ratio_clipped_high_share"),
-        ],
-    ),
-    ("Policy KL of a step", [("", "skpo/policy_kl")]),
-    ("Entropy", [("", "actor/entropy")]),
-    ("Gradient norm", [("norm", "actor/grad_norm")]),
-    ("Rollout against actor", [("", "skpo/rollout_actor_logprob_gap/mean")]),
-    ("Value tracker", [("value", f"{TRACKER}value/mean")]),
-    ("Drift since the last visit", [("drift", f"{TRACKER}drift/mean")]),
-    ("Effective count", [("", f"{TRACKER}effective_count/mean")]),
-    (
-        "Seconds per step",
-        [
-            ("whole step", f"{TIMES}step"),
-            ("rollout", f"{TIMES}gen"),
-            ("old log-probs", f"{TIMES}old_log_prob"),
-            ("update", f"{TIMES}update_actor"),
-        ],
-    ),
-    (
-        "Tokens generated per step",
-        [("upstream", f"{UPSTREAM}tokens_generated"), ("downstream", f"{DOWNSTREAM}tokens_generated")],
-    ),
-    (
-        "Prompt tokens from the prefix cache",
-        [("upstream", f"{UPSTREAM}prefix_cache/hit_rate"), ("downstream", f"{DOWNSTREAM}prefix_cache/hit_rate")],
-    ),
-]
-"""Title, then label ("" for the unit) and metric of each line.
-
-Lines without numbers are left out; every other metric can be picked.
-"""
-
-HELD_OUT = "held-out "
-"""The held-out numbers are among the metrics as ``held-out <source>: <label>``."""
-
-
-class ReportError(ValueError):
-    """A run folder that no page can be made from; the message names the file and the fix in one line."""
-
-
-# ---------------------------------------------------------------- numbers
-
-
-def number(value: Any) -> float | None:
-    """Round a value to six significant digits; None if it is not a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(f"{value:.6g}")
-
-
-def series_of(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """Map a metric's name to its steps and values, finite ones only; held-out numbers are named in words too."""
-    series: dict[str, list[list[float]]] = {}
-    for line in steps:
-        named = {
-            f"{HELD_OUT}{source}: {LABELS[key]}": value
-            for source, found in held_out(dict(line)).items()
-            for key, value in found.items()
-        }
-        for name, value in [*line.items(), *named.items()]:
-            rounded = number(value)
-            if name != "step" and rounded is not None:
-                xs, ys = series.setdefault(name, [[], []])
-                xs.append(int(line["step"]))
-                ys.append(rounded)
-    return series
-
-
-def curves(steps: Sequence[Mapping[str, Any]], notes: list[str], how: str = "") -> dict[str, Any]:
-    """Collect the series, sampled evenly if they are long, and which of them are drawn together.
-
-    Args:
-        steps: of ``read_steps``.
-        notes: gets what is left out.
-        how: the held-out numbers were drawn, see ``summary.decoding``.
-    """
-    series = series_of(steps)
-    most = min(MOST_POINTS, max(2, MOST_NUMBERS // max(1, len(series))))
-    longest = max((len(xs) for xs, _ in series.values()), default=0)
-    if longest > most:
-        notes.append(f"Curves: at most {most} of {longest} points per line, evenly spaced, first and last among them.")
-    sampled = []
-    for name in sorted(name for name in series if len(name) <= LONGEST_NAME):
-        kept = spread(len(series[name][0]), most)
-        sampled.append((name, [[values[index] for index in kept] for values in series[name]]))
-    shown = dict(that_fit(sampled, LARGEST_CURVES))
-    if len(shown) < len(series):
-        notes.append(f"Metrics: {len(shown)} of {len(series)}.")
-    sources = sorted({name.rpartition(": ")[0] for name in shown if name.startswith(HELD_OUT)})
-    ending = f", {how}" if how else ""
-    held = [(source + ending, [(label, f"{source}: {label}") for label in LABELS.values()]) for source in sources]
-    groups = [*held, *CURVES]
-    drawn = [
-        {
-            "title": title,
-            "lines": [{"label": label or unit_of(name), "name": name} for label, name in lines if name in shown],
-        }
-        for title, lines in groups
-    ]
-    meanings = {name: metric.text for name in shown if (metric := described(name)) is not None}
-    return {"groups": [group for group in drawn if group["lines"]], "series": shown, "meanings": meanings}
-
-
-def headline(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Collect held-out numbers of the first and the last validation, steps, tokens, minutes; None if not logged."""
-    validated = [(int(line["step"]), held_out(dict(line))) for line in steps if held_out(dict(line))]
-    sources = []
-    if validated:
-        (first, before), (last, after) = validated[0], validated[-1]
-        for source, found in after.items():
-            rows = [[key, number(before.get(source, {}).get(key)), number(value)] for key, value in found.items()]
-            sources.append({"source": source, "first": first, "last": last, "rows": rows})
-
-    def total(*names: str) -> float | None:
-        values = [value for line in steps for name in names if (value := number(line.get(name))) is not None]
-        return number(sum(values)) if values else None
-
-    minutes = minutes_of(steps)
-    return {
-        "sources": that_fit(sources, LARGEST_HEADLINE),
-        "steps": max((int(line["step"]) for line in steps), default=0),
-        "tokens": total(f"{UPSTREAM}tokens_generated", f"{DOWNSTREAM}tokens_generated"),
-        "minutes": number(minutes),
-    }
-
-
-# ---------------------------------------------------------------- config
-
-
-def settings_of(config: Mapping[str, Any]) -> list[list[str]]:
-    """List dotted path and value of every setting; secrets are hidden, wherever they are."""
-
-    def pairs(node: Any, path: str) -> list[list[str]]:
-        if isinstance(node, Mapping) and node:
-            return [pair for key, value in node.items() for pair in pairs(value, f"{path}.{key}" if path else str(key))]
-        return [[path, HIDDEN if node == HIDDEN else json.dumps(node, ensure_ascii=False, default=str)]]
-
-    return pairs(hide_secrets(config), "")
-
-
-def read_config(output_dir: Path, notes: list[str]) -> list[list[str]]:
-    """Read the settings of the run's ``config.yaml``.
-
-    Raises:
-        ReportError: the file is not a YAML mapping.
-    """
-    path = output_dir / "config.yaml"
-    if not path.is_file():
-        notes.append("Config: the run folder holds no config.yaml.")
-        return []
-    try:
-        config = read_yaml(path) or {}
-    except (UntrustedError, OSError) as error:
-        raise ReportError(f"{path}: cannot be read as a config ({error}); repair or remove it") from None
-    if not isinstance(config, Mapping):
-        raise ReportError(f"{path}: is not a mapping of settings; repair or remove it")
-    found = settings_of(config)
-    if any(len(text) > LONGEST_NAME for pair in found for text in pair):
-        notes.append(f"Config: names and values are cut after {LONGEST_NAME} characters.")
-    short = [[text if len(text) <= LONGEST_NAME else f"{text[:LONGEST_NAME]}…" for text in pair] for pair in found]
-    shown = that_fit(short, LARGEST_CONFIG)
-    if len(shown) < len(found):
-        notes.append(f"Config: the first {len(shown)} of {len(found)} settings.")
-    return shown
-
-
-# ---------------------------------------------------------------- trees
-
-
-def cut(text: str | None, longest: int) -> Any:
-    """Return the text, or if it is too long its head, its tail (answers are at the end) and its length."""
-    if text is None or len(text) <= longest:
-        return text
-    head = longest * 3 // 4
-    return {"head": text[:head], "tail": text[len(text) - (longest - head) :], "length": len(text)}
-
-
-def page_tree(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert a stored tree to what the page reads, see ``page_files/page.js``."""
-    candidates, responses = tree["candidates"] or [], tree["responses"] or []
-    longest = min(LONGEST_TEXT, max(20, LARGEST_TREE // (4 + 2 * len(candidates) + 2 * len(responses))))
-    segment = tree["segment"] or {}
-    return {
-        "step": tree["step"],
-        "prompt": cut(tree["prompt_id"], longest),
-        "problem": cut(tree["problem"], longest),
-        "answer": cut(tree["answer"], longest),
-        "skip": cut(tree["skip_prompt"], longest),
-        "split": tree["split_position"],
-        "segment": {name: number(segment.get(name)) for name in ("reward", "baseline", "advantage")},
-        "candidates": [
-            {
-                "text": cut(candidate["text"], longest),
-                "rest": cut(candidate["rest"], longest),
-                "d": number(candidate["deviation"]),
-                "early": candidate["ended_early"],
-                "chosen": candidate["chosen"],
-            }
-            for candidate in candidates
-        ],
-        "responses": [
-            {
-                "text": cut(response["text"], longest),
-                "answer": cut(response["answer"], longest),
-                "reward": number(response["reward"]),
-                "advantage": number(response["advantage"]),
-                "length": response["length"],
-            }
-            for response in responses
-        ],
-    }
-
-
-def trees_for_page(output_dir: Path, room: int, notes: list[str]) -> list[str]:
-    """Choose as many trees as fit into ``room`` bytes, spread evenly over the stored ones; each as embedded JSON."""
-    index = tree_index(output_dir)
-    count = min(len(index), MOST_TREES)
-    encoded: list[str] = []
-    # Reading a tree takes a tenth of a second: four tell about how many fit.
-    sizes = [len(embed(page_tree(tree))) for tree in read_trees([index[place] for place in spread(len(index), 4)])]
-    if sizes:
-        count = min(count, int(1.25 * room * len(sizes) / sum(sizes)) + 1)
-    while count:
-        places = [index[place] for place in spread(len(index), count)]
-        encoded = [embed(page_tree(tree)) for tree in read_trees(places)]
-        size = sum(len(text) + 1 for text in encoded)
-        if size <= room:
-            break
-        # The estimate may be too high; at least one tree less, so that this ends.
-        count = min(count - 1, int(count * room / size))
-    else:
-        encoded = []
-    if len(encoded) < len(index):
-        notes.append(f"Trees: {len(encoded)} of {len(index)} stored ones, evenly spaced from first to last.")
-    if any('"tail":' in text for text in encoded):
-        notes.append(
-            f"Texts longer than {LONGEST_TEXT} characters, or less where a tree has very many texts, "
-            "keep their beginning and end here; the parquet files hold more."
-        )
-    return encoded
-
-
-# ---------------------------------------------------------------- the page
-
-
-def embed(value: Any) -> str:
-    """Encode JSON for a ``<script type="application/json">``: pure ASCII, without ``<``, ``>`` and ``&``.
-
-    Raises:
-        ValueError: a number that is not finite, which JSON does not have.
-    """
-    # ensure_ascii also escapes control characters, U+2028, U+2029 and lone surrogates.
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def that_fit(items: Sequence[T], room: int) -> list[T]:
-    """Return the first of ``items`` that take at most ``room`` bytes once they are embedded."""
-    sizes = accumulate(len(embed(item)) + 1 for item in items)
-    return [item for item, size in zip(items, sizes, strict=True) if size <= room]
-
-
-def _hash(text: str) -> str:
-    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
-
 
 def page(output_dir: Path) -> str:
-    """Build the page.
+    """Build the page of one run.
 
     Raises:
         ReportError: there is no run in the folder, or its config cannot be read.
     """
-    steps = read_steps(output_dir / "metrics.jsonl")
-    if not steps:
-        raise ReportError(f"{output_dir / 'metrics.jsonl'}: missing or empty; name the folder of a run (output_dir)")
-    style, script, frame = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html"))
-    policy = (
-        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; "
-        "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
-    )
+    steps = run_steps(output_dir)
     notes, how = list[str](), decoding(output_dir)
     data = {
         "run": output_dir.resolve().name[:200],
         "labels": LABELS,
         "decoding": how,
-        "headline": headline(steps),
+        "headline": headline(steps, problems(output_dir)),
         "curves": curves(steps, notes, how),
         "config": read_config(output_dir, notes),
     }
-    whole = {"policy": policy, "style": style, "script": script, "data": ""}
     # Notes are added below, hence some room for them.
-    room = LARGEST_PAGE - len(_fill(frame, whole).encode()) - len(embed(data)) - 2_000
+    room = LARGEST_PAGE - len(_frame("").encode()) - len(embed(data)) - 2_000
     trees = trees_for_page(output_dir, room, notes)
-    whole["data"] = f'{embed(data | {"notes": notes})[:-1]},"trees":[{",".join(trees)}]}}'
-    return _fill(frame, whole)
+    return _frame(f'{embed(data | {"notes": notes})[:-1]},"trees":[{",".join(trees)}]}}')
+
+
+def _frame(data: str) -> str:
+    """Put embedded data into the page's frame, with script, style and the policy that allows these two alone."""
+    style, script, frame = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js", "page.html"))
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; "
+        "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    )
+    return _fill(frame, {"policy": policy, "style": style, "script": script, "data": data})
+
+
+def _hash(text: str) -> str:
+    return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
 def _fill(frame: str, parts: Mapping[str, str]) -> str:
@@ -382,26 +78,46 @@ def _fill(frame: str, parts: Mapping[str, str]) -> str:
     return re.sub(r"<!--(\w+)-->", lambda match: parts[match[1]], frame)
 
 
-def write_report(output_dir: Path) -> Path:
-    """Write ``report.html`` into a run's folder, atomically.
+def write_report(output_dir: Path, target: Path | None = None) -> Path:
+    """Write the page of one run atomically; without ``target`` to ``report.html`` in the run's folder.
 
     Raises:
         ReportError: there is no run in the folder, or its config cannot be read.
-        OSError: the folder cannot be written to.
+        OSError: the file cannot be written.
     """
     text = page(output_dir)
-    target = output_dir / "report.html"
+    target = target or output_dir / "report.html"
     write_atomic(target, text)
+    return target
+
+
+def write_comparison(output_dirs: Sequence[Path], target: Path) -> Path:
+    """Write the page that compares several runs, atomically.
+
+    Raises:
+        ReportError: a folder holds no run or is named twice, a config cannot be read, or there are too many runs.
+        OSError: the file cannot be written.
+    """
+    write_atomic(target, _frame(embed(comparison(output_dirs))))
     return target
 
 
 def main() -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="python -m recipe.skpo.output.page", description="Write a run's report.html.")
-    parser.add_argument("run_folder", type=Path, help="output_dir of the run")
+    parser = argparse.ArgumentParser(
+        prog="python -m recipe.skpo.output.page",
+        description="Write a run's report.html, or for several runs a page that compares them.",
+    )
+    parser.add_argument("run_folder", type=Path, nargs="+", help="output_dir of a run")
+    parser.add_argument("--out", type=Path, help="the file; default: report.html in the run folder, ./comparison.html")
     replace_unprintable()
+    arguments = parser.parse_args()
+    folders = arguments.run_folder
     try:
-        target = write_report(parser.parse_args().run_folder)
+        if len(folders) == 1:
+            target = write_report(folders[0], arguments.out)
+        else:
+            target = write_comparison(folders, arguments.out or Path("comparison.html"))
     except (ReportError, OSError) as error:
         sys.exit(error_line(error))
     print(f"{target} ({target.stat().st_size / 1e6:.2f} MB)")

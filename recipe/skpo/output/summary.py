@@ -109,6 +109,19 @@ def change(before: float, after: float, count: int) -> str:
     return f"{'rose' if after > before else 'fell'} ({by})"
 
 
+def certainty(
+    before: float | None, after: float | None, count: int | None
+) -> tuple[tuple[float, float] | None, str | None]:
+    """Return the 95% interval of an accuracy over ``count`` problems, and its change since ``before`` in words.
+
+    Each is None where it is not known: a reward function of one's own may return an ``acc`` that is not a share.
+    """
+    if not count or after is None or not 0 <= after <= 1:
+        return None, None
+    changed = change(before, after, count) if before is not None and 0 <= before <= 1 else None
+    return wilson_interval(after, count), changed
+
+
 def minutes_of(lines: Iterable[Mapping[str, Any]]) -> float | None:
     """Sum the minutes of steps and validations over all launches; start-ups are not among them.  None if not logged."""
     names = ("timing_s/step", "timing_s/testing")
@@ -147,18 +160,18 @@ def _held_out_rows(lines: Sequence[dict[str, Any]], output_dir: Path) -> list[st
     how, counts, text = decoding(output_dir), problems(output_dir), list[str]()
     for source in after:
         count, earlier = counts.get(source), before.get(source, {})
+        interval, changed = certainty(earlier.get("acc") if first < last else None, after[source].get("acc"), count)
         of = f", {count} problems" if count else ""
         title = f"held-out {one_line(source)}{of}{', ' if how else ''}{how}"
         text.append(f"  {title:<40} step {first:<6} step {last}")
         for key, label in LABELS.items():
             if key in after[source]:
                 row = f"    {label:<38} {earlier.get(key, math.nan):>8.3f}    {after[source][key]:>8.3f}"
-                if key == "acc" and count:
-                    low, high = wilson_interval(after[source]["acc"], count)
-                    row += f"   95% interval {low:.3f} to {high:.3f}"
+                if key == "acc" and interval:
+                    row += f"   95% interval {interval[0]:.3f} to {interval[1]:.3f}"
                 text.append(row)
-        if count and last > first and "acc" in after[source] and "acc" in earlier:
-            text.append(f"    {'change':<38} {change(earlier['acc'], after[source]['acc'], count)}")
+        if changed:
+            text.append(f"    {'change':<38} {changed}")
     return text
 
 

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from recipe.skpo.output.glossary import METRICS, Metric, described
-from recipe.skpo.output.page import CURVES, curves
+from recipe.skpo.output.page_data import CURVES, curves
 
 
 def test_a_pattern_describes_its_names_alone() -> None:

@@ -18,8 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recipe.skpo.output import page as page_module
+from recipe.skpo.output import page_data
 from recipe.skpo.output.metrics import MetricsFile
-from recipe.skpo.output.page import (
+from recipe.skpo.output.page import page, write_comparison, write_report
+from recipe.skpo.output.page_data import (
     LARGEST_PAGE,
     LONGEST_TEXT,
     MOST_POINTS,
@@ -29,13 +31,11 @@ from recipe.skpo.output.page import (
     embed,
     headline,
     number,
-    page,
     page_tree,
     read_config,
     settings_of,
     that_fit,
     trees_for_page,
-    write_report,
 )
 from recipe.skpo.output.trees import FOLDER, TreeStore, read_trees
 from tests.support.report_run import HARM, SOURCE, make_hostile_run, make_run, tree, validation
@@ -148,23 +148,30 @@ def test_headline_goes_from_the_first_to_the_last_validation() -> None:
     steps = [
         {"step": 0, **validation(0.25, 0.5)},
         {"step": 1, "skpo/upstream/tokens_generated": 10.0, "skpo/downstream/tokens_generated": 30.0},
-        {"step": 2, **validation(0.9, 0.9), "skpo/downstream/tokens_generated": 2.0, "timing_s/testing": 30.0},
+        # Twenty of them were discarded.
+        {"step": 2, **validation(0.9, 0.9), "skpo/downstream/tokens_generated": 2.0, "timing_s/testing": 30.0}
+        | {"skpo/tokens/generated": 22.0},
         {"step": 3, **validation(0.5, 1.0), "timing_s/step": 60.0},
         {"step": 4, "timing_s/step": 90.0},
     ]
     rows = [["acc", 0.25, 0.5], ["well_formed", 0.5, 1.0], ["acc_of_well_formed", 0.5, 0.5]]
-    assert headline(steps) == {
-        "sources": [{"source": SOURCE, "first": 0, "last": 3, "rows": rows}],
+    told = {"problems": None, "interval": None, "change": None}
+    assert headline(steps, {}) == {
+        "sources": [{"source": SOURCE, "first": 0, "last": 3, "rows": rows} | told],
         "steps": 4,
-        "tokens": 42.0,
+        "tokens": 62.0,
         "minutes": 3.0,
     }
+    (found,) = headline(steps, {SOURCE: 100})["sources"]
+    assert found["problems"] == 100 and found["interval"] == pytest.approx([0.404, 0.596], abs=5e-4)
+    assert found["change"].startswith("rose (+0.250 +- 0.")
 
 
 def test_headline_of_a_run_that_says_little() -> None:
-    assert headline([{"step": 3, "x": 1.0}]) == {"sources": [], "steps": 3, "tokens": None, "minutes": None}
+    assert headline([{"step": 3, "x": 1.0}], {}) == {"sources": [], "steps": 3, "tokens": None, "minutes": None}
     late = [{"step": 0, **validation(0.25, 0.5)}, {"step": 1, "val-core/math/acc/mean@1": 0.5}]
-    assert headline(late)["sources"] == [{"source": "math", "first": 0, "last": 1, "rows": [["acc", None, 0.5]]}]
+    (found,) = headline(late, {"math": 8})["sources"]
+    assert found["rows"] == [["acc", None, 0.5]] and (found["first"], found["last"], found["change"]) == (0, 1, None)
 
 
 def test_curves_hold_every_metric_and_draw_the_known_ones() -> None:
@@ -204,7 +211,7 @@ def test_endless_names_and_very_many_metrics_are_left_out_and_said() -> None:
     assert list(curves([{"step": 1, "x" * 301: 1.0, "x" * 300: 1.0}], notes)["series"]) == ["x" * 300]
     many = {f"{'<' * 290}{number}": 1.0 for number in range(2000)}
     series = curves([{"step": 1} | many], notes)["series"]
-    assert page_module.LARGEST_CURVES * 0.9 < len(embed(series)) < page_module.LARGEST_CURVES + 10
+    assert page_data.LARGEST_CURVES * 0.9 < len(embed(series)) < page_data.LARGEST_CURVES + 10
     assert notes == ["Metrics: 1 of 2.", f"Metrics: {len(series)} of 2000."]
 
 
@@ -235,7 +242,7 @@ def test_a_large_config_is_cut_and_said(tmp_path: Path) -> None:
     notes: list[str] = []
     found = read_config(tmp_path, notes)
     assert found[0][0] == "k0" and all(len(value) == 301 for _, value in found)
-    assert len(embed(found)) < page_module.LARGEST_CONFIG + 10
+    assert len(embed(found)) < page_data.LARGEST_CONFIG + 10
     assert notes == [
         "Config: names and values are cut after 300 characters.",
         f"Config: the first {len(found)} of 1800 settings.",
@@ -286,7 +293,7 @@ def test_as_many_trees_as_fit_evenly_from_first_to_last(tmp_path: Path, monkeypa
         read.append(len(places))
         return read_trees(places)
 
-    monkeypatch.setattr(page_module, "read_trees", counting)
+    monkeypatch.setattr(page_data, "read_trees", counting)
     some = trees_for_page(run, room, notes)
     assert sum(read) <= 4 + 2.25 * len(some) + 2, "not all, of which few fit"
     steps = [json.loads(text)["step"] for text in some]
@@ -322,9 +329,13 @@ def test_the_page_holds_the_run(run_folder: Path) -> None:
     assert data["headline"]["sources"][0]["rows"][0] == ["acc", 0.32, 0.945312]
 
 
-@pytest.mark.parametrize("which", ["run_folder", "hostile_folder"])
-def test_the_page_is_self_contained_and_allows_nothing_else(request: pytest.FixtureRequest, which: str) -> None:
-    text = page(request.getfixturevalue(which))
+@pytest.mark.parametrize("which", [["run_folder"], ["hostile_folder"], ["run_folder", "hostile_folder"]])
+def test_the_page_is_self_contained_and_allows_nothing_else(
+    request: pytest.FixtureRequest, which: list[str], tmp_path: Path
+) -> None:
+    folders = [request.getfixturevalue(name) for name in which]
+    several = len(folders) > 1
+    text = write_comparison(folders, tmp_path / "both.html").read_text() if several else page(folders[0])
     parsed = Scripts(text)
     policy = next(attrs["content"] for tag, attrs, _ in parsed.inside if tag == "meta" and "http-equiv" in attrs)
     assert policy is not None and "unsafe" not in policy
@@ -398,8 +409,8 @@ def test_a_run_without_trees_has_a_page(tmp_path: Path) -> None:
 def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run ``python -m recipe.skpo.output.page``."""
 
-    def run(folder: Path) -> None:
-        monkeypatch.setattr(sys, "argv", ["page", str(folder)])
+    def run(*words: Path | str) -> None:
+        monkeypatch.setattr(sys, "argv", ["page", *map(str, words)])
         page_module.main()
 
     return run
@@ -417,3 +428,19 @@ def test_a_folder_that_is_no_run_is_refused_in_one_line(command, tmp_path: Path)
         command(tmp_path)
     message = f"error: {tmp_path / 'metrics.jsonl'}: missing or empty; name the folder of a run (output_dir)"
     assert error.value.code == message
+
+
+def test_the_command_compares_several_runs(
+    command, run_folder: Path, hostile_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command(run_folder, hostile_folder)
+    command(run_folder, hostile_folder, "--out", "other.html")
+    text = (tmp_path / "comparison.html").read_text()
+    assert text == (tmp_path / "other.html").read_text() and len(text.encode()) < LARGEST_PAGE
+    assert [run["name"] for run in data_of(text)["runs"]] == ["demo", "hostile"]
+
+
+def test_a_page_of_one_run_goes_where_it_is_told(command, run_folder: Path, tmp_path: Path) -> None:
+    command(run_folder, "--out", tmp_path / "one.html")
+    assert data_of((tmp_path / "one.html").read_text())["run"] == "demo"

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from recipe.skpo.output.page import CURVES, write_report
+from recipe.skpo.output.metrics import read_lines
+from recipe.skpo.output.page import write_comparison, write_report
+from recipe.skpo.output.page_data import CURVES
 from recipe.skpo.output.trees import read_trees, tree_index
 from tests.support.browser import NAMES, Browser, find_chromium
 from tests.support.report_run import HARM, SOURCE, make_hostile_run, make_run
@@ -87,7 +89,7 @@ def assert_quiet(browser: Browser) -> None:
     kinds = [event["method"] for event in browser.events]
     loaded = [event["params"]["request"]["url"] for event in browser.events if "request" in event["params"]]
     assert set(kinds) <= {"Network.requestWillBeSent"}, browser.events
-    assert all(url.startswith("file:") and url.endswith("report.html") for url in loaded), loaded
+    assert all(url.startswith("file:") and url.endswith(".html") for url in loaded), loaded
 
 
 # ---------------------------------------------------------------- what is there
@@ -292,6 +294,69 @@ def test_the_config_is_folded_and_searched(at_demo: Browser) -> None:
     assert at_demo.run("document.querySelectorAll('#settings details[open]').length") == 0
 
 
+# ---------------------------------------------------------------- a comparison
+
+
+@pytest.fixture(scope="module")
+def compared(demo: Path, hostile: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    short = make_run(tmp_path_factory.mktemp("run") / "short", steps=20)
+    # A run of a former release, without numbers of tokens.
+    lines = read_lines(short / "metrics.jsonl")
+    bare = [{name: value for name, value in line.items() if "tokens" not in name} for line in lines]
+    (short / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in bare))
+    return write_comparison([demo.parent, short, hostile.parent], short / "comparison.html")
+
+
+def test_final_numbers_stand_side_by_side(browser: Browser, compared: Path) -> None:
+    browser.look()
+    browser.open(compared)
+    assert browser.run("document.title") == "Comparison of 3 runs"
+    assert texts(browser, "#held-out thead th") == ["", "demo", "short", "hostile"]
+    cells = "[...document.querySelectorAll('#held-out tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    rows = {head: found for head, *found in browser.run(cells)}
+    assert rows["steps"] == ["60", "20", "4"]
+    assert rows[f"held-out {SOURCE}: accuracy"][0] == "0.945step 60, from 0.320 at step 0\ngreedy"
+    assert rows["tokens generated in training, discarded ones included"][1] == "–"
+    shown = "[...document.querySelectorAll('section, nav a')].filter(e => !e.hidden).map(e => e.id || e.textContent)"
+    assert browser.run(shown) == ["Overview", "Curves", "Settings", "overview", "curves", "differences"]
+    assert_quiet(browser)
+
+
+def test_the_switch_draws_the_curves_over_tokens_and_seconds(browser: Browser, compared: Path) -> None:
+    browser.look()
+    browser.open(compared)
+    reward = next(
+        place for place, title in enumerate(texts(browser, "#charts h3"), 1) if title == "Reward and baseline: reward"
+    )
+    chart = f"#charts .chart:nth-child({reward})"
+    assert texts(browser, f"{chart} .legend span") == ["demo", "short", "hostile"]
+    browser.run(f"document.querySelector('{chart} svg[role]').focus()")
+    browser.press(*LEFT)
+    assert text(browser, f"{chart} .at") == "step 59"
+    assert texts(browser, f"{chart} .legend b")[1:] == ["–", "–"], "the other runs have ended"
+
+    browser.click("#axis input[value=tokens]")
+    assert texts(browser, f"{chart} .legend span") == ["demo", "hostile"]
+    assert text(browser, "#missing").endswith(": short")
+    last = texts(browser, f"{chart} .legend b")[1]
+    browser.run(f"document.querySelector('{chart} svg[role]').focus()")
+    browser.press(*LEFT)
+    assert text(browser, f"{chart} .at") == "86.8k generated tokens"  # 59 steps of 64 * (6 + 17)
+    assert texts(browser, f"{chart} .legend b")[1] == last, "read at its last step before"
+
+    browser.click("#axis input[value=seconds]")
+    assert len(texts(browser, f"{chart} .legend span")) == 3 and text(browser, "#missing") == ""
+    assert_quiet(browser)
+
+
+def test_settings_of_the_runs_are_compared(browser: Browser, compared: Path) -> None:
+    browser.look()
+    browser.open(compared)
+    assert texts(browser, "#differing thead th") == ["setting", "demo", "short", "hostile"]
+    (row,) = texts(browser, "#differing tbody tr")
+    assert row.startswith("harm––[\"</script><script>document.title='owned'</script>")
+
+
 # ---------------------------------------------------------------- looks
 
 CONTRAST = """(() => {
@@ -338,7 +403,7 @@ def test_light_and_dark_follow_the_system(at_demo: Browser) -> None:
 
 
 @pytest.mark.parametrize("width", [320, 390, 768, 1600])
-@pytest.mark.parametrize("which", ["demo", "hostile"])
+@pytest.mark.parametrize("which", ["demo", "hostile", "compared"])
 def test_nothing_is_wider_than_the_window(
     browser: Browser, request: pytest.FixtureRequest, which: str, width: int
 ) -> None:

@@ -1,5 +1,6 @@
 """The summary at the end of a run, from the files that the run wrote."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pyarrow.parquet import write_table
 
 from recipe.skpo.output.metrics import MetricsFile
 from recipe.skpo.output.summary import (
+    certainty,
     change,
     decoding,
     held_out,
@@ -190,6 +192,12 @@ def test_the_summary_says_whether_it_learned_and_what_it_cost(tmp_path: Path) ->
     assert "15 s and 1,500 generated tokens a step, 1.50 x those" in text
     assert "in 25% of the groups, whose rewards were equal (0% to 50%)" in text
     assert "16 prompts, value 0.50 to 0.75, effective count 1.00 to 2.00, drift 0.1 to 0.1" in text
+
+
+def test_an_accuracy_that_is_not_a_share_has_no_interval() -> None:
+    assert certainty(0.5, 5.0, 8) == certainty(0.5, math.nan, 8) == certainty(0.5, 1.0, None) == (None, None)
+    interval, changed = certainty(-1.0, 0.0, 10)
+    assert interval == wilson_interval(0.0, 10) and changed is None
 
 
 def test_a_small_change_is_not_called_one() -> None:

@@ -155,46 +155,63 @@ function card(name, value, more) {
 }
 
 function drawOverview() {
-  document.title = "SKPO run " + oneLine(data.run, 100);
+  const kindOfRun = `${oneLine(setting("method.name") || "skpo", 40).toUpperCase()} run`;
+  document.title = `${kindOfRun} ${oneLine(data.run, 100)}`;
+  document.querySelector(".brand").textContent = kindOfRun;
   addText(byId("run"), data.run);
   const model = setting("actor_rollout_ref.model.path");
   const group = setting("skpo.group_size");
   const about = [model && model.split("/").slice(-1)[0], group && "G = " + group, setting("trainer.experiment_name")];
   addText(byId("about"), [...new Set(about.filter(Boolean))].join("  \u00b7  "));
   const cards = byId("cards");
-  for (const { source, first, last, rows } of data.headline.sources.slice(0, 3)) {
+  for (const { source, first, last, rows, change } of data.headline.sources.slice(0, 3)) {
     const [measure, before, after] = rows[0];
     const many = data.headline.sources.length > 1;
     const moved = measure === "acc" ? `${signed(100 * (after - before), 1)} points` : signed(after - before, 3);
-    const change = before === null ? "" : `, ${moved}`;
+    const told = change ? `: ${change.replace("+-", "\u00b1")}` : before === null ? "" : `: ${moved}`;
     const main = card("Held-out " + data.labels[measure] + (many ? `, ${oneLine(source, 60)}` : ""),
-      `${digits(before, 3)} \u2192 ${digits(after, 3)}`, `step ${first} \u2192 ${last}${change}`);
+      `${digits(before, 3)} \u2192 ${digits(after, 3)}`, `step ${first} \u2192 ${last}${told}`);
     main.classList.add("main");
     cards.append(main);
   }
   const { steps, tokens, minutes } = data.headline;
   cards.append(card("Steps", String(steps), ""));
-  if (tokens !== null) cards.append(card("Tokens generated", compact(tokens), "both phases, without validation"));
-  if (minutes !== null) cards.append(card("Minutes", digits(minutes, 1), "in logged steps, with their validation"));
-  cards.append(card("Rollout trees", String(data.trees.length), "to look at below"));
+  if (tokens !== null) cards.append(card("Tokens generated", compact(tokens), "in training, discarded ones included"));
+  if (minutes !== null) cards.append(card("Minutes", digits(minutes, 1), "of steps and validations, in all launches"));
+  if (data.trees.length) cards.append(card("Rollout trees", String(data.trees.length), "to look at below"));
 
-  const how = data.decoding && `, ${data.decoding}`;
-  for (const { source, first, last, rows } of data.headline.sources) {
-    const body = make("tbody", "");
-    for (const [name, before, after] of rows) {
-      const head = make("th", "", data.labels[name] || name);
-      head.scope = "row";
-      body.append(make("tr", "", head, make("td", "number", digits(before, 3)), make("td", "number", digits(after, 3)),
-        make("td", "number", before === null ? "" : signed(after - before, 3))));
-    }
-    const titles = [`held-out ${oneLine(source, 80)}${how}`, `step ${first}`, `step ${last}`, "change"];
-    const head = make("tr", "", ...titles.map((title, index) => {
-      const cell = make("th", index ? "number" : "", title);
-      cell.scope = "col";
-      return cell;
-    }));
-    byId("held-out").append(make("div", "scroll", make("table", "", make("thead", "", head), body)));
+  for (const { source, first, last, rows, problems, interval } of data.headline.sources) {
+    const sure = (name) => (name === "acc" && interval ? toWords(interval) : "");
+    const body = rows.map(([name, before, after]) => [data.labels[name] || name, digits(before, 3), digits(after, 3),
+      sure(name), before === null ? "" : signed(after - before, 3)]);
+    const titles = [heldOut(source, problems, data.decoding), `step ${first}`, `step ${last}`, interval ? "95% interval" : "", "change"];
+    const kept = (row) => row.filter((_, index) => titles[index]);
+    byId("held-out").append(make("div", "scroll", table(kept(titles), body.map(kept))));
   }
+}
+
+function toWords(interval) {
+  return interval.map((bound) => digits(bound, 3)).join(" to ");
+}
+
+function heldOut(source, problems, how) {
+  return [`held-out ${oneLine(source, 80)}`, problems && `${problems} problems`, how].filter(Boolean).join(", ");
+}
+
+// Titles and rows of texts and elements; the first of each row is its head.
+function table(titles, rows) {
+  const line = (cells, tags, scopes) => make("tr", "", ...cells.map((content, index) => {
+    const cell = make(tags[index ? 1 : 0], index ? "number" : "");
+    if (scopes[index ? 1 : 0]) cell.scope = scopes[index ? 1 : 0];
+    if (typeof content === "string") addText(cell, content);
+    else cell.append(content);
+    return cell;
+  }));
+  return make("table", "", make("thead", "", line(titles, ["th", "th"], ["col", "col"])),
+    make("tbody", "", ...rows.map((row) => line(row, ["th", "td"], ["row", ""]))));
+}
+
+function drawNotes() {
   if (data.notes.length) {
     byId("left-out").hidden = false;
     byId("left-out").querySelector("ul").append(...data.notes.map((note) => make("li", "", note)));
@@ -226,16 +243,24 @@ function nearest(sorted, value) {
   return low > 0 && value - sorted[low - 1] <= sorted[low] - value ? low - 1 : low;
 }
 
-function chart(title, lines) {
-  const drawn = lines.map((line) => ({ label: line.label, xs: data.curves.series[line.name][0], ys: data.curves.series[line.name][1] }));
+// What a place on the x axis is called.
+const UNITS = {
+  step: (x) => `step ${x}`,
+  tokens: (x) => `${compact(x)} generated tokens`,
+  seconds: (x) => `${compact(x)} seconds`,
+};
+
+// A line is {label, xs, ys, style}; ``style`` numbers its colour and dash, 16 of them.
+function chart(title, drawn, unit = "step") {
+  const say = UNITS[unit];
   const steps = [...new Set(drawn.flatMap((line) => line.xs))].sort((a, b) => a - b);
   const values = drawn.flatMap((line) => line.ys);
   let low = Math.min(...values);
   let high = Math.max(...values);
   if (low === high) {
-    const room = Math.abs(low) * 0.1 || 1;
+    const room = Math.abs(low) * 0.1;
     low -= room;
-    high += room;
+    high += room || 1; // a share that is always 0 is not drawn over negative ones
   }
   const apart = tickStep(high - low, 4);
   low = Math.floor(low / apart + 1e-6) * apart;
@@ -243,28 +268,35 @@ function chart(title, lines) {
   const first = steps[0];
   const last = steps[steps.length - 1] === first ? first + 1 : steps[steps.length - 1];
   const svg = draw("svg", { role: "application", tabindex: "0", "aria-roledescription": "chart" });
-  const said = drawn.map((line) => `${oneLine(line.label, 80)}: ${compact(line.ys[0])} at step ${line.xs[0]}, ` +
-    `${compact(line.ys[line.ys.length - 1])} at step ${line.xs[line.xs.length - 1]}`);
-  svg.setAttribute("aria-label", `${oneLine(title, 200)}. ${said.join("; ")}. Arrow keys read single steps.`);
+  const said = drawn.map((line) => `${oneLine(line.label, 80)}: ${compact(line.ys[0])} at ${say(line.xs[0])}, ` +
+    `${compact(line.ys[line.ys.length - 1])} at ${say(line.xs[line.xs.length - 1])}`);
+  svg.setAttribute("aria-label", `${oneLine(title, 200)}. ${said.join("; ")}. Arrow keys read single points.`);
   const at = make("p", "at");
   at.setAttribute("role", "status");
   const readouts = drawn.map(() => make("b", ""));
+  const colour = (line) => `s${line.style % 4}`;
+  const style = (line) => `path ${colour(line)} d${(line.style + Math.floor(line.style / 4)) % 4}`;
   const legend = make("ul", "legend", ...drawn.map((line, index) => {
     const label = make("span", "");
     addText(label, line.label);
-    const style = `path s${index % 4} d${index % 4}`;
-    const sample = draw("svg", { "aria-hidden": "true" }, draw("line", { x1: 0, x2: 24, y1: 4, y2: 4, class: style, "stroke-width": 2 }));
+    const sample = draw("svg", { "aria-hidden": "true" },
+      draw("line", { x1: 0, x2: 24, y1: 4, y2: 4, class: style(line), "stroke-width": 2 }));
     return make("li", "", sample, label, readouts[index]);
   }));
   let place = null;
   let scale = null;
 
+  // Steps are common to all lines; of tokens and seconds each run has its own, so a line is read at its last one before.
+  const itemAt = (line, step) => (unit === "step" ? line.xs.indexOf(step) : line.xs.findLastIndex((x) => x <= step));
+  const end = (line) => line.xs[line.xs.length - 1];
+
   const read = (step) => {
     drawn.forEach((line, index) => {
-      const found = step === null ? line.xs.length - 1 : line.xs.indexOf(step);
+      const found = step === null ? line.xs.length - 1 : itemAt(line, step);
       readouts[index].textContent = found < 0 ? "\u2013" : compact(line.ys[found]);
     });
-    at.textContent = step === null ? `step ${steps[steps.length - 1]}, the last` : `step ${step}`;
+    const together = drawn.every((line) => end(line) === end(drawn[0]));
+    at.textContent = step !== null ? say(step) : together ? `${say(end(drawn[0]))}, the last` : "the last of each line";
   };
 
   const paint = () => {
@@ -272,7 +304,7 @@ function chart(title, lines) {
     const height = 190;
     const yTicks = ticks(low, high, apart);
     const labels = yTicks.map(compact);
-    const left = 10 + 6.6 * Math.max(...labels.map((label) => label.length));
+    const left = 14 + 6.6 * Math.max(...labels.map((label) => label.length));
     const box = { left, right: width - 10, top: 10, bottom: height - 22 };
     const x = (step) => box.left + ((step - first) / (last - first)) * (box.right - box.left);
     const y = (value) => box.bottom - ((value - low) / (high - low)) * (box.bottom - box.top);
@@ -280,24 +312,24 @@ function chart(title, lines) {
     const shapes = [];
     yTicks.forEach((value, index) => {
       shapes.push(draw("line", { x1: box.left, x2: box.right, y1: y(value), y2: y(value), class: "grid" }));
-      shapes.push(draw("text", { x: box.left - 5, y: y(value) + 4, "text-anchor": "end", class: "tick" }, labels[index]));
+      shapes.push(draw("text", { x: box.left - 9, y: y(value) + 4, "text-anchor": "end", class: "tick" }, labels[index]));
     });
     for (const value of ticks(first, last, Math.max(1, tickStep(last - first, Math.max(2, Math.floor(width / 90)))))) {
       shapes.push(draw("text", { x: x(value), y: height - 6, "text-anchor": "middle", class: "tick" }, compact(value)));
     }
-    drawn.forEach((line, index) => {
+    drawn.forEach((line) => {
       const points = line.xs.map((step, item) => `${x(step).toFixed(1)},${y(line.ys[item]).toFixed(1)}`);
-      shapes.push(draw("polyline", { points: points.join(" "), class: `path s${index % 4} d${index % 4}` }));
+      shapes.push(draw("polyline", { points: points.join(" "), class: style(line) }));
       if (points.length <= 12) {
-        line.xs.forEach((step, item) => shapes.push(draw("circle", { cx: x(step), cy: y(line.ys[item]), r: 3, class: `dot s${index % 4}` })));
+        line.xs.forEach((step, item) => shapes.push(draw("circle", { cx: x(step), cy: y(line.ys[item]), r: 3, class: `dot ${colour(line)}` })));
       }
     });
     if (place !== null) {
       const step = steps[place];
       shapes.push(draw("line", { x1: x(step), x2: x(step), y1: box.top, y2: box.bottom, class: "cursor" }));
-      drawn.forEach((line, index) => {
-        const item = line.xs.indexOf(step);
-        if (item >= 0) shapes.push(draw("circle", { cx: x(step), cy: y(line.ys[item]), r: 4, class: `dot s${index % 4}` }));
+      drawn.forEach((line) => {
+        const item = itemAt(line, step);
+        if (item >= 0) shapes.push(draw("circle", { cx: x(line.xs[item]), cy: y(line.ys[item]), r: 4, class: `dot ${colour(line)}` }));
       });
     }
     svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
@@ -328,7 +360,7 @@ function chart(title, lines) {
   const numbers = make("details", "", make("summary", "", "Numbers"));
   numbers.addEventListener("toggle", () => {
     if (!numbers.open || numbers.children.length > 1) return;
-    const head = make("tr", "", ...["step", ...drawn.map((line) => oneLine(line.label, 80))].map((name) => make("th", "number", name)));
+    const head = make("tr", "", ...[unit, ...drawn.map((line) => oneLine(line.label, 80))].map((name) => make("th", "number", name)));
     const maps = drawn.map((line) => new Map(line.xs.map((step, item) => [step, line.ys[item]])));
     const rows = steps.map((step) => make("tr", "", make("td", "number", String(step)),
       ...maps.map((map) => make("td", "number", map.has(step) ? compact(map.get(step)) : ""))));
@@ -342,9 +374,15 @@ function chart(title, lines) {
   return make("div", "chart", heading, legend, svg, at, numbers);
 }
 
-function drawCurves() {
-  byId("charts").append(...data.curves.groups.map((group) => chart(group.title, group.lines)));
-  const names = Object.keys(data.curves.series).sort();
+function meaningOf(name) {
+  const { meanings } = data.curves || data;
+  return Object.hasOwn(meanings, name) ? meanings[name] : ""; // a metric may be called __proto__
+}
+
+// Draws the known curves and the one that is picked; returns a function that draws them again.
+// ``groups`` are pairs of a title and what is drawn under it; ``lineUp`` makes the lines of that, or of a metric's name;
+// ``title`` is that of a picked metric.
+function drawCurves(groups, names, lineUp, unit, title) {
   byId("any").hidden = names.length === 0;
   const pick = byId("metric");
   names.forEach((name, index) => {
@@ -352,12 +390,28 @@ function drawCurves() {
     option.value = String(index);
     pick.append(option);
   });
+  const one = (heading, what) => {
+    const lines = lineUp(what);
+    return lines.length ? chart(heading, lines, unit()) : null;
+  };
   const show = () => {
     const name = names[Number(pick.value)];
-    byId("metric-chart").replaceChildren(chart(name, [{ label: data.curves.meanings[name] || "value", name }]));
+    byId("metric-chart").replaceChildren(one(title(name), name) || make("p", "empty", "No run has logged this."));
+  };
+  const paint = () => {
+    byId("charts").replaceChildren(...groups.map(([heading, what]) => one(heading, what)).filter(Boolean));
+    if (names.length) show();
   };
   pick.addEventListener("change", show);
-  if (names.length) show();
+  paint();
+  return paint;
+}
+
+function drawRunCurves() {
+  const { groups, series } = data.curves;
+  const lineUp = (what) => (typeof what === "string" ? [{ label: meaningOf(what) || "value", name: what }] : what)
+    .map(({ label, name }, style) => ({ label, xs: series[name][0], ys: series[name][1], style }));
+  drawCurves(groups.map((group) => [group.title, group.lines]), Object.keys(series).sort(), lineUp, () => "step", (name) => name);
 }
 
 // ---------------------------------------------------------------- trees
@@ -471,8 +525,7 @@ function drawTrees() {
   let shown = trees;
   let page = 0;
   if (!trees.length) {
-    byId("filter").hidden = true;
-    document.querySelector(".pager").hidden = true;
+    for (const part of document.querySelectorAll("#trees .hint, #filter, .pager")) part.hidden = true;
     byId("found").textContent = "No trees are stored in this run.";
     return;
   }
@@ -555,8 +608,89 @@ function drawConfig() {
   paint();
 }
 
-drawOverview();
-drawCurves();
-drawTrees();
-drawConfig();
+// ---------------------------------------------------------------- comparison
+
+// A number with what is said of it below, a line each.
+function cellOf(value, ...more) {
+  const said = make("div", "said");
+  addText(said, more.filter(Boolean).join("\n"));
+  const shown = make("b", "");
+  addText(shown, value);
+  return make("div", "", shown, said);
+}
+
+function drawFinalNumbers() {
+  document.title = `Comparison of ${data.runs.length} runs`;
+  document.querySelector(".brand").textContent = "Comparison";
+  byId("overview-title").textContent = "Final numbers";
+  byId("run").textContent = `${data.runs.length} runs`;
+  addText(byId("about"), data.runs.map((run) => run.name).join("  \u00b7  "));
+  const row = (title, cell) => [title, ...data.runs.map((run) => cell(run) || cellOf("\u2013"))];
+  const rows = [row("method", ({ method }) => method && cellOf(method))];
+  const heldOutCell = (run, source, name) => {
+    const found = run.headline.sources.find((other) => other.source === source);
+    const numbers = found && found.rows.find(([measure]) => measure === name);
+    if (!numbers) return null;
+    const { first, last, problems, interval } = found;
+    const [, before, after] = numbers;
+    const moved = `step ${last}` + (first < last && before !== null ? `, from ${digits(before, 3)} at step ${first}` : "");
+    if (name !== "acc") return cellOf(digits(after, 3), moved);
+    return cellOf(digits(after, 3), interval && `95% interval ${toWords(interval)}`, moved,
+      [problems && `${problems} problems`, run.decoding].filter(Boolean).join(", "));
+  };
+  for (const source of new Set(data.runs.flatMap((run) => run.headline.sources.map((found) => found.source)))) {
+    for (const [name, label] of Object.entries(data.labels)) {
+      const cells = data.runs.map((run) => heldOutCell(run, source, name));
+      if (cells.some(Boolean)) rows.push([`${heldOut(source)}: ${label}`, ...cells.map((cell) => cell || cellOf("\u2013"))]);
+    }
+  }
+  rows.push(row("steps", ({ headline }) => cellOf(String(headline.steps))),
+    row("tokens generated in training, discarded ones included", ({ headline }) => cellOf(compact(headline.tokens))),
+    row("minutes of steps and validations, in all launches", ({ headline }) => cellOf(digits(headline.minutes, 1))));
+  byId("held-out").append(make("div", "scroll compared", table(["", ...data.runs.map((run) => run.name)], rows)),
+    make("p", "hint", "An interval covers the choice of validation problems, not the spread over seeds."));
+}
+
+function drawComparedCurves() {
+  const unit = () => document.querySelector("#axis input:checked").value;
+  const lineUp = (name) => data.runs.flatMap((run, style) => {
+    const places = run.axes[unit()];
+    const values = Object.hasOwn(run.series, name) && run.series[name];
+    if (!places || !values) return [];
+    const known = [...values.keys()].filter((item) => values[item] !== null && places[item] !== null);
+    return known.length === 0 ? [] : [{ label: run.name, xs: known.map((item) => places[item]), ys: known.map((item) => values[item]), style }];
+  });
+  const names = [...new Set(data.runs.flatMap((run) => Object.keys(run.series)))].sort();
+  const paint = drawCurves(data.groups.map((group) => [group.title, group.name]), names, lineUp, unit,
+    (name) => [name, meaningOf(name)].filter(Boolean).join(": ")); // the runs label the lines
+  const say = () => {
+    const missing = data.runs.filter((run) => !run.axes[unit()]).map((run) => oneLine(run.name, 80));
+    byId("missing").textContent = missing.length ? `Not drawn, because this was not logged: ${missing.join(", ")}` : "";
+  };
+  byId("axis").addEventListener("change", () => {
+    paint();
+    say();
+  });
+  say();
+}
+
+function drawDifferences() {
+  const rows = data.differences.map(({ names, values }) => [names.join("\n"), ...values.map((value) => (value === null ? "\u2013" : value))]);
+  const titles = ["setting", ...data.runs.map((run) => run.name)];
+  byId("differing").append(rows.length ? table(titles, rows) : make("p", "empty", "None."));
+}
+
+const compared = Object.hasOwn(data, "runs");
+for (const part of document.querySelectorAll("[data-of]")) part.hidden = (part.dataset.of === "comparison") !== compared;
+if (compared) {
+  drawFinalNumbers();
+  drawComparedCurves();
+  drawDifferences();
+} else {
+  drawOverview();
+  drawRunCurves();
+  drawTrees();
+  drawConfig();
+}
+drawNotes();
 document.documentElement.dataset.ready = "yes";
