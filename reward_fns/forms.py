@@ -1,6 +1,6 @@
 r"""Find the final answer in a response: in ``\boxed{}``, after ``####``, or in a statement "the answer is ...".
 
-The last occurrence of each form counts; docs/data.md has the rules. A ``\boxed{`` that is never closed is not an
+The last occurrence of each form counts; docs/rewards.md has the rules. A ``\boxed{`` that is never closed is not an
 answer: the response was cut, and an earlier box may be an intermediate step. All functions are linear in the text and
 return "" if there is no answer.
 """

@@ -99,8 +99,8 @@ def configuration() -> str:
     return f"""# Configuration
 
 The config is verl's with this recipe's keys and groups. Every key is a Hydra override (`key=value`);
-[verl's documentation](https://verl.readthedocs.io) describes verl's own, the [README](../README.md#options) lists those
-that people change. `python -m recipe.skpo.main --cfg job --package skpo` prints the values of the first table,
+[verl's documentation](https://verl.readthedocs.io) describes verl's own. `python -m recipe.skpo.main --help` lists
+those that people change, `--cfg job --package skpo` the first table with the values of a command line, and
 `python -m recipe.skpo.evaluation --help` the keys of the evaluation.
 
 This page is written by `python scripts/reference_pages.py`.

@@ -153,7 +153,7 @@ def check_training(words: list[str], command_line, monkeypatch) -> None:
     if "data=files" in words and not any(word.startswith("data.train_files=") for word in words):
         words += ["data.train_files=train.parquet", "data.val_files=val.parquet"]
     # The paper's models are for GPUs, which are looked for on a real machine.
-    platform = "gpu" if any(word.startswith("model=") for word in words) else "cpu"
+    platform = "gpu" if any(word.startswith(("model=", "trainer.n_gpus")) for word in words) else "cpu"
     monkeypatch.setenv("SLURM_NNODES", "2")
     words = [re.sub(r"\$\{?(\w+)\}?", "2", word) if "$SLURM" in word or "$address" in word else word for word in words]
     launched = command_line(*words, platform=platform)
@@ -195,10 +195,28 @@ def test_help_names_options_with_their_values_and_what_can_be_chosen(command_lin
         re.findall(r"^  ([a-z_]+(?:\.[a-z_]+)*) {2,}.*\((.+)\)$", said.partition("\nOptions")[2], re.MULTILINE)
     )
     config = compose_config("method=grpo", "skpo.group_size=6")
-    assert len(options) == 15
+    assert len(options) == 15 and options.keys() == readme_options().keys()
     assert options == {key: str(OmegaConf.select(config, key)) for key in options}
     assert "cispo, dapo, dr_grpo, grpo, gspo, rloo, sapo, skpo, spo (grpo)" in said
     assert "--cfg job --package skpo" in said and len(said.splitlines()) < 50
+
+
+def readme_options() -> dict[str, list[str]]:
+    """Key to the last two cells of the README's table: the paper's value, and that of the first command."""
+    table = DOCUMENTS[0].read_text(encoding="utf-8").partition("\n## Options\n")[2].partition("\n## ")[0]
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in table.splitlines() if line.startswith("| `")]
+    return {row[0].strip("`"): row[-2:] for row in rows}
+
+
+def test_the_readme_shows_the_values_of_options(compose_config) -> None:
+    configs = (compose_config("model=qwen2_5_math_7b", "data=files"), compose_config())
+    wrong = []
+    for key, cells in list(readme_options().items())[4:]:  # before these are paths
+        for cell, config in zip(cells, configs, strict=True):
+            value, found = yaml.safe_load(cell), OmegaConf.select(config, key)
+            found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+            wrong += [] if value == found or float(value) == found else [f"{key}: {cell}, is {found}"]
+    assert not wrong
 
 
 @pytest.mark.parametrize("package", ["data_prep", "recipe.skpo.analysis"])

@@ -339,8 +339,8 @@ def test_another_answer_is_wrong(kind: str) -> None:
 
 
 def test_the_rules_in_the_documentation_hold() -> None:
-    text = (REPOSITORY / "docs" / "data.md").read_text(encoding="utf-8")
-    table = text.partition("### How answers are compared")[2].partition("\n\n### ")[0]
+    text = (REPOSITORY / "docs" / "rewards.md").read_text(encoding="utf-8")
+    table = text.partition("## How answers are compared")[2].partition("\n\n## ")[0]
     checked, wrong = 0, []
     for row in re.findall(r"(?m)^\| .*\|$", table)[1:]:
         for cell, right in zip(re.split(r" \|(?: |$)", row)[2:4], (True, False), strict=True):
