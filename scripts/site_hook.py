@@ -7,7 +7,7 @@ from typing import Any
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("SECURITY.md",)
+PAGES = ("SECURITY.md", "CONTRIBUTING.md", "CHANGELOG.md")
 
 
 def on_files(files: Any, config: Any) -> Any:
