@@ -49,6 +49,9 @@ def one_sentence(task: Callable[..., Any], overrides: Sequence[str]) -> Iterator
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:  # a process border
         if given or any(frame.f_code is task.__code__ for frame, _ in walk_tb(error.__traceback__)):
             raise
+        if isinstance(error, BrokenPipeError):  # as in `--cfg job | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it flushes
+            sys.exit(1)
         sys.exit(f"error: {sentence(error, overrides)}")
     finally:
         if given is None:

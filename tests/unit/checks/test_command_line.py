@@ -1,5 +1,6 @@
 """What is refused of a command line: one sentence each, before anything is prepared or launched."""
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -180,6 +181,14 @@ def test_an_error_of_the_training_keeps_its_traceback(monkeypatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(HydraException), one_sentence(task, []):
         raise HydraException("before it")
+
+
+def test_a_reader_that_has_seen_enough_is_not_an_error(capfd) -> None:
+    with pytest.raises(SystemExit) as stopped, one_sentence(lambda: None, []):
+        raise BrokenPipeError(32, "Broken pipe")
+    assert stopped.value.code == 1
+    os.write(1, b"nobody reads this")
+    assert not capfd.readouterr().out
 
 
 # ---------------------------------------------------------------- the tables agree with verl
