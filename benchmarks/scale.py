@@ -2,8 +2,8 @@
 
 A part is measured at four sizes: processor time, growth of the process at its highest, and the exponent, which is the
 slope of log seconds over log size.  Computed from these is what it takes in the reference step: 1,024 prompts, G = 16,
-responses of 8,192 tokens, 64 ranks, 64 rollout workers, a data set of 17,398 or of 2 million prompts.  Model, servers,
-TransferQueue and network take no part.
+responses of 8,192 tokens, 64 ranks, 64 rollout workers, a data set of 17,398 or of 2 million prompts.  TransferQueue is
+real, on this machine; model, servers and network take no part.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -114,6 +115,36 @@ def _records(prompts: int) -> Callable[[], Any]:
     *_, upstream = recipe.prompt_parts(GROUP, 1, TOKENS // 3)["rows"]()
     stored = pickle.dumps(asdict(upstream.extra_fields[RECORD]))
     return lambda: [pickle.loads(stored) for _ in range(prompts)]  # noqa: S301  made one line above
+
+
+@cache
+def _transfer_queue() -> Any:
+    import ray
+    import transfer_queue
+
+    ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+    transfer_queue.init()
+    return transfer_queue
+
+
+def _fetch(prompts: int) -> Callable[[], Any]:
+    data, batch = recipe.stored_rows(prompts, GROUP, TOKENS, TOKENS // 3)
+    where = {"keys": batch.keys, "partition_id": batch.partition_id}
+    _transfer_queue().kv_batch_put(**where, fields=data, tags=batch.tags)
+    return lambda: _transfer_queue().kv_batch_get(**where, select_fields=list(data.keys()))
+
+
+def _write(prompts: int) -> Callable[[], Any]:
+    import torch
+    from tensordict import TensorDict
+
+    from recipe.skpo.method.rows import Rows
+
+    data, batch = recipe.stored_rows(prompts, GROUP, TOKENS, TOKENS // 3)
+    ones = torch.ones(len(batch.keys))
+    columns = TensorDict(Rows.read(data, batch.keys, batch.tags).write_back(ones, ones), batch_size=len(ones))
+    where = {"keys": batch.keys, "partition_id": batch.partition_id}
+    return lambda: _transfer_queue().kv_batch_put(**where, fields=columns)
 
 
 def _of_rows(name: Literal["rollout_metrics", "loss_weights"]) -> Callable[[int], Callable[[], Any]]:
@@ -289,6 +320,8 @@ DATA, ROWS = (recipe.DAPO_PROMPTS, 100_000, 400_000, 1_600_000), (10_000, 40_000
 PARTS = (
     Part("draw of a batch", "data rows", DATA, lambda n: recipe.draws(n, PROMPTS), "data", "trainer"),
     Part("order of rows", "prompts", FEW, _order, PROMPTS, "trainer"),
+    Part("rows fetched", "prompts", (8, 16, 32, 64), _fetch, PROMPTS, "trainer"),
+    Part("rows written", "prompts", (8, 16, 32, 64), _write, PROMPTS, "trainer"),
     Part("records unpickled", "prompts", (16, 32, 64, 128), _records, PROMPTS, "trainer"),
     Part(
         *("advantage step", "prompts", (16, 32, 64, 128)),

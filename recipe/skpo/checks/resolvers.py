@@ -12,6 +12,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from recipe.skpo.checks.environment import needed_cpus
 from recipe.skpo.checks.gpus import gpus_to_use, visible_gpus
 from recipe.skpo.checks.paths import run_name, scratch_folder
 from recipe.skpo.errors import ConfigError
@@ -37,6 +38,11 @@ def context_length(prompt: int, response: int, split_high: float) -> int:
 def gpus(prompts: int, rows: int, server: int) -> int:
     """Count the GPUs of a node that a run uses; of 8, verl's default, if this machine has none."""
     return gpus_to_use(int(prompts), int(rows), int(server), visible_gpus() or 8)
+
+
+def cpus(*, _root_: Any) -> int:
+    """Count the CPUs that the run's actors request from Ray."""
+    return needed_cpus(_root_)[0]
 
 
 def workers(nodes: int) -> int:
@@ -82,6 +88,7 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     "skpo_context": context_length,
     "skpo_fifth": fifth,
     "skpo_workers": workers,
+    "skpo_cpus": cpus,
     "skpo_gpus": gpus,
     # The settings refuse an unknown unit of the drift by name.
     "skpo_half_life": lambda drift: HALF_LIVES.get(drift, 8.0),
