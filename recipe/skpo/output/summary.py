@@ -144,7 +144,7 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
         "checkpoint": checkpoints[-1] if checkpoints else None,
         "metrics": output_dir / "metrics.jsonl",
         "three trees": trees,
-        "evaluate": f"python -m recipe.skpo.evaluation checkpoint={output_dir} benchmarks=[...]"
+        "evaluate": f"python -m recipe.skpo.evaluation checkpoint={output_dir} benchmarks=[aime24,math500]"
         if checkpoints
         else None,
         "compare": "the same command with method=grpo" if _is_skpo(lines) else None,
