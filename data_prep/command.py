@@ -28,7 +28,7 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
     options.add_argument("--source", help="file or folder (jsonl, json, parquet, csv), or a hub name")
     options.add_argument("--limit", type=int, help="at most this many rows per file, drawn with --seed")
     options.add_argument("--template", help="name of a template, or the path of your own yaml file")
-    options.add_argument("--seed", type=int, default=1, help="of --limit (default %(default)s)")
+    options.add_argument("--seed", type=int, default=1, help="of what is drawn (default %(default)s)")
     options.add_argument("--skip-bad", action="store_true", help="leave out and list malformed rows, do not stop")
     return options
 

@@ -8,6 +8,7 @@ Read are the hub's forms and the original archive (a folder with a json file per
 
 import sys
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from data_prep import command
@@ -31,7 +32,7 @@ def boxed_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
     return Problem(data_source, question, answer)
 
 
-def whole(value: float) -> str:
+def whole(value: float | Decimal) -> str:
     """Write a number as text, 27.0 as "27".
 
     Raises:

@@ -34,12 +34,16 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """A bare question with its checkable answer. `data_source` chooses the answer check."""
+    """A bare question with its checkable answer. `data_source` chooses the answer check.
+
+    `prompt` is the whole chat if the source has one; empty, a template is put around the question.
+    """
 
     data_source: str
     question: str
     answer: str
     ability: str = "math"
+    prompt: tuple[Mapping[str, str], ...] = ()
 
     @property
     def id(self) -> str:
@@ -149,15 +153,18 @@ def collect(
                 continue
             if known != problem:
                 ambiguous.add(problem.id)
+                key = "answer" if known.answer != problem.answer else "prompt"
+                here, there = getattr(problem, key), getattr(known, key)
                 raise RowError(
-                    f"same id {problem.id} as {where}, but the answer is {problem.answer!r} here and "
-                    f"{known.answer!r} there"
+                    f"same id {problem.id} as {where}, but the {key} is {here!r:.200} here and {there!r:.200} there"
                 )
             collected.duplicates += 1
         except RowError as error:
             fault = f"{raw.where}: {error}"
             if not skip_bad:
-                raise DataError(f"{fault}; mend the row, or leave out such rows with --skip-bad") from error
+                raise DataError(
+                    f"{fault}; mend the row, or leave out such rows with --skip-bad (data.skip_bad=true)"
+                ) from error
             collected.bad.append(fault)
     collected.problems = [problem for identifier, (problem, _) in first.items() if identifier not in ambiguous]
     # A question with two answers: nobody knows which one is right, so both rows go.
@@ -213,12 +220,12 @@ def questions_of(files: Iterable[Path]) -> list[str]:
 
 
 def write_split(path: Path, split: str, problems: Sequence[Problem], chat: Callable[[str], Chat]) -> None:
-    """Write the problems of one split, each as the chat that asks its question."""
+    """Write the problems of one split, each as its own chat or as the one that asks its question."""
     write_parquet(
         [
             Row(
                 data_source=problem.data_source,
-                prompt=chat(problem.question),
+                prompt=[dict(message) for message in problem.prompt] or chat(problem.question),
                 ground_truth=problem.answer,
                 ability=problem.ability,
                 split=split,

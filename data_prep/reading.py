@@ -62,9 +62,8 @@ def split_files(folder: Path, split: str) -> list[Path]:
 
     They may lie in `folder` itself or in a folder inside it, as in a download from the hub. Sorted by name.
     """
-    candidates = sorted(path for path in folder.rglob("*") if path.suffix in SUFFIXES and path.is_file())
-    by_name = [path for path in candidates if re.fullmatch(rf"{re.escape(split)}(-.*)?", path.stem)]
-    files = by_name or [path for path in candidates if split in path.relative_to(folder).parent.parts]
+    candidates = data_files(folder)
+    files = _of_split(folder, candidates, split)
     if not files:
         present = ", ".join(str(path.relative_to(folder)) for path in candidates[:5]) or "no data file"
         raise DataError(
@@ -75,6 +74,24 @@ def split_files(folder: Path, split: str) -> list[Path]:
         listed = ", ".join(str(path.relative_to(folder)) for path in files[:4])
         raise DataError(f"{folder}: {split} is there in several formats ({listed}); name one of them by --source")
     return files
+
+
+def data_files(place: Path) -> list[Path]:
+    """Find the files that can be read at a place, a file or a folder, sorted by name; none if it does not exist."""
+    if place.is_dir():
+        return sorted(path for path in place.rglob("*") if path.suffix in SUFFIXES and path.is_file())
+    return [place] if place.is_file() else []
+
+
+def has_split(source: str, split: str) -> bool:
+    """Return whether a source is a folder with files of a split."""
+    folder = Path(source)
+    return folder.is_dir() and bool(_of_split(folder, data_files(folder), split))
+
+
+def _of_split(folder: Path, files: Sequence[Path], split: str) -> list[Path]:
+    by_name = [path for path in files if re.fullmatch(rf"{re.escape(split)}(-.*)?", path.stem)]
+    return by_name or [path for path in files if split in path.relative_to(folder).parent.parts]
 
 
 def _file_rows(file: Path) -> Iterator[RawRow]:
@@ -177,7 +194,10 @@ def _csv_rows(file: Path) -> Iterator[RawRow]:
             for value in reader:
                 where = f"{file}: line {reader.line_num}"
                 if None in value or None in value.values():
-                    yield RawRow(where, {}, f"has not the {len(reader.fieldnames or [])} fields of the first line")
+                    lacks = "".join(f": {name!r} is missing" for name, text in value.items() if text is None)
+                    yield RawRow(
+                        where, {}, f"has not the {len(value) - (None in value)} fields of the first line{lacks}"
+                    )
                 else:
                     yield RawRow(where, value)
     finally:

@@ -28,7 +28,7 @@ MOST_TEXT, MOST_TEXT_IN_ALL = 2 * 2**30, 32 * 2**30
 _ROWS = 65_536
 """Rows that are checked at once."""
 
-REWRITE = "write it with `python -m data_prep.<source> --out DIR`"
+REWRITE = "write it with `python -m data_prep.files`, whose --help lists its options"
 
 PARQUET_SCHEMA = pa.schema(
     [
@@ -53,10 +53,16 @@ def prompt_id(data_source: str, text: str) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt with its checkable answer.
+    """One prompt with its checkable answer: a row of the parquet files that a training reads.
 
-    `prompt` is the chat as a list of ``{"role", "content"}``; `question` is the bare text of the problem
-    (without the system message and examples); `index` is the row's number within its split, counted from 0.
+    Attributes:
+        data_source: selects the answer check (`reward_fns.route`) and names the validation metrics.
+        prompt: the chat as a list of ``{"role", "content"}``, to which the model's template is applied.
+        ground_truth: the right answer, as that check reads it.
+        ability: kind of problem, for statistics of your own.
+        split: name of the file, "train" or "val".
+        index: number of the row within its split, counted from 0.
+        question: bare text of the problem, without system message and instructions; the id depends on it.
     """
 
     data_source: str

@@ -21,7 +21,7 @@ OUR_REWARD = "pkg://reward_fns"
 # Answers are at the end. Reading only this much keeps a runaway response from costing time.
 TAIL_CHARACTERS = 2000
 
-NUMBER_SOURCES = frozenset({"openai/gsm8k"})
+NUMBER_SOURCES = frozenset({"openai/gsm8k", "own/number"})
 MATH_SOURCES = frozenset(
     {
         *(
@@ -31,10 +31,10 @@ MATH_SOURCES = frozenset(
             "HuggingFaceH4/MATH-500",
         ),
         *("BytedTsinghua-SIA/DAPO-Math-17k", "math_dapo", "math_dapo_reasoning"),
-        *("math", "amc23", "minerva_math", "olympiadbench"),
+        *("math", "amc23", "minerva_math", "olympiadbench", "own/math"),
     }
 )  # and everything that starts with "aime"
-CHOICE_SOURCES = frozenset({"TIGER-Lab/MMLU-Pro"})
+CHOICE_SOURCES = frozenset({"TIGER-Lab/MMLU-Pro", "own/choice"})
 
 Check = Callable[[str, str, str], tuple[str, bool]]
 

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from data_prep.reading import SUFFIXES
 from data_prep.schema import PARQUET_SCHEMA, DataError, check_parquet
 from recipe.skpo.checks.reward import Sample, check_reward, is_ours, try_every_truth, try_reward
 from recipe.skpo.errors import ConfigError, brief
@@ -129,6 +130,13 @@ def _check_names(paths: Sequence[str], role: Role) -> None:
             raise DataError(
                 f"{where}: has {pattern!r} in its path, which verl's reader takes for a pattern; rename it, or name "
                 f"the files one by one"
+            )
+        kind = Path(path).suffix
+        if kind in SUFFIXES and kind != ".parquet" and Path(path).is_file():
+            raise DataError(
+                f"{where}: is {kind[1:]}, not parquet; convert it with `python -m data_prep.files --source {path} "
+                f"--prompt COLUMN --answer COLUMN --check number --out DIR`, or train on it by data=mine "
+                f"data.source={path} data.prompt=COLUMN data.answer=COLUMN data.check=number"
             )
         # A missing file or a folder gets its own message.
         if not path.endswith(".parquet") and Path(path).is_file():

@@ -219,9 +219,11 @@ class Choices:
             if files:
                 return f"{_plain(Path(str(files[0])).stem)}-{short_digest(files)}"
         # Validation files do not change what is trained.
-        keys = [f"data.{name}" for name in ("source", "template", "train_rows", "skip_bad", "prepare.seed")]
+        names = ("source", "template", "train_rows", "skip_bad", "prepare.seed")
+        keys = [f"data.{name}" for name in (*names, "prompt", "answer", "check", "system", "split")]
         given = {key: OmegaConf.select(config, key) for key in keys if overridden(key, self.overrides)}
-        given = {key: _absolute(value, caller(), must_exist=True) for key, value in given.items()}
+        for key in given.keys() & set(NAMES):
+            given[key] = _absolute(given[key], caller(), must_exist=True)
         return f"{self.data}-{short_digest(given)}" if given else self.data
 
 

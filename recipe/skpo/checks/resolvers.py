@@ -6,12 +6,14 @@ An error in a resolver reaches the user with the key of whatever is computed.  S
 import hashlib
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from data_prep.reading import data_files
 from recipe.skpo.checks.environment import needed_cpus
 from recipe.skpo.checks.gpus import gpus_to_use, visible_gpus
 from recipe.skpo.checks.paths import run_name, scratch_folder
@@ -64,10 +66,31 @@ def cpu_dtype(name: str) -> str:
     return CPU_DTYPES[name]
 
 
-def digest(choices: Any) -> str:
-    """Return eight hex digits that differ when any of the choices does."""
+def digest(choices: Any, *places: str | None) -> str:
+    """Return eight hex digits that differ when any of the choices does, or the content of local data files.
+
+    Args:
+        choices: a node, or a value.
+        places: files, and folders of files; what is not on this machine has no content.
+    """
     plain = OmegaConf.to_container(choices, resolve=True) if OmegaConf.is_config(choices) else choices
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
+    contents = [_content(file) for place in places if place for file in data_files(Path(str(place)))]
+    return hashlib.sha256("".join([json.dumps(plain, sort_keys=True), *contents]).encode()).hexdigest()[:8]
+
+
+def _content(file: Path) -> str:
+    """Return the digest of a file, "" if it cannot be read: its reader says why."""
+    try:
+        found = file.stat()
+        return _digest_of_file(file, found.st_size, found.st_mtime_ns)
+    except OSError:
+        return ""
+
+
+@cache  # the config computes its values each time that they are read
+def _digest_of_file(file: Path, size: int, modified_ns: int) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def choices(group: str) -> str:

@@ -404,12 +404,18 @@ case(
 )
 for name in (
     *("train[v2].parquet", "train*.parquet", "train?.parquet", "[run]/train.parquet", "a::b.parquet"),
-    *("train.parq", "train.PARQUET", "train", "train.parquet.bak", "train.jsonl", "train.pq"),
+    *("train.parq", "train.PARQUET", "train", "train.parquet.bak", "train.pq"),
 ):
     file = f"{{folder}}/{name}"
     said = "has '" if name.endswith(".parquet") else "does not end in .parquet, by which verl tells how to read it"
     called = written(lambda table: table, file), given("data.train_files", file)
     case(f"parquet: called {name}", f"data.train_files: {file}: {said}", "rename it", *called)
+for kind in ("jsonl", "json", "csv"):
+    file = f"{{folder}}/my.{kind}"
+    said = (
+        f"data.train_files: {file}: is {kind}, not parquet; convert it with `python -m data_prep.files --source {file}"
+    )
+    case(f"parquet: {kind}", said, "or train on it by data=mine", text(file, ""), given("data.train_files", file))
 
 
 def field(name: str, part: str, change: Callable[[Any], Any]) -> Change:

@@ -157,11 +157,11 @@ def test_a_config_file_of_ones_own_has_known_keys_too(command, tmp_path: Path) -
 
 def test_a_choice_of_ones_own_may_have_the_keys_of_its_group(command, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    mine = tmp_path / "data" / "mine.yaml"
+    mine = tmp_path / "data" / "team.yaml"
     mine.write_text("defaults: [/_shared/prepared@_here_, _self_]\nprepare: {name: math}\n")
-    assert command("--config-dir", str(tmp_path), "data=mine") is None
+    assert command("--config-dir", str(tmp_path), "data=team") is None
     mine.write_text("defaults: [/_shared/prepared@_here_, _self_]\nprepare: {name: math}\ntrain_batchsize: 4\n")
-    message = command("--config-dir", str(tmp_path), "data=mine")
+    message = command("--config-dir", str(tmp_path), "data=team")
     assert message == "error: data.train_batchsize: unknown key; the nearest known is data.train_batch_size"
 
 

@@ -194,6 +194,7 @@ def test_folders_in_variables_are_the_callers(folders: tuple[Path, Path], monkey
         (["data=gsm8k", "method=grpo"], "smollm2_135m-gsm8k-grpo"),
         (["data=gsm8k", "data.val_rows=9"], "smollm2_135m-gsm8k-skpo"),
         (["data=gsm8k", "data.train_rows=9"], r"smollm2_135m-gsm8k-[0-9a-f]{6}-skpo"),
+        (["data=mine", "data.prompt=q"], r"smollm2_135m-mine-[0-9a-f]{6}-skpo"),
         ([f"{MODEL}=Qwen/Qwen3-4B"], r"Qwen3-4B-[0-9a-f]{6}-arithmetic-skpo"),
         ([f"{MODEL}=/a/my model/"], r"my_model-\w{6}-arithmetic-skpo"),
         (["data=files", "data.train_files=/b/t v2.parquet"], r"smollm2_135m-t_v2-\w{6}-skpo"),

@@ -345,6 +345,37 @@ def test_a_data_set_is_made_once_from_the_files_given(compose_config, tmp_path: 
     assert not val.exists(), "nobody requested it"
 
 
+def test_rows_of_ones_own_are_made_once_for_each_content_and_choice(
+    compose_config, tmp_path: Path, monkeypatch
+) -> None:
+    from recipe.skpo.checks.data import check_data
+
+    source = tmp_path / "my.jsonl"
+    keys = ("data.prompt=question", "data.answer=result", "data.check=number")
+    monkeypatch.setenv("SKPO_CACHE", str(tmp_path / "cache"))
+
+    def made(*more: str) -> Path:
+        written = f"+trainer.note={source.stat().st_mtime_ns}"  # equal overrides are composed once in the tests
+        config = compose_config("data=mine", f"data.source={source}", *keys, "data.train_batch_size=4", written, *more)
+        main.prepare_data(config)
+        check_data(config)
+        return Path(config.data.train_files)
+
+    def write(count: int) -> None:
+        source.write_text("".join(json.dumps({"question": f"{n}?", "result": n}) + "\n" for n in range(count)))
+
+    write(40)
+    first = made()
+    before = first.stat().st_mtime_ns
+    assert made() == first and first.stat().st_mtime_ns == before and len(pq.read_table(first)) == 38
+    others = [made(choice) for choice in ("data.split=0.5", "data.system=x", "data.check=math", "data.prepare.seed=2")]
+    write(60)
+    others.append(made())
+    assert len(pq.read_table(others[-1])) == 57, "a changed file is not read from the cache"
+    write(40)
+    assert made() == first and len({first, *others}) == 6
+
+
 def test_nothing_is_made_for_ones_own_files_and_model(config, monkeypatch) -> None:
     from data_prep import arithmetic, smollm2
 
