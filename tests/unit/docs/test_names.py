@@ -10,7 +10,7 @@ from tests.conftest import REPOSITORY
 DOCUMENTS = sorted({*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")})
 ROOTS = [REPOSITORY, REPOSITORY / "recipe/skpo", REPOSITORY / "recipe/skpo/method", REPOSITORY / "tests/golden"]
 FOLDERS = tuple(
-    f"{name}/" for name in ("recipe", "tests", "scripts", "rollout", "checks", "method", "output", "engine")
+    f"{name}/" for name in ("recipe", "tests", "scripts", "rollout", "checks", "method", "output", "engine", "examples")
 )
 
 
