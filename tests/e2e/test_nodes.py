@@ -117,7 +117,7 @@ def test_both_nodes_train_and_roll_out_and_a_server_that_dies_stops_the_run(clus
         print(f"the run had ended {time.monotonic() - killed:.1f} s after one of two servers died")
         text = (tmp_path / "run.log").read_text(errors="replace")
         assert process.returncode != 0
-        assert "vLLMHttpServer" in text and "ActorDiedError" in text
+        assert "vLLMHttpServer" in text and "ActorDiedError" in (tmp_path / "out/logs/run.log").read_text()
     finally:
         for member in alive(tree(process.pid)):
             member.kill()

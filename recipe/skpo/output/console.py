@@ -91,7 +91,7 @@ class Warnings(logging.Handler):
         if self.said[record.msg] > _SHOWN:
             return
         error = record.exc_info[1] if record.exc_info else None
-        cause = f": {one_line(str(error), LONGEST_LINE) or type(error).__name__}" if error else ""
+        cause = f": {type(error).__name__}: {one_line(str(error), LONGEST_LINE)}" if error else ""
         say(f"{record.levelname.lower()}: {one_line(record.getMessage(), LONGEST_LINE)}{cause}")
 
 

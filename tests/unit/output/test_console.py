@@ -100,7 +100,8 @@ with Screen(Path(sys.argv[1]) / "logs/run.log", 4):
     subprocess.run(["echo", "from a child"])
     say("for people")
     child = "import logging; from recipe.skpo.output.console import *; configure_logging(); say('step 1/4 here');"
-    child += "[logging.getLogger('recipe.skpo.x').warning('trouble %d', i) for i in range(5)]"
+    child += "[logging.getLogger('recipe.skpo.x').warning('trouble %d', i) for i in range(5)];"
+    child += "logging.getLogger('recipe.skpo.y').error('failed', exc_info=ValueError('why'))"
     forwarded = subprocess.run([sys.executable, "-c", child], env=os.environ | {VARIABLE: "short"}, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
     for line in forwarded.splitlines():
@@ -114,7 +115,7 @@ raise SystemExit("error: last")
 def test_the_screen_shows_what_is_for_people_and_keeps_the_rest(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SCREEN, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
     warnings = [f"warning: trouble {count}" for count in range(3)]
-    assert done.stdout.splitlines() == ["for people", "step 1/4 here", *warnings]
+    assert done.stdout.splitlines() == ["for people", "step 1/4 here", *warnings, "error: failed: ValueError: why"]
     assert done.stderr.splitlines() == ["after", "error: last"]
     log = (tmp_path / "logs/run.log").read_text()
     for line in (
