@@ -127,8 +127,8 @@ def metrics() -> str:
     ]
     return f"""# Glossary of metrics
 
-Every name in `metrics.jsonl` and in the [loggers](loggers.md). Those below `skpo/` are this recipe's and split by
-phase: upstream for segments, downstream for responses. All others are verl's, which mixes both phases' rows.
+Every name in `metrics.jsonl` and in the [loggers](loggers.md). Those below `skpo/` are this recipe's; where they
+differ by phase, upstream means segments and downstream responses. All others are verl's, which mixes both phases' rows.
 `{{a,b}}` stands for either name, `<n>` for any text. In parentheses: when a metric is logged, if not in every SKPO run.
 
 This page is written by `python scripts/reference_pages.py`.

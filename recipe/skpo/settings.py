@@ -98,7 +98,8 @@ class TrackerSettings:
 
     Attributes:
         rho_min, rho_max: bounds of the retention per visit.
-        half_life: drift after which an observation counts half, in the unit of ``drift``.
+        half_life: drift after which an observation counts half, in the unit of ``drift``; 0.06 with logratio, if not
+            given. With nats, give the KL of about eight steps.
         drift: how the policy's drift is measured: ``kl_steps`` or ``nats`` (``tracker.DriftClock``), or ``logratio``,
             SPO's mean of abs(log pi_then - log pi_now) over the prompt's previous segment, at one extra forward.
     """

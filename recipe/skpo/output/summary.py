@@ -186,7 +186,7 @@ def _answers(lines: Sequence[dict[str, Any]]) -> dict[str, str]:
         return [float(line[name]) for line in lines if name in line]
 
     def course(values: list[float], form: str) -> str:
-        return f"{values[0]:{form}} to {values[-1]:{form}}"
+        return f"{values[0]:{form}} -> {values[-1]:{form}}"
 
     answers, generated, seconds = dict[str, str](), column("skpo/tokens/generated"), column("timing_s/step")
     responses = sum(column("skpo/downstream/tokens_generated"))

@@ -190,8 +190,8 @@ def test_the_summary_says_whether_it_learned_and_what_it_cost(tmp_path: Path) ->
     assert row(text, "accuracy")[2:] == ["95%", "interval", "0.404", "to", "0.596"]
     assert row(text, "change") == ["rose", "(+0.200", "+-", "0.133)"]
     assert "15 s and 1,500 generated tokens a step, 1.50 x those" in text
-    assert "in 25% of the groups, whose rewards were equal (0% to 50%)" in text
-    assert "16 prompts, value 0.50 to 0.75, effective count 1.00 to 2.00, drift 0.1 to 0.1" in text
+    assert "in 25% of the groups, whose rewards were equal (0% -> 50%)" in text
+    assert "16 prompts, value 0.50 -> 0.75, effective count 1.00 -> 2.00, drift 0.1 -> 0.1" in text
 
 
 def test_an_accuracy_that_is_not_a_share_has_no_interval() -> None:
