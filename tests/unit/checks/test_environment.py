@@ -67,7 +67,7 @@ def test_another_version_than_the_locks_is_refused(versions, stamped: Path, pack
 
 
 def test_an_environment_of_ones_own_must_hold_what_the_project_declares(versions, tmp_path: Path) -> None:
-    versions["transformers"] = "5.0.0"
+    versions["datasets"] = "1.0.0"
     check_packages("cpu", tmp_path)
     versions["verl"] = "0.9.0"
     assert refusal(check_packages, "cpu", tmp_path) == (f"package verl: is 0.9.0, verl-skpo wants ==0.9.1; {DECLARED}")

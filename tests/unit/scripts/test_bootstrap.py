@@ -561,6 +561,7 @@ def test_tests_without_arguments_lint_and_check_types_too(project):
         "venv -m ruff format --check .",
         "venv -m mypy",
         "venv .venv/bin/lint-imports",
+        "venv -m mkdocs build --strict --quiet",
         "venv -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder "
         "-m not e2e and not nightly and not fuzz",
         "venv -m pytest -m e2e and not nightly and not fuzz",
