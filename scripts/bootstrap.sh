@@ -158,7 +158,8 @@ install() {
             attempt --extra-index-url "$index" -r "$pin" || explain "$advice"
         fi
     fi
-    attempt --require-hashes -r "$requirements" || explain
+    # As pip does unasked: every process of a run imports thousands of files.
+    UV_COMPILE_BYTECODE=1 attempt --require-hashes -r "$requirements" || explain
     # The build tool is pinned in the requirements; isolation would resolve and download another one. pip refuses both at once.
     unset PIP_BUILD_CONSTRAINT
     attempt --no-build-isolation -e . || explain
