@@ -141,8 +141,9 @@ install() {
     install=(.venv/bin/python -m pip install --no-input --disable-pip-version-check --progress-bar off)
     if [[ -n "$uv" ]]; then
         installer=uv
-        # Every pin has its hashes, so it does not matter which index supplies the file.
-        install=("$uv" pip install --python .venv/bin/python --no-progress --index-strategy unsafe-best-match)
+        # Every pin has its hashes, so it does not matter which index supplies the file. Compiled, as pip does unasked: every
+        # process of a run imports thousands of files.
+        install=("$uv" pip install --python .venv/bin/python --no-progress --index-strategy unsafe-best-match --compile-bytecode)
         export_pip_settings
     fi
     say "installing $(grep -c == "$requirements") pinned packages for platform $platform with $installer (its output: $log)"
@@ -158,8 +159,7 @@ install() {
             attempt --extra-index-url "$index" -r "$pin" || explain "$advice"
         fi
     fi
-    # As pip does unasked: every process of a run imports thousands of files.
-    UV_COMPILE_BYTECODE=1 attempt --require-hashes -r "$requirements" || explain
+    attempt --require-hashes -r "$requirements" || explain
     # The build tool is pinned in the requirements; isolation would resolve and download another one. pip refuses both at once.
     unset PIP_BUILD_CONSTRAINT
     attempt --no-build-isolation -e . || explain
