@@ -144,10 +144,10 @@ def test_a_vllm_that_fails_to_receive_weights_stops_the_run(start) -> None:
     )
     run.wait(run.ended, START_S)
     assert run.process.returncode != 0
-    assert run.last_line() == (
-        "error: in step 1: vLLM failed while it received weights: ValueError: injected: no such weight; nothing has "
-        "been saved yet, so the same command starts from the beginning"
-    )
+    # Whose words stand between is vLLM's matter: its engine may report the worker's error in a sentence of its own.
+    assert run.last_line().startswith("error: in step 1: vLLM failed while it received weights: ")
+    assert "injected: no such weight" in run.last_line()
+    assert run.last_line().endswith("; nothing has been saved yet, so the same command starts from the beginning")
     run.leaves_nothing()
 
 
