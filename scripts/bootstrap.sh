@@ -141,9 +141,10 @@ install() {
     install=(.venv/bin/python -m pip install --no-input --disable-pip-version-check --progress-bar off)
     if [[ -n "$uv" ]]; then
         installer=uv
-        # Every pin has its hashes, so it does not matter which index supplies the file. Compiled, as pip does unasked: every
-        # process of a run imports thousands of files.
-        install=("$uv" pip install --python .venv/bin/python --no-progress --index-strategy unsafe-best-match --compile-bytecode)
+        # Every pin has its hashes, so it does not matter which index supplies the file.
+        install=("$uv" pip install --python .venv/bin/python --no-progress --index-strategy unsafe-best-match)
+        # Python keeps what it compiles at the first import, unless it is told not to: then every process would do it again.
+        if [[ -n "${PYTHONDONTWRITEBYTECODE:-}" ]]; then install+=(--compile-bytecode); fi
         export_pip_settings
     fi
     say "installing $(grep -c == "$requirements") pinned packages for platform $platform with $installer (its output: $log)"
