@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -105,7 +105,7 @@ def launch(config: DictConfig, done: int = 0) -> None:
     except KeyboardInterrupt:
         ENDING.leave(way_on(config))
     except Exception as error:  # process border: whatever ended the run, the last line says how to continue
-        with log.open("a", encoding="utf-8") if short else nullcontext(sys.stderr) as file:
+        with suppress(OSError), log.open("a", encoding="utf-8") if short else nullcontext(sys.stderr) as file:
             traceback.print_exc(file=file)
         if short:
             print(f"note: all that the run's processes printed is in {log}", file=sys.stderr)

@@ -24,7 +24,7 @@ LOCK = ".lock"
 HELD = ".lock.held"
 """File that stands for the lock on file systems that have none."""
 
-LINKS = ("checkpoints", "trees", "tensorboard")
+LINKS = ("checkpoints", "trees", "tensorboard", "logs")
 """Folders in a run folder into which a run writes and in which it removes files."""
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}

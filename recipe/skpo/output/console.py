@@ -145,13 +145,17 @@ class Screen:
         """Put everything back."""
         Screen.active = None
         self.bar.close()
+        for split in (sys.stdout, sys.stderr):
+            if isinstance(split, _Split) and split.rest:
+                self.take(split.rest)
         sys.stdout, sys.stderr = self._before
         for descriptor, before in zip((1, 2), self._descriptors, strict=True):
             os.dup2(before, descriptor)
             os.close(before)
         if self.console is not sys.stdout:
             self.console.close()
-        self.log.close()
+        with suppress(OSError):
+            self.log.close()
 
     def show(self, text: str) -> None:
         """Print on the console, and into the log."""
@@ -162,10 +166,12 @@ class Screen:
     def take(self, line: str) -> None:
         """Take a line that something printed."""
         with self._lock:
-            self.log.write(f"{line}\n")
+            with suppress(OSError):  # a full disk costs the line, not the run
+                self.log.write(f"{line}\n")
             marked = _FORWARDED.match(line)
             if marked:
-                self._show(line[marked.end() :])
+                # A model's own text may begin with the mark, and hold what moves a terminal's cursor.
+                self._show("".join(letter if letter.isprintable() else "?" for letter in line[marked.end() :]))
 
     def _show(self, text: str) -> None:
         self.bar.clear()
@@ -179,8 +185,13 @@ class Screen:
 class _Split(io.TextIOBase):
     """Hands whole lines to a ``Screen``."""
 
+    encoding = "utf-8"
+
     def __init__(self, screen: Screen) -> None:
         self.screen, self.rest = screen, ""
+
+    def fileno(self) -> int:
+        return self.screen.log.fileno()
 
     def writable(self) -> bool:
         return True

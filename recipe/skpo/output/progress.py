@@ -24,7 +24,10 @@ def opening(config: DictConfig, done: int) -> str:
     """
     data, trainer, actor = config.data, config.trainer, config.actor_rollout_ref
     tokens = OmegaConf.select(config, "budget.tokens")
-    end = f"{tokens:,} generated tokens" if tokens is not None else f"{trainer.total_training_steps} steps"
+    steps = trainer.total_training_steps
+    end = f"{trainer.total_epochs} epochs" if steps is None else f"{steps} steps"
+    if tokens is not None:
+        end = f"{tokens:,} generated tokens"
     files = data.train_files if isinstance(data.train_files, str) else f"{data.train_files[0]}, ..."
     rows = f"{config.packed_attention}, shared prompts computed {'once' if config.share_prefixes else 'for each row'}"
     lines = {

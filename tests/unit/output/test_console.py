@@ -107,6 +107,12 @@ with Screen(Path(sys.argv[1]) / "logs/run.log", 4):
     for line in forwarded.splitlines():
         print(f"\x1b[36m(Worker(name) pid=7, ip=1.2.3.4)\x1b[0m {line}")
     print("(EngineCore pid=1) quoted [skpo] is not marked")
+    print("(Worker pid=7) [skpo] a model's \x1b[2J")
+    subprocess.run(["echo", "by descriptor"], stdout=sys.stdout)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), Screen.active.log.fileno())
+    say("the disk is full")
+    os.dup2(os.open(Screen.active.log_path, os.O_WRONLY | os.O_APPEND), Screen.active.log.fileno())
+    sys.stdout.write("without an end")
 print("after", file=sys.stderr)
 raise SystemExit("error: last")
 """
@@ -115,7 +121,8 @@ raise SystemExit("error: last")
 def test_the_screen_shows_what_is_for_people_and_keeps_the_rest(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", SCREEN, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True)
     warnings = [f"warning: trouble {count}" for count in range(3)]
-    assert done.stdout.splitlines() == ["for people", "step 1/4 here", *warnings, "error: failed: ValueError: why"]
+    after = ["error: failed: ValueError: why", "a model's ?[2J", "the disk is full"]
+    assert done.stdout.splitlines() == ["for people", "step 1/4 here", *warnings, *after]
     assert done.stderr.splitlines() == ["after", "error: last"]
     log = (tmp_path / "logs/run.log").read_text()
     for line in (

@@ -49,3 +49,5 @@ def test_the_opening_says_what_runs_and_where(compose_config) -> None:
     assert "12 steps of 8 prompts x 9 rows" in opening(config, 0)
     assert "outputs/here/logs/run.log" in opening(config, 0)
     assert opening(config, 4).endswith("resuming from step 4 of 12 steps")
+    config.trainer.total_training_steps, config.trainer.total_epochs = None, 3
+    assert ": 3 epochs of 8 prompts" in opening(config, 0)
