@@ -132,5 +132,7 @@ def test_the_screen_shows_what_is_for_people_and_keeps_the_rest(tmp_path: Path) 
         "from a child",
         "[skpo] for people",
         "quoted [skpo] is not marked",
+        "by descriptor",
+        "without an end",
     ):
         assert line in log.splitlines() or f"(EngineCore pid=1) {line}" in log.splitlines()
