@@ -37,7 +37,7 @@ class Part:
         name: what it does.
         unit: of its size.
         sizes: four of them.
-        make: gives a call for a size, and does before it what is no part of the cost.
+        make: prepares a size and returns the call that is measured.
         at: its size in the reference step, or the data set's.
         role: whose time it is: the trainer's in a step, a worker's, or that of the part above; or nobody's in a step.
         times: calls in a step, for a worker those of one.

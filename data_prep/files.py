@@ -1,7 +1,7 @@
 """Your own rows: json, jsonl, csv or parquet with a prompt and its answer in each row.
 
 A prompt is text, or a list of {role, content} messages (in csv as JSON) that ends with the user's. An answer is text or
-a number that `--check` reads; `none` is for a reward function of your own. Text of a model is never run, so there is no
+a number that `--check` reads; `none` is for a reward function of your own. A model's text is never run, so there is no
 check of code. A file, or a folder or hub name with the split `train` alone, is split by `--split`; a folder's own
 `val.*`, `validation.*` or `test.*` is taken for validation.
 
@@ -25,7 +25,7 @@ from data_prep.untrusted import UntrustedError, parse_json
 from reward_fns import route
 
 CHECKS = ("number", "math", "choice", "none")
-"""Each selects its answer check in `reward_fns` through the data source ``own/<check>``; none has no check there."""
+"""Each selects its answer check in `reward_fns` through the data source ``own/<check>``; `none` selects nothing."""
 
 TEMPLATE = "plain"
 VALIDATION = ("val", "validation", "test")
