@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's palette, which colour-blind readers can distinguish."""
@@ -141,36 +142,33 @@ def draw_implicit_advantage(table: pd.DataFrame) -> Figure:
 
 
 CURVES = {
-    "reward": ("Downstream reward", "mean reward"),
-    "accuracy": ("Validation accuracy", "share correct"),
-    "entropy": ("Entropy of the policy", "nats per token"),
-    "zero_share": ("Groups without advantage", "share of groups"),
-    "tokens": ("Tokens generated", "tokens per step"),
+    "skpo/downstream/reward/mean": ("Downstream reward", "mean reward"),
+    "actor/entropy": ("Entropy of the policy", "nats per token"),
+    "skpo/downstream/all_equal_share": ("Groups without advantage", "share of groups"),
+    "skpo/tokens/generated": ("Tokens generated", "tokens per step"),
 }
+"""Titles of metrics, and of their values; others have their name alone."""
 
 
-def draw_curves(curves: pd.DataFrame, phases: pd.DataFrame) -> Figure:
-    """Draw every curve that any run logged, one panel per data source of accuracies, and seconds of a step by phase."""
-    panels = [
-        (curve, variant)
-        for curve in CURVES
-        for variant in sorted(curves.loc[curves["curve"] == curve, "variant"].unique())
-    ]
-    count = len(panels) + (not phases.empty)
+def draw_curves(curves: pd.DataFrame, phases: pd.DataFrame, unit: str) -> Figure:
+    """Draw a panel for every metric, over ``unit``, with intervals over runs; and seconds of a step by phase."""
+    metrics = list(dict.fromkeys(curves["metric"]))
+    count = len(metrics) + (not phases.empty)
     columns = min(3, count)
     figure, axes = _figure(-(-count // columns), columns)
     for axis in axes[count:]:
         axis.set_visible(False)
-    methods = list(dict.fromkeys([*curves["method"], *phases["method"]]))
-    for axis, (curve, variant) in zip(axes, panels, strict=False):
-        shown = curves[(curves["curve"] == curve) & (curves["variant"] == variant)]
-        for method, rows in shown.groupby("method", sort=False):
-            color = COLORS[methods.index(str(method)) % len(COLORS)]
+    groups = list(dict.fromkeys([*curves["group"], *phases["group"]]))
+    for axis, metric in zip(axes, metrics, strict=False):
+        for group, rows in curves[curves["metric"] == metric].groupby("group", sort=False):
+            color = COLORS[groups.index(str(group)) % len(COLORS)]
             marker = "o" if len(rows) < 30 else None
-            axis.plot(rows["step"], rows["mean"], marker=marker, markersize=3, color=color, label=_plain(str(method)))
-            axis.fill_between(rows["step"], rows["min"], rows["max"], color=color, alpha=0.15, linewidth=0)
-        title, unit = CURVES[curve]
-        _label(axis, _plain(f"{title}, {variant}" if variant else title), "step", unit)
+            axis.plot(rows["x"], rows["mean"], marker=marker, markersize=3, color=color, label=_plain(str(group)))
+            axis.fill_between(rows["x"], rows["low"], rows["high"], color=color, alpha=0.15, linewidth=0)
+        axis.locator_params(axis="x", nbins=6)
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        title, values = CURVES.get(metric, (metric, ""))
+        _label(axis, _plain(title), unit, values)
     _legend(axes[0])
     if not phases.empty:
         _draw_phases(axes[count - 1], phases)
@@ -178,11 +176,11 @@ def draw_curves(curves: pd.DataFrame, phases: pd.DataFrame) -> Figure:
 
 
 def _draw_phases(axis: Axes, phases: pd.DataFrame) -> None:
-    """Draw one bar per method, its phases side by side; phases below 2% of the step and untimed seconds are other.
+    """Draw one bar per group, its phases side by side; phases below 2% of the step and untimed seconds are other.
 
     Validation is not part of a step in verl's timing and is not shown.
     """
-    wide = phases.pivot_table(index="method", columns="phase", values="seconds", sort=False).fillna(0.0)
+    wide = phases.pivot_table(index="group", columns="phase", values="seconds", sort=False).fillna(0.0)
     step = wide["step"]
     parts = wide.drop(columns=["step", "testing"], errors="ignore")
     large = [name for name in parts.columns if (parts[name] >= 0.02 * step).any()]
@@ -190,7 +188,7 @@ def _draw_phases(axis: Axes, phases: pd.DataFrame) -> None:
     left = pd.Series(0.0, index=shown.index)
     for number, name in enumerate(shown.columns):
         color = "#bbbbbb" if name == "other" else COLORS[number % len(COLORS)]
-        axis.barh([_plain(str(method)) for method in shown.index], shown[name], left=left, color=color, label=str(name))
+        axis.barh([_plain(str(group)) for group in shown.index], shown[name], left=left, color=color, label=str(name))
         left = left + shown[name]
     _label(axis, "Step time by phase", "seconds per step", "")
     axis.invert_yaxis()

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,11 @@ from recipe.skpo.output.page_data import (
     meanings,
     number,
     numbers_of,
-    read_settings,
-    run_steps,
     shorten,
     that_fit,
-    tokens_of,
 )
-from recipe.skpo.output.summary import LABELS, decoding, minutes_of, problems
+from recipe.skpo.output.recorded import RecordedRun, read_runs
+from recipe.skpo.output.summary import LABELS, decoding
 from recipe.skpo.output.trees import spread
 
 MOST_RUNS = 16
@@ -53,87 +50,55 @@ def comparison(output_dirs: Sequence[Path]) -> dict[str, Any]:
     if len(output_dirs) > MOST_RUNS:
         raise ReportError(f"{len(output_dirs)} runs: a page compares at most {MOST_RUNS}; name fewer")
     notes = list[str]()
-    names, settings = _names(output_dirs), [dict(read_settings(folder) or []) for folder in output_dirs]
-    notes += [f"Config: {name} holds no config.yaml." for name, one in zip(names, settings, strict=True) if not one]
+    recorded = read_runs(output_dirs)
+    notes += [f"Config: {run.name} holds no config.yaml." for run in recorded if not run.settings]
     runs = [
-        {"name": name, "method": _method(chosen)} | _numbers(folder, name, len(output_dirs), notes)
-        for name, folder, chosen in zip(names, output_dirs, settings, strict=True)
+        {"name": run.name, "method": run.method and shorten(run.method)} | _numbers(run, len(output_dirs), notes)
+        for run in recorded
     ]
     return {
         "labels": LABELS,
         "runs": runs,
         "groups": _groups(runs),
         "meanings": meanings(sorted({metric for run in runs for metric in run["series"]})),
-        "differences": _differences(settings, notes),
+        "differences": _differences([run.settings for run in recorded], notes),
         "notes": notes,
     }
 
 
-def _names(output_dirs: Sequence[Path]) -> list[str]:
-    """Name every run by its folder, with as many of the folders above it as tell all of them apart."""
-    places = [folder.resolve() for folder in output_dirs]
-    for place in places:
-        if places.count(place) > 1:
-            raise ReportError(f"{place}: is named {places.count(place)} times; name every run once")
-    depth = 1
-    while len({place.parts[-depth:] for place in places}) < len(places):
-        depth += 1
-    return ["/".join(place.parts[-depth:])[-200:] for place in places]
-
-
-def _method(settings: dict[str, str]) -> str | None:
-    """Return the method's name; runs of former releases name their estimator alone."""
-    found = settings.get("method.name", settings.get("algorithm.adv_estimator"))
-    return None if found is None else shorten(found.strip('"'))
-
-
-def _numbers(output_dir: Path, name: str, runs: int, notes: list[str]) -> dict[str, Any]:
+def _numbers(run: RecordedRun, runs: int, notes: list[str]) -> dict[str, Any]:
     """Collect one run's headline and series.
 
     Returns:
         ``axes`` are, at every step kept, the step, and the tokens and seconds of the run up to it, None if not logged.
         ``series`` maps a metric to its value at each of these steps, None where the step has none.
     """
-    steps = run_steps(output_dir)
-    how = decoding(output_dir)
-    axes = {
-        "step": [int(line["step"]) for line in steps],
-        "tokens": _total([tokens_of(line) for line in steps]),
-        "seconds": _total([_seconds(line) for line in steps]),
-    }
+    steps = run.steps
     found = [numbers_of(line) for line in steps]
     names = sorted({metric for line in found for metric in line if len(metric) <= LONGEST_NAME})
     most = min(MOST_POINTS, max(2, MOST_VALUES // (runs * max(1, len(names)))))
     validated = [place for place, line in enumerate(found) if any(metric.startswith(HELD_OUT) for metric in line)]
     kept = sorted({*spread(len(steps), most), *(validated[place] for place in spread(len(validated), most // 4 or 1))})
     if len(kept) < len(steps):
-        notes.append(f"Curves of {name}: {len(kept)} of {len(steps)} logged steps, evenly spaced, and validations.")
+        notes.append(f"Curves of {run.name}: {len(kept)} of {len(steps)} logged steps, evenly spaced, and validations.")
     # Held-out numbers and the known curves come first, should there be no room for all.
     known = [metric for _, lines in CURVES for _, metric in lines]
     names.sort(key=lambda metric: not metric.startswith(HELD_OUT) and metric not in known)
     series = [(metric, [found[place].get(metric) for place in kept]) for metric in names]
     shown = dict(that_fit(series, LARGEST_SERIES // runs))
     if len(shown) < len(names):
-        notes.append(f"Metrics of {name}: {len(shown)} of {len(names)}.")
+        notes.append(f"Metrics of {run.name}: {len(shown)} of {len(names)}.")
     return {
-        "decoding": how,
-        "headline": headline(steps, problems(output_dir), LARGEST_HEADLINE // runs),
-        "axes": {unit: values and [values[place] for place in kept] for unit, values in axes.items()},
+        "decoding": decoding(run.folder),
+        "headline": headline(steps, run.problems, LARGEST_HEADLINE // runs),
+        "axes": {unit: values and [_place(values[place]) for place in kept] for unit, values in run.axes.items()},
         "series": shown,
     }
 
 
-def _seconds(line: Mapping[str, Any]) -> float | None:
-    """Return the seconds of a step and its validation; None if not logged."""
-    minutes = number(minutes_of([line]))
-    return None if minutes is None else 60 * minutes
-
-
-def _total(values: Sequence[float | None]) -> list[float | None] | None:
-    """Add up what is known; None if nothing is."""
-    if all(value is None for value in values):
-        return None
-    return [number(total) for total in accumulate(value or 0.0 for value in values)]
+def _place(value: float | None) -> float | None:
+    """Round tokens and seconds; a step is whole."""
+    return value if isinstance(value, int) else number(value)
 
 
 def _groups(runs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
@@ -148,7 +113,7 @@ def _groups(runs: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     return that_fit([{"title": title, "name": metric} for title, metric in titled], LARGEST_GROUPS)
 
 
-def _differences(settings: Sequence[dict[str, str]], notes: list[str]) -> list[dict[str, Any]]:
+def _differences(settings: Sequence[Mapping[str, str]], notes: list[str]) -> list[dict[str, Any]]:
     """List the settings whose values differ; those that have one name and equal values share a line."""
     lines: dict[tuple[str, tuple[str | None, ...]], list[str]] = {}
     every = dict.fromkeys(name for one in settings for name in one)

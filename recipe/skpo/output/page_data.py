@@ -153,14 +153,19 @@ def number(value: Any) -> float | None:
     return float(f"{value:.6g}")
 
 
-def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """Map metric to value of one step, finite ones only, rounded; held-out numbers are named in words too."""
-    named = {
+def held_out_numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """Name the held-out numbers of one step in words, as ``held-out <source>: <label>``."""
+    return {
         f"{HELD_OUT}{source}: {LABELS[key]}": value
         for source, found in held_out(dict(line)).items()
         for key, value in found.items()
     }
-    rounded = ((name, number(value)) for name, value in [*line.items(), *named.items()] if name != "step")
+
+
+def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """Map metric to value of one step, finite ones only, rounded; held-out numbers are named in words too."""
+    given = [*line.items(), *held_out_numbers(line).items()]
+    rounded = ((name, number(value)) for name, value in given if name != "step")
     return {name: value for name, value in rounded if value is not None}
 
 

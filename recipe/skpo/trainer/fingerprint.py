@@ -212,6 +212,11 @@ NOT_COMPARED = re.compile(
 """Config paths below ``COMPARED`` whose value does not decide what a run is, or is compared otherwise."""
 
 
+def is_compared(path: str) -> bool:
+    """Tell whether training depends on the setting of a dotted path."""
+    return path.startswith(COMPARED) and not NOT_COMPARED.fullmatch(path)
+
+
 def compared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Pick the values that training depends on from a plain config, by their dotted path."""
     found: dict[str, Any] = {}
@@ -220,7 +225,7 @@ def compared_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(node, Mapping) and node:
             for key, value in node.items():
                 walk(value, f"{path}.{key}" if path else str(key))
-        elif path.startswith(COMPARED) and not NOT_COMPARED.fullmatch(path):
+        elif is_compared(path):
             found[path] = node
 
     walk(config, "")

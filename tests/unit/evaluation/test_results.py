@@ -58,9 +58,9 @@ def test_config_that_cannot_be_read_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_results_are_strict_json_and_csv(tmp_path: Path) -> None:
     table = pd.DataFrame({"step": [1, 2], "value": [0.5, float("nan")]})
-    empty = pd.DataFrame(columns=["method", "curve", "variant", "step", "mean", "min", "max"])
-    one = pd.DataFrame([("m", "step", 1.0, 1.0, 1.0)], columns=["method", "phase", "seconds", "min", "max"])
-    write_results(tmp_path, "name", Config(), {"x": 1}, {"rows": table}, draw_curves(empty, one))
+    empty = pd.DataFrame(columns=["metric", "group", "x", "mean", "low", "high", "runs"])
+    one = pd.DataFrame([("m", "step", 1.0, 1.0, 1.0)], columns=["group", "phase", "seconds", "min", "max"])
+    write_results(tmp_path, "name", Config(), {"x": 1}, {"rows": table}, draw_curves(empty, one, "steps"))
     numbers = json.loads((tmp_path / "name.json").read_text())
     assert numbers == {"summary": {"x": 1}, "rows": [{"step": 1, "value": 0.5}, {"step": 2, "value": None}]}
     assert (tmp_path / "rows.csv").read_text() == "step,value\n1,0.5\n2,\n"
