@@ -237,10 +237,9 @@ def run(config: DictConfig) -> None:
             sys.exit(error_line(error))
         output_dir = Path(config.output_dir)
         if plan.finished:
-            limit = "budget.tokens" if config.budget.match == "tokens" else "trainer.total_training_steps"
             print(
-                f"this run is finished; give output_dir=<folder> for another one, or {limit}="
-                f"<more than {OmegaConf.select(config, limit)}> to continue it"
+                f"this run is finished; give output_dir=<folder> for another one, or {plan.limit}="
+                f"<more than {OmegaConf.select(config, plan.limit)}> to continue it"
             )
             report(output_dir)
             return

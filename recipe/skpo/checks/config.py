@@ -85,6 +85,7 @@ NUMBERS: dict[Number, tuple[str, ...]] = {
     ),
     Number(whole=True, low=1, none=True): (
         *(f"{ROLLOUT}.max_model_len", "trainer.total_training_steps", "trainer.max_actor_ckpt_to_keep"),
+        "trainer.stop_after_no_gain",
     ),
     # Not above 0 means all rows, and never.
     Number(whole=True, low=-1): (

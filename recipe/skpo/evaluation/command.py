@@ -156,7 +156,7 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
     """Check, draw, score, write; returns the files, the table first.  ``open_sampler`` None starts vLLM."""
     files = benchmark_files(config)
     counts = {name: config.responses(name) for name in files}
-    checkpoint = find_checkpoint(config.checkpoint, config.trusted_globals)
+    checkpoint = find_checkpoint(config.checkpoint, config.trusted_globals, config.step)
     config = as_trained(config, checkpoint)
     chat = Chat(config.custom_chat_template, dict(config.chat_template_kwargs or {}))
     tokenizer = load_tokenizer(checkpoint.model, chat)

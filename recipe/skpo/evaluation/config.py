@@ -25,6 +25,7 @@ class EvaluationConfig:
     """The keys of ``config/evaluate.yaml``, which says what each is."""
 
     checkpoint: str
+    step: str | None
     benchmarks: list[str]
     data_dir: str
     output_dir: str | None

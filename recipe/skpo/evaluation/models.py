@@ -16,7 +16,8 @@ from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.adapters import META, has_adapter
 from recipe.skpo.evaluation.options import require
 from recipe.skpo.isolation.pickles import check_pickles
-from recipe.skpo.output.run_folder import MARKER, marked_step
+from recipe.skpo.output.best import kept_best
+from recipe.skpo.output.run_folder import MARKER, marked_step, stored_checkpoints
 from recipe.skpo.task.model_files import count_parameters
 from recipe.skpo.task.run_settings import run_settings
 
@@ -42,29 +43,53 @@ class Checkpoint:
     identity: str
 
 
-def find_checkpoint(given: str, trusted: Sequence[str] = ()) -> Checkpoint:
+def find_checkpoint(given: str, trusted: Sequence[str] = (), step: str | None = None) -> Checkpoint:
     """Find the model at a path or of a name.
 
     Args:
         given: a Hugging Face folder or name; a verl FSDP checkpoint, ``global_step_N`` or its ``actor``; a run's
             folder or its ``checkpoints``, for the latest one.
         trusted: names that an FSDP checkpoint may import beyond those that verl saves.
+        step: of a run's checkpoints the one of this number, or ``best``; None is the latest one.
 
     Raises:
         ConfigError: it is none of these, not whole, or would run more than verl saves; naming the place.
     """
     folder = Path(given).expanduser()
+    if step is not None:
+        folder = _checkpoint_of_step(folder, step)
     if not folder.exists():
         hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given)
         require(hub is not None, f"checkpoint: {given} does not exist; {ACCEPTED}")
         return Checkpoint(label=given.rsplit("/", 1)[1], model=given, shards=None, identity=given)
-    folder = _latest(folder)
+    if step is None:
+        folder = _latest(folder)
     if (folder / "actor").is_dir():
         folder = folder / "actor"
     if (folder / "fsdp_config.json").is_file():
         return _fsdp_checkpoint(folder, trusted)
     require((folder / "config.json").is_file(), f"checkpoint: {folder} holds no model; {ACCEPTED}")
     return _whole_model(folder)
+
+
+def _checkpoint_of_step(folder: Path, step: str) -> Path:
+    """Return a checkpoint below a run's folder by its number or as ``best``.
+
+    Raises:
+        ConfigError: naming the checkpoints that are there.
+    """
+    run = folder.parent if folder.name == "checkpoints" else folder
+    there = stored_checkpoints(run / "checkpoints")
+    require(bool(there), f"step: is {one_line(step)}, but {folder} is not the folder of a run with checkpoints")
+    if step == "best":
+        kept = kept_best(run)
+        number = kept[1] if kept else None
+        why = f"{run} keeps no best checkpoint: it needs trainer.keep_best when it is trained, and a validation"
+    else:
+        number = int(step) if step.isdecimal() else None
+        why = f"{run} has no checkpoint {one_line(step)}"
+    require(number in there, f"step: {why}; give one of {', '.join(map(str, there))}")
+    return there[number]  # type: ignore[index]  # required
 
 
 def _latest(folder: Path) -> Path:

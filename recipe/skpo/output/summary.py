@@ -11,6 +11,7 @@ from pyarrow import ArrowException, concat_tables
 from pyarrow.parquet import read_table
 
 from data_prep.untrusted import UntrustedError, one_line, read_yaml
+from recipe.skpo.output.best import kept_best
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.metrics import mean, read_lines
 from recipe.skpo.output.run_folder import stored_checkpoints
@@ -141,6 +142,7 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
     checkpoints = list(stored_checkpoints(output_dir / "checkpoints").values())
     trees = write_sample_trees(output_dir)
     places = {
+        "best": _best(output_dir),
         "checkpoint": checkpoints[-1] if checkpoints else None,
         "metrics": output_dir / "metrics.jsonl",
         "three trees": trees,
@@ -173,6 +175,17 @@ def _held_out_rows(lines: Sequence[dict[str, Any]], output_dir: Path) -> list[st
         if changed:
             text.append(f"    {'change':<38} {changed}")
     return text
+
+
+def _best(output_dir: Path) -> str | None:
+    """Say which step is the best one and how many validations followed, where ``trainer.keep_best`` was set."""
+    kept = kept_best(output_dir)
+    if kept is None:
+        return None
+    validations, best = kept
+    after = sum(step > best for step in validations.values)
+    since = f", {after} validations ago" if after else ""
+    return f"step {best}{since}: {one_line(validations.name)} {validations.values[best]:.3f}"
 
 
 def _is_skpo(lines: Sequence[dict[str, Any]]) -> bool:

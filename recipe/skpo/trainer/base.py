@@ -26,6 +26,7 @@ from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_and_
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.debug import marked_timer
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions, log_seqlen_unbalance
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.utils.padding import response_from_nested, response_to_nested
@@ -35,7 +36,9 @@ from recipe.skpo.engine.optimizer import use_own_settings_in_worker
 from recipe.skpo.errors import describe
 from recipe.skpo.method.curriculum import PrioritisedBatches
 from recipe.skpo.method.rows import RowKey, Rows, visit_columns
+from recipe.skpo.output.best import Validations
 from recipe.skpo.output.best_effort import BestEffort, BestEffortLogger
+from recipe.skpo.output.console import say
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.metrics import MetricsFile, mean, plain_numbers, read_numbers, rollout_metrics
 from recipe.skpo.output.progress import ProgressLines
@@ -88,6 +91,8 @@ class BaseTrainer(PPOTrainerSync):
     """Whether the actor computes a prompt that several rows begin with once, so that its rows must stay together."""
     _rows_together = 1
     """So many consecutive rows belong to one prompt and go into one micro-batch."""
+    _saved_step = 0
+    """Step of the checkpoint that this launch saved last."""
     _visited: Mapping[str, str] = {}
     """uid to id of the prompts that were sent out and have not come back yet."""
 
@@ -105,6 +110,7 @@ class BaseTrainer(PPOTrainerSync):
         self.checkpoints_to_keep: int | None = config.trainer.max_actor_ckpt_to_keep
         with open_dict(config):
             config.trainer.max_actor_ckpt_to_keep = None
+        self.validations = Validations(config.trainer.keep_best) if config.trainer.keep_best else None
         self.curriculum = self.settings.curriculum.enable and "curriculum" in config.method.uses
         super().__init__(config)
 
@@ -183,7 +189,7 @@ class BaseTrainer(PPOTrainerSync):
         # What is left of a killed save, or of steps that are trained again.
         remove_checkpoint(folder)
         # Makes room, but never removes the one that the marker names.
-        remove_older(folder.parent, self.global_steps - 1, keep and max(1, keep - 1))
+        remove_older(folder.parent, self.global_steps - 1, keep and max(1, keep - 1), self.validations)
         what, needed = f"the checkpoint of step {self.global_steps}", expected_bytes(self.config)
         if needed is not None and free_bytes(folder) < needed:
             raise SaveError(f"{what} has no room: {self._room(needed)}; make room")
@@ -203,7 +209,8 @@ class BaseTrainer(PPOTrainerSync):
                 # Half of one is of no use, and takes the room that the next launch needs.
                 remove_checkpoint(folder)
             raise SaveError(f"{what} could not be written ({describe(error)}): {room}; make room") from error
-        remove_older(folder.parent, self.global_steps, keep)
+        remove_older(folder.parent, self.global_steps, keep, self.validations)
+        self._saved_step = self.global_steps
 
     def _room(self, needed: int | None) -> str:
         """Bytes free where checkpoints are written, and bytes needed, for a message."""
@@ -237,6 +244,9 @@ class BaseTrainer(PPOTrainerSync):
             loggers["metrics_file"] = MetricsFile(
                 self.output_dir / "metrics.jsonl", self.resumed_at, self.saved_metrics
             )
+            if self.validations:
+                # Those of steps that are trained again are gone by now.
+                self.validations.read(self.output_dir / "metrics.jsonl")
             ends_with = self.total_training_steps, OmegaConf.select(self.config, "budget.tokens")
             loggers["progress"] = ProgressLines(*ends_with)
             for name, backend in loggers.items():
@@ -517,24 +527,51 @@ class BaseTrainer(PPOTrainerSync):
 
     # ---------------------------------------------------------------- end
 
+    def _validate(self) -> dict[str, float]:
+        metrics = super()._validate()
+        if self.validations:
+            self.validations.add(self.global_steps, metrics)
+            if self._no_gain():
+                # verl leaves its loop before the next step, through on_train_end.
+                self.total_training_steps = self.global_steps
+        return metrics
+
+    def _no_gain(self) -> bool:
+        """Whether as many validations as ``trainer.stop_after_no_gain`` says were no better than one before them."""
+        limit = self.config.trainer.stop_after_no_gain
+        return self.validations is not None and limit is not None and self.validations.without_gain() >= limit
+
     def _budget_spent(self) -> bool:
         budget = OmegaConf.select(self.config, "budget.tokens")
         return budget is not None and self.state.tokens_generated >= budget
 
     def on_step_end(self) -> None:
-        """End the loop after this step if the token budget is spent."""
+        """Save what validation may find to be the best; end the loop after this step if the token budget is spent."""
+        if self._best_may_be_next():
+            # Before the weights are synced, as verl saves: the servers sleep.
+            with marked_timer("save_checkpoint", self.timing_raw):
+                self._save_checkpoint()
         super().on_step_end()
         if self._budget_spent():
             # verl leaves its loop after this step, through on_train_end.
             self.total_training_steps = self.global_steps
 
+    def _best_may_be_next(self) -> bool:
+        """Whether a validation follows this step, whose model has no checkpoint yet although the best one is kept."""
+        if self.validations is None or self._saved_step == self.global_steps:
+            return False
+        last = self.global_steps >= self.total_training_steps or self._budget_spent()
+        return last or self.global_steps % self.config.trainer.test_freq == 0
+
     def on_train_end(self) -> None:
         """Save and validate at the last step of a token budget, which verl cannot know beforehand."""
         super().on_train_end()
+        if self._no_gain():
+            say(f"stopped by trainer.stop_after_no_gain={self.config.trainer.stop_after_no_gain}")
         if self._budget_spent():
             # verl saves and validates in a last step that it knows beforehand.  It has counted on by now.
             self.global_steps -= 1
-            if self._due_at_the_end("save_freq"):
+            if self._due_at_the_end("save_freq") and self._saved_step != self.global_steps:
                 self._save_checkpoint()
             if self._due_at_the_end("test_freq"):
                 self.on_validate_begin()

@@ -14,6 +14,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.skpo.errors import ConfigError, RunError
+from recipe.skpo.output.best import Validations
 from recipe.skpo.output.console import say
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.run_folder import MARKER, stored_checkpoints
@@ -116,6 +117,28 @@ def check_saving(config: DictConfig) -> None:
                 f"actor_rollout_ref.actor.checkpoint.{name}: lacks {', '.join(lacking)}, without which a resumed run "
                 f"is another run; add it"
             )
+    _check_best(config.trainer)
+
+
+def _check_best(trainer: DictConfig) -> None:
+    metric = trainer.keep_best
+    if metric is None:
+        if trainer.stop_after_no_gain is not None:
+            raise ConfigError(
+                f"trainer.stop_after_no_gain: is {trainer.stop_after_no_gain} without a metric that could gain; name "
+                f"it by trainer.keep_best"
+            )
+        return
+    if not isinstance(metric, str) or not re.fullmatch(r"-?val-\S+", metric):
+        raise ConfigError(
+            f"trainer.keep_best: is {metric!r}, must be a metric of validation, such as "
+            f"val-core/<data source>/acc/mean@1, with - in front if lower is better"
+        )
+    if trainer.test_freq <= 0:
+        raise ConfigError(
+            f"trainer.keep_best: is set, but trainer.test_freq={trainer.test_freq} means no validation during "
+            f"training; give trainer.test_freq=<steps>"
+        )
 
 
 # ---------------------------------------------------------------- room on the disk
@@ -171,9 +194,12 @@ def check_room(config: DictConfig) -> None:
     trainer = config.trainer
     folder = Path(trainer.default_local_dir)
     keep = max(2, trainer.max_actor_ckpt_to_keep) if trainer.max_actor_ckpt_to_keep else None
+    best = trainer.get("keep_best") is not None
+    if keep is not None:
+        keep += best
     there = sum(map(is_whole, stored_checkpoints(folder).values()))
     # As many as are kept already: each new one takes the place of an old one.
-    if trainer.save_freq <= 0 or (keep is not None and there >= keep):
+    if (trainer.save_freq <= 0 and not best) or (keep is not None and there >= keep):
         return
     size, free = expected_bytes(config), free_bytes(folder)
     if size is None:
@@ -188,8 +214,8 @@ def check_room(config: DictConfig) -> None:
         say(f"note: {room} and {keep} are kept; a save without room will end the run")
 
 
-def remove_older(folder: Path, newest: int, keep: int | None) -> None:
-    """Remove checkpoints up to step ``newest`` except the last ``keep`` whole ones; None keeps all.
+def remove_older(folder: Path, newest: int, keep: int | None, validations: Validations | None = None) -> None:
+    """Remove checkpoints up to step ``newest`` except the last ``keep`` whole ones and the best; None keeps all.
 
     What a killed save left, recognised by its missing ``data.pt``, is removed with them.  Steps after ``newest`` are
     left alone: they belong to a history that this run is not on.
@@ -198,8 +224,9 @@ def remove_older(folder: Path, newest: int, keep: int | None) -> None:
         return
     past = {step: path for step, path in stored_checkpoints(folder).items() if step <= newest}
     whole = [step for step, path in past.items() if (path / DATA_FILE).is_file()]
+    best = validations.best(whole) if validations else None
     for step, path in past.items():
-        if step not in whole[-keep:]:
+        if step not in whole[-keep:] and step != best:
             remove_checkpoint(path)
 
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.isolation.pickles import check_pickles
+from recipe.skpo.output.best import Validations
 from recipe.skpo.output.run_folder import MARKER, marked_step, stored_checkpoints
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.checkpoints import DATA_FILE, missing_piece, newest_whole
@@ -23,12 +24,17 @@ class ResumePlan:
     Attributes:
         checkpoint: its folder; None for a fresh start.
         changes: how the command differs from the run that saved it; None if it has no fingerprint.
-        finished: whether it is at the last training step, or has spent its tokens.
+        limit: key of the setting that ended the run there; "" if it has not ended.
     """
 
     checkpoint: Path | None = None
     changes: tuple[Difference, ...] | None = ()
-    finished: bool = False
+    limit: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to train."""
+        return bool(self.limit)
 
     @property
     def step(self) -> int:
@@ -74,9 +80,21 @@ def plan_resume(config: DictConfig, settings: SkpoSettings, identity: Callable[[
     state.load(folder)
     # In verl's order of loading; other engines have files of other kinds.
     check_pickles([*sorted((folder / "actor").glob("*.pt")), folder / DATA_FILE], config.get("trusted_globals") or ())
-    step, last, tokens = _step(folder), config.trainer.total_training_steps, config.budget.tokens
-    spent = tokens is not None and state.tokens_generated >= tokens
-    return ResumePlan(folder, changes, finished=spent or (last is not None and step >= last))
+    return ResumePlan(folder, changes, _limit(config, _step(folder), state.tokens_generated))
+
+
+def _limit(config: DictConfig, step: int, tokens: int) -> str:
+    """Return the key of the setting that ends the run at a step after so many generated tokens, "" if none does."""
+    trainer, most = config.trainer, config.budget.tokens
+    if most is not None and tokens >= most:
+        return "budget.tokens"
+    if trainer.total_training_steps is not None and step >= trainer.total_training_steps:
+        return "trainer.total_training_steps"
+    if trainer.stop_after_no_gain is not None:
+        validations = Validations(trainer.keep_best).read(Path(config.output_dir) / "metrics.jsonl", step)
+        if validations.without_gain() >= trainer.stop_after_no_gain:
+            return "trainer.stop_after_no_gain"
+    return ""
 
 
 def _step(folder: Path) -> int:

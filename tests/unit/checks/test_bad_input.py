@@ -162,6 +162,18 @@ value(f"{ROLLOUT}.name", "sglang", f"{ROLLOUT}.name: is sglang", "must be vllm")
 value(
     "trainer.remove_previous_ckpt_in_save", True, "trainer.remove_previous_ckpt_in_save: ", "max_actor_ckpt_to_keep=1"
 )
+for wrong in ("acc", 3, "", "-"):
+    value(
+        "trainer.keep_best", wrong, f"trainer.keep_best: is {wrong!r}, must be a metric of validation", "mean@1, with -"
+    )
+case(
+    "best without validation",
+    "trainer.keep_best: is set, but trainer.test_freq=-1 means no validation",
+    "give trainer.test_freq=<steps>",
+    *(given("trainer.keep_best", "val-core/x/acc/mean@1"), given("trainer.test_freq", -1)),
+)
+value("trainer.stop_after_no_gain", 0, fix=f"{COUNT}, or null")
+value("trainer.stop_after_no_gain", 3, "trainer.stop_after_no_gain: is 3 without a metric", "by trainer.keep_best")
 value("trainer.default_hdfs_dir", "hdfs://x", "trainer.default_hdfs_dir: is hdfs://x", "must be None")
 value("trainer.critic_warmup", 5, fix="must be 0")
 value(f"{ACTOR}.checkpoint.async_save", True, fix="must be False")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -433,6 +434,30 @@ def test_checkpoint_is_found_from_any_of_its_folders(trained: Path) -> None:
     (only,) = found
     places = (step / "actor", str(step / "actor/huggingface"))
     assert (only.label, only.shards, only.model) == ("run-global_step_3", *places)
+
+
+def test_a_checkpoint_is_chosen_by_its_number_or_as_the_best(run_copy: Path) -> None:
+    root, metric = run_copy / "checkpoints", "val-core/x/acc/mean@1"
+    shutil.copytree(root / "global_step_3", root / "global_step_6")
+    (root / "latest_checkpointed_iteration.txt").write_text("6")
+
+    def found(step: str | None, place: Path = run_copy) -> str:
+        return find_checkpoint(str(place), step=step).label
+
+    assert (found(None), found("3"), found("6")) == tuple(f"run-global_step_{step}" for step in (6, 3, 6))
+    for step, message in (
+        ("best", f"step: {run_copy} keeps no best checkpoint: it needs trainer.keep_best when it is trained, and a"),
+        ("4", f"step: {run_copy} has no checkpoint 4; give one of 3, 6"),
+        ("last", f"step: {run_copy} has no checkpoint last; give one of 3, 6"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            found(step)
+    with pytest.raises(ConfigError, match=r"is not the folder of a run with checkpoints"):
+        found("3", root / "global_step_3")
+    (run_copy / "config.yaml").write_text(json.dumps({"trainer": {"keep_best": f"-{metric}"}}))
+    lines = [{"step": step, metric: value} for step, value in ((0, 0.1), (3, 0.2), (6, 0.3))]
+    (run_copy / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert found("best") == found("best", root) == "run-global_step_3"
 
 
 def test_merged_weights_are_the_trained_ones_in_bfloat16(trained: Path, tmp_path: Path, capfd) -> None:

@@ -172,7 +172,7 @@ def test_a_report_that_fails_does_not_fail_the_run(config, steps, tmp_path: Path
 
 def test_a_finished_run_is_reported_again(config, steps, tmp_path: Path, monkeypatch, capsys) -> None:
     good_files(config, tmp_path)
-    monkeypatch.setattr(main, "plan_resume", lambda *arguments: ResumePlan(finished=True))
+    monkeypatch.setattr(main, "plan_resume", lambda *arguments: ResumePlan(limit="trainer.total_training_steps"))
     monkeypatch.setattr(main, "write_report", lambda folder: folder / "report.html")
     main.run.__wrapped__(config)
     assert "launch" not in steps and "summary" in steps

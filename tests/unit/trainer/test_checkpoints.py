@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from recipe.skpo.errors import ConfigError
+from recipe.skpo.output.best import Validations
 from recipe.skpo.output.run_folder import MARKER, marked_step, stored_checkpoints
 from recipe.skpo.trainer.checkpoints import (
     DATA_FILE,
@@ -59,6 +60,15 @@ def test_checkpoints_come_in_the_order_of_steps(root: Path) -> None:
 )
 def test_the_last_whole_ones_are_kept(root: Path, newest: int, keep: int | None, left: list[int]) -> None:
     remove_older(root, newest, keep)
+    assert list(stored_checkpoints(root)) == left
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [2, 10]), (2, [2, 4, 10]), (3, [2, 4, 10])])
+def test_the_best_of_the_whole_ones_is_kept_beside_the_last(root: Path, keep: int, left: list[int]) -> None:
+    validations = Validations("val")
+    for step, value in {0: 9.0, 2: 5.0, 4: 4.0, 6: 8.0, 10: 1.0}.items():
+        validations.add(step, {"val": value})
+    remove_older(root, 10, keep, validations)
     assert list(stored_checkpoints(root)) == left
 
 
@@ -234,3 +244,6 @@ def test_a_checkpoint_that_is_there_tells_the_size_and_takes_no_more_room_when_r
         check_room(config)
     config.trainer.save_freq = -1
     check_room(config)
+    config.trainer.keep_best = "val-core/x"
+    with pytest.raises(ConfigError, match="bytes free"):
+        check_room(config)

@@ -22,15 +22,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from ray.exceptions import RayTaskError
 
 from data_prep.schema import Row, write_parquet
 from recipe.skpo.ending import way_on
 from recipe.skpo.method.rows import SEED_FIELD, SPLIT_FIELD
+from recipe.skpo.output.best import kept_best
+from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.metrics import read_lines
 from recipe.skpo.output.run_folder import MARKER, marked_step, stored_checkpoints
 from recipe.skpo.settings import SkpoSettings
-from recipe.skpo.trainer.checkpoints import METRICS_FILE, SaveError, mark, repair_marker
+from recipe.skpo.trainer.checkpoints import METRICS_FILE, SaveError, mark, missing_piece, repair_marker
 from recipe.skpo.trainer.fingerprint import FILE_NAME as FINGERPRINT
 from recipe.skpo.trainer.identity import fingerprint
 from recipe.skpo.trainer.resume import ResumePlan, plan_resume
@@ -41,6 +44,7 @@ from tests.e2e.killed import POINTS
 pytestmark = pytest.mark.resume
 
 STEPS, SAVE_EVERY = 7, 2
+METRIC = "val-core/t/acc/mean@1"
 ROWS, BATCH = 12, 4  # three steps per epoch
 
 
@@ -91,6 +95,8 @@ def train(config: Any) -> None:
         trainer.step(metrics, {})
         if trainer.global_steps % SAVE_EVERY == 0 or trainer.global_steps == STEPS:
             trainer._save_checkpoint()
+            if trainer.validations:
+                metrics |= trainer._validate()
         trainer.logger.logger["metrics_file"].log(metrics, trainer.global_steps)
 
 
@@ -157,7 +163,7 @@ def make_config(compose_config, model_folder: Path, tmp_path_factory: pytest.Tem
         ]
         write_parquet(rows, files[role])
 
-    def make(curriculum: bool = True, keep: int | None = 2) -> Any:
+    def make(curriculum: bool = True, keep: int | None = 2, best: str | None = None) -> Any:
         config = compose_config("platform=cpu", "data=files", "skpo.group_size=2")
         config.data.train_files, config.data.val_files = str(files["train"]), str(files["val"])
         config.data.train_batch_size, config.data.max_response_length = BATCH, 64
@@ -166,6 +172,7 @@ def make_config(compose_config, model_folder: Path, tmp_path_factory: pytest.Tem
         config.output_dir = str(folder / f"run {next(numbers)}")
         config.trainer.default_local_dir = f"{config.output_dir}/checkpoints"
         config.trainer.total_training_steps, config.trainer.max_actor_ckpt_to_keep = STEPS, keep
+        config.trainer.keep_best = best
         return config
 
     # Read once for all forks.
@@ -173,6 +180,8 @@ def make_config(compose_config, model_folder: Path, tmp_path_factory: pytest.Tem
     read = {str(file): RLHFDataset(str(file), tokenizer, data) for file in files.values()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer_base.PPOTrainer, "step", made_up_step)
+        # The first validated step is the best one, so that it is the oldest when the run ends.
+        patch.setattr(trainer_base.PPOTrainer, "_validate", lambda trainer: {METRIC: -float(trainer.global_steps)})
         patch.setattr(trainer_base, "create_rl_dataset", lambda file, *arguments, **options: read[file])
         patch.setattr(killing, "GENERATING_S", 0.0)
         yield make
@@ -235,6 +244,22 @@ def test_a_run_killed_at_every_point_is_the_run_that_never_was(make_config, unbr
     for step in (6, 7):
         names = sorted(path.name for path in (checkpoints / f"global_step_{step}").iterdir())
         assert names == ["actor", "data.pt", FINGERPRINT, FILE_NAME, METRICS_FILE]
+
+
+def test_the_best_checkpoint_outlives_every_kill(make_config) -> None:
+    config = make_config(keep=1, best=METRIC)
+    run = Path(config.output_dir)
+    write_atomic(run / "config.yaml", OmegaConf.to_yaml(config))
+    for step in (4, 6):
+        for point in POINTS[1:-1]:
+            checkpoints = kill(config, point, step)
+            validations, best = kept_best(run) or pytest.fail("the run has no validation")
+            assert best == 2 and max(validations.values) < step
+            assert missing_piece(checkpoints / "global_step_2", config) is None, f"{point} at {step}"
+    assert launch(config) == 0
+    assert list(stored_checkpoints(checkpoints)) == [2, STEPS]
+    # Steps 4 and 6 were saved and killed before they were validated.
+    assert (kept_best(run) or pytest.fail("no validation"))[0].values == {2: -2.0, 7: -7.0}
 
 
 @each_order

@@ -1,5 +1,6 @@
 """What a command resumes from: the plan, and what is refused before a model is loaded."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,18 @@ def test_a_run_is_finished_at_its_last_step_or_when_its_tokens_are_spent(
     state.save(checkpoints / "global_step_10")
     config.trainer.total_training_steps, config.budget.tokens = last, budget
     assert resume(config).finished is finished
+
+
+@pytest.mark.parametrize(("limit", "finished"), [(None, False), (2, True), (3, False)])
+def test_a_run_that_stopped_without_gain_stays_so_until_more_is_allowed(
+    config, checkpoints: Path, tmp_path: Path, limit: int | None, finished: bool
+) -> None:
+    metric = "val-core/x/acc/mean@1"
+    config.output_dir, config.trainer.keep_best, config.trainer.stop_after_no_gain = str(tmp_path), metric, limit
+    # The validation of step 15 belongs to a step that is trained again.
+    lines = [{"step": step, metric: value} for step, value in ((0, 0.1), (4, 0.5), (8, 0.4), (10, 0.5), (15, 0.1))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert resume(config).limit == ("trainer.stop_after_no_gain" if finished else "")
 
 
 def test_a_fresh_run_is_not_finished(config, tmp_path: Path) -> None:

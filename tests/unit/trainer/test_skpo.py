@@ -30,6 +30,7 @@ from recipe.skpo.method.rows import (
     RowKey,
 )
 from recipe.skpo.output.trees import FOLDER, TreeStore, tree_index
+from tests.conftest import write_checkpoint
 from tests.support.queue import Queue
 from tests.support.reference import reference_group_relative, reference_single_stream
 from tests.support.rows import stored_row
@@ -90,7 +91,7 @@ class Manager:
 def make_trainer(compose_config, model_folder, tmp_path: Path, queue: Queue, monkeypatch) -> Callable[..., Any]:
     """Make a trainer by its real constructor, at step 1, with 4 prompts per step in mini-batches of 2."""
 
-    def make(method: str = "skpo", ranks: int = 1, **skpo: Any) -> Any:
+    def make(method: str = "skpo", ranks: int = 1, options: dict[str, Any] | None = None, **skpo: Any) -> Any:
         from verl.trainer.ppo.v1 import get_trainer_cls
 
         import recipe.skpo.trainer.baselines  # noqa: F401
@@ -100,6 +101,7 @@ def make_trainer(compose_config, model_folder, tmp_path: Path, queue: Queue, mon
         config = compose_config("platform=cpu", f"method={method}", f"skpo.group_size={G}")
         for key, value in skpo.items():
             config.skpo[key] = value
+        config.trainer.update(options or {})
         config.output_dir = str(tmp_path)
         config.trainer.default_local_dir = str(tmp_path / "checkpoints")
         config.data.train_batch_size, config.actor_rollout_ref.actor.ppo_mini_batch_size = 4, 2
@@ -644,6 +646,48 @@ def test_training_ends_with_the_step_that_spends_the_budget(
         assert calls == done
     elif done == last_step(steps):
         assert trainer.global_steps == steps
+
+
+BEST = "val-core/x/acc/mean@1"
+
+
+@pytest.mark.parametrize(
+    ("values", "limit", "save_freq", "saved", "steps"),
+    [
+        ((0.0, 0.1, 0.2, 0.3, 0.4), None, -1, [2, 4, 6, 8, 10], 10),  # each validation has its checkpoint
+        ((0.0, 0.1, 0.2, 0.3, 0.4), None, 4, [2, 4, 6, 8, 10], 10),  # and no other step a second one
+        ((0.0, 0.1, 0.2, 0.3, 0.4), 1, 5, [2, 4, 5, 6, 8, 10], 10),
+        ((0.0, 0.3, 0.2, 0.3, 0.4), 2, -1, [2, 4, 6, 8], 8),
+        ((0.3, 0.3, 0.2, 0.1), 3, -1, [2, 4, 6, 8], 8),
+    ],
+)
+def test_each_validation_has_a_checkpoint_and_training_ends_without_gain(
+    make_trainer, monkeypatch, capsys, values, limit, save_freq: int, saved: list[int], steps: int
+) -> None:
+    trainer, calls, left = make_trainer("grpo", options={"keep_best": BEST}), [], iter(values)
+    trainer.config.trainer.update({"stop_after_no_gain": limit, "save_freq": save_freq, "test_freq": 2})
+
+    def save(self: Any) -> None:
+        calls.append(self.global_steps)
+        write_checkpoint(self._checkpoint_folder())
+
+    from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+
+    monkeypatch.setattr(PPOTrainer, "_save_checkpoint", save)
+    monkeypatch.setattr(PPOTrainer, "_validate", lambda self: {BEST: next(left)})
+    assert run_loop(trainer, 100) == steps
+    assert calls == saved
+    assert ("stopped by trainer.stop_after_no_gain" in capsys.readouterr().out) == (steps < 10)
+
+
+def test_a_budget_ends_with_one_checkpoint_that_may_be_the_best(make_trainer) -> None:
+    trainer, calls = make_trainer("grpo", options={"keep_best": BEST}), []
+    trainer.config.budget.tokens = 300
+    trainer.config.trainer.update({"save_freq": 50, "test_freq": 50})
+    spending(trainer, calls)
+    trainer._save_checkpoint = lambda: calls.append("save") or setattr(trainer, "_saved_step", trainer.global_steps)
+    assert run_loop(trainer, 100) == 3
+    assert calls == ["save", *last_step(3)[1:]]
 
 
 def test_the_budget_counts_over_a_resume(make_trainer, tmp_path: Path) -> None:
