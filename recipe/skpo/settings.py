@@ -36,6 +36,7 @@ BOUNDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "max_logprob_gap": (lambda value: value is None or value > 0, "> 0, or null for no limit"),
     "poll_interval_s": (lambda value: value > 0, "> 0"),
     "trees_per_step": (lambda value: value >= 0, ">= 0"),
+    "trees_per_validation": (lambda value: value >= 0, ">= 0"),
     "trees_max_mb": (lambda value: value > 0, "> 0"),
 }
 """Setting to whether a value is within its bounds, and the bounds in words."""
@@ -182,6 +183,8 @@ class SkpoSettings:
         start_timeout_s: seconds that the start may take, from the command's Ray to the first weights in the servers.
         poll_interval_s: seconds between two polls of verl's replay buffer for finished prompts.
         trees_per_step: rollout trees (candidates, segment, responses, rewards) stored per step for people to read.
+        trees_per_validation: so many of the newest trees go to the loggers with each validation: wandb, mlflow and
+            trackio get a table, tensorboard a text.
         trees_max_mb: bound of all stored trees in megabytes; over it, steps are removed so that the rest stays even.
     """
 
@@ -212,6 +215,7 @@ class SkpoSettings:
     start_timeout_s: float = 3600.0
     poll_interval_s: float = 2.0
     trees_per_step: int = 1
+    trees_per_validation: int = 4
     trees_max_mb: float = 64.0
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from recipe.skpo.cpu.shared_memory import leftover_segments, remove_segments, segments
 from recipe.skpo.output.glossary import METRICS, described
@@ -151,7 +152,10 @@ def test_trees_and_tensorboard_are_written(run: dict) -> None:
     text = (run["out"] / "sample_trees.txt").read_text()
     assert text.count("upstream candidates") == 3
     assert text.count("->") == 3
-    assert list((run["out"] / "tensorboard").rglob("events.out.tfevents.*"))
+    events = EventAccumulator(str(run["out"] / "tensorboard"))
+    events.Reload()
+    (shown,) = events.Tensors("skpo/trees/text_summary")
+    assert shown.step == 3 and shown.tensor_proto.string_val[0].decode().count("**Response, reward ") == 4
     trees = list(read_trees(tree_index(run["out"])))
     assert [tree["step"] for tree in trees] == [1, 2, 3], "those after the checkpoint were made once more"
     for tree in trees:

@@ -22,7 +22,7 @@ from recipe.skpo.settings import SkpoSettings
 METHOD_SETTINGS = {
     "rollout": [
         *("candidates", "split", "split_low", "split_high", "boundaries", "selection", "skip", "chat_quote"),
-        *("upstream_reward", "initial_length", "trees_per_step", "trees_max_mb"),
+        *("upstream_reward", "initial_length", "trees_per_step", "trees_per_validation", "trees_max_mb"),
     ],
     "objective": ["weight_up", "weight_down", "clip_low", "clip_high", "downstream_aggregation"],
     "tracker": ["tracker"],

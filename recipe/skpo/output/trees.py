@@ -7,6 +7,7 @@ evenly from the first to the newest.  A resume removes the steps that are traine
 
 import logging
 import random
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -183,11 +184,16 @@ class TreeStore:
         folder: of the trees; made if it is not there.
         max_mb: bound of all files together, in megabytes (10^6 bytes).  The newest step is kept whatever its size.
         resumed_at: step of the checkpoint resumed from; files of later steps are removed.  0 for a fresh start.
+        keep: so many trees are kept in memory for the next validation.
+
+    Attributes:
+        latest: the last of this launch's trees that no validation has taken.
     """
 
-    def __init__(self, folder: Path, max_mb: float, resumed_at: int) -> None:
+    def __init__(self, folder: Path, max_mb: float, resumed_at: int, keep: int = 0) -> None:
         """Open the folder, without files of later steps."""
         self.folder, self.max_bytes = folder, max_mb * 1e6
+        self.latest: deque[Mapping[str, Any]] = deque(maxlen=keep)
         folder.mkdir(parents=True, exist_ok=True)
         stale = [path for step, path in stored_steps(folder).items() if step > resumed_at]
         for path in [*stale, *folder.glob(".step_*")]:  # the second: what a kill left
@@ -199,6 +205,7 @@ class TreeStore:
         """Write the trees of one step, atomically, and thin the folder out if it is over its bound."""
         if not trees:
             return
+        self.latest.extend(trees)
         table = pa.Table.from_pylist([_storable(tree) for tree in trees], schema=TREE_SCHEMA)
         with replacing(self._file(step)) as file:
             pq.write_table(table, file, compression="zstd")

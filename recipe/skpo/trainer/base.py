@@ -29,6 +29,7 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.debug import marked_timer
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions, log_seqlen_unbalance
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.utils.tracking import ValidationGenerationsLogger
 from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 from data_prep.untrusted import one_line
@@ -42,6 +43,7 @@ from recipe.skpo.output.console import say
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.metrics import MetricsFile, mean, plain_numbers, read_numbers, rollout_metrics
 from recipe.skpo.output.progress import ProgressLines
+from recipe.skpo.output.tree_table import as_block, log_trees, without_markdown
 from recipe.skpo.output.trees import FOLDER, TreeStore
 from recipe.skpo.rollout.failures import RolloutError, stop_reason
 from recipe.skpo.rollout.manager import RolloutManager
@@ -75,6 +77,20 @@ EFFORT = BestEffort()
 
 _DRIFT_PARTITION = "skpo_drift"
 """TransferQueue partition of the rows whose log-probs only measure drift; empty between two steps."""
+
+
+class InertGenerations(ValidationGenerationsLogger):
+    """verl's ``trainer.log_val_generations``, without markup of a model's in the loggers that render Markdown."""
+
+    def log_generations_to_tensorboard(self, samples: Sequence[tuple[str, str, float]], step: int) -> None:
+        """Log prompts and responses as blocks."""
+        blocks = [(f"\n\n{as_block(prompt)}", f"\n\n{as_block(text)}", score) for prompt, text, score in samples]
+        super().log_generations_to_tensorboard(blocks, step)
+
+    def log_generations_to_trackio(self, samples: Sequence[tuple[str, str, float]], step: int) -> None:
+        """Log prompts and responses with escaped markup."""
+        escaped = [(without_markdown(prompt), without_markdown(text), score) for prompt, text, score in samples]
+        super().log_generations_to_trackio(escaped, step)
 
 
 class BaseTrainer(PPOTrainerSync):
@@ -231,6 +247,16 @@ class BaseTrainer(PPOTrainerSync):
         self._open_metrics_file()
         super().on_validate_begin()
 
+    def on_validate_end(self) -> None:
+        """Log the newest rollout trees, each once."""
+        super().on_validate_end()
+        log_trees(self.logger.logger, self.trees.latest, self.global_steps, EFFORT)
+        self.trees.latest.clear()
+
+    def _maybe_log_val_generations(self, *args: Any, **kwargs: Any) -> None:
+        with EFFORT.attempt("trainer.log_val_generations", Exception):
+            super()._maybe_log_val_generations(*args, **kwargs)
+
     def on_train_begin(self) -> None:
         """Open the metrics file before the first step."""
         self._open_metrics_file()
@@ -240,7 +266,13 @@ class BaseTrainer(PPOTrainerSync):
         # verl builds its loggers inside fit(), so the first hook after that adds ours.
         loggers: dict[str, Any] = self.logger.logger
         if "metrics_file" not in loggers:
-            self.trees = TreeStore(self.output_dir / FOLDER, self.settings.trees_max_mb, self.resumed_at)
+            settings = self.settings
+            self.trees = TreeStore(
+                self.output_dir / FOLDER, settings.trees_max_mb, self.resumed_at, settings.trees_per_validation
+            )
+            self.validation_generations_logger = InertGenerations(
+                self.config.trainer.project_name, self.config.trainer.experiment_name
+            )
             loggers["metrics_file"] = MetricsFile(
                 self.output_dir / "metrics.jsonl", self.resumed_at, self.saved_metrics
             )

@@ -54,6 +54,7 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"max_logprob_gap": math.nan}, "skpo.max_logprob_gap"),
     ({"poll_interval_s": 0}, "skpo.poll_interval_s"),
     ({"trees_per_step": -1}, "skpo.trees_per_step"),
+    ({"trees_per_validation": -1}, "skpo.trees_per_validation"),
     ({"trees_max_mb": 0}, "skpo.trees_max_mb"),
     ({"trees_max_mb": math.inf}, "skpo.trees_max_mb"),
     ({"tracker": None}, "skpo.tracker"),

@@ -65,10 +65,11 @@ def test_every_logger_of_a_run_is_guarded(monkeypatch, tmp_path: Path) -> None:
 
     trainer = object.__new__(BaseTrainer)
     trainer.output_dir, trainer.resumed_at, trainer.saved_metrics = tmp_path, 0, {}
-    trainer.settings = SimpleNamespace(trees_max_mb=1.0)
+    trainer.settings = SimpleNamespace(trees_max_mb=1.0, trees_per_validation=0)
     backend = Backend()
     backend.error = FULL
-    trainer.total_training_steps, trainer.config = 4, OmegaConf.create({})
+    names = {"trainer": {"project_name": "p", "experiment_name": "e"}}
+    trainer.total_training_steps, trainer.config = 4, OmegaConf.create(names)
     trainer.logger = SimpleNamespace(logger={"tensorboard": backend})
     trainer._open_metrics_file()
     trainer._open_metrics_file()

@@ -324,6 +324,22 @@ def test_a_step_of_skpo_says_what_it_did(make_trainer, queue: Queue) -> None:
     assert trainer.state.prompts.count("id-v0000000003") == 1.0, "an unknown id is a first visit"
 
 
+def test_a_validation_logs_the_newest_trees_each_once(make_trainer, queue: Queue) -> None:
+    texts: list[tuple[str, int]] = []
+    writer = SimpleNamespace(add_text=lambda name, text, step: texts.append((text, step)), flush=lambda: None)
+    trainer = make_trainer(trees_per_step=2)
+    trainer.trees = TreeStore(trainer.output_dir / FOLDER, 1.0, 0, keep=3)
+    trainer.logger = SimpleNamespace(logger={"tensorboard": SimpleNamespace(writer=writer)})
+    trainer.on_validate_end()
+    for step in (1, 2):
+        trainer.global_steps = step
+        trainer._compute_advantage(queue.store(groups(4)), {})
+    trainer.on_validate_end()
+    trainer.on_validate_end()
+    ((text, step),) = texts
+    assert step == 2 and [text.count(f"Problem, step {step}") for step in (1, 2)] == [1, 2]
+
+
 @pytest.mark.parametrize("method", ["skpo", "grpo", "spo"])
 def test_importance_weights_are_those_of_the_rollout(method: str, make_trainer, queue: Queue) -> None:
     trainer = make_trainer(method, trees_per_step=0)
