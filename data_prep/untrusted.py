@@ -158,6 +158,11 @@ def _escaped(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
+def visible(text: str) -> str:
+    """Show text of a stranger as it is, but for what cannot be seen or moves a cursor: that becomes escapes."""
+    return "".join(character if character in "\n\t" else _escaped(character) for character in text)
+
+
 def error_line(error: object) -> str:
     """Show an error as the one line that a command ends with: ``error: <place>: <what>; <fix>``."""
     return f"error: {one_line(error, LONGEST_LINE)}"

@@ -44,6 +44,7 @@ from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.page import write_report
 from recipe.skpo.output.progress import opening
 from recipe.skpo.output.redaction import reject_secret_overrides, reject_secrets
+from recipe.skpo.output.run_folder import FOLDER_NOTE
 from recipe.skpo.output.summary import summary
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.trainer.checkpoints import check_room, check_saving, repair_marker
@@ -236,6 +237,8 @@ def run(config: DictConfig) -> None:
         except (ValueError, RuntimeError, OSError) as error:
             sys.exit(error_line(error))
         output_dir = Path(config.output_dir)
+        if note := os.environ.get(FOLDER_NOTE):
+            write_atomic(Path(note), str(output_dir))
         if plan.finished:
             print(
                 f"this run is finished; give output_dir=<folder> for another one, or {plan.limit}="

@@ -8,6 +8,9 @@ from recipe.skpo.errors import ConfigError
 MARKER = "latest_checkpointed_iteration.txt"
 """verl's file with the number of the checkpoint that counts."""
 
+FOLDER_NOTE = "SKPO_FOLDER_NOTE"
+"""Variable of the environment with a file into which a training writes its folder, once nothing is refused any more."""
+
 
 def by_step(folder: Path, pattern: str) -> dict[int, Path]:
     """Map step to path, in the order of steps, of what is in a folder; the first group of the names' pattern."""
