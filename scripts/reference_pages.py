@@ -16,7 +16,7 @@ from recipe.skpo.settings import BOUNDS, CHOICES, DRIFTS, RECORDS, SkpoSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "recipe/skpo/config"
-GROUPS = ("model", "data", "method", "budget", "platform")
+GROUPS = ("model", "data", "method", "preset", "budget", "platform")
 
 
 def meanings(record: type) -> dict[str, str]:
@@ -82,7 +82,7 @@ def choices_of(group: str) -> str:
     rows = []
     for file in sorted((CONFIG / group).glob("*.yaml")):
         lines = file.read_text(encoding="utf-8").splitlines()
-        end = next(place for place, line in enumerate(lines) if not line.startswith("#"))
+        end = next((place for place, line in enumerate(lines) if not line.startswith("#")), len(lines))
         rows.append([f"`{group}={file.stem}`", comment_above(lines, end)])
     return table(["choice", "what it is"], rows)
 

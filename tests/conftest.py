@@ -215,6 +215,7 @@ def chatml_model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CHOICES = {
     "platform": "cpu",
     "method": "skpo",
+    "preset": "paper",
     "model": "smollm2_135m",
     "data": "files",
     "budget": "steps",

@@ -143,6 +143,17 @@ class CurriculumSettings:
 
 
 @dataclass(frozen=True)
+class UpstreamSettings:
+    """Options of the upstream objective that are not in the paper (docs/method.md, section 16).
+
+    Attributes:
+        shrinkage: multiply each upstream advantage by the estimated share of signal in its variance.
+    """
+
+    shrinkage: bool = False
+
+
+@dataclass(frozen=True)
 class SkpoSettings:
     """Everything SKPO adds to verl's config.
 
@@ -167,6 +178,7 @@ class SkpoSettings:
         initial_length: mean response length in tokens assumed for a prompt never visited.
         weight_up, weight_down: weights of the two objectives.
         clip_low, clip_high: former names of ``actor.clip_ratio_low`` and ``clip_ratio_high``; None if not given.
+        upstream: options of the upstream objective that are not in the paper.
         tracker: constants of the trackers.
         curriculum: prioritised sampling of prompts.
         seed: of every random draw of the trainer (split positions, request seeds).
@@ -204,6 +216,7 @@ class SkpoSettings:
     weight_down: float = 0.5
     clip_low: float | None = None
     clip_high: float | None = None
+    upstream: UpstreamSettings = field(default_factory=UpstreamSettings)
     tracker: TrackerSettings = field(default_factory=TrackerSettings)
     curriculum: CurriculumSettings = field(default_factory=CurriculumSettings)
     seed: int = 1
@@ -252,6 +265,13 @@ class SkpoSettings:
         _require(
             self.candidate_count > 1 or self.selection in ("median", "first"),
             f"skpo.selection: {self.selection} has nothing to choose from with skpo.candidates=1; leave it at median",
+        )
+        _require(
+            not self.upstream.shrinkage or (self.upstream_reward == "mc" and self.weight_up > 0),
+            "skpo.upstream.shrinkage: needs skpo.weight_up above 0, got 0; leave shrinkage out"
+            if self.upstream_reward == "mc"
+            else "skpo.upstream.shrinkage: needs skpo.upstream_reward=mc, because the noise of a segment's reward is "
+            "estimated from the rewards that it is the mean of; leave one of them out",
         )
         _require(
             (self.split == "boundary_token") == bool(self.boundaries),
@@ -313,7 +333,11 @@ class SkpoSettings:
         return replace(settings, boundaries=boundaries, chat_quote=unescaped(settings.chat_quote, "skpo.chat_quote"))
 
 
-RECORDS: dict[str, type] = {"tracker": TrackerSettings, "curriculum": CurriculumSettings}
+RECORDS: dict[str, type] = {
+    "upstream": UpstreamSettings,
+    "tracker": TrackerSettings,
+    "curriculum": CurriculumSettings,
+}
 """The nodes below ``skpo`` that are records of their own."""
 
 

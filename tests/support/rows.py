@@ -50,7 +50,8 @@ def make_record(**changes: Any) -> RolloutRecord:
     """The record of a prompt with two candidates, of which one ended early."""
     candidates = (CandidateRecord(np.array([5, 6]), 2, 0.5, False), CandidateRecord(np.array([7, 8]), 1, 0.75, True))
     fields = {"generated": 40, "prefilled": 100, "cached": 75, "split_position": 10, "candidates": candidates}
-    return RolloutRecord(**fields | {"chosen": 0, "seconds": 2.0, "downstream_seconds": 6.0} | changes)
+    fields |= {"chosen": 0, "seconds": 2.0, "downstream_seconds": 6.0, "copied_share": 0.5}
+    return RolloutRecord(**fields | changes)
 
 
 def stored_row(

@@ -24,7 +24,7 @@ METHOD_SETTINGS = {
         *("candidates", "split", "split_low", "split_high", "boundaries", "selection", "skip", "chat_quote"),
         *("upstream_reward", "initial_length", "trees_per_step", "trees_per_validation", "trees_max_mb"),
     ],
-    "objective": ["weight_up", "weight_down", "clip_low", "clip_high", "downstream_aggregation"],
+    "objective": ["upstream", "weight_up", "weight_down", "clip_low", "clip_high", "downstream_aggregation"],
     "tracker": ["tracker"],
     "curriculum": ["curriculum"],
 }
@@ -35,6 +35,8 @@ def check_method_settings(config: DictConfig, overrides: Iterable[str]) -> None:
     """Refuse settings given on the command line that the chosen method would ignore."""
     ignored = {key for part, keys in METHOD_SETTINGS.items() if part not in config.method.uses for key in keys}
     for override in overrides:
+        if override.startswith("preset=") and not override.endswith("=paper") and "objective" not in config.method.uses:
+            raise ConfigError(f"preset: has no effect with method={config.method.name}; leave it out")
         match = re.match(r"[+~]{0,2}skpo\.(\w+)", override)
         if match and match[1] in ignored:
             raise ConfigError(f"skpo.{match[1]}: has no effect with method={config.method.name}; leave it out")

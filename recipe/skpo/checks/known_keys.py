@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from recipe.skpo.errors import ConfigError
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
-GROUPS = ("platform", "method", "model", "data", "budget", "model_engine")
+GROUPS = ("platform", "method", "preset", "model", "data", "budget", "model_engine")
 
 OPEN = {
     "apply_chat_template_kwargs",

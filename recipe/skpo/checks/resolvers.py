@@ -37,6 +37,13 @@ def context_length(prompt: int, response: int, split_high: float) -> int:
     return prompt + int(_number("skpo.split_high", split_high, float) * response) + response
 
 
+def token_share(group_size: int, split_low: float, split_high: float) -> float:
+    """Return the share of a segment in the trained tokens of a prompt: |s| / (|s| + G |o|), with |o| = L."""
+    ends = [_number(f"skpo.{name}", end, float) for name, end in (("split_low", split_low), ("split_high", split_high))]
+    segment = sum(ends) / 2
+    return segment / (segment + _number("skpo.group_size", group_size))
+
+
 def gpus(prompts: int, rows: int, server: int) -> int:
     """Count the GPUs of a node that a run uses; of 8, verl's default, if this machine has none."""
     return gpus_to_use(int(prompts), int(rows), int(server), visible_gpus() or 8)
@@ -110,6 +117,7 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     "skpo_rows": rows_per_prompt,
     "skpo_context": context_length,
     "skpo_fifth": fifth,
+    "skpo_token_share": token_share,
     "skpo_workers": workers,
     "skpo_cpus": cpus,
     "skpo_gpus": gpus,

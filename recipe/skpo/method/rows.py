@@ -138,6 +138,7 @@ class RolloutRecord(TokenCounts):
         chosen: index of the candidate that became the segment.
         seconds: duration of the upstream phase.
         downstream_seconds: duration of the downstream phase.
+        copied_share: share of the responses whose first tokens are those of the segment.
     """
 
     split_position: int
@@ -145,6 +146,7 @@ class RolloutRecord(TokenCounts):
     chosen: int
     seconds: float
     downstream_seconds: float
+    copied_share: float
 
     @property
     def deviation(self) -> float:
@@ -308,6 +310,17 @@ class Rows:
         """
         written = torch.bincount(self.prompts, self.tokens["response_mask"].sizes * self.responses)
         return (written / torch.bincount(self.prompts, self.responses.to(torch.float64)))[self.prompts]
+
+    def reward_noise(self) -> torch.Tensor:
+        """Return the estimated variance of the mean reward of each row's prompt given its segment, float64 (rows,).
+
+        It is that of the prompt's valid responses divided by their number; NaN if there are fewer than two.
+        """
+        rewards, counted = self.rewards.to(torch.float64), self.responses.to(torch.float64)
+        count = torch.bincount(self.prompts, counted)
+        mean = torch.bincount(self.prompts, rewards * counted) / count
+        squares = torch.bincount(self.prompts, (rewards - mean[self.prompts]) ** 2 * counted)
+        return torch.where(count > 1, squares / (count - 1) / count, torch.nan)[self.prompts]
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:
         """Give each trained token the value of its row: (rows,) to a jagged nested tensor, 0 where not trained."""

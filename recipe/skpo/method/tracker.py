@@ -140,13 +140,15 @@ class PromptTable:
             raise ValueError(f"tracker.half_life must be > 0, got {half_life}")
         self.rho_min, self.rho_max, self.half_life = rho_min, rho_max, half_life
         self.clock = DriftClock(unit)
-        self._initial = {"values": self.INITIAL_VALUE, "lengths": float(initial_length), "counts": 0.0}
+        self._initial = {"values": self.INITIAL_VALUE, "lengths": float(initial_length), "counts": 0.0, "squares": 0.0}
         self._index = PromptIndex()
         # Arrays instead of an object per prompt: a million prompts stay in tens of megabytes.
         self._columns: dict[str, np.ndarray] = {
             "values": np.empty(0),
             "lengths": np.empty(0),
             "counts": np.empty(0),
+            # Q <- (1 - eta)^2 Q + eta^2: the sum of the squared weights that the visits have in V.
+            "squares": np.empty(0),
             "visit_steps": np.empty(0, dtype=np.int64),
             "visit_kl": np.empty(0),
         }
@@ -178,6 +180,10 @@ class PromptTable:
     def count(self, key: str) -> float:
         """Return the effective number N of visits behind V and L; 0 before the first one."""
         return self._get("counts", key)
+
+    def squares(self, key: str) -> float:
+        """Return Q, the sum of the squared weights of the visits in V: its variance per visit; 0 before the first."""
+        return self._get("squares", key)
 
     def drift(self, key: str) -> float:
         """Return D since the last visit; 0 for a prompt never visited, for which it does not matter."""
@@ -212,6 +218,8 @@ class PromptTable:
         columns = self._columns
         rho = min(self.rho_max, max(self.rho_min, 2.0 ** (-drift / self.half_life)))
         kept = rho * columns["counts"][row]
+        eta = 1.0 / (kept + 1.0)
+        columns["squares"][row] = (1.0 - eta) ** 2 * columns["squares"][row] + eta**2
         columns["values"][row] += (value - columns["values"][row]) / (kept + 1.0)
         columns["lengths"][row] += (length - columns["lengths"][row]) / (kept + 1.0)
         columns["counts"][row] = kept + 1.0
@@ -251,11 +259,12 @@ class PromptTable:
         if any(column.shape != (len(index),) for column in columns.values()):
             raise ValueError("prompt table has arrays of different lengths")
         steps, total_kl = int(state["steps"]), float(state["total_kl"])
-        finite = all(np.isfinite(columns[name]).all() for name in ("values", "lengths", "counts", "visit_kl"))
+        numbers = [column for column in columns.values() if column.dtype.kind == "f"]
+        finite = all(np.isfinite(column).all() for column in numbers)
         visited = ((columns["visit_steps"] >= 0) & (columns["visit_steps"] <= steps)).all()
         if not (finite and visited and steps >= 0 and 0 <= total_kl < np.inf and (columns["counts"] >= 0).all()):
             raise ValueError("prompt table has an entry that is not a number in range")
-        for name, highest in (("values", 1.0), ("lengths", _LONGEST)):
+        for name, highest in (("values", 1.0), ("squares", 1.0), ("lengths", _LONGEST)):
             # A running mean of numbers up to the bound exceeds it by rounding at most.
             if not ((columns[name] >= -1e-9) & (columns[name] <= highest * (1 + 1e-9))).all():
                 raise ValueError(f"prompt table has an entry of {name} outside 0 to {highest:g}")

@@ -57,6 +57,7 @@ def unit_of(name: str) -> str:
 _BOTH, _UP, _DOWN, _TRACKER = "skpo/{upstream,downstream}/", "skpo/upstream/", "skpo/downstream/", "skpo/tracker/"
 _SPREAD = "{mean,max,min}"
 _IS, _BASELINES = "with `algorithm.rollout_correction`", "with another method than SKPO"
+_KNOWN = "once 32 visits were to prompts seen before, with `skpo.upstream_reward=mc`"
 TERMS_OF_THE_LOSS = "with that term of the loss"
 
 METRICS = (
@@ -92,7 +93,26 @@ METRICS = (
         "candidates in which a boundary was found",
         "with `skpo.split=boundary_token`",
     ),
+    Metric(
+        f"{_UP}signal_to_noise",
+        "",
+        "standard deviation of the true values of a prompt's segments over that of a mean of G rewards, estimated "
+        "from the last 512 visits",
+        _KNOWN,
+    ),
+    Metric(f"{_UP}signal_to_noise_{{low,high}}", "", "95% interval of `skpo/upstream/signal_to_noise`", _KNOWN),
+    Metric(
+        f"{_UP}shrinkage/mean",
+        "share",
+        "mean factor of the upstream advantages: the share of signal in their variance",
+        "with `skpo.upstream.shrinkage`",
+    ),
     # ---- downstream
+    Metric(
+        f"{_DOWN}copied_share",
+        "share of responses",
+        "responses that begin with all tokens of the segment that their prompt begins with",
+    ),
     Metric(
         f"{_DOWN}all_equal_share",
         "share of groups",
@@ -129,6 +149,13 @@ METRICS = (
     Metric(f"{_TRACKER}drift/mean", "unit of `skpo.tracker.drift`", "mean drift D since the prompts' previous visits"),
     Metric(f"{_TRACKER}prompts_seen", "prompts", "prompts visited since the start of the run"),
     # ---- validation
+    Metric(
+        "skpo/validation/skip_gap",
+        "-2 to 2",
+        "mean downstream reward since the previous validation, minus the held-out mean reward of plain responses. "
+        "Problems and sampling differ, so that its course tells more than its level",
+        "in steps that have a validation",
+    ),
     Metric(
         "val-core/<source>/acc/mean@<n>", "share", "held-out accuracy of a data source, mean over n responses a problem"
     ),

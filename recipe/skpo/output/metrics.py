@@ -6,6 +6,7 @@ verl's own score and length metrics mix both phases' rows; everything published 
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from data_prep.untrusted import UntrustedError, parse_json, read_json
 from recipe.skpo.method.rows import DOWNSTREAM, UPSTREAM, RolloutRecord, Rows
+from recipe.skpo.method.variance import SegmentVariance
 from recipe.skpo.output.files import write_atomic
 
 logger = logging.getLogger(__name__)
@@ -58,6 +60,7 @@ def rollout_metrics(rows: Rows, advantages: torch.Tensor) -> dict[str, float]:
             "skpo/upstream/early_finish_share": mean(record.early_share for record in rollouts),
             "skpo/upstream/seconds/mean": mean(record.seconds for record in rollouts),
             "skpo/downstream/seconds/mean": mean(record.downstream_seconds for record in rollouts),
+            "skpo/downstream/copied_share": mean(record.copied_share for record in rollouts),
         }
     cut = [share for record in rollouts if (share := record.boundary_share) is not None]
     if cut:  # with split=boundary_token
@@ -76,6 +79,16 @@ def _equal_share(rows: Rows) -> float:
     )
     there = ~low.isnan()
     return float((low == high).sum()) / float(there.sum())
+
+
+def signal_metrics(signal: SegmentVariance) -> dict[str, float]:
+    """Return signal to noise of the segments' rewards with its interval; nothing where it is not known."""
+    parts = signal.parts()
+    found = parts.components() if parts is not None else None
+    if found is None or math.isnan(found.signal_to_noise):
+        return {}
+    name = "skpo/upstream/signal_to_noise"
+    return {name: found.signal_to_noise, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def update_metrics(sums: Mapping[str, float]) -> tuple[dict[str, float], float]:

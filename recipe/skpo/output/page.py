@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data_prep.untrusted import error_line
+from recipe.skpo.output.collapse import collapse
 from recipe.skpo.output.comparison import comparison
 from recipe.skpo.output.console import replace_unprintable
 from recipe.skpo.output.files import write_atomic
@@ -44,12 +45,14 @@ def page(output_dir: Path) -> str:
         ReportError: there is no run in the folder, or its config cannot be read.
     """
     steps = run_steps(output_dir)
-    notes, how = list[str](), decoding(output_dir)
+    warned, how = collapse(steps), decoding(output_dir)
+    notes = list[str]()
     data = {
         "run": output_dir.resolve().name[:200],
         "labels": LABELS,
         "decoding": how,
         "headline": headline(steps, problems(output_dir)),
+        "warning": warned and f"Warning: {warned}.",
         "curves": curves(steps, notes, how),
         "config": read_config(output_dir, notes),
     }

@@ -69,6 +69,16 @@ CURVES: list[tuple[str, list[tuple[str, str]]]] = [
             ("downstream, high", f"{DOWNSTREAM}ratio_clipped_high_share"),
         ],
     ),
+    (
+        "Signal to noise of segment rewards",
+        [
+            ("estimate", f"{UPSTREAM}signal_to_noise"),
+            ("low", f"{UPSTREAM}signal_to_noise_low"),
+            ("high", f"{UPSTREAM}signal_to_noise_high"),
+        ],
+    ),
+    ("Responses that begin with the segment", [("", f"{DOWNSTREAM}copied_share")]),
+    ("Reward under [s, q] minus held-out reward", [("gap", "skpo/validation/skip_gap")]),
     ("Policy KL of a step", [("", "skpo/policy_kl")]),
     ("Entropy", [("", "actor/entropy")]),
     ("Gradient norm", [("norm", "actor/grad_norm")]),

@@ -12,8 +12,9 @@ from pyarrow.parquet import read_table
 
 from data_prep.untrusted import UntrustedError, one_line, read_yaml
 from recipe.skpo.output.best import kept_best
+from recipe.skpo.output.collapse import collapse
 from recipe.skpo.output.files import write_atomic
-from recipe.skpo.output.metrics import mean, read_lines
+from recipe.skpo.output.metrics import mean, read_lines, read_steps
 from recipe.skpo.output.run_folder import stored_checkpoints
 from recipe.skpo.output.trees import read_trees, spread, tree_index
 
@@ -139,6 +140,8 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
     text = ["", f"{output_dir.name}: {steps} steps{', ' if times else ''}{'; '.join(times)}"]
     text += _held_out_rows(lines, output_dir)
     text += [f"  {name:<12} {words}" for name, words in _answers(lines).items()]
+    if warned := collapse(read_steps(output_dir / "metrics.jsonl")):
+        text.append(f"  {'warning':<12} {warned}")
     checkpoints = list(stored_checkpoints(output_dir / "checkpoints").values())
     trees = write_sample_trees(output_dir)
     places = {

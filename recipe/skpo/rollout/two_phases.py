@@ -184,8 +184,11 @@ class SkpoAgentLoopWorker(RolloutWorker):
             for response in siblings
         ]
         times = (upstream_done - started, time.perf_counter() - upstream_done)
+        segment = list(candidates[chosen].segment.token_ids)
+        copies = [response.response_ids[opened:][: len(segment)] == segment for response in responses]
         written = len(scored[0].response_ids) - len(candidates[chosen].output.token_ids) if completed else 0
-        upstream = self._segment_row(problem_ids, candidates, chosen, split_position, times, written)
+        copied_share = sum(copies) / len(copies)
+        upstream = self._segment_row(problem_ids, candidates, chosen, split_position, times, written, copied_share)
         upstream.reward_score = sum(response.reward_score or 0.0 for response in scored) / len(scored)
         return [
             (output, {**prompt, "session_id": session, PHASE_FIELD: torch.tensor(phase)})
@@ -314,10 +317,12 @@ class SkpoAgentLoopWorker(RolloutWorker):
         split_position: int,
         seconds: tuple[float, float],
         written: int,
+        copied_share: float,
     ) -> AgentLoopOutput:
         """Build the upstream row, with the record of the prompt from which metrics and rollout trees are made.
 
-        ``seconds``: of both phases; ``written``: tokens that completed the chosen candidate's own response.
+        ``seconds``: of both phases; ``written``: tokens that completed the chosen candidate's own response;
+        ``copied_share``: of the prompt's responses.
         """
         segment = candidates[chosen].segment
         looks_for_boundaries = self.settings.split == "boundary_token"
@@ -339,6 +344,7 @@ class SkpoAgentLoopWorker(RolloutWorker):
             chosen=chosen,
             seconds=seconds[0],
             downstream_seconds=seconds[1],
+            copied_share=copied_share,
         )
         fields = candidates[chosen].output.extra_fields | {RECORD: record}
         row = self._row(problem_ids, list(segment.token_ids), list(segment.logprobs), fields)

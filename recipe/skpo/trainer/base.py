@@ -39,6 +39,7 @@ from recipe.skpo.method.curriculum import PrioritisedBatches
 from recipe.skpo.method.rows import RowKey, Rows, visit_columns
 from recipe.skpo.output.best import Validations
 from recipe.skpo.output.best_effort import BestEffort, BestEffortLogger
+from recipe.skpo.output.collapse import CollapseWarning
 from recipe.skpo.output.console import say
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.metrics import MetricsFile, mean, plain_numbers, read_numbers, rollout_metrics
@@ -117,6 +118,7 @@ class BaseTrainer(PPOTrainerSync):
         self.state = SkpoState(self.settings, config.data.max_response_length)
         self.allowed_gap = allowed_gap(self.settings.max_logprob_gap, config.actor_rollout_ref.rollout)
         self.output_dir = Path(config.output_dir)
+        self.metrics_path = self.output_dir / "metrics.jsonl"
         # Written by the command; it goes into every checkpoint.
         self.fingerprint = Fingerprint.read(self.output_dir)
         self.step_metrics: dict[str, Any] = {}
@@ -273,14 +275,13 @@ class BaseTrainer(PPOTrainerSync):
             self.validation_generations_logger = InertGenerations(
                 self.config.trainer.project_name, self.config.trainer.experiment_name
             )
-            loggers["metrics_file"] = MetricsFile(
-                self.output_dir / "metrics.jsonl", self.resumed_at, self.saved_metrics
-            )
+            loggers["metrics_file"] = MetricsFile(self.metrics_path, self.resumed_at, self.saved_metrics)
             if self.validations:
                 # Those of steps that are trained again are gone by now.
-                self.validations.read(self.output_dir / "metrics.jsonl")
+                self.validations.read(self.metrics_path)
             ends_with = self.total_training_steps, OmegaConf.select(self.config, "budget.tokens")
             loggers["progress"] = ProgressLines(*ends_with)
+            loggers["collapse"] = CollapseWarning(self.metrics_path)
             for name, backend in loggers.items():
                 loggers[name] = BestEffortLogger(name, backend, EFFORT)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import transfer_queue as tq
 from transfer_queue import KVBatchMeta
@@ -18,7 +19,8 @@ from verl.utils.config import omega_conf_to_dataclass
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.method.loss_weights import loss_weights
 from recipe.skpo.method.rows import PHASE_FIELD, Rows, Transcript
-from recipe.skpo.output.metrics import update_metrics
+from recipe.skpo.output.collapse import skip_gap
+from recipe.skpo.output.metrics import read_steps, signal_metrics, update_metrics
 from recipe.skpo.output.trees import rollout_tree, sample_rows
 from recipe.skpo.trainer.base import EFFORT, BaseTrainer
 from recipe.skpo.trainer.objective import skpo_loss
@@ -39,7 +41,8 @@ class SkpoTrainer(BaseTrainer):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         rows = self._read(batch, PHASE_FIELD)
         baselines = self._baselines(rows, rows.segments)
-        advantages = self._advantages(rows, baselines)
+        shares = self._signal_shares(rows, baselines, metrics)
+        advantages = self._advantages(rows, baselines) * shares
         weights = loss_weights(rows, self._updates(rows), *self._objective)
         importance = self._importance_weights(rows, metrics)
         drifts = self._observe(batch, rows, rows.segments)
@@ -48,6 +51,34 @@ class SkpoTrainer(BaseTrainer):
         self._require_boundaries(metrics)
         self._write_trees(batch, rows, advantages, baselines)
         return self._write_back(batch, rows.write_back(advantages, weights) | importance)
+
+    def _signal_shares(self, rows: Rows, baselines: torch.Tensor, metrics: dict) -> torch.Tensor | float:
+        """Measure signal and noise of the segments' rewards; return the factor of each row's advantage.
+
+        Returns:
+            float32 (rows,), 1 on responses; 1.0 without ``upstream.shrinkage``.
+        """
+        segments = rows.segments
+        if self.settings.upstream_reward != "mc" or not segments:
+            return 1.0
+        squares = np.array([self.state.prompts.squares(rows.prompt_ids[row]) for row in segments])
+        rewards, before = (column[segments].double().numpy() for column in (rows.rewards, baselines))
+        self.state.signal.observe(rewards, before, squares, rows.reward_noise()[segments].numpy())
+        metrics.update(signal_metrics(self.state.signal))
+        if not self.settings.upstream.shrinkage:
+            return 1.0
+        shares = torch.ones_like(rows.rewards)
+        shares[segments] = torch.from_numpy(self.state.signal.shares(squares)).to(shares.dtype)
+        metrics["skpo/upstream/shrinkage/mean"] = float(shares[segments].mean())
+        return shares
+
+    def _validate(self) -> dict[str, float]:
+        metrics: dict[str, float] = super()._validate()
+        steps = {line["step"]: line for line in read_steps(self.metrics_path)}
+        if self.step_metrics:  # of a step that is validated before it is logged
+            steps[self.global_steps] = steps.get(self.global_steps, {}) | self.step_metrics
+        gap = skip_gap(list(steps.values()), metrics)
+        return metrics if gap is None else metrics | {"skpo/validation/skip_gap": gap}
 
     @property
     def _objective(self) -> tuple[float, float, str]:

@@ -19,11 +19,12 @@ from data_prep.untrusted import one_line, parse_json
 from recipe.skpo.method.rows import Visit
 from recipe.skpo.method.segments import fixed_split_position, sample_split_position
 from recipe.skpo.method.tracker import DriftClock, PromptTable
+from recipe.skpo.method.variance import SegmentVariance
 from recipe.skpo.output.files import replacing
 from recipe.skpo.settings import SkpoSettings
 
 FILE_NAME = "skpo_state.npz"
-_FORMAT = 4
+_FORMAT = 5
 _FORMAT_3 = {
     "prompts.lengths": "prompts.sizes",
     "values.values": "prompts.values",
@@ -35,6 +36,7 @@ _FORMAT_3 = {
     "clock.total_kl": "prompts.total_kl",
 }
 """Arrays of format 3 that have another name now.  Its ``lengths.counts`` are equal to ``values.counts``."""
+_SINCE_FORMAT_5 = ("prompts.squares", "signal.visits")
 
 _SEED_BOUND = 2**31 - 1
 
@@ -129,7 +131,7 @@ class StoredSegments:
 
 
 class SkpoState:
-    """Table of prompts, stored segments, generator and counters of one run.
+    """Table of prompts, stored segments, variance of segments, generator and counters of one run.
 
     Args:
         settings: the run's settings.
@@ -152,6 +154,7 @@ class SkpoState:
         )
         self.clock = self.prompts.clock
         self.segments = StoredSegments()
+        self.signal = SegmentVariance()
         self.rng = np.random.default_rng(settings.seed)
         self.visits = 0
         self.tokens_generated = 0
@@ -229,9 +232,14 @@ class SkpoState:
             with _opened(path) as archive:
                 meta = _meta(path, archive)
                 names = _names(archive.files, meta["format"])
-                for name in names.keys() ^ known.keys():
+                later = _SINCE_FORMAT_5 if meta["format"] < _FORMAT else ()
+                for name in names.keys() ^ (known.keys() - set(later)):
                     raise ValueError(f"it {'has' if name in names else 'lacks'} {one_line(name, 60)}")
-                arrays = {name: archive[names[name]] for name in known}
+                arrays = {name: archive[names[name]] for name in names}
+            if later:
+                # Not below the sum of squared weights, which those formats did not keep.
+                arrays["prompts.squares"] = 1.0 / np.maximum(1.0, arrays["prompts.counts"])
+                arrays["signal.visits"] = known["signal.visits"]
             self._check_meta(path, meta)
             for name, array in arrays.items():
                 if not _alike(array, known[name]):
@@ -263,8 +271,8 @@ class SkpoState:
             for name, array in source.state_dict().items()
         }
 
-    def _parts(self) -> dict[str, PromptTable | StoredSegments]:
-        return {"prompts": self.prompts, "segments": self.segments}
+    def _parts(self) -> dict[str, PromptTable | StoredSegments | SegmentVariance]:
+        return {"prompts": self.prompts, "segments": self.segments, "signal": self.signal}
 
 
 def _names(stored: Iterable[str], file_format: int) -> dict[str, str]:
@@ -310,9 +318,9 @@ def _count(meta: Mapping[str, Any], name: str) -> int:
 
 def _meta(path: Path, archive: Mapping[str, np.ndarray]) -> dict[str, Any]:
     meta: dict[str, Any] = parse_json(str(archive["meta"]))
-    if meta["format"] not in (3, _FORMAT):
+    if meta["format"] not in (3, 4, _FORMAT):
         raise StateError(
-            f"{path}: has format {one_line(meta['format'], 20)}, this version of verl-skpo reads 3 and {_FORMAT}; "
+            f"{path}: has format {one_line(meta['format'], 20)}, this version of verl-skpo reads 3 to {_FORMAT}; "
             f"resume with the version that wrote it, or start again with trainer.resume_mode=disable and another "
             f"output_dir"
         )

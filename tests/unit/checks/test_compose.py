@@ -110,6 +110,18 @@ def test_the_paper_runs_train_the_papers_models(run_config, run: str, model: str
     assert "embedded_model" not in config and "embedded" not in config.data, "nothing embedded is prepared"
 
 
+def test_presets_change_the_objective_and_the_candidates(run_config) -> None:
+    default, paper, small = (
+        run_config("cpu", *preset).skpo for preset in ([], ["preset=paper"], ["preset=small_batch"])
+    )
+    assert default == paper
+    assert {key for key in paper if paper[key] != small[key]} == {"weight_up", "candidates"}
+    # |s| = L / 3 on average, |o| = L, G = 8.
+    assert (small.weight_up, small.candidates) == (pytest.approx((1 / 3) / (1 / 3 + 8)), 3)
+    assert run_config("cpu", "preset=small_batch", "skpo.weight_up=0.1").skpo.weight_up == 0.1
+    check(run_config("cpu", "preset=small_batch"))
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_skpo_is_what_verl_is_told_to_run(run_config, run: str) -> None:
     config = run_config(run)

@@ -97,6 +97,9 @@ BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"curriculum": {"weight": 1}}, "skpo.curriculum.weight: unknown key.*curriculum.epsilon"),
     ({"group": 8}, "skpo.group: unknown key.*group_size"),
     ({"tracker": {"rho": 0.9}}, "skpo.tracker.rho: unknown key.*tracker.rho_min"),
+    ({"upstream": {"shrinkage": "some"}}, "skpo.upstream.shrinkage"),
+    ({"upstream": {"shrinkage": True}, "weight_up": 0}, "skpo.upstream.shrinkage: needs skpo.weight_up above 0, got 0"),
+    ({"upstream": {"shrinkage": True}, "upstream_reward": "own"}, "skpo.upstream.shrinkage: needs.*upstream_reward=mc"),
 ]
 
 

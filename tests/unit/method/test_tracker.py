@@ -213,3 +213,19 @@ def test_any_prompt_id_comes_back(keys: list[str]) -> None:
         index.add(key)
     loaded = PromptIndex.from_state(**index.state_dict())
     assert [loaded.find(key) for key in keys] == list(range(len(keys)))
+
+
+def test_squares_are_those_of_the_weights_in_the_value() -> None:
+    """The weight of a visit is how much V changes with its observation."""
+    drifts = [0.0, 1.0, 8.0, 0.5, 3.0]
+
+    def table(observations: list[float]) -> PromptTable:
+        table = PromptTable()
+        for value, drift in zip(observations, drifts, strict=True):
+            table.visit("a", value, 1.0, drift)
+        return table
+
+    weights = [table([float(place == visit) for place in range(5)]).value("a") for visit in range(5)]
+    assert sum(weights) == pytest.approx(1)
+    assert table([0.5] * 5).squares("a") == pytest.approx(sum(weight**2 for weight in weights), rel=1e-12)
+    assert PromptTable().squares("a") == 0.0

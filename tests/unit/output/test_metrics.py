@@ -81,6 +81,7 @@ def published() -> dict[str, float]:
         ("skpo/downstream/tokens_prefilled", 150.0),
         ("skpo/downstream/prefix_cache/hit_rate", 0.2),
         ("skpo/downstream/all_equal_share", 0.5),
+        ("skpo/downstream/copied_share", 0.5),
     ],
 )
 def test_metric_is_taken_over_the_valid_rows_of_its_role(published: dict[str, float], name: str, value: float) -> None:

@@ -218,6 +218,18 @@ async def test_continual_siblings_continue_the_segment_which_is_masked(two_phase
     assert setup.store.row("v7", 0)["response_mask"].tolist() == [1] * SPLIT
 
 
+@pytest.mark.parametrize("skip", ["concat", "chat", "continual", "unconditional"])
+async def test_the_copied_share_counts_responses_that_begin_with_the_whole_segment(two_phases, skip: str) -> None:
+    answers = ["abcdefgh", "abcdef", "abcde", "babcdef"]
+    setup = two_phases(
+        upstream=lambda number: (setup.tokens("abcdef", end=""), [-0.1] * SPLIT),
+        downstream=lambda number: setup.tokens(answers[number], end=""),
+        skip=skip,
+    )
+    await setup.roll_out(make_prompt("v7"))
+    assert read_record(setup.store.row("v7", 0)["extra_fields"][RECORD]).copied_share == 2 / G
+
+
 @pytest.mark.parametrize(("skip", "reward"), [("continual", 1.0), ("concat", -1.0), ("unconditional", -1.0)])
 async def test_only_a_continued_segment_is_scored_with_its_response(two_phases, skip: str, reward: float) -> None:
     setup = two_phases(

@@ -363,6 +363,75 @@ def test_importance_weights_are_those_of_the_rollout(method: str, make_trainer, 
     assert len(set(weights)) > 2 and max(weights) == pytest.approx(1.015), "some are truncated, some are not"
 
 
+# ---------------------------------------------------------------- signal and noise of the segments
+
+
+def test_the_signal_is_measured_on_rewards_and_baselines_from_before_the_visit(make_trainer, queue: Queue) -> None:
+    trainer, rows = make_trainer(trees_per_step=0), groups(4, seed=3)
+    _, first = train(trainer, queue, groups(4, seed=1))
+    assert np.isnan(trainer.state.signal.visits[:, 1]).all(), "first visits have no baseline"
+    before = np.array([trainer.state.baseline(f"id-v{number:010d}") for number in range(4)])
+    rewards = np.array([float(row["rm_scores"].sum()) for _, row, _ in rows]).reshape(4, G + 1)[:, 1:]
+    _, second = train(trainer, queue, rows)
+    deviation = rewards.mean(axis=1) - before
+    squared, noise = (deviation - deviation.mean()) ** 2 * 4 / 3, rewards.var(axis=1, ddof=1) / G
+    assert len(set(squared)) == len(set(noise)) == 2, "a difference would show"
+    expected = sorted(zip(squared, [2.0] * 4, noise, strict=True))
+    for found, wanted in zip(sorted(trainer.state.signal.visits[4:].tolist()), expected, strict=True):
+        assert found == pytest.approx(wanted)
+    assert not any("signal" in name for name in first | second), "four known prompts are too few"
+    for seed in range(8):
+        _, metrics = train(trainer, queue, groups(4, seed))
+    estimate = [metrics[f"skpo/upstream/signal_to_noise{end}"] for end in ("_low", "", "_high")]
+    assert estimate == sorted(estimate)
+
+
+def test_rewards_of_single_responses_have_no_known_noise(make_trainer, queue: Queue) -> None:
+    trainer = make_trainer(upstream_reward="own", trees_per_step=0)
+    train(trainer, queue, groups(4))
+    assert not len(trainer.state.signal.visits)
+
+
+def test_shrinkage_multiplies_upstream_advantages_alone(make_trainer, queue: Queue) -> None:
+    columns: dict[bool, list[dict[str, Any]]] = {}
+    rows = groups(4)
+    for shrinkage in (False, True):
+        trainer = make_trainer(upstream={"shrinkage": shrinkage}, trees_per_step=0)
+        trainer.state.signal.visits = np.tile([1.0, 1.5, 0.25], (32, 1))
+        for prompt_id in ("id-v0000000000", "id-v0000000002"):
+            trainer.state.observe(prompt_id, 0.5, 4.0)
+        batch, metrics = train(trainer, queue, rows)
+        columns[shrinkage] = [dict(queue.rows[key]) for key in batch.keys]
+        assert ("skpo/upstream/shrinkage/mean" in metrics) == shrinkage
+    shares = trainer.state.signal.shares(np.array([1.0, 0.0]))
+    assert shares[0] != shares[1] and ((shares > 0) & (shares < 1)).all()
+    assert metrics["skpo/upstream/shrinkage/mean"] == pytest.approx(shares.mean())
+    for plain, shrunk in zip(columns[False], columns[True], strict=True):
+        known = plain["uid"] in ("v0000000000", "v0000000002")
+        factor = shares[0 if known else 1] if int(plain[PHASE_FIELD]) == UPSTREAM else 1.0
+        assert shrunk["advantages"].tolist() == pytest.approx((plain["advantages"] * factor).tolist())
+        assert torch.equal(shrunk[WEIGHT_FIELD], plain[WEIGHT_FIELD])
+
+
+def test_the_gap_is_between_the_steps_since_the_last_validation_and_this_one(make_trainer, monkeypatch) -> None:
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    from recipe.skpo.output.metrics import MetricsFile
+
+    reward, plain = "skpo/downstream/reward/mean", "val-aux/sums/reward/mean@1"
+    monkeypatch.setattr(PPOTrainerSync, "_validate", lambda self: {plain: 0.25, "val-core/sums/acc/mean@1": 0.625})
+    trainer = make_trainer()
+    trainer.global_steps = 0
+    assert "skpo/validation/skip_gap" not in trainer._validate(), "nothing has been trained yet"
+    file = MetricsFile(trainer.metrics_path, 0)
+    for step, line in enumerate([{plain: -0.5}, {reward: -1.0, plain: 0.0}, {reward: 0.5}]):
+        file.log(line, step)
+    trainer.global_steps, trainer.step_metrics = 3, {reward: 0.75}
+    assert trainer._validate()["skpo/validation/skip_gap"] == pytest.approx((0.5 + 0.75) / 2 - 0.25)
+    file.log(trainer.step_metrics, 3)
+    assert trainer._validate()["skpo/validation/skip_gap"] == pytest.approx(0.375), "a step counts once"
+
+
 @pytest.mark.faults
 def test_trees_that_cannot_be_written_do_not_end_the_training(make_trainer, queue: Queue, monkeypatch, caplog) -> None:
     from recipe.skpo.output.best_effort import BestEffort

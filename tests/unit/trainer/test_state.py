@@ -30,6 +30,8 @@ def train(state: SkpoState, rng: np.random.Generator, steps: int) -> list[tuple[
         for number in rng.integers(0, 6, 4):
             key = f"prompt-{number}"
             said.append((state.next_visit(key, step), state.baseline(key)))
+            squares = np.full(2, state.prompts.squares(key))
+            state.signal.observe(rng.normal(size=2), np.zeros(2), squares, rng.uniform(size=2))
             reward, mean_length = float(rng.integers(-8, 9)) / 8, float(rng.uniform(1, 200))
             said.append((state.observe(key, reward, mean_length), state.prompts.length(key), state.prompts.count(key)))
             size = int(rng.integers(1, 9))
@@ -40,7 +42,7 @@ def train(state: SkpoState, rng: np.random.Generator, steps: int) -> list[tuple[
 
 
 def content(state: SkpoState) -> str:
-    parts = (state.prompts, state.segments)
+    parts = (state.prompts, state.segments, state.signal)
     counters = (state.visits, state.tokens_generated)
     return repr(([part.state_dict() for part in parts], state.rng.bit_generator.state, counters))
 
@@ -335,11 +337,11 @@ def lose(name: str) -> Callable[[dict, dict], Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *((lose(name), name) for name in ("visits", "rng", "tokens_generated", "segments.keys", "segments.logprobs")),
-        *((lose(f"prompts.{name}"), f"lack.*{name}") for name in ("counts", "total_kl", "text")),
+        *((lose(name), name) for name in ("visits", "rng", "tokens_generated", "segments.keys", "signal.visits")),
+        *((lose(f"prompts.{name}"), f"lack.*{name}") for name in ("counts", "squares", "total_kl", "text")),
         (lambda meta, arrays: meta["rng"].update(bit_generator="MT19937"), ""),
         (lambda meta, arrays: meta["rng"]["state"].update(state=10**80), ""),
-        (said(format=2), "format 2.*reads 3 and 4; resume with the version that wrote it"),
+        (said(format=2), "format 2.*reads 3 to 5; resume with the version that wrote it"),
         (said(visits=-1), "visits is -1"),
         (said(visits=math.inf), "visits is inf"),
         (said(tokens_generated=10**80), "tokens_generated is 1"),
@@ -357,6 +359,9 @@ def lose(name: str) -> Callable[[dict, dict], Any]:
         (fill("prompts.counts", -1), RANGE),
         (fill("prompts.visit_steps", 10**9), RANGE),
         (fill("prompts.visit_kl", math.inf), RANGE),
+        (fill("prompts.squares", 1.5), "outside 0 to 1"),
+        (fill("signal.visits", -1.0), "out of range"),
+        (put("signal.visits", np.ones((2, 2))), "another shape"),
         (fill("segments.token_ids", -1), "out of range"),
         (fill("segments.logprobs", math.nan), "out of range"),
     ],
@@ -371,8 +376,12 @@ def test_a_foreign_or_incomplete_file_is_refused(
     assert str(path) in str(caught.value)
 
 
-def test_a_file_of_the_previous_format_is_read(tmp_path: Path) -> None:
-    """Format 3 had a table each for values and lengths, and one for visits, over a shared numbering."""
+@pytest.mark.parametrize("older", [3, 4])
+def test_a_file_of_an_older_format_is_read(tmp_path: Path, older: int) -> None:
+    """Format 3 had a table each for values and lengths, and one for visits, over a shared numbering.
+
+    Neither had the sums of squared weights, which are taken as if every earlier visit weighed alike.
+    """
     state = fresh()
     state.clock.advance(0.25)
     for key, reward, length in (("a", 0.5, 30.0), ("é", -1.0, 8.0), ("a", 1.0, 50.0)):
@@ -380,9 +389,12 @@ def test_a_file_of_the_previous_format_is_read(tmp_path: Path) -> None:
     state.segments.put("a", [7, 8], [-0.5, -0.25])
     state.clock.advance(0.5)
     path = state.save(tmp_path)
-    kept, counts = content(state), [state.prompts.count("a"), 1.0]
-    meta = json.loads(str(np.load(path)["meta"])) | {"format": 3}
-    arrays = {
+    counts = [state.prompts.count("a"), 1.0]
+    meta = json.loads(str(np.load(path)["meta"])) | {"format": older}
+    with np.load(path) as archive:
+        lacking = ("meta", "prompts.squares", "signal.visits")
+        of_4 = {name: archive[name] for name in archive.files if name not in lacking}
+    of_3 = {
         "prompts.text": np.frombuffer("aé".encode(), dtype=np.uint8),
         "prompts.lengths": np.array([1, 1], dtype=np.int32),
         "values.values": np.array([state.prompts.value("a"), 0.0]),
@@ -399,10 +411,12 @@ def test_a_file_of_the_previous_format_is_read(tmp_path: Path) -> None:
         "segments.logprobs": np.array([-0.5, -0.25], dtype=np.float32),
     }
     with path.open("wb") as file:
-        np.savez(file, meta=np.array(json.dumps(meta)), **arrays)
+        np.savez(file, meta=np.array(json.dumps(meta)), **(of_3 if older == 3 else of_4))
     resumed = fresh(seed=9)
     resumed.load(tmp_path)
-    assert content(resumed) == kept
+    assert resumed.prompts.squares("a") == 1 / counts[0] > state.prompts.squares("a")
+    resumed.prompts._columns["squares"] = state.prompts.state_dict()["squares"]
+    assert content(resumed) == content(state)
 
 
 @pytest.mark.parametrize(

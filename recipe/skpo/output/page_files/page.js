@@ -180,6 +180,10 @@ function drawOverview() {
   if (minutes !== null) cards.append(card("Minutes", digits(minutes, 1), "of steps and validations, in all launches"));
   if (data.trees.length) cards.append(card("Rollout trees", String(data.trees.length), "to look at below"));
 
+  if (data.warning) {
+    byId("warning").hidden = false;
+    addText(byId("warning"), data.warning);
+  }
   for (const { source, first, last, rows, problems, interval } of data.headline.sources) {
     const sure = (name) => (name === "acc" && interval ? toWords(interval) : "");
     const body = rows.map(([name, before, after]) => [data.labels[name] || name, digits(before, 3), digits(after, 3),
