@@ -350,6 +350,24 @@ def write_checkpoint(folder: Path, state: Any = None, ranks: int = 1) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def trained(preloaded, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a checkpoint of step 3 from two ranks, and ``reference``, the weights that went into it."""
+    folder = tmp_path_factory.mktemp("trained")
+    actor = folder / "run/checkpoints/global_step_3/actor"
+    actor.mkdir(parents=True)
+    paths = (model_folder, actor, folder / "reference")
+    preloaded.run_ranks("tests.support.fsdp_checkpoint", tuple(map(str, paths)))
+    (folder / "run/checkpoints/latest_checkpointed_iteration.txt").write_text("3")
+    return folder
+
+
+@pytest.fixture
+def run_copy(trained: Path, tmp_path: Path) -> Path:
+    """A copy of the folder ``run`` of ``trained`` that may be broken."""
+    return shutil.copytree(trained / "run", tmp_path / "run")
+
+
 THINKING_TEMPLATE = (
     CHAT_TEMPLATE + "{% if enable_thinking is defined and not enable_thinking %}[no]{% else %}[think]{% endif %}"
 )

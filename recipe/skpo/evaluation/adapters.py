@@ -1,8 +1,9 @@
-"""Merge a LoRA adapter into the model beside it: ``python -m recipe.skpo.evaluation.adapters <folder>``.
+"""The LoRA adapter beside a model: ``python -m recipe.skpo.evaluation.adapters <folder>`` merges it in.
 
 verl's merger writes base model and adapter apart; evaluation reads whole models.  peft adds them in float32.
 """
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from data_prep.untrusted import UntrustedError, read_json
 from recipe.skpo.errors import ConfigError
+from recipe.skpo.output.files import write_atomic
 
 META = "lora_train_meta.json"
 """verl's file with the adapter's rank and alpha, beside the weights of the ranks."""
@@ -62,6 +64,25 @@ def merge_adapter(folder: Path) -> None:
         old.unlink()
     merged.to(torch.bfloat16).save_pretrained(folder)
     shutil.rmtree(folder / ADAPTER)
+
+
+def keep_adapter(folder: Path) -> None:
+    """Remove the model in ``folder`` and leave the adapter and the tokenizer there, as peft and vLLM read them.
+
+    Raises:
+        ConfigError: no adapter is there.
+    """
+    adapter = folder / ADAPTER
+    if not adapter.is_dir():
+        raise ConfigError("checkpoint: its weights hold no adapter, although it says so; name another checkpoint")
+    for name in ("config.json", "generation_config.json", *(path.name for path in folder.glob("model*.safetensors*"))):
+        (folder / name).unlink(missing_ok=True)
+    config = read_json(adapter / "adapter_config.json")
+    # The merger collects them in a set, whose order differs from process to process.
+    config["target_modules"].sort()
+    write_atomic(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    (adapter / "adapter_model.safetensors").rename(folder / "adapter_model.safetensors")
+    shutil.rmtree(adapter)
 
 
 if __name__ == "__main__":

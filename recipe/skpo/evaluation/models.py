@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.untrusted import UntrustedError, one_line, read_json
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.evaluation.adapters import META, has_adapter
+from recipe.skpo.evaluation.adapters import META, has_adapter, keep_adapter
 from recipe.skpo.evaluation.options import require
 from recipe.skpo.isolation.pickles import check_pickles
 from recipe.skpo.output.best import kept_best
@@ -159,8 +160,6 @@ def merged_model(checkpoint: Checkpoint, beside: Path) -> str:
     """Return the Hugging Face folder of a checkpoint; an FSDP checkpoint is merged unless that was done before.
 
     The merged model goes into ``merged`` beside the folder ``beside``, under the checkpoint's label and identity.
-    verl's merger runs in a process of its own, so that its memory is free again when vLLM starts.  It writes bfloat16,
-    which is what verl's weight sync gives to a vLLM of that dtype.  Another process merges a LoRA adapter in.
 
     Raises:
         ConfigError: verl's merger cannot read the checkpoint.
@@ -170,30 +169,61 @@ def merged_model(checkpoint: Checkpoint, beside: Path) -> str:
     target = beside.parent / "merged" / f"{checkpoint.label}-{checkpoint.identity}"
     if target.is_dir():
         return str(target)
-    partial_target = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial_target, ignore_errors=True)
-    partial_target.mkdir(parents=True)
-    merger = ["verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(checkpoint.shards)]
-    commands = [[*merger, "--target_dir", str(partial_target)]]
-    if has_adapter(checkpoint.shards):
-        commands.append(["recipe.skpo.evaluation.adapters", str(partial_target)])
     print(f"merging {checkpoint.shards} into {target}", flush=True)
-    try:
-        for module in commands:
-            command = [sys.executable, "-m", *module]
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                known = reason.startswith("checkpoint: ")
-                raise ConfigError(
-                    reason if known else f"checkpoint: verl's merger cannot read {checkpoint.shards} ({reason})"
-                )
+    with filled(target) as partial_target:
+        write_model(checkpoint, partial_target)
         run = run_settings(checkpoint.shards)
         if run is not None:
             # Whoever is given the merged folder asks the model as the run did.
             shutil.copyfile(run.config, partial_target / run.config.name)
+    return str(target)
+
+
+@contextmanager
+def filled(target: Path) -> Iterator[Path]:
+    """Make a folder that becomes ``target`` at the end of the block; an exception leaves nothing.
+
+    ``target`` is not there yet, or an empty folder.
+    """
+    partial_target = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial_target, ignore_errors=True)
+    partial_target.mkdir(parents=True)
+    try:
+        yield partial_target
         # A rename is atomic: a folder of this name is whole.
         partial_target.rename(target)
     finally:
         shutil.rmtree(partial_target, ignore_errors=True)
-    return str(target)
+
+
+def write_model(checkpoint: Checkpoint, target: Path, adapter: bool = False) -> None:
+    """Convert a checkpoint with shards into ``target``, an empty folder: weights, config and tokenizer.
+
+    verl's merger runs in a process of its own, so that its memory is free again when vLLM starts.  It writes bfloat16,
+    which is what verl's weight sync gives to a vLLM of that dtype.  Another process merges a LoRA adapter in, unless
+    the ``adapter`` itself is wanted.
+
+    Raises:
+        ConfigError: verl's merger cannot read the checkpoint.
+    """
+    assert checkpoint.shards is not None
+    merger = ["verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", str(checkpoint.shards)]
+    commands = [[*merger, "--target_dir", str(target)]]
+    if has_adapter(checkpoint.shards) and not adapter:
+        commands.append(["recipe.skpo.evaluation.adapters", str(target)])
+    for module in commands:
+        command = [sys.executable, "-m", *module]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            known = reason.startswith("checkpoint: ")
+            raise ConfigError(
+                reason if known else f"checkpoint: verl's merger cannot read {checkpoint.shards} ({reason})"
+            )
+    if adapter:
+        keep_adapter(target)
+    for weights in target.glob("*.safetensors"):
+        # The library makes its files readable by their owner only; a new file gets the umask's mode.
+        copy = weights.with_name(f".{weights.name}")
+        shutil.copyfile(weights, copy)
+        copy.replace(weights)

@@ -409,24 +409,6 @@ def test_truncated_and_foreign_folders_are_refused(model: Path, tmp_path: Path) 
             find_checkpoint(str(folder))
 
 
-@pytest.fixture(scope="module")
-def trained(preloaded, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with a checkpoint of step 3 from two ranks, and ``reference``, the weights that went into it."""
-    folder = tmp_path_factory.mktemp("trained")
-    actor = folder / "run/checkpoints/global_step_3/actor"
-    actor.mkdir(parents=True)
-    paths = (model_folder, actor, folder / "reference")
-    preloaded.run_ranks("tests.support.fsdp_checkpoint", tuple(map(str, paths)))
-    (folder / "run/checkpoints/latest_checkpointed_iteration.txt").write_text("3")
-    return folder
-
-
-@pytest.fixture
-def run_copy(trained: Path, tmp_path: Path) -> Path:
-    """A copy that may be broken."""
-    return shutil.copytree(trained / "run", tmp_path / "run")
-
-
 def test_checkpoint_is_found_from_any_of_its_folders(trained: Path) -> None:
     run = trained / "run"
     step = run / "checkpoints/global_step_3"
