@@ -128,13 +128,22 @@ def stored_rows(
     from tensordict import NonTensorData, NonTensorStack, TensorDict
     from transfer_queue import KVBatchMeta
 
-    from recipe.skpo.method.rows import DOWNSTREAM, PHASE_FIELD, RECORD, UPSTREAM, TokenCounts
+    from recipe.skpo.method.rows import (
+        DOWNSTREAM,
+        PHASE_FIELD,
+        RECORD,
+        REWARD_TAG,
+        TRAINED_TAG,
+        UPSTREAM,
+        TokenCounts,
+    )
 
     generator = torch.Generator().manual_seed(1)
     phases = [DOWNSTREAM] * group if segment is None else [UPSTREAM, *[DOWNSTREAM] * group]
     sizes = [tokens if phase == DOWNSTREAM or segment is None else segment for phase in phases] * prompts
     uids = [f"v{number:010d}" for number in range(prompts) for _ in phases]
     keys = [f"{uid}_{row % len(phases)}_0" for row, uid in enumerate(uids)]
+    rewards = (torch.randint(2, (len(sizes),), generator=generator) * 2.0 - 1).tolist()
     extras: list[Any] = [{"num_cached_tokens": 600, RECORD: asdict(TokenCounts(tokens, 700, 600))}] * group * prompts
     if segment is not None:
         *_, upstream = prompt_parts(group, 1, segment)["rows"]()
@@ -145,9 +154,9 @@ def stored_rows(
     def nested(rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
-    def scores(size: int) -> torch.Tensor:
+    def scores(size: int, reward: float) -> torch.Tensor:
         row = torch.zeros(size)
-        row[-1] = float(torch.randint(2, (1,), generator=generator)) * 2 - 1
+        row[-1] = reward
         return row
 
     def stack(values: list[Any]) -> NonTensorStack:
@@ -158,14 +167,17 @@ def stored_rows(
         "uid": stack(uids),
         "responses": nested([torch.ones(size, dtype=torch.int64) for size in sizes]),
         "response_mask": nested([torch.ones(size, dtype=torch.int64) for size in sizes]),
-        "rm_scores": nested([scores(size) for size in sizes]),
+        "rm_scores": nested(list(map(scores, sizes, rewards))),
         "rollout_log_probs": nested([torch.full((size,), -0.5) for size in sizes]),
         "old_log_probs": nested([torch.full((size,), -0.5) for size in sizes]),
         "extra_fields": stack(extras),
     }
     if segment is not None:
         fields[PHASE_FIELD] = torch.tensor(phases * prompts)
-    tags = [{"seq_len": 700 + size, "prompt_len": 700, "response_len": size} for size in sizes]
+    tags = [
+        {"seq_len": 700 + size, "prompt_len": 700, "response_len": size, TRAINED_TAG: size, REWARD_TAG: reward}
+        for size, reward in zip(sizes, rewards, strict=True)
+    ]
     data = TensorDict(fields, batch_size=len(keys))
     return data, KVBatchMeta(partition_id="train", keys=keys, tags=tags)
 
@@ -213,7 +225,7 @@ def training_step(
 
     def step() -> dict[str, float]:
         metrics: dict[str, float] = {}
-        taken = patch("transfer_queue.kv_batch_get", lambda **_: data)
+        taken = patch("transfer_queue.kv_batch_get", lambda select_fields, **_: data.select(*select_fields))
         with taken, patch("transfer_queue.kv_batch_put", lambda **_: batch):
             trainer._compute_advantage(batch, metrics)
         return metrics

@@ -128,10 +128,20 @@ def _transfer_queue() -> Any:
 
 
 def _fetch(prompts: int) -> Callable[[], Any]:
+    from recipe.skpo.method.rows import PHASE_FIELD, Rows
+    from recipe.skpo.trainer.skpo import SkpoTrainer
+
     data, batch = recipe.stored_rows(prompts, GROUP, TOKENS, TOKENS // 3)
     where = {"keys": batch.keys, "partition_id": batch.partition_id}
     _transfer_queue().kv_batch_put(**where, fields=data, tags=batch.tags)
-    return lambda: _transfer_queue().kv_batch_get(**where, select_fields=list(data.keys()))
+    trainer = recipe.trainer_of(SkpoTrainer, prompts, GROUP + 1, RANKS)
+
+    def call() -> None:
+        # Decoding them belongs to the advantage step.
+        with patch.object(Rows, "read"):
+            trainer._read(batch, PHASE_FIELD)
+
+    return call
 
 
 def _write(prompts: int) -> Callable[[], Any]:

@@ -11,6 +11,8 @@ from recipe.skpo.method.rows import (
     DOWNSTREAM,
     PHASE_FIELD,
     RECORD,
+    REWARD_TAG,
+    TRAINED_TAG,
     UPSTREAM,
     CandidateRecord,
     Ragged,
@@ -104,5 +106,7 @@ def stored_row(
         **({} if phase is None else {PHASE_FIELD: torch.tensor(phase)}),
         **changes,
     }
-    sizes = {"prompt_len": len(before), "response_len": len(ids), "seq_len": len(before) + len(ids)}
-    return f"{uid}_{session}_0", fields, {"status": "success", **sizes}
+    tag = {"prompt_len": len(before), "response_len": len(ids), "seq_len": len(before) + len(ids)}
+    if phase is not None:
+        tag |= {REWARD_TAG: float(reward), TRAINED_TAG: len(ids) - opening}
+    return f"{uid}_{session}_0", fields, {"status": "success", **tag}

@@ -29,6 +29,15 @@ WEIGHT_FIELD = "skpo_loss_weight"
 RECORD = "skpo"
 """Key of a row's ``extra_fields`` under which its ``TokenCounts`` or ``RolloutRecord`` is stored."""
 
+REWARD_TAG, TRAINED_TAG = "reward", "trained_len"
+"""Tags of the rows of a method with phases: the row's reward, and how many tokens at its end are trained.
+
+The trainer reads them instead of two columns with a value per token, ``rm_scores`` and ``response_mask``.
+"""
+
+OUTCOME_FIELDS = ("response_mask", "rm_scores")
+"""What the trainer reads of rows that verl's own agent loop stored, which may hold tokens of tools anywhere."""
+
 TOKEN_FIELDS = ("response_mask", "rm_scores", "responses", "rollout_log_probs", "old_log_probs", "advantages")
 """Fields with one value per response token."""
 
@@ -200,6 +209,13 @@ class Ragged:
         rows = column.unbind() if isinstance(column, torch.Tensor) else column
         return cls(torch.cat(list(rows)), torch.tensor([len(row) for row in rows]))
 
+    @classmethod
+    def ends(cls, sizes: torch.Tensor, marked: torch.Tensor) -> "Ragged":
+        """Make masks: int8, 1 on the last ``marked`` of each row's ``sizes`` values, both int64 (rows,)."""
+        counts = torch.stack([sizes - marked, marked], dim=1).flatten()
+        zeros_and_ones = np.tile(np.array([0, 1], dtype=np.int8), len(sizes))
+        return cls(torch.from_numpy(np.repeat(zeros_and_ones, counts.numpy())), sizes)
+
     def split(self) -> tuple[torch.Tensor, ...]:
         """Return each row, as a view."""
         return self.values.split(self.sizes.tolist())
@@ -227,7 +243,7 @@ class Rows:
         padding: bool (rows,).
         prompt_ids: id of the row's prompt in the data set.
         records: what the rollout noted; None for a sibling that failed.
-        tokens: per-token columns by field, of those in ``TOKEN_FIELDS`` that were read.
+        tokens: per-token columns by field, of those in ``TOKEN_FIELDS`` that were read, and ``response_mask``.
     """
 
     phase: torch.Tensor
@@ -247,8 +263,8 @@ class Rows:
         """Decode stored rows.
 
         Args:
-            columns: TensorDict of ``id``, ``extra_fields``, ``response_mask``, ``rm_scores``, more of ``TOKEN_FIELDS``
-                and, where the method has phases, ``PHASE_FIELD``.
+            columns: TensorDict of ``id``, ``extra_fields``, any of ``TOKEN_FIELDS`` and, where the method has phases,
+                ``PHASE_FIELD``, otherwise ``OUTCOME_FIELDS``.
             keys: the rows' keys.
             tags: the rows' tags.
         """
@@ -257,9 +273,11 @@ class Rows:
         number = {uid: index for index, uid in enumerate(dict.fromkeys(uids))}
         extras = columns.get("extra_fields").tolist()
         phases = columns.get(PHASE_FIELD, None)
+        padding = torch.tensor([bool(tag.get("is_padding", False)) for tag in tags])
         records: list[TokenCounts | None]
         if phases is None:
             # Rows that verl's own agent loop stored.
+            lengths, rewards = (tokens[name].sums() for name in OUTCOME_FIELDS)
             phase = torch.full((len(keys),), DOWNSTREAM)
             records = [
                 TokenCounts(int(tag["response_len"]), int(tag["prompt_len"]), int(extra.get("num_cached_tokens") or 0))
@@ -267,12 +285,16 @@ class Rows:
             ]
         else:
             phase, records = phases.reshape(-1), [read_record(extra.get(RECORD)) for extra in extras]
+            # Padding has the tags of the row that it was made from.
+            lengths = torch.tensor([tag[TRAINED_TAG] for tag in tags]).masked_fill(padding, 0)
+            rewards = torch.tensor([tag[REWARD_TAG] for tag in tags], dtype=torch.float32).masked_fill(padding, 0.0)
+            tokens["response_mask"] = Ragged.ends(torch.tensor([tag["response_len"] for tag in tags]), lengths)
         return cls(
             phase=phase,
             prompts=torch.tensor([number[uid] for uid in uids]),
-            lengths=tokens["response_mask"].sums(),
-            rewards=tokens["rm_scores"].sums(),
-            padding=torch.tensor([bool(tag.get("is_padding", False)) for tag in tags]),
+            lengths=lengths,
+            rewards=rewards,
+            padding=padding,
             prompt_ids=[str(prompt_id) for prompt_id in columns.get("id").tolist()],
             records=records,
             tokens=tokens,

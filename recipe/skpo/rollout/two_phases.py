@@ -29,9 +29,11 @@ from recipe.skpo.method.rows import (
     LENGTH_FIELD,
     PHASE_FIELD,
     RECORD,
+    REWARD_TAG,
     SEED_FIELD,
     SPLIT_FIELD,
     STEP_FIELD,
+    TRAINED_TAG,
     UPSTREAM,
     CandidateRecord,
     RolloutRecord,
@@ -115,7 +117,7 @@ class SkpoAgentLoopWorker(RolloutWorker):
         await tq.async_kv_put(key=uid, partition_id="train", tag={"status": status})
 
     def _stored(self, output: AgentLoopOutput, fields: dict) -> tuple[str, dict, dict]:
-        """Return key, fields and tag of a row, as verl's ``_agent_loop_postprocess`` stores it, one row per put."""
+        """Return key, fields and tag of a row, as verl's ``_agent_loop_postprocess`` stores it, with two tags more."""
         row = output.as_dict() | fields
         row.pop("multi_modal_data", None)
         ids = torch.cat([row["prompts"], row["responses"]])
@@ -130,6 +132,8 @@ class SkpoAgentLoopWorker(RolloutWorker):
             "seq_len": len(ids),
             "global_steps": row["global_steps"],
             **{name: row["extra_fields"].get(name) for name in ("min_global_steps", "max_global_steps")},
+            REWARD_TAG: output.reward_score,
+            TRAINED_TAG: sum(output.response_mask),
         }
         return str(RowKey(row["uid"], row["session_id"], 0)), row, tag
 

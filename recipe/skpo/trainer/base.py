@@ -376,7 +376,7 @@ class BaseTrainer(PPOTrainerSync):
 
     def _read(self, batch: KVBatchMeta, *fields: str) -> Rows:
         """Fetch and decode the rows of a batch; ``fields`` are those that only some methods need."""
-        names = ["id", "extra_fields", "response_mask", "rm_scores", "old_log_probs", *fields]
+        names = ["id", "extra_fields", "old_log_probs", *fields]
         if self.config.actor_rollout_ref.rollout.calculate_log_probs:
             names.append("rollout_log_probs")
         if self.settings.tracker.drift == "logratio":

@@ -11,7 +11,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 
 import recipe.skpo.trainer.objective  # noqa: F401  registers the estimator of SPO's rows, each with a baseline
-from recipe.skpo.method.rows import Ragged
+from recipe.skpo.method.rows import OUTCOME_FIELDS, Ragged
 from recipe.skpo.trainer.base import BaseTrainer
 
 
@@ -21,7 +21,7 @@ class BaselineTrainer(BaseTrainer):
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch = super()._compute_advantage(batch, metrics)
-        rows = self._read(batch, "advantages")
+        rows = self._read(batch, *OUTCOME_FIELDS, "advantages")
         # Every trained token has the advantage of its response.
         tokens = rows.tokens["advantages"]
         trained = Ragged((tokens.values != 0).to(torch.int64), tokens.sizes).sums().clamp(min=1)
@@ -34,7 +34,7 @@ class SpoTrainer(BaselineTrainer):
     """Single-stream Policy Optimization: a per-prompt tracker replaces the group."""
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        rows = self._read(batch)
+        rows = self._read(batch, *OUTCOME_FIELDS)
         visited = rows.valid_mask.nonzero().flatten().tolist()
         baselines = self._baselines(rows, visited)
         advantages = self._advantages(rows, baselines)

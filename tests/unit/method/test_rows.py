@@ -8,6 +8,8 @@ from tensordict import TensorDict
 
 from recipe.skpo.method.rows import (
     DOWNSTREAM,
+    OUTCOME_FIELDS,
+    PHASE_FIELD,
     UPSTREAM,
     WEIGHT_FIELD,
     Ragged,
@@ -46,7 +48,7 @@ def test_a_record_sums_its_candidates_up() -> None:
 
 
 def read(stored: list, fields: tuple[str, ...] = ()) -> Rows:
-    names = ["id", "extra_fields", "response_mask", "rm_scores", *fields]
+    names = ["id", "extra_fields", *fields]
     columns = TensorDict({name: packed([row[name] for _, row, _ in stored]) for name in names}, len(stored))
     return Rows.read(columns, [key for key, _, _ in stored], [tag for _, _, tag in stored])
 
@@ -58,12 +60,12 @@ def test_stored_rows_are_decoded() -> None:
         stored_row("v2", 0, 0.25, [4], UPSTREAM, id=17),
     ]
     stored[1][2]["is_padding"] = True
-    rows = read(stored, ("skpo_phase", "old_log_probs"))
+    rows = read(stored, (PHASE_FIELD, "old_log_probs"))
     assert rows.phase.tolist() == [DOWNSTREAM, UPSTREAM, UPSTREAM]
     assert rows.prompts.tolist() == [0, 1, 0]
     assert rows.prompt_ids == ["17", "id-v1", "17"]
-    assert (rows.lengths.tolist(), rows.tokens["response_mask"].sizes.tolist()) == ([2, 2, 1], [3, 2, 1])
-    assert rows.rewards.tolist() == [-1.0, 0.5, 0.25] and rows.rewards.dtype == torch.float32
+    assert (rows.lengths.tolist(), rows.tokens["response_mask"].sizes.tolist()) == ([2, 0, 1], [3, 2, 1])
+    assert rows.rewards.tolist() == [-1.0, 0.0, 0.25] and rows.rewards.dtype == torch.float32
     assert rows.padding.tolist() == [False, True, False]
     counts, _, record = rows.records
     assert isinstance(record, RolloutRecord)
@@ -80,8 +82,13 @@ def test_stored_rows_are_decoded() -> None:
 
 
 def test_rows_of_a_baseline_are_downstream_and_counted_by_their_tags() -> None:
-    rows = read([stored_row("v1", session, 1.0, [5] * session, None, prompts=[1, 2, 3]) for session in (1, 2)])
+    stored = [stored_row("v1", session, 1.0, [5] * session, None, prompts=[1, 2, 3]) for session in (1, 2)]
+    # A tool's answer, which only the mask shows.
+    stored[1][1]["response_mask"] = torch.tensor([1, 0])
+    rows = read(stored, OUTCOME_FIELDS)
     assert rows.phase.tolist() == [DOWNSTREAM] * 2
+    assert (rows.lengths.tolist(), rows.rewards.tolist()) == ([1, 1], [1.0, 1.0])
+    assert [row.tolist() for row in rows.per_token(torch.tensor([0.5, 0.25])).unbind()] == [[0.5], [0.25, 0.0]]
     assert rows.records == [TokenCounts(1, 3, 1), TokenCounts(2, 3, 1)]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipe.skpo.method.rows import RECORD, TokenCounts, read_record
+from recipe.skpo.method.rows import PHASE_FIELD, RECORD, REWARD_TAG, TRAINED_TAG, Rows, TokenCounts, read_record
 from tests.support.queue import Queue
 from tests.support.rollout_setup import (
     ANSWER,
@@ -71,14 +71,30 @@ async def test_rows_and_tags_are_those_that_verl_would_store_one_by_one(two_phas
     setup.store.tags.clear()
     for output, fields in outputs:
         await setup.worker._agent_loop_postprocess(output, False, **fields)
-    assert tags == setup.store.tags and len(tags) == G + 1
-    assert tags["v7_0_0"]["max_global_steps"] == 7
+    outcome = {REWARD_TAG, TRAINED_TAG}
+    assert {key: {name: tag[name] for name in tag.keys() - outcome} for key, tag in tags.items()} == setup.store.tags
+    assert len(tags) == G + 1 and tags["v7_0_0"]["max_global_steps"] == 7
     for key, expected in setup.store.rows.items():
         assert rows[key].keys() == expected.keys()
         for name, value in expected.items():
             ours = rows[key][name]
             same = torch.equal(ours, value) if isinstance(value, torch.Tensor) else ours == value
             assert same and getattr(ours, "dtype", None) == getattr(value, "dtype", None), (key, name)
+
+
+@pytest.mark.parametrize("skip", ["concat", "continual"])
+async def test_the_trainer_reads_from_tags_what_the_columns_hold(two_phases, skip: str) -> None:
+    answers = ["", f"#### {ANSWER}", "#### 9", "#### 10"]
+    setup = two_phases(downstream=lambda number: setup.tokens(answers[number]) if number else [], skip=skip)
+    await setup.roll_out(make_prompt("v7"))
+    keys = sorted(setup.store.rows)
+    columns = setup.store.kv_batch_get(keys, "train", ["id", "extra_fields", PHASE_FIELD])
+    rows = Rows.read(columns, keys, [setup.store.tags[key] for key in keys])
+    masks = [setup.store.rows[key]["response_mask"] for key in keys]
+    assert [mask.tolist() for mask in rows.tokens["response_mask"].split()] == [mask.tolist() for mask in masks]
+    assert rows.lengths.tolist() == [int(mask.sum()) for mask in masks]
+    assert rows.rewards.equal(torch.stack([setup.store.rows[key]["rm_scores"].sum() for key in keys]))
+    assert float(rows.rewards[0]) == pytest.approx(-1 / 3)
 
 
 async def test_the_segment_row_is_the_segment_under_q_with_the_mean_reward_of_the_siblings(two_phases) -> None:

@@ -131,7 +131,7 @@ async def test_one_sibling_left_is_a_group_without_an_advantage(two_phases) -> N
     await setup.roll_out(make_prompt("v7"))
     assert setup.store.status("v7") == ["running", "finished"]
     keys = [f"v7_{session}_0" for session in range(G + 1)]
-    columns = setup.store.kv_batch_get(keys, "train", ["id", "extra_fields", "response_mask", "rm_scores", PHASE_FIELD])
+    columns = setup.store.kv_batch_get(keys, "train", ["id", "extra_fields", PHASE_FIELD])
     rows = Rows.read(columns, keys, [setup.store.tags[key] for key in keys])
     assert rows.valid_mask.tolist() == [True, True] + [False] * (G - 1)
     advantages = skpo_advantage(rows.rewards, torch.zeros(G + 1), rows.phase, rows.prompts, rows.valid_mask)
