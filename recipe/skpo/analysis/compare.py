@@ -26,7 +26,7 @@ from recipe.skpo.analysis.common import parser_of, write_results
 from recipe.skpo.evaluation.options import require
 from recipe.skpo.evaluation.results import run_cli
 from recipe.skpo.output.console import markdown_table
-from recipe.skpo.output.recorded import UNITS, RecordedRun, read_runs
+from recipe.skpo.output.recorded import UNITS, RecordedRun, at_equal, read_runs
 from recipe.skpo.output.summary import LABELS, wilson_interval
 from recipe.skpo.output.trees import spread
 from recipe.skpo.trainer.fingerprint import is_compared, shown
@@ -172,19 +172,17 @@ def values_of(groups: Groups, metrics: Sequence[str], x: str = "tokens") -> pd.D
         place.  No row for a run that did not log the metric over ``x``.
     """
     rows, seeds = [], _seeds(groups)
+    runs = [(group, run) for group, members in groups.items() for run in members]
     for metric in metrics:
-        courses = {
-            run.name: (group, run, *run.course(metric, x)) for group, members in groups.items() for run in members
-        }
-        courses = {name: course for name, course in courses.items() if course[2]}
-        if not courses:
-            continue
-        at = min(places[-1] for _, _, places, _ in courses.values())
-        for name, (group, run, places, values) in courses.items():
-            value, problems = float(np.interp(at, places, values)), run.problems_of(metric)
+        at, values = at_equal([run for _, run in runs], metric, x)
+        for (group, run), value in zip(runs, values, strict=True):
+            if value is None:
+                continue
+            places, logged = run.course(metric, x)
+            problems = run.problems_of(metric)
             low, high = wilson_interval(value, problems) if problems and 0 <= value <= 1 else (math.nan, math.nan)
-            found = (at, values[0], value, low, high, problems, values[-1], places[-1])
-            rows.append((metric, group, name, seeds[name], *found))
+            found = (at, logged[0], value, low, high, problems, logged[-1], places[-1])
+            rows.append((metric, group, run.name, seeds[run.name], *found))
     columns = ["metric", "group", "run", "seed", "at", "first", "value", "low", "high", "problems", "last", "end"]
     return pd.DataFrame(rows, columns=columns)
 

@@ -21,8 +21,8 @@ from recipe.skpo.output.page_data import (
     shorten,
     that_fit,
 )
-from recipe.skpo.output.recorded import RecordedRun, read_runs
-from recipe.skpo.output.summary import LABELS, decoding
+from recipe.skpo.output.recorded import RecordedRun, at_equal, read_runs
+from recipe.skpo.output.summary import LABELS, certainty, decoding
 from recipe.skpo.output.trees import spread
 
 MOST_RUNS = 16
@@ -59,6 +59,7 @@ def comparison(output_dirs: Sequence[Path]) -> dict[str, Any]:
     return {
         "labels": LABELS,
         "runs": runs,
+        "equal": _at_equal_tokens(recorded),
         "groups": _groups(runs),
         "meanings": meanings(sorted({metric for run in runs for metric in run["series"]})),
         "differences": _differences([run.settings for run in recorded], notes),
@@ -94,6 +95,20 @@ def _numbers(run: RecordedRun, runs: int, notes: list[str]) -> dict[str, Any]:
         "axes": {unit: values and [_place(values[place]) for place in kept] for unit, values in run.axes.items()},
         "series": shown,
     }
+
+
+def _at_equal_tokens(runs: Sequence[RecordedRun]) -> list[dict[str, Any]]:
+    """List the accuracies where every run has generated as many tokens: value and 95% interval over the problems."""
+    found, names = [], {name for run in runs for line in run.held_out for name in line}
+    for metric in sorted(name for name in names if name.endswith(f": {LABELS['acc']}")):
+        at, values = at_equal(runs, metric, "tokens")
+        if len(values) - values.count(None) > 1:
+            cells = [
+                None if value is None else [number(value), certainty(None, value, run.problems_of(metric))[0]]
+                for run, value in zip(runs, values, strict=True)
+            ]
+            found.append({"name": shorten(metric), "at": number(at), "cells": cells})
+    return that_fit(found, LARGEST_HEADLINE)
 
 
 def _place(value: float | None) -> float | None:

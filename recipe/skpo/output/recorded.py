@@ -1,11 +1,14 @@
 """Runs as their folders record them, to be compared: names, settings, and values by step, tokens or seconds."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from recipe.skpo.output.page_data import (
     HELD_OUT,
@@ -77,6 +80,18 @@ class RecordedRun:
             if place is not None and number(line.get(metric)) is not None
         ]
         return [place for place, _ in found], [value for _, value in found]
+
+
+def at_equal(runs: Sequence[RecordedRun], metric: str, unit: str) -> tuple[float, list[float | None]]:
+    """Read a metric where all runs that logged it can be compared: at the largest place that every one of them has.
+
+    Returns:
+        The place, NaN if no run logged the metric over ``unit``; each run's value there, linear between the two that
+        were logged around it, None of a run without any.
+    """
+    courses = [run.course(metric, unit) for run in runs]
+    at = min((places[-1] for places, _ in courses if places), default=math.nan)
+    return at, [float(np.interp(at, places, values)) if places else None for places, values in courses]
 
 
 def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:

@@ -51,7 +51,20 @@ def test_runs_lie_over_each_other_by_steps_tokens_and_seconds(tmp_path: Path) ->
     drawn = {group["name"]: group["title"] for group in data["groups"]}
     assert drawn[ACCURACY] == ACCURACY, "held-out numbers, though one run alone has them"
     assert drawn[reward] == "Reward and baseline: reward" and "skpo/tokens/generated" not in drawn
-    assert data["notes"] == []
+    assert data["notes"] == [] and data["equal"] == [], "one run has tokens, and nothing to be compared with"
+
+
+def test_accuracies_are_shown_at_equal_tokens(tmp_path: Path) -> None:
+    def lines(tokens: float, accuracy: float) -> list[dict[str, Any]]:
+        return [
+            {"step": 0, **validation(0.0, 1.0)},
+            {"step": 1, "skpo/tokens/generated": tokens, **validation(accuracy, 1.0)},
+        ]
+
+    folders = [make(tmp_path / "a", lines(100, 0.5)), make(tmp_path / "b", lines(400, 0.8))]
+    folders.append(make(tmp_path / "bare", [{"step": 1, **validation(0.5, 1.0)}]))
+    (found,) = comparison(folders)["equal"]
+    assert found == {"name": ACCURACY, "at": 100, "cells": [[0.5, None], [0.2, None], None]}
 
 
 def test_settings_that_differ_are_listed_and_no_others(tmp_path: Path) -> None:

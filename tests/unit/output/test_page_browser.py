@@ -316,6 +316,8 @@ def test_final_numbers_stand_side_by_side(browser: Browser, compared: Path) -> N
     rows = {head: found for head, *found in browser.run(cells)}
     assert rows["steps"] == ["60", "20", "4"]
     assert rows[f"held-out {SOURCE}: accuracy"][0] == "0.945step 60, from 0.320 at step 0\ngreedy"
+    (equal,) = (found for head, found in rows.items() if "generated tokens, which each of these runs has" in head)
+    assert [bool(re.match(r"0\.\d{3}$", cell)) for cell in equal] == [True, False, True] and equal[1] == "–"
     assert rows["tokens generated in training, discarded ones included"][1] == "–"
     shown = "[...document.querySelectorAll('section, nav a')].filter(e => !e.hidden).map(e => e.id || e.textContent)"
     assert browser.run(shown) == ["Overview", "Curves", "Settings", "overview", "curves", "differences"]

@@ -648,6 +648,10 @@ function drawFinalNumbers() {
       if (cells.some(Boolean)) rows.push([`${heldOut(source)}: ${label}`, ...cells.map((cell) => cell || cellOf("\u2013"))]);
     }
   }
+  for (const { name, at, cells } of data.equal) {
+    rows.push([`${name} at ${compact(at)} generated tokens, which each of these runs has`, ...cells.map((cell) => cell
+      ? cellOf(digits(cell[0], 3), cell[1] && `95% interval ${toWords(cell[1])}`) : cellOf("\u2013"))]);
+  }
   rows.push(row("steps", ({ headline }) => cellOf(String(headline.steps))),
     row("tokens generated in training, discarded ones included", ({ headline }) => cellOf(compact(headline.tokens))),
     row("minutes of steps and validations, in all launches", ({ headline }) => cellOf(digits(headline.minutes, 1))));
