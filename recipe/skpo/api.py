@@ -1,4 +1,4 @@
-"""Train, look at and evaluate runs from Python: a notebook, a script, a study.
+"""Train, look at, evaluate and export runs from Python: a notebook, a script, a study.
 
     from recipe.skpo.api import Run, train
 
@@ -25,8 +25,10 @@ import pandas as pd
 
 from data_prep.untrusted import read_json, visible
 from recipe.skpo.errors import ConfigError, RunError
+from recipe.skpo.export.command import export
+from recipe.skpo.output.best import kept_best
 from recipe.skpo.output.page_data import run_steps
-from recipe.skpo.output.run_folder import FOLDER_NOTE, marked_step, stored_checkpoints
+from recipe.skpo.output.run_folder import FOLDER_NOTE, marked_step
 from recipe.skpo.output.summary import render_tree
 from recipe.skpo.output.tree_html import tree_html
 from recipe.skpo.output.trees import read_trees, tree_index
@@ -128,14 +130,19 @@ class Run:
         raise LookupError(f"prompt {prompt!r}: step {step} has the trees of {[tree['prompt_id'] for tree in found]}")
 
     def evaluate(
-        self, benchmarks: Sequence[str], overrides: Sequence[str] = (), *, step: int | None = None, show: bool = True
+        self,
+        benchmarks: Sequence[str],
+        overrides: Sequence[str] = (),
+        *,
+        step: int | str | None = None,
+        show: bool = True,
     ) -> pd.DataFrame:
         """Evaluate a checkpoint as ``python -m recipe.skpo.evaluation`` does, into the run's folder ``evaluation/``.
 
         Args:
             benchmarks: names, or parquet files.
             overrides: further keys of the command, such as ``["temperature=0", "k.default=1"]``.
-            step: of the checkpoint; the latest if None.
+            step: of the checkpoint, or ``best``; the latest if None.
             show: print the command's lines.
 
         Returns:
@@ -144,18 +151,35 @@ class Run:
         Raises:
             RunError: the evaluation was refused or ended early; the message says why.
         """
-        stored = self.folder / "checkpoints"
-        if step is None and (step := marked_step(stored)) is None:
-            raise RunError(f"{stored}: holds no checkpoint; train with trainer.save_freq=<steps>")
-        checkpoint = stored / f"global_step_{step}"
-        if not checkpoint.is_dir():
-            raise RunError(f"{checkpoint}: is not there; stored are the steps {sorted(stored_checkpoints(stored))}")
-        out = self.folder / f"evaluation/step_{step}"
-        named = {"checkpoint": checkpoint, "output_dir": out}
-        given = [f"{name}={_quoted(str(path))}" for name, path in named.items()]
-        given.append(f"benchmarks=[{','.join(map(_quoted, map(str, benchmarks)))}]")
+        number: int | str | None = step
+        if step is None:
+            number = marked_step(self.folder / "checkpoints")
+        elif step == "best" and (kept := kept_best(self.folder)) is not None:
+            number = kept[1]
+        out = self.folder / f"evaluation/step_{number}"
+        given = [f"{name}={_quoted(str(path))}" for name, path in (("checkpoint", self.folder), ("output_dir", out))]
+        given += [
+            f"benchmarks=[{','.join(map(_quoted, map(str, benchmarks)))}]",
+            f"step={'null' if step is None else step}",
+        ]
         _run("recipe.skpo.evaluation", [*given, *overrides], show)
         return pd.DataFrame(read_json(out / "table.json")["benchmarks"])
+
+    def export(self, to: str | Path, *, step: int | str | None = None, adapter: bool = False) -> Path:
+        """Export a checkpoint as ``python -m recipe.skpo.export`` does: a Hugging Face folder with a model card.
+
+        Args:
+            to: a folder that is empty or not there yet.
+            step: of the checkpoint, or ``best``; the latest if None.
+            adapter: write the LoRA adapter alone.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ConfigError: no such checkpoint, no adapter, or a folder that holds something.
+        """
+        return export(self.folder, to, None if step is None else str(step), adapter)
 
 
 def _quoted(text: str) -> str:

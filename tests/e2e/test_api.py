@@ -34,5 +34,13 @@ def test_a_run_from_python(tmp_path: Path, monkeypatch, capsys) -> None:
     table = run.evaluate([str(tmp_path / "val.parquet")], judged)
     # The evaluation's model is rounded to bfloat16, hence not the validation's accuracy to the last digit.
     assert table["problems"].tolist() == [16] and 0 <= table["avg"][0] <= 1
+    with pytest.raises(RunError, match=r"^step: .* has no checkpoint 7; give one of 2"):
+        run.evaluate([str(tmp_path / "val.parquet")], judged, step=7)
+    exported = run.export(tmp_path / "exported", step=2)
+    assert {"README.md", "config.json", "tokenizer.json", "model.safetensors"} <= {
+        path.name for path in exported.iterdir()
+    }
+    with pytest.raises(ConfigError, match=r"^--to: .* holds "):
+        run.export(exported)
     with pytest.raises(RunError, match=r"^k\.default: is 2, but with temperature=0"):
         run.evaluate([str(tmp_path / "val.parquet")], [*judged, "k.default=2"])

@@ -103,28 +103,29 @@ def test_the_command_notes_its_folder_once_nothing_is_refused(command_line, tmp_
     assert note.read_text() == launched.config.output_dir == str(tmp_path / "mine")
 
 
-def test_an_evaluation_is_of_a_stored_checkpoint_and_returns_its_table(python: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("step", "number", "asked"), [(None, 4, "None"), (2, 2, "2"), ("best", "best", "best")])
+def test_an_evaluation_is_of_a_stored_checkpoint_and_returns_its_table(
+    step: Any, number: Any, asked: str, python: Any, tmp_path: Path
+) -> None:
     folder = tmp_path / "a run"
-    for step in (2, 4):
-        (folder / f"checkpoints/global_step_{step}").mkdir(parents=True)
-    run = Run(folder)
-    with pytest.raises(RunError, match=r"checkpoints: holds no checkpoint; train with trainer\.save_freq="):
-        run.evaluate(["aime24"])
+    (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints/latest_checkpointed_iteration.txt").write_text("4")
-    with pytest.raises(RunError, match=r"global_step_3: is not there; stored are the steps \[2, 4\]"):
-        run.evaluate(["aime24"], step=3)
+    out = folder / f"evaluation/step_{number}"
     table = '{"benchmarks": [{"benchmark": "mine", "avg": 0.5}]}'
-    out = folder / "evaluation/step_4"
     given = python(f"mkdir -p '{out}'; echo '{table}' > '{out}/table.json'")
-    assert run.evaluate(["aime24", 'my "own"\\.parquet'], ["k.default=1"])["avg"].tolist() == [0.5]
-    words = given.read_text().splitlines()
-    read = {word.key_or_group: word.value() for word in OverridesParser.create().parse_overrides(words)}
-    assert {name: str(value) for name, value in read.items()} == {
-        "checkpoint": str(folder / "checkpoints/global_step_4"),
+    benchmarks = ["aime24", 'my "own"\\.parquet']
+    assert Run(folder).evaluate(benchmarks, ["k.default=1"], step=step)["avg"].tolist() == [0.5]
+    read = OverridesParser.create().parse_overrides(given.read_text().splitlines())
+    assert {override.key_or_group: str(override.value()) for override in read} == {
+        "checkpoint": str(folder),
         "output_dir": str(out),
-        "benchmarks": str(["aime24", 'my "own"\\.parquet']),
+        "benchmarks": str(benchmarks),
+        "step": asked,
         "k.default": "1",
     }
+    python("echo error: step: there is none; exit 1")
+    with pytest.raises(RunError, match=r"^step: there is none$"):
+        Run(folder).evaluate(["aime24"], step=3)
 
 
 def test_the_documented_lines_run(python: Any, tmp_path: Path, monkeypatch) -> None:
@@ -132,6 +133,7 @@ def test_the_documented_lines_run(python: Any, tmp_path: Path, monkeypatch) -> N
     (folder / "checkpoints/global_step_2").mkdir(parents=True)
     (folder / "checkpoints/latest_checkpointed_iteration.txt").write_text("2")
     (folder / "evaluation/step_2").mkdir(parents=True)
+    monkeypatch.setattr(api, "export", lambda run, to, step, adapter: Path(to))
     (folder / "evaluation/step_2/table.json").write_text('{"benchmarks": []}')
     monkeypatch.setenv("MPLBACKEND", "Agg")
     python(f'if [ $module = recipe.skpo.main ]; then printf %s {folder} > "${FOLDER_NOTE}"; fi')
