@@ -108,6 +108,8 @@ class BaseTrainer(PPOTrainerSync):
     """Whether the actor computes a prompt that several rows begin with once, so that its rows must stay together."""
     _rows_together = 1
     """So many consecutive rows belong to one prompt and go into one micro-batch."""
+    validations: Validations | None = None
+    """The values of ``trainer.keep_best``, None without it."""
     _saved_step = 0
     """Step of the checkpoint that this launch saved last."""
     _visited: Mapping[str, str] = {}
@@ -128,7 +130,8 @@ class BaseTrainer(PPOTrainerSync):
         self.checkpoints_to_keep: int | None = config.trainer.max_actor_ckpt_to_keep
         with open_dict(config):
             config.trainer.max_actor_ckpt_to_keep = None
-        self.validations = Validations(config.trainer.keep_best) if config.trainer.keep_best else None
+        if config.trainer.keep_best:
+            self.validations = Validations(config.trainer.keep_best)
         self.curriculum = self.settings.curriculum.enable and "curriculum" in config.method.uses
         super().__init__(config)
 

@@ -65,6 +65,7 @@ def test_every_logger_of_a_run_is_guarded(monkeypatch, tmp_path: Path) -> None:
 
     trainer = object.__new__(BaseTrainer)
     trainer.output_dir, trainer.resumed_at, trainer.saved_metrics = tmp_path, 0, {}
+    trainer.metrics_path = tmp_path / "metrics.jsonl"
     trainer.settings = SimpleNamespace(trees_max_mb=1.0, trees_per_validation=0)
     backend = Backend()
     backend.error = FULL
@@ -73,7 +74,7 @@ def test_every_logger_of_a_run_is_guarded(monkeypatch, tmp_path: Path) -> None:
     trainer.logger = SimpleNamespace(logger={"tensorboard": backend})
     trainer._open_metrics_file()
     trainer._open_metrics_file()
-    assert set(trainer.logger.logger) == {"tensorboard", "metrics_file", "progress"}
+    assert set(trainer.logger.logger) == {"tensorboard", "metrics_file", "progress", "collapse"}
     for logger in trainer.logger.logger.values():
         logger.log(data={"x": 1.0}, step=1)
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == '{"step": 1, "x": 1.0}\n'
