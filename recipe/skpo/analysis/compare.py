@@ -245,11 +245,11 @@ def welch_interval(mine: pd.Series, other: pd.Series) -> tuple[float, float]:
     if min(len(mine), len(other)) < 2:
         return math.nan, math.nan
     first, second = (float(values.var()) / len(values) for values in (mine, other))
-    mean, spread_ = float(mine.mean() - other.mean()), first + second
-    if spread_ == 0:
+    mean, variance = float(mine.mean() - other.mean()), first + second
+    if variance == 0:
         return mean, mean
-    freedom = spread_**2 / (first**2 / (len(mine) - 1) + second**2 / (len(other) - 1))
-    half = student_quantile(freedom) * math.sqrt(spread_)
+    freedom = variance**2 / (first**2 / (len(mine) - 1) + second**2 / (len(other) - 1))
+    half = student_quantile(freedom) * math.sqrt(variance)
     return mean - half, mean + half
 
 
@@ -281,10 +281,19 @@ def compare(
         against: the group that the others are compared with; None for the first.
 
     Raises:
-        ReportError, ConfigError: a folder holds no run, a config cannot be read, two groups have one name.
+        ReportError, ConfigError: a folder holds no run, a config cannot be read, two groups have one name, ``against``
+            is not a group, or no run has a held-out number.
     """
     groups = read_groups(folders, named)
-    return table_of(values_of(groups, metrics or held_out_metrics(groups), x), against)
+    return table_of(values_of(groups, _metrics(groups, metrics, against), x), against)
+
+
+def _metrics(groups: Groups, metrics: Sequence[str], against: str | None) -> list[str]:
+    """Return the metrics to compare, the held-out numbers if none are given; ``against`` must be a group."""
+    require(against is None or against in groups, f"--against {against}: the groups are {', '.join(groups)}")
+    chosen = list(metrics) or held_out_metrics(groups)
+    require(bool(chosen), "the runs logged no held-out numbers; name a metric of metrics.jsonl by --metric")
+    return chosen
 
 
 # ---------------------------------------------------------------- curves
@@ -373,10 +382,7 @@ def text_of(table: pd.DataFrame, x: str) -> str:
 def run(config: CompareConfig, out: Path | None) -> list[Path]:
     """Read, compare, print; with ``out`` draw and write, and return the files."""
     groups = read_groups(config.runs, config.named)
-    known = ", ".join(groups)
-    require(config.against is None or config.against in groups, f"--against {config.against}: the groups are {known}")
-    metrics = list(config.metrics) or held_out_metrics(groups)
-    require(bool(metrics), "the runs logged no held-out numbers; name a metric of metrics.jsonl by --metric")
+    metrics = _metrics(groups, config.metrics, config.against)
     values = values_of(groups, metrics, config.x)
     for metric in metrics:
         there = set(values.loc[values["metric"] == metric, "run"])

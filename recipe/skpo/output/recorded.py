@@ -87,11 +87,12 @@ def at_equal(runs: Sequence[RecordedRun], metric: str, unit: str) -> tuple[float
 
     Returns:
         The place, NaN if no run logged the metric over ``unit``; each run's value there, linear between the two that
-        were logged around it, None of a run without any.
+        were logged around it, None of a run that had logged none by then.
     """
     courses = [run.course(metric, unit) for run in runs]
     at = min((places[-1] for places, _ in courses if places), default=math.nan)
-    return at, [float(np.interp(at, places, values)) if places else None for places, values in courses]
+    begun = [bool(places) and places[0] <= at for places, _ in courses]
+    return at, [float(np.interp(at, *course)) if there else None for there, course in zip(begun, courses, strict=True)]
 
 
 def read_runs(folders: Sequence[Path]) -> list[RecordedRun]:

@@ -161,6 +161,12 @@ def test_runs_of_one_seed_count_once(tmp_path: Path) -> None:
     assert rows(command.compare(folders))["grpo"].seeds == 3
 
 
+def test_a_run_that_had_not_begun_to_log_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a", course(0.5, tokens=10), config("grpo"))
+    write(tmp_path / "b", [line(1, tokens=100), line(2, 0.9)], config("skpo"))
+    assert list(rows(command.compare([tmp_path / "a", tmp_path / "b"]))) == ["grpo"]
+
+
 @pytest.mark.parametrize(
     ("freedom", "quantile"), [(1, 12.706205), (2, 4.302653), (4, 2.776445), (29, 2.045230), (1000, 1.962339)]
 )
