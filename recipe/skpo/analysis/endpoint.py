@@ -158,8 +158,9 @@ async def _complete(
     client: Any, config: EndpointConfig, request: ChatRequest, samples: int, settings: Mapping[str, Any]
 ) -> list[Completion]:
     """Ask for ``samples`` continuations, again if the endpoint returns fewer choices than requested."""
-    extra = {"continue_final_message": True, "add_generation_prompt": False}
-    body = extra if config.mode == "prefill" and request.partial else None
+    body = dict(settings["extra_body"])
+    if config.mode == "prefill" and request.partial:
+        body |= {"continue_final_message": True, "add_generation_prompt": False}
     completions: list[Completion] = []
     while len(completions) < samples:
         count = min(samples - len(completions), config.samples_per_request or samples)
@@ -168,8 +169,7 @@ async def _complete(
             messages=request.chat(config.mode),
             n=count,
             seed=request.seed + len(completions),
-            extra_body=body,
-            **settings,
+            **{**settings, "extra_body": body},
         )
         choices = list(answer.choices or [])[:count]
         require(bool(choices), f"{config.base_url}: an answer without choices; is it an OpenAI-compatible endpoint?")
@@ -221,11 +221,13 @@ def ask_stored(
     top_p: float,
     max_tokens: int,
     confirm: Callable[[str], None],
+    template_options: Mapping[str, Any] | None = None,
 ) -> dict[str, list[Completion]]:
     """Return K = ``samples`` continuations of each request by its key, stored ones from the store.
 
     The store is appended to after every request.  ``confirm`` is called with the estimate of the missing requests
-    before anything is sent, and raises to stop.
+    before anything is sent, and raises to stop.  ``template_options`` are for the endpoint's chat template, in the
+    field of vLLM and SGLang.
 
     Raises:
         ConfigError: no key, or a request failed for good; the message says how many are stored.
@@ -237,7 +239,8 @@ def ask_stored(
 
         key = read_key(config)
         confirm(estimate(config, missing, samples, max_tokens))
-        settings = {"temperature": temperature, "top_p": top_p, config.max_tokens_field: max_tokens}
+        settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p, config.max_tokens_field: max_tokens}
+        settings["extra_body"] = {"chat_template_kwargs": dict(template_options)} if template_options else {}
         try:
             asyncio.run(_ask_all(config, missing, store, key, samples, settings))
         except ExceptionGroup as failures:

@@ -134,6 +134,10 @@ class MeasureConfig(Draws):
             (self.model is None) != (self.endpoint is None),
             "--model, --base-url: give one of them, a local evaluator or an endpoint",
         )
+        require(
+            self.endpoint is None or self.asked.chat.custom_chat_template is None,
+            "--custom-chat-template: an endpoint has a template of its own; leave it out",
+        )
         if self.engine is not None:
             check_options(self.engine)
 
@@ -332,6 +336,7 @@ def continue_remotely(
         top_p=config.top_p,
         max_tokens=config.max_tokens,
         confirm=confirm,
+        template_options=config.asked.chat.chat_template_kwargs,
     )
 
 

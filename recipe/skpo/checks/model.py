@@ -142,6 +142,7 @@ def _count_prompts(config: DictConfig, place: Place, together: int) -> tuple[int
         Chat(model.get("custom_chat_template"), options),
         "actor_rollout_ref.model.path: ",
         model.get("trust_remote_code", False),
+        "data.apply_chat_template_kwargs",
     )
     left, thinks = 0, False
     reward = config.reward.custom_reward_function

@@ -44,6 +44,10 @@ _REWARD_KL = "rewards have no KL penalty here; set actor_rollout_ref.actor.use_k
 _KL = f"without {ACTOR}.use_kl_loss=true nothing reads it; set that, or leave it out"
 _WEIGHTS = f"without {CORRECTION}.rollout_is nothing reads it; set that, or leave it out"
 _TRAINING = "training with method=skpo samples single turns by itself and would ignore it"
+_THOUGHTS = (
+    "requests name no budget of thoughts, and vLLM would write tokens that the policy did not choose; "
+    "data.max_response_length bounds thought and answer together"
+)
 _V1 = "verl's V1 trainer does not read it; leave it out"
 
 UNREAD_BY_SKPO = [
@@ -98,6 +102,8 @@ UNREAD = [
     Unread("actor_rollout_ref.hybrid_engine", True, "actor and rollout share their devices here"),
     Unread(f"{ROLLOUT}.disaggregation.enabled", False, "the synchronous trainer has no separate prefill servers"),
     Unread(f"{ROLLOUT}.checkpoint_engine.backend", "naive", "weights go to servers on the same devices"),
+    Unread(f"{ROLLOUT}.engine_kwargs.vllm.reasoning_config", None, _THOUGHTS),
+    Unread(f"{ROLLOUT}.engine_kwargs.vllm.reasoning_parser", None, _THOUGHTS),
     Unread(f"{ROLLOUT}.over_sample_rate", 0, _V1),
     Unread(f"{ROLLOUT}.multi_stage_wake_up", False, _V1),
     Unread(f"{ROLLOUT}.do_sample", True, f"{_V1}; for greedy decoding set rollout.temperature=0"),

@@ -1,7 +1,10 @@
 """Files of a model: its tokenizer with the run's chat template, and its weights as far as their headers tell."""
 
+import inspect
 import math
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,13 @@ from recipe.skpo.errors import ConfigError
 from recipe.skpo.task.run_settings import Chat
 
 
-def load_tokenizer(model: str, chat: Chat | None = None, where: str = "", trust_remote_code: bool = False) -> Any:
+def load_tokenizer(
+    model: str,
+    chat: Chat | None = None,
+    where: str = "",
+    trust_remote_code: bool = False,
+    options_key: str = "chat_template_kwargs",
+) -> Any:
     """Load the tokenizer of a Hugging Face folder or name.
 
     Args:
@@ -20,9 +29,10 @@ def load_tokenizer(model: str, chat: Chat | None = None, where: str = "", trust_
         chat: template and options that ``apply_chat_template`` is to use; None is the tokenizer's own template.
         where: option and ``: ``, for messages.
         trust_remote_code: as for transformers.
+        options_key: name of the template's options, for messages.
 
     Raises:
-        ConfigError: none can be loaded, or it has no chat template.
+        ConfigError: none can be loaded, it has no chat template, or the template does not read an option.
     """
     from transformers import AutoTokenizer
 
@@ -36,6 +46,7 @@ def load_tokenizer(model: str, chat: Chat | None = None, where: str = "", trust_
         ) from error
     if chat is not None:
         tokenizer.chat_template = chat.custom_chat_template or tokenizer.chat_template
+        _check_template_options(tokenizer, chat.chat_template_kwargs, options_key)
         # So that every prompt gets them, whoever builds it.
         tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, **chat.chat_template_kwargs)
     if not tokenizer.chat_template:
@@ -44,6 +55,19 @@ def load_tokenizer(model: str, chat: Chat | None = None, where: str = "", trust_
             f"custom_chat_template"
         )
     return tokenizer
+
+
+def _check_template_options(tokenizer: Any, options: Mapping[str, Any], key: str) -> None:
+    """Refuse options that the chat template would not read, or that are not the template's."""
+    words = set(re.findall(r"[A-Za-z_]\w*", str(tokenizer.chat_template)))
+    for name in options:
+        out = f"leave it out (~{key}.{name})" if key.startswith("data.") else "leave it out"
+        if name in inspect.signature(type(tokenizer).apply_chat_template).parameters:
+            raise ConfigError(f"{key}.{name}: is an argument of transformers and not read by a template; {out}")
+        if name not in words:
+            near = get_close_matches(name, words, 1)
+            fix = f"write {near[0]}, or {out}" if near else out
+            raise ConfigError(f"{key}.{name}: the chat template of {tokenizer.name_or_path} does not read it; {fix}")
 
 
 def count_parameters(files: Iterable[Path], where: str = "") -> int:

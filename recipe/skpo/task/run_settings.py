@@ -47,7 +47,7 @@ def run_settings(model: str | Path) -> RunSettings | None:
     """Read the settings of the run that a model belongs to.
 
     Args:
-        model: a run's folder, one of its checkpoints or of their folders, or a model merged from one.
+        model: a run's folder, one of its checkpoints or of their folders, or a model merged from one; empty for none.
 
     Returns:
         None for a model of no run: a name on the hub, or a folder without a run's ``config.yaml`` in it or above it.
@@ -56,7 +56,7 @@ def run_settings(model: str | Path) -> RunSettings | None:
         ConfigError: the run's config cannot be read, or holds something else where these settings belong.
     """
     folder = Path(model).expanduser()
-    if not folder.exists():
+    if not str(model) or not folder.exists():
         return None
     folder = folder.resolve()
     for place in (folder, *list(folder.parents)[:_ABOVE]):

@@ -353,14 +353,16 @@ def _setting_differences(saved: Fingerprint, now: Fingerprint, curriculum: bool)
         if optimizer and now.settings.get("actor_rollout_ref.actor.strategy") not in ("fsdp", "fsdp2"):
             effect, optimizer = "without effect: this engine keeps the checkpoint's", False
         # Filtering by length decides which rows there are.
-        if path in _FILTER and not curriculum and _filters(saved, now):
+        if _FILTER.fullmatch(path) and not curriculum and _filters(saved, now):
             effect, restarts = _EPOCH, True
         kind = rule.rule if rule else Rule.SAID
         found.append(Difference(path, shown(before), shown(after), kind, effect, restarts, optimizer))
     return found
 
 
-_FILTER = ("data.max_prompt_length", "actor_rollout_ref.model.custom_chat_template")
+_FILTER = re.compile(
+    r"data\.max_prompt_length|actor_rollout_ref\.model\.custom_chat_template|data\.apply_chat_template_kwargs(\..*)?"
+)
 
 
 def _filters(*fingerprints: Fingerprint) -> bool:

@@ -149,6 +149,16 @@ def test_prefill_sends_the_partial_response_as_the_assistants(serve: Any, tmp_pa
     assert by_seed[0]["max_completion_tokens"] == 32 and "max_tokens" not in by_seed[0]
 
 
+@pytest.mark.parametrize("mode", ["quote", "prefill"])
+def test_options_of_the_chat_template_are_sent(serve: Any, tmp_path: Path, mode: str) -> None:
+    endpoint = serve()
+    options = {"enable_thinking": False}
+    asked = {"samples": 4, "temperature": 0.5, "top_p": 0.9, "max_tokens": 32, "confirm": lambda _: None}
+    ask_stored(config(endpoint.url, mode=mode), states(2), tmp_path / "c.jsonl", **asked, template_options=options)
+    assert [body["chat_template_kwargs"] for body in endpoint.bodies] == [options] * 2
+    assert sum("continue_final_message" in body for body in endpoint.bodies) == (mode == "prefill")
+
+
 @pytest.mark.parametrize(
     ("returned", "most", "asked"),
     [(1, 0, [(3, 0), (2, 1), (1, 2)]), (None, 2, [(2, 0), (1, 2)])],

@@ -31,7 +31,7 @@ PYTHON = ("python", ".venv/bin/python", "/opt/verl-skpo/.venv/bin/python")
 SHELL = ("cd", "sleep", "#SBATCH", "export", "source")
 """Words that begin a line of a shell script which starts no program of ours."""
 
-MEANT = {"skpo.boundaries": ["\n"]}
+MEANT = {r'["\n"]': ["\n"]}
 """Values that are not what their text looks like."""
 
 
@@ -163,7 +163,7 @@ def check_training(words: list[str], command_line, monkeypatch) -> None:
     for word in words:
         key, _, value = word.lstrip("+").partition("=")
         if "." in key or key == "output_dir":
-            wanted = MEANT.get(key, value_of(value))
+            wanted = MEANT.get(value, value_of(value))
             found = OmegaConf.select(launched.config, key)
             found = OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
             if key == "skpo.boundaries":

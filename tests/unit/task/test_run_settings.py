@@ -42,8 +42,10 @@ def test_a_runs_settings_are_found_from_any_of_its_folders(tmp_path: Path, model
     assert found.reward_kwargs == {"answer_format": "boxed"}
 
 
-def test_a_model_of_no_run_has_none(tmp_path: Path, model_folder: Path) -> None:
+def test_a_model_of_no_run_has_none(tmp_path: Path, model_folder: Path, monkeypatch) -> None:
     assert run_settings("org/model") is None and run_settings(model_folder) is None
+    monkeypatch.chdir(thinking_run(tmp_path / "run", model_folder))
+    assert run_settings("") is None, "an endpoint has no folder, and this one is not its"
     shutil.copytree(model_folder, tmp_path / "project" / "model")
     (tmp_path / "project" / "config.yaml").write_text("somebody: elses\n")
     assert run_settings(tmp_path / "project" / "model") is None
@@ -94,9 +96,29 @@ def test_flags_go_over_the_runs_settings(tmp_path: Path, model_folder: Path) -> 
     tokenizer = load_tokenizer(str(model_folder), asked.chat)
     assert tokenizer.decode(problem_tokens(tokenizer, [{"role": "user", "content": "1?"}])).endswith("[think]")
     assert asked.answer_format == "gsm8k"  # by its former name
-    plain = model_settings(flags("--custom-chat-template", "{{ messages[0]['content'] }}"), str(run))
+    template = ("--custom-chat-template", "{{ messages[0]['content'] }}")
+    with pytest.raises(
+        ConfigError, match=r"^chat_template_kwargs\.enable_thinking: the chat template of .* does not r"
+    ):
+        load_tokenizer(str(model_folder), model_settings(flags(*template), str(run)).chat)
+    plain = model_settings(flags(*template, "--chat-template-kwargs", "{}"), str(run))
     tokenizer = load_tokenizer(str(model_folder), plain.chat)
     assert tokenizer.decode(problem_tokens(tokenizer, [{"role": "user", "content": "1?"}])) == "1?"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("enable_thinkng", " does not read it; write enable_thinking, or leave it out"),
+        ("reasoning_effort", " does not read it; leave it out"),
+        ("tokenize", "tokenize: is an argument of transformers and not read by a template; leave it out"),
+    ],
+)
+def test_options_that_no_template_reads_are_refused(tmp_path: Path, model_folder: Path, name: str, said: str) -> None:
+    template = model_settings(flags(), str(thinking_run(tmp_path / "run", model_folder))).chat.custom_chat_template
+    with pytest.raises(ConfigError) as error:
+        load_tokenizer(str(model_folder), Chat(template, {"enable_thinking": True, name: 1}))
+    assert str(error.value).startswith(f"chat_template_kwargs.{name}: ") and str(error.value).endswith(said)
 
 
 @pytest.mark.parametrize("given", ["[1]", "5", "{"])

@@ -159,16 +159,21 @@ def thinking_folder(tmp_path_factory: pytest.TempPathFactory, model_folder: Path
 GUESS, DONE = f"#### {ANSWER}", f"6</think>\n#### {ANSWER}"
 
 
-@pytest.mark.parametrize("manager", ["naive", "dapo"])
+@pytest.mark.parametrize(
+    ("manager", "skip"),
+    [("naive", "concat"), ("dapo", "concat"), ("naive", "chat"), ("naive", "continual"), ("naive", "unconditional")],
+)
 async def test_training_pays_no_guess_in_a_thought_that_the_template_opened(
-    two_phases, thinking_folder, manager
+    two_phases, thinking_folder, manager, skip
 ) -> None:
     setup = two_phases(
         lambda number: setup.tokens("<think>", end=""),
         lambda number: setup.tokens(DONE if number % 2 else GUESS),
         f"reward.reward_manager.name={manager}",
         "data.max_prompt_length=128",
+        "data.max_response_length=64",
         model=thinking_folder,
+        skip=skip,
     )
     await setup.roll_out(make_prompt())
     rewards = [float(row["rm_scores"].sum()) for row in setup.store.siblings("v0000000000")]
@@ -183,13 +188,21 @@ async def test_validation_follows_the_same_rule(make_worker, thinking_folder, re
     assert float(setup.store.row("val", 0)["rm_scores"].sum()) == reward
 
 
-@pytest.mark.parametrize(("segment", "reward"), [("<think>", -1.0), ("abcdefg", 1.0)])
-async def test_a_thought_that_the_continued_segment_opens_is_open_in_its_response(two_phases, segment, reward) -> None:
+@pytest.mark.parametrize(
+    ("segment", "skip", "reward"),
+    [
+        *(("<think>", "continual", -1.0), ("abcdefg", "continual", 1.0)),
+        *(("<think>", "concat", 1.0), ("<think>", "chat", 1.0), ("<think>", "unconditional", 1.0)),
+    ],
+)
+async def test_a_thought_that_the_segment_opens_is_open_in_the_response_that_continues_it(
+    two_phases, segment, skip, reward
+) -> None:
     setup = two_phases(
         lambda number: setup.tokens(segment, end=""),
         lambda number: setup.tokens(f"\n{GUESS}"),
         "data.max_response_length=64",
-        skip="continual",
+        skip=skip,
     )
     await setup.roll_out(make_prompt(skpo_split_position=7))
     rewards = {float(row["rm_scores"].sum()) for row in setup.store.siblings("v0000000000")}

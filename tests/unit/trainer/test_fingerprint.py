@@ -312,6 +312,22 @@ def with_setting(name: str, value: object) -> Callable[[Fingerprint], Fingerprin
 
 
 @pytest.mark.parametrize(
+    "path",
+    [
+        "data.max_prompt_length",
+        "data.apply_chat_template_kwargs.enable_thinking",
+        "actor_rollout_ref.model.custom_chat_template",
+    ],
+)
+def test_whatever_changes_the_length_of_prompts_restarts_the_epoch_of_filtered_rows(
+    one: Fingerprint, path: str
+) -> None:
+    filtering = with_setting("data.filter_overlong_prompts", True)(one)
+    assert restarts_epoch(differences(filtering, with_setting(path, 5)(filtering)))
+    assert not restarts_epoch(differences(one, with_setting(path, 5)(one)))
+
+
+@pytest.mark.parametrize(
     ("change", "rules", "epoch"),
     [
         (lambda item: item, [], False),
