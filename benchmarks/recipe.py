@@ -93,7 +93,7 @@ def prompt_parts(
 
     def rows() -> list[Any]:
         siblings = [worker._row(skip, answer.token_ids, answer.log_probs, {}) for answer in answers]
-        return [*siblings, worker._segment_row(problem, candidates, 0, segment, (0.0, 0.0), 0)]
+        return [*siblings, worker._segment_row(problem, candidates, 0, segment, (0.0, 0.0), 0, 0.0)]
 
     def trackers() -> None:
         state.next_visit("a", 1)
