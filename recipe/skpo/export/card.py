@@ -86,7 +86,7 @@ class Card:
         matter += [f"base_model: {hub}"] if hub else []
         matter += ["tags: [skpo, verl, reinforcement-learning]"]
         method = str(self.identity.get("method") or self._value("method.name") or "an unknown method")
-        what = "LoRA adapter, trained" if self.adapter else "Model, trained"
+        what = "LoRA adapter trained" if self.adapter else "Model trained"
         return "\n".join(
             [
                 *("---", *matter, "---", f"# {shown(self.name)}", ""),
@@ -156,7 +156,7 @@ class Card:
             f'inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
             f"return_dict=True{options})"
         )
-        yield "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))"
+        yield "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"
         yield "```"
 
 
