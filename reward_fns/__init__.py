@@ -1,17 +1,17 @@
 """Answer checking: `compute_score` is the entry point that verl calls (R = 2 * 1[correct] - 1).
 
 `data_source` selects the check: numbers (`numeric_answer`), mathematics (`math_answer`), numbers with a tolerance
-(`near_answer`) or multiple choice (`choice_answer`). `thoughts` removes the thought from the response, `forms` finds
-the answer in the rest. Sources that verl checks by running model text as code (`codecontests`, `numina_*`,
-`geometry3k`, ...) are refused: text written by a model is never executed here. Time and memory are bounded, see
-`judge`.
+(`near_answer`), multiple choice (`choice_answer`) or programs (`code_answer`). `thoughts` removes the thought from the
+response, `forms` finds the answer in the rest. Text of a model is executed for the sources of programs alone, in a
+sandbox (`code_worker`). Time and memory are bounded, see `judge` and `code_judge`.
 """
 
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from typing import Any
 
-from reward_fns import choice_answer, math_answer, near_answer, numeric_answer
+from reward_fns import choice_answer, code_answer, code_judge, math_answer, near_answer, numeric_answer
+from reward_fns.code_judge import RunOptions
 from reward_fns.forms import read_format
 from reward_fns.thoughts import AFTER_THOUGHT, after_thought, read_marks
 
@@ -35,6 +35,13 @@ MATH_SOURCES = frozenset(
     }
 )  # and everything that starts with "aime"
 CHOICE_SOURCES = frozenset({"TIGER-Lab/MMLU-Pro", "own/choice"})
+CODE_SOURCES = frozenset(
+    {
+        *("livecodebench/code_generation_lite", "openai/openai_humaneval", "evalplus/humanevalplus"),
+        *("google-research-datasets/mbpp", "evalplus/mbppplus", "codeparrot/apps", "likaixin/TACO-verified"),
+        *("skpo/code", "own/code"),
+    }
+)
 
 Check = Callable[[str, str, str], tuple[str, bool]]
 
@@ -56,14 +63,24 @@ def route(data_source: str) -> Check:
         return math_answer.check
     if data_source in CHOICE_SOURCES:
         return choice_answer.check
-    known = ", ".join(sorted({"skpo/arithmetic"} | NUMBER_SOURCES | MATH_SOURCES | CHOICE_SOURCES))
+    if data_source in CODE_SOURCES:
+        # A program is judged as `answer_format` does not say: by the options of `compute_score`, here their defaults.
+        return lambda text, truth, _: code_answer.check(text, truth, RunOptions())
+    known = ", ".join(sorted({"skpo/arithmetic"} | NUMBER_SOURCES | MATH_SOURCES | CHOICE_SOURCES | CODE_SOURCES))
     raise ValueError(
         f"data_source {data_source!r} has no reward here (known: {known}, aime*); change the column "
         "data_source or set reward.custom_reward_function.path to your own compute_score"
     )
 
 
-def check_options(answer_format: str = "any", thought_marks: str | Sequence[str] = "auto", **unknown: Any) -> None:
+def check_options(
+    answer_format: str = "any",
+    thought_marks: str | Sequence[str] = "auto",
+    code_sandbox: str = RunOptions.sandbox,
+    code_seconds: float = RunOptions.seconds,
+    code_memory_mb: int = RunOptions.memory_mb,
+    **unknown: Any,
+) -> None:
     """Refuse unknown options of `compute_score` and unknown values.
 
     Raises:
@@ -72,10 +89,11 @@ def check_options(answer_format: str = "any", thought_marks: str | Sequence[str]
     if unknown:
         raise ValueError(
             f"reward.custom_reward_function.reward_kwargs.{next(iter(unknown))}: is unknown; known are answer_format, "
-            "thought_marks"
+            "thought_marks, code_sandbox, code_seconds, code_memory_mb"
         )
     read_format(answer_format)
     read_marks(thought_marks)
+    RunOptions(code_sandbox, code_seconds, code_memory_mb)
 
 
 def truth_text(ground_truth: object) -> str:
@@ -101,29 +119,37 @@ def compute_score(
     extra_info: dict[str, Any] | None = None,
     answer_format: str = "any",
     thought_marks: str | Sequence[str] = "auto",
+    code_sandbox: str = RunOptions.sandbox,
+    code_seconds: float = RunOptions.seconds,
+    code_memory_mb: int = RunOptions.memory_mb,
     **kwargs: Any,
 ) -> dict[str, float | str]:
     """Check one response.
 
-    The two options are set through ``reward.custom_reward_function.reward_kwargs``. The text after the last thought
+    The options are set through ``reward.custom_reward_function.reward_kwargs``. The text after the last thought
     counts. It is taken from `extra_info["response_after_thought"]` if present, because the code that decoded the
     response saw its prompt and special tokens; otherwise it is found by the marks in `solution_str`.
 
     Args:
         data_source: selects the check, see `route`.
-        solution_str: the response; only its last `TAIL_CHARACTERS` characters are read.
+        solution_str: the response; only its last `TAIL_CHARACTERS` characters are read, of a program's
+            `code_answer.MOST_CHARACTERS`.
         ground_truth: the right answer.
         extra_info: see above.
         answer_format: "any" takes the answer from a box, after "####" or from a statement "Answer: ..."; "boxed",
             "gsm8k" and "line" accept only that form (`forms.AnswerFormat`).
         thought_marks: "auto", "none", or the opening and the closing mark (`thoughts.read_marks`).
+        code_sandbox: "namespaces" or "rlimits", how programs are run (`code_judge.RunOptions`).
+        code_seconds: processor time of one test of a program.
+        code_memory_mb: MiB of a program.
         kwargs: verl's other arguments, unused.
 
     Returns:
         `score` (+1.0 correct, -1.0 not), `acc` (1.0 or 0.0), `well_formed` (1.0 if an answer in the expected form was
-        found, right or wrong) and `pred` (that answer, "" if none).
+        found, right or wrong) and `pred` (that answer, "" if none; of a program the verdict, `code_judge.VERDICTS`).
 
     Raises:
+        SandboxError: programs cannot be run in this sandbox here.
         ValueError: an unknown data source or option, or a ground truth that is not an answer; never because of
             `solution_str`.
     """
@@ -131,10 +157,16 @@ def compute_score(
     truth = truth_text(ground_truth)
     given = (extra_info or {}).get(AFTER_THOUGHT)
     text = given if isinstance(given, str) else after_thought(solution_str, thought_marks)
-    pred, correct = route(data_source)(text[-TAIL_CHARACTERS:], truth, answer_format)
+    pred: str
+    if data_source in CODE_SOURCES:
+        options = RunOptions(code_sandbox, code_seconds, code_memory_mb)
+        code_judge.ready(options)
+        pred, correct = code_answer.check(text[-code_answer.MOST_CHARACTERS :], truth, options)
+    else:
+        pred, correct = route(data_source)(text[-TAIL_CHARACTERS:], truth, answer_format)
     return {
         "score": 1.0 if correct else -1.0,
         "acc": 1.0 if correct else 0.0,
-        "well_formed": 1.0 if pred else 0.0,
+        "well_formed": 1.0 if pred not in ("", "no code") else 0.0,
         "pred": pred,
     }

@@ -132,7 +132,7 @@ class Judge:
             self._process = subprocess.Popen(
                 # -P: this folder's modules must not hide anyone else's.
                 [sys.executable, "-P", str(WORKER), str(theirs.fileno()), str(SECONDS), str(MEMORY), *_import_path()],
-                env=_environment(),
+                env=kept_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -160,7 +160,8 @@ class Judge:
         self._connection = self._process = None
 
 
-def _environment() -> dict[str, str]:
+def kept_environment() -> dict[str, str]:
+    """Return the environment of a process that reads answers of a model."""
     return {name: text for name, text in os.environ.items() if name in KEPT_VARIABLES or name.startswith("LC_")}
 
 

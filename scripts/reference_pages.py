@@ -1,11 +1,13 @@
 """Write the reference pages of docs/ from the code: ``python scripts/reference_pages.py``.
 
-docs/configuration.md comes from the settings and the comments of the config files, docs/metrics.md from the glossary.
+docs/configuration.md comes from the settings and the comments of the config files, docs/metrics.md from the glossary,
+docs/sandbox.md from the limits of programs and the hostile programs of the tests.
 ``tests/unit/docs/test_site.py`` fails where a page is not what the code says.
 """
 
 import inspect
 import re
+import runpy
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 from recipe.skpo.output import glossary
 from recipe.skpo.output.console import markdown_table
 from recipe.skpo.settings import BOUNDS, CHOICES, DRIFTS, RECORDS, SkpoSettings
+from reward_fns import code_judge, code_worker
+from reward_fns.code_judge import RunOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "recipe/skpo/config"
@@ -137,7 +141,82 @@ This page is written by `python scripts/reference_pages.py`.
 """
 
 
-PAGES = {"docs/configuration.md": configuration, "docs/metrics.md": metrics}
+def sandbox() -> str:
+    """Write docs/sandbox.md."""
+    hostile = runpy.run_path(str(ROOT / "tests/support/hostile_programs.py"))["PROGRAMS"]
+    attacks = [[group, item.tries, " or ".join(item.ends)] for group, items in hostile.items() for item in items]
+    mib = 2**20
+    limits = [
+        ["processor time of a test", f"{RunOptions.seconds:g} s", "of all its processes together", "`code_seconds`"],
+        ["time of a test", f"{code_judge.WALL} times that", "wall clock", ""],
+        ["all tests of a program", f"{code_judge.ALL_TESTS} times that", "processor time", ""],
+        [
+            "memory",
+            f"{RunOptions.memory_mb} MiB",
+            "of each process and of all, beyond Python's own",
+            "`code_memory_mb`",
+        ],
+        ["processes and threads", str(code_judge.MOST_PROCESSES), "", ""],
+        ["output", f"{code_judge.LARGEST_OUTPUT // mib} MiB", "standard error is thrown away", ""],
+        ["files", f"{code_judge.LARGEST_FILES // mib} MiB", "in the private `/tmp`", ""],
+        ["open files", str(code_worker.OPEN_FILES), "of a process", ""],
+    ]
+    return f"""# Running programs of a model
+
+Answers to programming problems are Python, which runs on this machine to be checked
+([rewards.md](rewards.md#programs) says how). This page says what such a program can reach.
+
+This page is written by `python scripts/reference_pages.py`.
+
+## The sandbox
+
+`code_sandbox=namespaces`, the default, is the kernel's: no package is needed, and no right of root. A program has
+
+- a user of its own without capabilities. If the run is root's, that user is nobody's outside;
+- a root folder with the system's programs and libraries and Python's modules, all read-only, and an empty `/tmp` of its
+  own. Home folders, `/etc`, `/var`, `/sys`, the project and the data are not there;
+- process numbers of its own: it sees no process but its children. When its first process ends, the kernel ends all;
+- no network: `socket` is refused, and there is no interface. Shared memory and message queues are its own;
+- none of your environment variables but PATH, the locale and LD_LIBRARY_PATH, and no open file of the judge's;
+- {len(code_worker.refused_calls())} system calls less: those that trace, mount, enter namespaces, keep memory outside a
+  process, load code into the kernel.
+
+Each test of a program runs in a sandbox of its own. Where the kernel or a container does not allow namespaces, the run
+stops before it begins and says what to change.
+
+**The verdict** is never the program's. Expected outputs and results stay in the process that judges. Tests that are
+Python (HumanEval, MBPP) run in another sandbox and call the program's functions through a socket. Arguments and results
+cross as plain values: numbers, texts, lists, dictionaries, sets. Other objects can be called and have attributes, but
+equal nothing. A program that changes a built-in function, defines `__eq__`, reads its own memory or ends its process
+changes nothing but its own answer.
+
+## Limits
+
+{table(["limit", "default", "of what", "option"], limits)}
+
+Options are set by `+reward.custom_reward_function.reward_kwargs.code_seconds=10`, in an evaluation by
+`+reward.reward_kwargs.code_seconds=10`. A program that is slower than a limit has the verdict "time-out"; more memory,
+output or files than allowed are an "error".
+
+## Without namespaces
+
+`code_sandbox=rlimits` runs programs **with your rights**, under the limits of time, memory, output and processes and
+without the refused system calls, sockets among them. Such a program can read your files and keys, delete or change what
+you can, see and kill your processes, and leave processes that outlive it for a moment. Memory is bounded per process
+alone, and for root the number of processes is not bounded at all. Use it in a container or virtual machine that you
+throw away.
+
+## Hostile programs
+
+`tests/unit/reward_fns/test_hostile_programs.py` runs these {len(attacks)} programs with half a second and 256 MiB.
+Each ends within the limit, leaves no process, file or shared memory, and neither reads nor changes anything outside.
+None passes.
+
+{table(["kind", "attack", "verdict"], attacks)}
+"""
+
+
+PAGES = {"docs/configuration.md": configuration, "docs/metrics.md": metrics, "docs/sandbox.md": sandbox}
 
 if __name__ == "__main__":
     for name, page in PAGES.items():
