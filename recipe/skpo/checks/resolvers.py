@@ -13,6 +13,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
+from data_prep import tiny
 from data_prep.reading import data_files
 from recipe.skpo.checks.environment import needed_cpus
 from recipe.skpo.checks.gpus import gpus_to_use, visible_gpus
@@ -21,6 +22,9 @@ from recipe.skpo.errors import ConfigError
 from recipe.skpo.settings import HALF_LIVES, default_node
 
 CONFIG = Path(__file__).parents[1] / "config"
+
+OWN_DATA = {"tiny": "steps"}
+"""Models that have learned a task of their own, to that task; it is trained on unless `data` is given."""
 
 CPU_DTYPES = {"bfloat16": "bf16", "float32": "fp32"}
 """vLLM's name of what the CPU platform computes in, to verl's."""
@@ -126,6 +130,8 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     # A value that was given under its former name, else the default.
     "skpo_given": lambda value, default: default if value is None else value,
     "skpo_digest": digest,
+    "skpo_own_data": lambda model: OWN_DATA.get(model, "arithmetic"),
+    "skpo_tiny": tiny.folder_name,
     "skpo_choices": choices,
     "skpo_run_name": run_name,
     "platform_dtype": cpu_dtype,

@@ -199,7 +199,7 @@ NOT_COMPARED = re.compile(
     r"(.*\.)?_target_"
     # Compared by what is in the files.
     r"|actor_rollout_ref\.model\.(path|tokenizer_path|lora_(rank|alpha)|target_modules|exclude_modules|lora\..*)"
-    r"|data\.(train_files|val_files|embedded|prepared|prepare\..*|source|val_source|val_benchmark|template|train_rows"
+    r"|data\.(train_files|val_files|embedded|embedded_by|prepared|prepare\..*|source|val_source|val_benchmark|template|train_rows"
     r"|val_rows|skip_bad|prompt|answer|check|system|split)"
     r"|reward\.custom_reward_function\.(path|name)"
     # Derived from others, or names of others.

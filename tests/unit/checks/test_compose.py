@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
+from data_prep import tiny
 from recipe.skpo.checks.config import check_config
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.errors import ConfigError
@@ -232,6 +233,20 @@ def test_gsm8k_with_the_embedded_model_has_sizes_of_its_own(compose_config) -> N
     assert (paper.data.train_batch_size, paper.data.max_prompt_length) == (128, 1024)
     assert paper.data.val_rows == 256
     assert compose_config("data=gsm8k", "data.max_prompt_length=400").data.max_prompt_length == 400
+
+
+def test_the_tiny_model_trains_on_its_own_task_unless_data_is_given(compose_config) -> None:
+    config = compose_config("model=tiny")
+    assert config.data.train_files == f"{config.data.embedded}/train.parquet" and config.data.embedded_by == "steps"
+    assert config.actor_rollout_ref.model.path == config.embedded_model
+    assert config.output_dir == "outputs/tiny-steps-skpo"
+    check(config)
+    other = compose_config("model=tiny", "data=arithmetic", "method=grpo")
+    assert other.data.embedded_by == "arithmetic" and other.output_dir == "outputs/tiny-arithmetic-grpo"
+    mine = compose_config("model=tiny", "data=mine")
+    assert mine.data.train_batch_size < config.data.train_batch_size
+    assert mine.data.max_prompt_length > config.data.max_prompt_length
+    assert mine.actor_rollout_ref.rollout.max_model_len <= tiny.CONTEXT_TOKENS
 
 
 def test_the_answer_format_reaches_the_reward(compose_config) -> None:

@@ -111,7 +111,7 @@ def test_a_folder_that_is_something_else_is_left_alone(tmp_path: Path, fake_conv
 def test_too_little_disk_is_refused_before_the_conversion(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fake_conversion: list[Path]
 ) -> None:
-    monkeypatch.setattr(smollm2.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(ModelError, match=r"0.7 GB of disk needed, 0.0 GB free"):
         prepare(tmp_path / "model")
     assert fake_conversion == []

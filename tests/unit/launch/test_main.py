@@ -308,13 +308,14 @@ def test_the_engine_reaches_every_worker(compose_config, monkeypatch, given, ove
         assert variables[name] == os.environ[name] == value
 
 
-def test_embedded_data_and_model_are_made_once(compose_config, tmp_path: Path, monkeypatch) -> None:
-    from data_prep import arithmetic, smollm2
-
+@pytest.mark.parametrize(
+    ("model", "makers"), [("smollm2_135m", ("arithmetic", "smollm2")), ("tiny", ("steps", "tiny"))]
+)
+def test_embedded_data_and_model_are_made_once(compose_config, tmp_path: Path, monkeypatch, model, makers) -> None:
     made = []
-    monkeypatch.setattr(arithmetic, "prepare", lambda folder: made.append(folder))
-    monkeypatch.setattr(smollm2, "prepare", lambda folder: made.append(folder))
-    config = compose_config("platform=cpu", f"data.embedded={tmp_path}")
+    for module in makers:
+        monkeypatch.setattr(f"data_prep.{module}.prepare", made.append)
+    config = compose_config("platform=cpu", f"model={model}", f"data.embedded={tmp_path}")
     main.prepare_data(config)
     main.prepare_model(config)
     assert made == [tmp_path, Path(config.actor_rollout_ref.model.path)]
@@ -377,10 +378,8 @@ def test_rows_of_ones_own_are_made_once_for_each_content_and_choice(
 
 
 def test_nothing_is_made_for_ones_own_files_and_model(config, monkeypatch) -> None:
-    from data_prep import arithmetic, smollm2
-
-    for module in (arithmetic, smollm2):
-        monkeypatch.setattr(module, "prepare", lambda folder: pytest.fail("nothing was to be made"))
+    for module in ("arithmetic", "smollm2"):
+        monkeypatch.setattr(f"data_prep.{module}.prepare", lambda folder: pytest.fail("nothing was to be made"))
     main.prepare_data(config)
     main.prepare_model(config)
     # Neither is a missing file or model of one's own replaced by an embedded one.
