@@ -216,6 +216,17 @@ def _own_environment() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@contextmanager
+def refusing(command: Command) -> Iterator[None]:
+    """End the command with one line where something cannot work."""
+    try:
+        yield
+    except OmegaConfBaseException as error:  # some of these are ValueErrors too
+        sys.exit(error_line(sentence(error, command.overrides)))
+    except (ValueError, RuntimeError, OSError) as error:
+        sys.exit(error_line(error))
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -226,14 +237,10 @@ def run(config: DictConfig) -> None:
     started, command = time.monotonic(), Command.of(config)
     with ExitStack() as held:
         held.enter_context(_own_environment())
-        try:
+        with refusing(command):
             settings = check(config, command)
             prepare(config, command)
             plan = inspect(config, settings, held)
-        except OmegaConfBaseException as error:  # some of these are ValueErrors too
-            sys.exit(error_line(sentence(error, command.overrides)))
-        except (ValueError, RuntimeError, OSError) as error:
-            sys.exit(error_line(error))
         output_dir = Path(config.output_dir)
         if note := os.environ.get(FOLDER_NOTE):
             write_atomic(Path(note), str(output_dir))
@@ -251,6 +258,11 @@ def run(config: DictConfig) -> None:
 
 def main() -> None:
     """Run the command line."""
+    run_command(run)
+
+
+def run_command(job: Any) -> None:
+    """Check the command line and hand it to a function that ``hydra.main`` has wrapped."""
     replace_unprintable()
     os.environ.setdefault("SKPO_PLATFORM", detect_platform())
     sys.argv[1:] = readable(sys.argv[1:])
@@ -264,8 +276,8 @@ def main() -> None:
     except ConfigError as error:
         sys.exit(error_line(error))
     try:
-        with ENDING.handling(), one_sentence(run.__wrapped__, sys.argv[1:]):
-            run()
+        with ENDING.handling(), one_sentence(job.__wrapped__, sys.argv[1:]):
+            job()
     except KeyboardInterrupt:
         ENDING.leave("the same command resumes from the last checkpoint")
 

@@ -128,6 +128,11 @@ def test_a_documented_line_is_read(document: str, line: str, command_line, parse
 def check_python(words: list[str], loose: bool, command_line, parsed, monkeypatch) -> None:
     if words[:2] == ["-m", "recipe.skpo.main"]:
         check_training(words[2:], command_line, monkeypatch)
+    elif words[:2] == ["-m", "recipe.skpo.analysis.probe"]:
+        from recipe.skpo.analysis.probe import PREFIX, Sizes
+
+        check_training([word for word in words[2:] if not word.startswith(PREFIX)], command_line, monkeypatch)
+        Sizes.of([word for word in words[2:] if word.startswith(PREFIX)], "cpu", 8)
     elif words[:2] == ["-m", "recipe.skpo.evaluation"]:
         from recipe.skpo.evaluation.command import read_config
 
