@@ -3,6 +3,7 @@
 About a minute per launch, so it has a marker of its own: bash run_tests.sh -m nightly
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 
 from recipe.skpo.output.glossary import METRICS, TERMS_OF_THE_LOSS, described
 from recipe.skpo.output.metrics import read_lines
-from tests.e2e.tiny import overrides
+from recipe.skpo.output.trees import read_trees, tree_index
+from tests.e2e.tiny import CLOSES, OPENS, overrides, score_of_answer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(900)]
 
@@ -60,9 +62,9 @@ TERMS = [
 """Terms of verl's own loss."""
 
 
-def train(folder: Path, *arguments: str) -> list[dict[str, float]]:
+def train(folder: Path, *arguments: str, thinks: bool = False) -> list[dict[str, float]]:
     """Train the tiny model and return the metrics of its steps."""
-    command = [sys.executable, "-m", "recipe.skpo.main", *overrides(folder), *arguments]
+    command = [sys.executable, "-m", "recipe.skpo.main", *overrides(folder, thinks), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = read_lines(folder / "out/metrics.jsonl")
@@ -112,6 +114,38 @@ def test_terms_of_verls_loss(method: str, tmp_path: Path) -> None:
         assert 0.5 < line["rollout_corr/rollout_is_mean"] < 2
     # Before the first update the actor is the reference.
     assert steps[1]["actor/kl_loss"] > steps[0]["actor/kl_loss"] >= 0
+
+
+def test_a_thinking_model_is_cut_inside_its_thought_and_paid_for_what_follows_it(tmp_path: Path) -> None:
+    steps = train(
+        tmp_path,
+        *("trainer.total_training_steps=2", "skpo.trees_per_step=4"),
+        # A token's id: the bytes and the special tokens are before it.
+        *("skpo.split=boundary_token", "skpo.boundaries=[261]", f"trainer.validation_data_dir={tmp_path}/val"),
+        thinks=True,
+    )
+    assert [line["step"] for line in steps] == [1, 2] and all(line["actor/grad_norm"] > 0 for line in steps)
+    assert 0 < steps[0]["skpo/upstream/boundary_share"] < 1
+    trees = list(read_trees(tree_index(tmp_path / "out")))
+    assert len(trees) == 8
+    whole = []
+    for tree in trees:
+        # A random model writes special tokens, too, which only the skip prompt shows.
+        assert re.sub("<(/?s|pad|unk)>", "", tree["skip_prompt"]).startswith(tree["segment"]["text"])
+        assert tree["skip_prompt"].endswith(f"user: {tree['problem']}\nanswer: {OPENS}\n")
+        for response in tree["responses"]:
+            _, closed, answer = response["text"].rpartition(CLOSES)
+            paid = score_of_answer("", "", "", {"response_after_thought": answer})
+            assert response["reward"] == (paid if closed and OPENS not in answer else -1)
+            whole.append(score_of_answer("", response["text"], "", {}))
+    assert whole != [response["reward"] for tree in trees for response in tree["responses"]]
+    assert {response["reward"] for tree in trees for response in tree["responses"]} == {-1, 1}
+    segments = [candidate["text"] for tree in trees for candidate in tree["candidates"]]
+    assert any(CLOSES not in segment for segment in segments), "inside the thought"
+    assert any(CLOSES in segment for segment in segments), "a whole thought"
+    assert all(segment.endswith(CLOSES) for segment in segments if CLOSES in segment)
+    validated = read_lines(tmp_path / "val/2.jsonl")
+    assert len(validated) == 16 and all(line["input"].endswith(f"answer: {OPENS}\n") for line in validated)
 
 
 def test_a_token_budget_ends_the_run_with_a_checkpoint_and_a_validation(tmp_path: Path) -> None:

@@ -6,12 +6,17 @@ from data_prep.schema import Row, write_parquet
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}answer: {% endif %}"
+    "{% if add_generation_prompt %}answer: {% if enable_thinking %}<think>\n{% endif %}{% endif %}"
 )
+REWARD = "reward.custom_reward_function"
+OPENS, CLOSES = "<think>", "</think>"
 
 
-def make_model(folder: Path) -> Path:
-    """Write a Llama of about 100,000 parameters with a byte-level tokenizer of 260 tokens; returns the folder."""
+def make_model(folder: Path, thinks: bool = False) -> Path:
+    """Write a Llama of about 100,000 parameters with a byte-level tokenizer of 260 tokens; returns the folder.
+
+    One that ``thinks`` has both marks of a thought as tokens, and closes a thought after about eight tokens.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -26,10 +31,11 @@ def make_model(folder: Path) -> Path:
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
     tokenizer.chat_template = TEMPLATE
+    tokenizer.add_tokens([OPENS, CLOSES] if thinks else [])
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -39,9 +45,15 @@ def make_model(folder: Path) -> Path:
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=2,
-        tie_word_embeddings=True,
+        tie_word_embeddings=not thinks,
     )
-    LlamaForCausalLM(config).float().save_pretrained(folder)
+    model = LlamaForCausalLM(config).float()
+    if thinks:
+        with torch.no_grad():
+            # All hidden states share a direction, which raises the logit of the closing mark.
+            model.model.embed_tokens.weight[:, 0] = 1.0
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids(CLOSES), 0] = 0.45
+    model.save_pretrained(folder)
     return folder
 
 
@@ -77,11 +89,21 @@ def compute_score(
     return {"score": 1.0 if correct else -1.0, "acc": float(correct), "well_formed": 1.0}
 
 
-def overrides(folder: Path) -> list[str]:
+def score_of_answer(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: dict, **kwargs: object
+) -> float:
+    """Right where an odd number of ASCII characters follows the thought: a coin that an open thought does not win."""
+    answer = extra_info.get("response_after_thought", solution_str)
+    return 1.0 if sum(map(str.isascii, answer)) % 2 else -1.0
+
+
+def overrides(folder: Path, thinks: bool = False) -> list[str]:
     """Overrides of ``recipe.skpo.main`` that train the tiny model in ``folder``."""
     train, val = make_data(folder)
-    model = make_model(folder / "model")
+    model = make_model(folder / "model", thinks)
+    thinking = ["+data.apply_chat_template_kwargs.enable_thinking=true", f"{REWARD}.name=score_of_answer"]
     return [
+        *(thinking if thinks else []),
         "platform=cpu",
         "data=files",
         f"data.train_files={train}",
@@ -96,7 +118,7 @@ def overrides(folder: Path) -> list[str]:
         "actor_rollout_ref.rollout.dtype=float32",
         "actor_rollout_ref.rollout.temperature=1.0",
         "skpo.group_size=4",
-        f"reward.custom_reward_function.path={Path(__file__).resolve()}",
+        f"{REWARD}.path={Path(__file__).resolve()}",
         f"output_dir={folder / 'out'}",
         "trainer.save_freq=2",
         "trainer.test_freq=1000",
