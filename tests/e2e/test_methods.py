@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 
-METHODS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
+METHODS = ["grpo", "grpo_curriculum", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
 
 # Choices that do not touch each other share a launch.
 ABLATIONS = {

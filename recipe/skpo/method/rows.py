@@ -333,6 +333,12 @@ class Rows:
         written = torch.bincount(self.prompts, self.tokens["response_mask"].sizes * self.responses)
         return (written / torch.bincount(self.prompts, self.responses.to(torch.float64)))[self.prompts]
 
+    def mean_rewards(self) -> torch.Tensor:
+        """Return the mean reward of the prompt's valid responses per row, float64 (rows,); NaN without one."""
+        counted = self.responses.to(torch.float64)
+        total = torch.bincount(self.prompts, self.rewards.to(torch.float64) * counted)
+        return (total / torch.bincount(self.prompts, counted))[self.prompts]
+
     def reward_noise(self) -> torch.Tensor:
         """Return the estimated variance of the mean reward of each row's prompt given its segment, float64 (rows,).
 
@@ -340,8 +346,7 @@ class Rows:
         """
         rewards, counted = self.rewards.to(torch.float64), self.responses.to(torch.float64)
         count = torch.bincount(self.prompts, counted)
-        mean = torch.bincount(self.prompts, rewards * counted) / count
-        squares = torch.bincount(self.prompts, (rewards - mean[self.prompts]) ** 2 * counted)
+        squares = torch.bincount(self.prompts, (rewards - self.mean_rewards()) ** 2 * counted)
         return torch.where(count > 1, squares / (count - 1) / count, torch.nan)[self.prompts]
 
     def per_token(self, values: torch.Tensor) -> torch.Tensor:

@@ -291,7 +291,7 @@ def test_group_size_and_lengths_carry_over(run_config, run: str) -> None:
 
 # ---------------------------------------------------------------- methods
 
-METHODS = ["skpo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
+METHODS = ["skpo", "grpo", "grpo_curriculum", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
 
 # Per method: what its paper has, by the actor's keys as verl reads them; what is not named is GRPO's.
 GRPO = {
@@ -303,6 +303,7 @@ GRPO = {
 }
 ACTORS = {
     "grpo": {},
+    "grpo_curriculum": {},
     "dr_grpo": {"loss_agg_mode": "seq-mean-token-sum-norm", "loss_scale_factor": 3072},
     "dapo": {"loss_agg_mode": "token-mean", "clip_ratio_high": 0.28},
     "gspo": {"policy_loss.loss_mode": "gspo", "clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4},

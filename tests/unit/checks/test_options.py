@@ -11,7 +11,7 @@ from recipe.skpo.errors import ConfigError
 from recipe.skpo.main import scale_batch_for_spo
 from recipe.skpo.settings import RECORDS, SkpoSettings, known_keys
 
-METHODS = ["skpo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
+METHODS = ["skpo", "grpo", "grpo_curriculum", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
 
 
 def other(default: object) -> object:

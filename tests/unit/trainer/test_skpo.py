@@ -269,7 +269,13 @@ def test_every_prompt_gets_its_own_uid_split_seed_and_the_step(make_trainer, mon
 
 @pytest.mark.parametrize(
     ("method", "enable", "prioritised"),
-    [("skpo", True, True), ("skpo", False, False), ("grpo", True, False), ("spo", True, True)],
+    [
+        ("skpo", True, True),
+        ("skpo", False, False),
+        ("grpo", True, False),
+        ("grpo_curriculum", True, True),
+        ("spo", True, True),
+    ],
 )
 def test_the_curriculum_is_for_methods_that_use_it_and_can_be_switched_off(
     make_trainer, monkeypatch, caplog, method: str, enable: bool, prioritised: bool
@@ -299,6 +305,17 @@ def test_the_curriculum_is_for_methods_that_use_it_and_can_be_switched_off(
     assert batches.batch_size == trainer.config.data.train_batch_size == (4 * G if method == "spo" else 4)
     assert batches.rng() is trainer.state.rng and batches.prompts is trainer.state.prompts
     assert trainer.train_dataloader.num_workers == 0, "a prefetched batch would be lost to a checkpoint"
+
+
+def test_a_group_moves_the_curriculums_tracker_by_its_mean_reward(make_trainer, queue: Queue) -> None:
+    trainer, rows = make_trainer("grpo_curriculum"), responses_of(2)
+    _, metrics = train(trainer, queue, rows)
+    # The first group is all right; in the second one every other response is.
+    assert [trainer.state.prompts.value(f"id-v000000000{number}") for number in (0, 1)] == [1.0, 0.5]
+    lengths = [len(fields["responses"]) for key, fields, _ in rows if key.startswith("v0000000001")]
+    assert trainer.state.prompts.length("id-v0000000001") == sum(lengths) / G
+    assert metrics["skpo/tracker/value/mean"] == 0.75
+    assert metrics["skpo/upstream/baseline/mean"] == 0.0, "before the first visits"
 
 
 # ---------------------------------------------------------------- SKPO's advantages
@@ -454,15 +471,16 @@ def test_trees_that_cannot_be_written_do_not_end_the_training(make_trainer, queu
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("method", ["skpo", "grpo", "spo"])
+@pytest.mark.parametrize("method", ["skpo", "grpo", "grpo_curriculum", "spo"])
 def test_a_dropped_prompt_is_counted_and_its_padding_is_in_nothing(make_trainer, queue: Queue, method: str) -> None:
     trainer = make_trainer(method, trees_per_step=0)
     batch, metrics = train(trainer, queue, rows_of(method, 3))
     padding = [queue.rows[key] for key in batch.keys if key.startswith("pad")]
     real = [queue.rows[key] for key in batch.keys if not key.startswith("pad")]
-    assert len(batch) == len(real) + len(padding) == {"skpo": 4 * (G + 1), "grpo": 4 * G, "spo": 4 * G}[method]
+    assert len(batch) == len(real) + len(padding) == 4 * (G + (method == "skpo"))
     assert metrics["skpo/prompts_dropped"] == (2 if method == "spo" else 1)
-    assert len(trainer.state.prompts) == {"skpo": 3, "grpo": 0, "spo": 6}[method], "padding moves no tracker"
+    seen = {"skpo": 3, "grpo": 0, "grpo_curriculum": 3, "spo": 6}[method]
+    assert len(trainer.state.prompts) == seen, "padding moves no tracker"
     assert not any(item["advantages"].any() for item in padding)
     if method == "skpo":
         assert all(float(item[WEIGHT_FIELD]) == 0.0 for item in padding)
