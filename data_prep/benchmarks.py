@@ -15,7 +15,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from data_prep import command, gsm8k
+from data_prep import code, command, gsm8k
 from data_prep.leakage import normalised
 from data_prep.math import boxed_problem, whole
 from data_prep.pipeline import Collected, Problem, RowError, Source, read_split, sample, text_field, write_problems
@@ -100,6 +100,16 @@ BENCHMARKS = {
             hub_config="OE_TO_maths_en_COMP",
         ),
         Source("mmlu_pro", "TIGER-Lab/MMLU-Pro", "TIGER-Lab/MMLU-Pro", choice_problem, "choice", splits=TEST),
+        *(
+            Source(name, hub, hub, convert, code.TEMPLATE, splits=TEST)
+            for name, hub, convert in (
+                ("livecodebench", "livecodebench/code_generation_lite", code.livecodebench_problem),
+                ("humaneval", "openai/openai_humaneval", code.humaneval_problem),
+                ("humaneval_plus", "evalplus/humanevalplus", code.humaneval_problem),
+                ("mbpp", "google-research-datasets/mbpp", code.mbpp_problem),
+                ("mbpp_plus", "evalplus/mbppplus", code.mbpp_problem),
+            )
+        ),
         replace(gsm8k.SOURCE, splits=TEST),
     )
 }
@@ -152,15 +162,19 @@ def prepare(
     template: str | None = None,
     seed: int = 1,
     skip_bad: bool = False,
+    from_date: str | None = None,
+    until_date: str | None = None,
 ) -> dict[str, Path]:
     """Write ``out/<name>.parquet`` for each benchmark and return the paths by name.
 
     The arguments are the options of the command.
     """
-    collected = {
-        name: read_split(BENCHMARKS[name], place, "test", skip_bad=skip_bad)
-        for name, place in places(source, names).items()
-    }
+    window = code.within(from_date, until_date)
+    found = places(source, names)
+    if (from_date or until_date) and "livecodebench" not in found:
+        raise DataError("--from-date, --until-date: are for livecodebench, which is not among the benchmarks; name it")
+    sources = BENCHMARKS | {"livecodebench": replace(BENCHMARKS["livecodebench"], convert=window)}
+    collected = {name: read_split(sources[name], place, "test", skip_bad=skip_bad) for name, place in found.items()}
     for problems in collected.values():
         problems.problems = sample(problems.problems, limit, seed)
     paths = {name: out / f"{name}.parquet" for name in collected}
@@ -182,6 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     options = command.parser("benchmarks", "Benchmarks as parquet files for validation.")
     options.add_argument("--names", nargs="+", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} (default: all)")
+    code.add_dates(options)
     options.add_argument("--split", choices=["test"], default="test", help="a benchmark has no other")
     given = vars(options.parse_args(argv))
     del given["split"]

@@ -1,9 +1,9 @@
 """Your own rows: json, jsonl, csv or parquet with a prompt and its answer in each row.
 
 A prompt is text, or a list of {role, content} messages (in csv as JSON) that ends with the user's. An answer is text or
-a number that `--check` reads; `none` is for a reward function of your own. A model's text is never run, so there is no
-check of code. A file, or a folder or hub name with the split `train` alone, is split by `--split`; a folder's own
-`val.*`, `validation.*` or `test.*` is taken for validation.
+a number that `--check` reads; of `code` it is the tests as JSON text (`reward_fns.code_tests`). `none` is for a reward
+function of your own. A file, or a folder or hub name with the split `train` alone, is split by `--split`; `val.*`,
+`validation.*` or `test.*` of a folder is taken for validation.
 
     python -m data_prep.files --source FILE --prompt COLUMN --answer COLUMN --check number --out DIR
 """
@@ -24,7 +24,7 @@ from data_prep.training import TrainingData, prepare_training
 from data_prep.untrusted import UntrustedError, parse_json
 from reward_fns import route
 
-CHECKS = ("number", "math", "choice", "none")
+CHECKS = ("number", "math", "choice", "code", "none")
 """Each selects its answer check in `reward_fns` through the data source ``own/<check>``; `none` selects nothing."""
 
 TEMPLATE = "plain"
@@ -73,10 +73,15 @@ def source(data: TrainingData) -> Source:
         truth = read_answer(fields, answer, data_source if check != "none" else None)
         return Problem(data_source, question, truth, check, (*opening, *messages))
 
-    place = str(data.val_source or data.source)
-    validation = next((name for name in VALIDATION if has_split(place, name)), "test" if data.val_source else None)
+    validation = validation_split(data)
     splits = {"train": "train"} | ({"test": validation} if validation else {})
     return Source("mine", str(data.source), f"own/{check}", convert, TEMPLATE, splits)
+
+
+def validation_split(data: TrainingData) -> str | None:
+    """Return the source's name of the split that validates, None if it has none."""
+    place = str(data.val_source or data.source)
+    return next((name for name in VALIDATION if has_split(place, name)), "test" if data.val_source else None)
 
 
 def read_chat(fields: Mapping[str, Any], key: str) -> Chat | None:

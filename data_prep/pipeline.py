@@ -21,6 +21,7 @@ from data_prep.prompts import load_prompt_template
 from data_prep.reading import RawRow, read_rows
 from data_prep.schema import DataError, Row, prompt_id, refuse_duplicates, write_parquet
 from data_prep.untrusted import LONGEST_LINE, one_line
+from reward_fns.code_tests import stored
 
 Chat = list[dict[str, str]]
 
@@ -226,7 +227,7 @@ def write_split(path: Path, split: str, problems: Sequence[Problem], chat: Calla
             Row(
                 data_source=problem.data_source,
                 prompt=[dict(message) for message in problem.prompt] or chat(problem.question),
-                ground_truth=problem.answer,
+                ground_truth=stored(problem.answer, path.parent / "tests"),
                 ability=problem.ability,
                 split=split,
                 index=index,

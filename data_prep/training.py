@@ -17,6 +17,7 @@ SOURCES = {
     "math": "data_prep.math",
     "dapo_math": "data_prep.dapo_math",
     "mine": "data_prep.files",
+    "code": "data_prep.code",
 }
 SPLIT = 0.95
 """Share of a file of one's own that is trained on, unless another is given."""
@@ -36,8 +37,9 @@ class TrainingData:
         seed: of the samples.
         skip_bad: leave malformed rows out.
         prompt, answer, check, system: of `mine`, see `data_prep.files`.
-        split: of `mine`, the share of the rows to train on; None takes the validation that `source` or `val_source`
-            has, or `SPLIT`.
+        split: of `mine` and `code`, the share of the rows to train on; None takes the validation that `source` or
+            `val_source` has, or `SPLIT`.
+        from_date, until_date: of `code`, the days of LiveCodeBench's contests, both included.
     """
 
     name: str
@@ -54,6 +56,8 @@ class TrainingData:
     check: str | None = None
     system: str | None = None
     split: float | None = None
+    from_date: str | None = None
+    until_date: str | None = None
 
 
 def prepare_training(folder: Path, data: TrainingData) -> dict[str, Path]:
@@ -61,9 +65,13 @@ def prepare_training(folder: Path, data: TrainingData) -> dict[str, Path]:
     if data.name not in SOURCES:
         raise DataError(f"data.prepare.name: {data.name} is unknown; known are {', '.join(SOURCES)}")
     module = import_module(SOURCES[data.name])
-    source: Source = module.source(data) if data.name == "mine" else module.SOURCE
+    source: Source = module.source(data) if hasattr(module, "source") else module.SOURCE
     share = _share(source, data)
-    if share is not None:
+    if data.name == "code" and data.source is None:
+        from data_prep.code_tasks import generated
+
+        train, val = (Collected(problems, read=len(problems)) for problems in generated(data.seed))
+    elif share is not None:
         train = read_split(source, data.source, "train", skip_bad=data.skip_bad)
         val = _divide(train, share, data.seed)
     else:

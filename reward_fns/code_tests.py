@@ -2,16 +2,18 @@
 
 `kind` is "stdin" (tests are pairs of input and output), "call" (tests are `[arguments, result, ...]`, with every result
 that counts, of the function or method `names[0]`) or "assert" (`tests` is Python that calls the functions `names`,
-`setup` Python that precedes it). `tolerance` holds for numbers with a fraction, relative or absolute. Large tests are
-in a file of their own, which `file` and `sha256` name.
+`setup` Python that precedes it). `tolerance` holds for numbers with a fraction, relative or absolute. Larger tests are
+compressed, as `zlib` in base64, and the largest are in a file of their own, which `file` and `sha256` name.
 
 Outputs are compared as LiveCodeBench does: without the space at both ends of every line, then line by line as text, and
 if that differs number by number, exactly as decimals ("1.0" is "1").
 """
 
+import base64
 import hashlib
 import json
 import math
+import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +24,8 @@ from typing import Any
 
 LARGEST_FILE = 512 * 2**20
 """Bytes of the tests of one problem, before and after compression."""
+LONGEST_PLAIN, LONGEST_INLINE = 20_000, 100_000
+"""Characters of a ground truth that is written as it is, and of one within a data file."""
 KINDS = ("stdin", "call", "assert")
 
 
@@ -36,8 +40,11 @@ class CodeTests:
     tolerance: float = 0.0
 
     def text(self) -> str:
-        """Return the ground truth as text."""
-        return json.dumps({key: value for key, value in asdict(self).items() if value or key == "tests"})
+        """Return the ground truth as text, compressed if it is long."""
+        text = json.dumps({key: value for key, value in asdict(self).items() if value or key == "tests"})
+        if len(text) <= LONGEST_PLAIN:
+            return text
+        return json.dumps({"zlib": base64.b64encode(zlib.compress(text.encode())).decode()})
 
 
 def read_tests(ground_truth: str) -> CodeTests:
@@ -49,6 +56,8 @@ def read_tests(ground_truth: str) -> CodeTests:
     content = _json(ground_truth, "ground_truth")
     if isinstance(content, dict) and set(content) == {"file", "sha256"}:
         content = _json(_from_file(str(content["file"]), str(content["sha256"])), "its file")
+    elif isinstance(content, dict) and set(content) == {"zlib"}:
+        content = _json(_decoded(str(content["zlib"])).decode(), "its content")
     known = {"kind", "tests", "names", "setup", "tolerance"}
     if not isinstance(content, dict) or not set(content) <= known or content.get("kind") not in KINDS:
         raise ValueError(
@@ -81,6 +90,27 @@ def _from_file(file: str, digest: str) -> str:
     if hashlib.sha256(stored).hexdigest() != digest:
         raise ValueError(f"the tests in {path} are not those that were prepared; prepare the data again")
     return inflated(stored).decode()
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return inflated(base64.b64decode(text, validate=True))
+    except ValueError as error:
+        raise ValueError(f"ground_truth {text!r:.60} {error}; prepare the data again") from error
+
+
+def stored(ground_truth: str, folder: Path) -> str:
+    """Return a ground truth as a data file holds it: long tests go to a file in `folder`, other text is left alone."""
+    if len(ground_truth) <= LONGEST_INLINE:
+        return ground_truth
+    content = base64.b64decode(json.loads(ground_truth)["zlib"])
+    digest = hashlib.sha256(content).hexdigest()
+    path = folder.resolve() / f"{digest[:16]}.json.zlib"
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+    return json.dumps({"file": str(path), "sha256": digest})
 
 
 def inflated(stored: bytes) -> bytes:

@@ -13,6 +13,7 @@ Usage: code_worker.py <socket> <namespaces|rlimits> <folder of this project> <fo
 
 import ctypes
 import fcntl
+import gc
 import json
 import os
 import platform
@@ -401,7 +402,7 @@ class Guard:
             mount("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
             maps = {"setgroups": "deny", "uid_map": f"{USER} {USER} 1", "gid_map": f"{USER} {USER} 1"}
             for name, line in maps.items():
-                Path(f"/proc/self/{name}").write_text(line, encoding="ascii")
+                Path(f"/proc/self/{name}").write_text(line, encoding="utf-8")
             mount("tmp", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={limits.files},nr_inodes=1000,mode=0700")
         os.chdir(self.folder)
         os.environ.update(HOME=self.folder, TMPDIR=self.folder)
@@ -487,6 +488,7 @@ def _filter(machine: str) -> bytes:
 def serve(control: socket.socket, namespaces: bool) -> None:
     """Fork a guard for every message, which brings its descriptors; returns when the other end has closed."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for guards
+    gc.freeze()  # a collection in a fork would copy all pages
     while True:
         message, descriptors, _, _ = socket.recv_fds(control, 16, 2)
         if not message:

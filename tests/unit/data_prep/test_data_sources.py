@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep import benchmarks, command, dapo_math, gsm8k, math
+from data_prep.code_tasks import tasks
 from data_prep.leakage import held_out, normalised
 from data_prep.pipeline import Collected, Problem, RowError, collect, prepare, sample, write_problems
 from data_prep.prompts import FOLDER, load_prompt_template
@@ -24,6 +25,7 @@ from data_prep.reading import RawRow, read_rows, split_files
 from data_prep.schema import DataError, check_parquet, prompt_id
 from data_prep.training import TrainingData, prepare_training
 from reward_fns import compute_score, route
+from tests.support.code_rows import SCHEMAS
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.exists(), reason="the data sets are not beside the repository")
@@ -593,6 +595,8 @@ def test_mmlu_pro_lists_its_options_and_its_letter_is_the_answer() -> None:
 def test_every_benchmark_has_a_reward_and_a_template() -> None:
     row = {"problem": "p", "question": "p", "answer": "1", "final_answer": ["1"]}
     special = {"mmlu_pro": {"answer": "A", "options": ["x"]}, "gsm8k": {"answer": "#### 1"}}
+    (task, *_), _ = tasks(1)
+    special |= {name: make(task, task.program)[0] for name, make in SCHEMAS.items()}
     for name, source in benchmarks.BENCHMARKS.items():
         problem = source.problem(row | special.get(name, {}))
         assert problem is not None

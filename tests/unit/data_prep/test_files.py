@@ -256,7 +256,8 @@ def test_a_field_that_a_row_of_a_csv_file_lacks_is_named(tmp_path: Path, capsys)
 
 
 OPTIONS: dict[str, tuple[list[str], str]] = {
-    "code": (["--check", "code"], "--check code (data.check): is unknown; known are number, math, choice, none"),
+    "sql": (["--check", "sql"], "--check sql (data.check): is unknown; known are number, math, choice, code, none"),
+    "no tests": (["--check", "code"], "field 'result': ground_truth '"),
     "no share": (["--split", "1"], "--split 1.0 (data.split): is not a share; give a number above 0 and below 1"),
     "no share, NaN": (["--split", "nan"], "--split nan (data.split): is not a share"),
     "a share of what is split": (
