@@ -148,7 +148,7 @@ def main() -> None:
 
     real_launch = recipe.launch
 
-    def launch(config: Any) -> None:
+    def launch(config: Any, *done: int) -> None:
         # Not earlier: the platform must have been chosen before this is imported.
         import ray
         from verl.trainer import main_ppo
@@ -166,7 +166,7 @@ def main() -> None:
             real_run(config, task_runner_class=WatchedRunner(ray.remote(Killed), task_runner_class.ready))
 
         main_ppo.run_ppo = run_ppo
-        real_launch(config)
+        real_launch(config, *done)
 
     recipe.launch = launch
     # An imported module has no config folder beside it, as far as Hydra is concerned.

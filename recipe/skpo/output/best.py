@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.untrusted import UntrustedError, one_line, read_yaml
-from recipe.skpo.errors import ConfigError
+from recipe.skpo.errors import RunError
 from recipe.skpo.output.metrics import read_lines
 from recipe.skpo.output.run_folder import stored_checkpoints
 
@@ -43,11 +43,11 @@ class Validations:
         """Take over a validation.
 
         Raises:
-            ConfigError: it has no such metric; naming those that look alike.
+            RunError: it has no such metric; naming those that look alike.
         """
         if self.name not in metrics:
             near = get_close_matches(self.name, metrics, n=3, cutoff=0.0)
-            raise ConfigError(
+            raise RunError(
                 f"trainer.keep_best: validation logs no {one_line(self.name)}; the nearest names are {', '.join(near)}"
             )
         self.values.setdefault(step, float(metrics[self.name]))

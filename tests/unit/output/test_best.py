@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from recipe.skpo.errors import ConfigError
+from recipe.skpo.errors import RunError
 from recipe.skpo.output.best import Validations, kept_best
 from recipe.skpo.output.metrics import MetricsFile
 
@@ -43,7 +43,7 @@ def test_the_best_of_those_that_have_a_checkpoint() -> None:
 
 
 def test_a_metric_that_validation_does_not_log_is_refused() -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(RunError) as error:
         Validations("val-core/maths/acc/mean@1").add(0, {ACC: 1.0, "val-aux/math/reward/mean@1": 1.0})
     assert str(error.value) == (
         f"trainer.keep_best: validation logs no val-core/maths/acc/mean@1; the nearest names are {ACC}, "
