@@ -24,6 +24,16 @@ def add_out(parser: argparse.ArgumentParser, help: str = "folder for picture, nu
     parser.add_argument("--out", type=Path, required=True, help=help)
 
 
+def rendered(figure: Figure, suffix: str, name: str) -> bytes:
+    """Render a figure as ``png`` or ``svg``; equal figures of one name give equal bytes."""
+    buffer = io.BytesIO()
+    # Element ids and dates would differ from run to run.
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        unknown = {"Software" if suffix == "png" else "Date": None}
+        figure.savefig(buffer, format=suffix, dpi=80, metadata=unknown)
+    return buffer.getvalue()
+
+
 def write_results(
     out: Path, name: str, config: Any, summary: Mapping[str, Any], tables: Mapping[str, pd.DataFrame], figure: Figure
 ) -> list[Path]:
@@ -33,13 +43,7 @@ def write_results(
         The files: ``<name>.png`` and ``<name>.svg``, ``<name>.json`` (summary and tables), ``<table>.csv`` for each
         table, ``config.json``.
     """
-    files: dict[Path, bytes] = {}
-    # Element ids and dates would differ from run to run.
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, dpi=80, metadata=metadata)
-            files[out / f"{name}.{suffix}"] = buffer.getvalue()
+    files = {out / f"{name}.{suffix}": rendered(figure, suffix, name) for suffix in ("png", "svg")}
     files[out / f"{name}.json"] = json_bytes({"summary": summary, **tables})
     for key, table in tables.items():
         files[out / f"{key}.csv"] = table.to_csv(index=False, lineterminator="\n").encode()

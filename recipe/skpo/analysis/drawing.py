@@ -13,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's palette, which colour-blind readers can distinguish."""
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999")
+"""Okabe and Ito's palette, which colour-blind readers can distinguish, and a grey."""
 
 
 def _figure(rows: int, columns: int, height: float = 3.0) -> tuple[Figure, list[Axes]]:
@@ -172,6 +172,20 @@ def draw_curves(curves: pd.DataFrame, phases: pd.DataFrame, unit: str) -> Figure
     _legend(axes[0])
     if not phases.empty:
         _draw_phases(axes[count - 1], phases)
+    return figure
+
+
+def draw_differences(table: pd.DataFrame) -> Figure:
+    """Draw every group's difference to the reference with its 95% interval, for the first metric of ``table_of``."""
+    rows = table[(table["metric"] == table["metric"].iloc[0]) & table["against"].astype(bool)]
+    figure, (axis, *_) = _figure(1, 1, 0.8 + 0.35 * len(rows))
+    figure.set_figwidth(6.5)
+    names = [_plain(str(group)) for group in rows["group"]]
+    errors = (rows["difference_high"] - rows["difference"]).fillna(0).to_numpy()
+    axis.errorbar(rows["difference"], names, xerr=errors, fmt="o", color=COLORS[0], capsize=3)
+    axis.axvline(0, color=COLORS[6], linewidth=0.8)
+    axis.invert_yaxis()
+    _label(axis, f"Difference to {_plain(str(rows['against'].iloc[0]))}", "held-out accuracy, 95% interval", "")
     return figure
 
 

@@ -75,7 +75,7 @@ def add_flags(parser: argparse.ArgumentParser, record: type, title: str = "") ->
     kinds = get_type_hints(record)
     for item in _options(record):
         default, text = None if item.default is MISSING else item.default, item.metadata["help"]
-        if default not in (None, ""):
+        if default not in (None, "", ()):
             shown = default if isinstance(default, tuple) else (default,)
             texts = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in shown)
             text += f" (default {','.join(texts)})"
