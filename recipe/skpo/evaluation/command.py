@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,12 @@ def title(config: EvaluationConfig, checkpoint: Checkpoint) -> str:
 
 def answered(benchmark: Benchmark, drawn: Mapping[str, Sequence[Completion]], judge: Judge) -> list[Answered]:
     """Check every problem's responses."""
+    asked = list(zip(benchmark.problems, benchmark.prompts, strict=True))
+    judged = judge.many((problem, prompt, item.token_ids) for problem, prompt in asked for item in drawn[problem.id])
     result = []
-    for problem, prompt in zip(benchmark.problems, benchmark.prompts, strict=True):
+    for problem, _ in asked:
         completions = drawn[problem.id]
-        texts, checked = zip(*(judge(problem, prompt, item.token_ids) for item in completions), strict=True)
+        texts, checked = zip(*islice(judged, len(completions)), strict=True)
         result.append(
             Answered(
                 id=problem.id,

@@ -1,7 +1,9 @@
 """Problems of a data file, their tokens under a model's chat template, and the reward of a response to them."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from recipe.skpo.isolation.child import PROMPT_SECONDS, Place, Stopped, in_child
 from recipe.skpo.task.prompts import problem_tokens
 from recipe.skpo.task.rewards import RewardCall, RewardError
 from recipe.skpo.task.thoughts import ThoughtReader, configured_marks
+from reward_fns import OUR_REWARD
 
 
 @dataclass(frozen=True)
@@ -137,6 +140,8 @@ class Reward:
         except RewardError as error:
             raise ConfigError(f"reward: {error}") from None
         self.marks = configured_marks(function.path, function.reward_kwargs)
+        # Programs run in processes of their own. A function of somebody else may not bear threads.
+        self.threads = len(os.sched_getaffinity(0)) if function.path == OUR_REWARD else 1
 
     def __call__(self, problem: Problem, response: str, extra_info: Mapping[str, Any] | None = None) -> Checked:
         """Check a response, a text without special tokens, with ``extra_info`` or else the problem's.
@@ -186,6 +191,15 @@ class Judge:
 
     def __call__(self, problem: Problem, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[str, Checked]:
         """Decode a response as the trainer's reward sees it, without special tokens, and check it."""
-        text = str(self._tokenizer.decode(list(response_ids), skip_special_tokens=True))
-        extra_info = self._thoughts.extra_info(problem.extra_info, prompt_ids, response_ids)
+        text, extra_info = self._decoded(problem, prompt_ids, response_ids)
         return text, self.reward(problem, text, extra_info)
+
+    def many(self, asked: Iterable[tuple[Problem, Sequence[int], Sequence[int]]]) -> Iterator[tuple[str, Checked]]:
+        """Call for many responses, several at a time; yields in their order."""
+        decoded = [(problem, *self._decoded(problem, *ids)) for problem, *ids in asked]
+        with ThreadPoolExecutor(self.reward.threads) as threads:
+            yield from threads.map(lambda response: (response[1], self.reward(*response)), decoded)
+
+    def _decoded(self, problem: Problem, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> tuple[str, Any]:
+        text = str(self._tokenizer.decode(list(response_ids), skip_special_tokens=True))
+        return text, self._thoughts.extra_info(problem.extra_info, prompt_ids, response_ids)

@@ -13,6 +13,7 @@ from math import comb
 import numpy as np
 
 from recipe.skpo.output.console import markdown_table
+from reward_fns.code_judge import VERDICTS
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Answered:
     Attributes:
         id, question, ground_truth: of the problem.
         responses: texts.
-        preds: the extracted answers, "" if there is none.
+        preds: the extracted answers, "" if there is none; of programs the verdicts (`reward_fns.code_judge`).
         right: whether the response is right.
         well_formed: whether an answer was found, or None if the reward does not say.
         lengths: in tokens, an end-of-sequence token included.
@@ -54,6 +55,7 @@ class Score:
         length: mean over responses, in tokens.
         cut: share of responses that ran into the limit.
         well_formed: share of responses with an answer, None if the reward does not say.
+        verdicts: verdict to share of responses, of a benchmark of programs; None of others.
     """
 
     benchmark: str
@@ -66,6 +68,7 @@ class Score:
     length: float
     cut: float
     well_formed: float | None
+    verdicts: dict[str, float] | None = None
 
 
 def pass_probability(k: int, j: int) -> np.ndarray:
@@ -107,6 +110,7 @@ def score(benchmark: str, answered: Sequence[Answered], *, seed: int, resamples:
     right = np.array([sum(problem.right) for problem in answered])
     low, high = bootstrap_interval(right, k, seed=seed, resamples=resamples)
     formed = [value for problem in answered for value in problem.well_formed]
+    preds = [value for problem in answered for value in problem.preds]
     return Score(
         benchmark=benchmark,
         problems=len(answered),
@@ -118,11 +122,12 @@ def score(benchmark: str, answered: Sequence[Answered], *, seed: int, resamples:
         length=float(np.mean([problem.lengths for problem in answered])),
         cut=float(np.mean([problem.cut for problem in answered])),
         well_formed=None if None in formed else float(np.mean([bool(value) for value in formed])),
+        verdicts={name: preds.count(name) / len(preds) for name in VERDICTS} if set(preds) <= set(VERDICTS) else None,
     )
 
 
 def markdown(scores: Sequence[Score]) -> str:
-    """Format the table, in percent and tokens, and one with pass@j if there is more than one response."""
+    """Format the table, in percent and tokens, one with pass@j of several responses, and one of programs' verdicts."""
     header = ["benchmark", "problems", "k", "avg@k", "95% interval", "pass@k", "tokens", "cut off", "well-formed"]
     rows = [
         [
@@ -146,6 +151,9 @@ def markdown(scores: Sequence[Score]) -> str:
     if tries != [1]:
         lines = [[_cell(item.benchmark), *(_percent(item.pass_at.get(j)) for j in tries)] for item in scores]
         tables.append(markdown_table(["benchmark", *(f"pass@{j}" for j in tries)], lines, numbers=True))
+    judged = [[_cell(item.benchmark), *map(_percent, item.verdicts.values())] for item in scores if item.verdicts]
+    if judged:
+        tables.append(markdown_table(["benchmark", *VERDICTS], judged, numbers=True))
     return "\n\n".join(tables) + "\n"
 
 

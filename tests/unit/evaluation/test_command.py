@@ -22,11 +22,13 @@ from recipe.skpo.evaluation.command import main
 from recipe.skpo.evaluation.config import read_config
 from recipe.skpo.evaluation.models import find_checkpoint, merged_model
 from recipe.skpo.output.run_folder import MARKER
+from reward_fns.code_tests import CodeTests
 from tests.conftest import thinking_run
 from tests.unit.analysis.conftest import FakeSampler
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 SOURCE = "skpo/arithmetic"
+CODE = "livecodebench/code_generation_lite"
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +121,36 @@ def test_table_results_and_config_are_written(command, model: Path, capsys: pyte
     assert table in capsys.readouterr().out
     assert "model: plain responses, temperature 0.6, top-p 0.95, at most 9 tokens, seed 1" in table
     assert json.loads((out / "config.json").read_text())["max_response_length"] == 9
+
+
+def test_programs_get_verdicts_in_the_results_and_in_a_table(command, monkeypatch, capsys) -> None:
+    tests = CodeTests("stdin", [["", "4"]]).text()
+    rows = [
+        Row(CODE, [{"role": "user", "content": f"Print {name}."}], tests, "code", "test", number, name)
+        for number, name in enumerate(("four", "five"))
+    ]
+    write_parquet(rows, Path("cache/benchmarks/livecodebench.parquet"))
+    programs = {"passed": "print(4)", "wrong answer": "print(5)", "error": "1/0", "time-out": "while 1: 0"}
+    said = [f"```py\n{text}\n```" for text in programs.values()] + ["It is 4."]
+    answers = iter(said * 2)
+    complete = FakeSampler._complete
+
+    def next_answer(self: FakeSampler, *given: Any) -> Any:
+        self.script = lambda prompt, seed: answer
+        answer = next(answers)
+        return complete(self, *given)
+
+    monkeypatch.setattr(FakeSampler, "_complete", next_answer)
+    limits = ["max_response_length=40", "+reward.reward_kwargs.code_seconds=0.5", "output_dir=out"]
+    assert command("benchmarks=[livecodebench]", "k.default=5", *limits)[0] == 0
+    (line,) = numbers()
+    verdicts = [*programs, "no code"]
+    assert line["verdicts"] == dict.fromkeys(verdicts, 0.2)
+    assert (line["benchmark"], line["k"], line["avg"], line["pass_at"]["5"]) == ("livecodebench", 5, 0.2, 1.0)
+    results = pd.read_parquet("out/livecodebench/problems.parquet")
+    assert [preds.tolist() for preds in results["preds"]] == [verdicts] * 2
+    assert results["well_formed"][0].tolist() == [True] * 4 + [False]
+    assert "| livecodebench | 20.00 | 20.00 | 20.00 | 20.00 | 20.00 |" in capsys.readouterr().out
 
 
 def test_long_responses_are_cut_and_counted(command) -> None:
@@ -229,7 +261,7 @@ def test_greedy(command, capsys: pytest.CaptureFixture[str]) -> None:
         (["engine=3"], "Merge error: int is not a subclass of EngineConfig"),
         (["benchmarks=[]"], "benchmarks: is empty; name any of aime24, "),
         (["benchmarks=null"], "benchmarks: is not set; name any of aime24, "),
-        (["benchmarks=[livecodebench]"], "benchmarks: 'livecodebench' is unknown; known are aime24, "),
+        (["benchmarks=[swebench]"], "benchmarks: 'swebench' is unknown; known are aime24, "),
         (["benchmarks=[amc23]"], "make it with `python -m data_prep.benchmarks --names amc23 --out cache/benchmarks`"),
         (["benchmarks=[no.parquet]"], "benchmarks: no.parquet does not exist; "),
         (["benchmarks=[sums.parquet,./sums.parquet]"], "./sums.parquet and sums.parquet are both called sums"),
