@@ -127,10 +127,10 @@ def title(config: EvaluationConfig, checkpoint: Checkpoint) -> str:
 
 def answered(benchmark: Benchmark, drawn: Mapping[str, Sequence[Completion]], judge: Judge) -> list[Answered]:
     """Check every problem's responses."""
-    asked = list(zip(benchmark.problems, benchmark.prompts, strict=True))
-    judged = judge.many((problem, prompt, item.token_ids) for problem, prompt in asked for item in drawn[problem.id])
+    pairs = list(zip(benchmark.problems, benchmark.prompts, strict=True))
+    judged = judge.many((problem, prompt, item.token_ids) for problem, prompt in pairs for item in drawn[problem.id])
     result = []
-    for problem, _ in asked:
+    for problem, _ in pairs:
         completions = drawn[problem.id]
         texts, checked = zip(*islice(judged, len(completions)), strict=True)
         result.append(
