@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep import counting
 from data_prep.untrusted import read_json
 from recipe.skpo.analysis.common import parser_of
 from recipe.skpo.errors import ConfigError
@@ -95,13 +94,17 @@ class Arm:
 _VALIDATION = "actor_rollout_ref.rollout.val_kwargs"
 
 
-def _counting() -> Path:
-    return Path(os.environ.get("SKPO_CACHE", ".cache")).expanduser() / "counting"
+def _chains() -> Path:
+    return Path(os.environ.get("SKPO_CACHE", ".cache")).expanduser() / "chains"
 
 
-def _make_counting() -> None:
-    if not all((_counting() / f"{split}.parquet").is_file() for split in ("train", "val")):
-        counting.prepare(_counting())
+def _make_chains() -> None:
+    if all((_chains() / f"{split}.parquet").is_file() for split in ("train", "val")):
+        return
+    from data_prep import arithmetic  # loads reasoning-gym, a second
+
+    template = arithmetic.TEMPLATE.with_name("chains.yaml")
+    arithmetic.prepare(_chains(), train=2048, val=256, min_terms=2, max_terms=6, template=template)
 
 
 def _arms() -> dict[str, Arm]:
@@ -124,11 +127,11 @@ def _arms() -> dict[str, Arm]:
             overrides=(
                 "model=smollm2_135m",
                 "data=files",
-                f"data.train_files={_counting()}/train.parquet",
-                f"data.val_files={_counting()}/val.parquet",
+                f"data.train_files={_chains()}/train.parquet",
+                f"data.val_files={_chains()}/val.parquet",
                 "data.train_batch_size=32",
-                "data.max_prompt_length=320",
-                "data.max_response_length=176",
+                "data.max_prompt_length=224",
+                "data.max_response_length=96",
                 "actor_rollout_ref.actor.ppo_mini_batch_size=16",
                 "actor_rollout_ref.rollout.agent.num_workers=1",
                 "actor_rollout_ref.rollout.max_num_seqs=256",
@@ -148,8 +151,8 @@ def _arms() -> dict[str, Arm]:
                 "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=32768",
                 "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu=65536",
             ),
-            of_skpo=("skpo.initial_length=100",),
-            prepare=_make_counting,
+            of_skpo=("skpo.initial_length=40",),
+            prepare=_make_chains,
         ),
     }
 
