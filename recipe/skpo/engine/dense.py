@@ -20,7 +20,9 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
 
-from recipe.skpo.engine.log_probs import in_rows
+from recipe.skpo.engine.log_probs import in_rows, slopes
+from recipe.skpo.engine.slopes import wants_slopes
+from recipe.skpo.method.rows import SLOPE_FIELD
 
 DEVICE = "shared_prefix"
 _PACKED = "skpo_packed"
@@ -58,7 +60,7 @@ class SharedPrefixEngine(FSDPEngineWithLMHead):
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, torch.Tensor]:
-        """Return ``log_probs`` and, if requested, ``entropy``: nested (rows, prompt + response), 0 on the prompt."""
+        """Return log-probs and, if requested, entropies and slopes: nested (rows, prompt + response), else 0."""
         predictors, labels = output_args[_PACKED]
         logits = output.logits.flatten(0, 1)[predictors].float()
         temperature = micro_batch["temperature"]
@@ -72,6 +74,8 @@ class SharedPrefixEngine(FSDPEngineWithLMHead):
         result = {"log_probs": in_rows(log_probs, micro_batch)}
         if entropy:
             result["entropy"] = in_rows(verl_functional.entropy_from_logits(logits), micro_batch)
+        if wants_slopes(micro_batch):
+            result[SLOPE_FIELD] = in_rows(slopes(logits, labels), micro_batch)
         return result
 
 

@@ -21,12 +21,14 @@ from verl.utils.device import get_device_name
 from verl.utils.metric import Metric
 from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.engine.base import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead, FSDPEngineWithValueHead
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithValueHead
 
 from recipe.skpo.engine import attention
 from recipe.skpo.engine.log_probs import in_rows, log_probs
 from recipe.skpo.engine.packing import PackedSequence
 from recipe.skpo.engine.sizes import BLOCK
+from recipe.skpo.engine.slopes import SlopesEngine, wants_slopes
+from recipe.skpo.method.rows import SLOPE_FIELD
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +41,11 @@ _UNSUPPORTED = ("use_fused_kernels", "calculate_sum_pi_squared", "distillation_u
 
 @dataclass
 class TokenScores(ModelOutput):
-    """Output of the model: log-probs and entropies of the response tokens, float32 (response tokens,)."""
+    """Output of the model: log-probs, entropies and slopes of the response tokens, float32 (response tokens,)."""
 
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None
 
 
 def _forward(
@@ -59,7 +62,8 @@ def _forward(
         return own(self, input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, **kwargs)
     hidden = self.model(input_ids=input_ids, position_ids=position_ids, packed=packed, use_cache=False)
     states = hidden.last_hidden_state.flatten(0, 1)[packed.predictors]
-    return TokenScores(*log_probs(self.lm_head, states, packed.labels, packed.temperature))
+    scores = log_probs(self.lm_head, states, packed.labels, packed.temperature, with_slopes=packed.with_slopes)
+    return TokenScores(*scores)
 
 
 def use_packed(module: Any, kind: str) -> None:
@@ -72,7 +76,7 @@ def use_packed(module: Any, kind: str) -> None:
 
 
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device=DEVICE)
-class PackedEngine(FSDPEngineWithLMHead):
+class PackedEngine(SlopesEngine):
     """``FSDPEngineWithLMHead`` over packed sequences; returns log-probs and entropies row by row, as verl does."""
 
     kind: str | None = None
@@ -161,19 +165,21 @@ class PackedEngine(FSDPEngineWithLMHead):
         temperature = micro_batch["temperature"]
         if isinstance(temperature, torch.Tensor) and temperature.numel() > 1:
             temperature = temperature.float().repeat_interleave(micro_batch["responses"].offsets().diff())
-        packed.temperature = temperature
+        packed.temperature, packed.with_slopes = temperature, wants_slopes(micro_batch)
         self._positions = packed.positions
         return {"input_ids": packed.input_ids, "position_ids": packed.position_ids, "packed": packed}, {}
 
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Any
     ) -> dict[str, torch.Tensor]:
-        """``log_probs`` and, if requested, ``entropy``: nested (rows, prompt + response), 0 on the prompt."""
+        """``log_probs`` and, if requested, entropies and slopes: nested (rows, prompt + response), 0 on the prompt."""
         if self.kind is None:
             return super().prepare_model_outputs(output, output_args, micro_batch, logits_processor_func)
         result = {"log_probs": in_rows(output.log_probs, micro_batch)}
         if tu.get_non_tensor_data(data=micro_batch, key="calculate_entropy", default=False):
             result["entropy"] = in_rows(output.entropy, micro_batch)
+        if output.slopes is not None:
+            result[SLOPE_FIELD] = in_rows(output.slopes, micro_batch)
         return result
 
     def forward_step(self, micro_batch: TensorDict, loss_function: Any, forward_only: bool) -> Any:

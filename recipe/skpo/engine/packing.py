@@ -50,6 +50,7 @@ class PackedSequence:
         prefix_tokens: the shared prompts are ``[0, prefix_tokens)``.
         branches_from: the responses to them are ``[branches_from, positions)``.
         temperature: divides the logits; a number or float32 (response tokens,).
+        with_slopes: whether entropy slopes are to be computed.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class PackedSequence:
         self.branches = _documents([sum(len(responses[row]) for row in rows) for rows in trees], device)
         self.prefixes = _documents([len(prompts[rows[0]]) for rows in trees], device)
         self.temperature: float | torch.Tensor = 1.0
+        self.with_slopes = False
 
     @cached_property
     def block_mask(self):  # type: ignore[no-untyped-def]  # a type of torch's that is imported late

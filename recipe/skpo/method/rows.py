@@ -38,7 +38,16 @@ The trainer reads them instead of two columns with a value per token, ``rm_score
 OUTCOME_FIELDS = ("response_mask", "rm_scores")
 """What the trainer reads of rows that verl's own agent loop stored, which may hold tokens of tools anywhere."""
 
-TOKEN_FIELDS = ("response_mask", "rm_scores", "responses", "rollout_log_probs", "old_log_probs", "advantages")
+SLOPE_FIELD = "skpo_entropy_slope"
+"""Output of the actor: T of each token (``polarity.entropy_slopes``), float32."""
+
+WANT_SLOPES = "skpo_want_slopes"
+"""Flag of a batch by which the trainer requests ``SLOPE_FIELD``."""
+
+TOKEN_FIELDS = (
+    *("response_mask", "rm_scores", "responses", "rollout_log_probs", "old_log_probs", "advantages"),
+    *("entropy", SLOPE_FIELD),
+)
 """Fields with one value per response token."""
 
 
