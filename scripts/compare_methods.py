@@ -18,7 +18,7 @@ from data_prep.untrusted import read_yaml
 from recipe.skpo.output.console import markdown_table
 from recipe.skpo.output.metrics import training_steps
 
-METHODS = ["grpo", "skpo", "grpo_curriculum", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "spo"]
+METHODS = ["grpo", "skpo", "grpo_curriculum", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "rloo", "papo", "spo"]
 
 
 def run(method: str, folder: Path, steps: int, overrides: list[str]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from recipe.skpo.output import glossary
 from recipe.skpo.output.console import markdown_table
-from recipe.skpo.settings import BOUNDS, CHOICES, DRIFTS, RECORDS, SkpoSettings
+from recipe.skpo.settings import BOUNDS, CHOICES, DRIFTS, RECORDS, PolaritySettings, SkpoSettings
 from reward_fns import code_judge, code_worker
 from reward_fns.code_judge import RunOptions
 
@@ -47,11 +47,12 @@ def values(name: str) -> str:
 
 
 def settings_table() -> str:
-    """Tabulate the node ``skpo``."""
+    """Tabulate the nodes ``skpo`` and ``polarity``."""
     rows = []
     for prefix, record in {
         "skpo": SkpoSettings,
         **{f"skpo.{name}": record for name, record in RECORDS.items()},
+        "polarity": PolaritySettings,
     }.items():
         said = meanings(record)
         rows += [

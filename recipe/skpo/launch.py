@@ -71,7 +71,7 @@ def _apply_engine(config: DictConfig) -> dict[str, str]:
         }
         os.environ |= chosen
         libraries.append(engine.library)
-    elif engine.reason is not None:
+    if engine.reason is not None:
         print(f"note: the actor's rows are not packed by this recipe: {engine.reason}")
     model.external_lib = libraries
     if "attn_implementation" not in model.override_config and not flash_attention_installed():

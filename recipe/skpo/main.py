@@ -46,7 +46,7 @@ from recipe.skpo.output.progress import opening
 from recipe.skpo.output.redaction import reject_secret_overrides, reject_secrets
 from recipe.skpo.output.run_folder import FOLDER_NOTE
 from recipe.skpo.output.summary import summary
-from recipe.skpo.settings import SkpoSettings
+from recipe.skpo.settings import PolaritySettings, SkpoSettings
 from recipe.skpo.trainer.checkpoints import check_room, check_saving, repair_marker
 from recipe.skpo.trainer.identity import fingerprint
 from recipe.skpo.trainer.resume import ResumePlan, plan_resume
@@ -92,6 +92,7 @@ def check(config: DictConfig, command: Command) -> SkpoSettings:
     check_structure(command.given, command.choices)
     # Before the config is resolved: other values are computed from these.
     settings = SkpoSettings.from_config(config.skpo)
+    PolaritySettings.from_config(config.polarity)
     check_method_settings(config, command.overrides)
     check_numbers(config)
     own_folder(config, command.overrides)

@@ -1,4 +1,4 @@
-"""The ``skpo:`` node of the config: typed, validated when it is read, defaults as in the paper.
+"""The nodes ``skpo:`` and ``polarity:`` of the config: typed, validated when they are read, defaults as in the paper.
 
 Read once at each border (``main``, the trainer, a rollout worker) and passed on as a frozen record, so that a
 misspelt key or a degenerate combination stops the run before anything is loaded.
@@ -7,9 +7,9 @@ misspelt key or a degenerate combination stops the run before anything is loaded
 import math
 import re
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -303,30 +303,7 @@ class SkpoSettings:
         Raises:
             ConfigError: an unknown key, a value of the wrong type, or one out of range.
         """
-        try:
-            resolve = isinstance(node, DictConfig)
-            plain: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if resolve else node
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"skpo: {str(error).splitlines()[0]}") from None
-        if not isinstance(plain, Mapping):
-            raise ConfigError(f"skpo: must be a mapping of settings, is {plain!r}")
-        for name in RECORDS:
-            if not isinstance(plain.get(name, {}), Mapping):
-                raise ConfigError(f"skpo.{name}: must be a mapping of settings, is {plain[name]!r}")
-        for key in unknown_keys(plain):
-            raise ConfigError(f"skpo.{key}: unknown key; known are {', '.join(known_keys())}")
-        try:
-            schema = OmegaConf.structured(cls)
-            for record in (schema, *(schema[name] for name in RECORDS)):  # frozen dataclasses come as read-only nodes
-                OmegaConf.set_readonly(record, False)
-            settings = OmegaConf.to_object(OmegaConf.merge(schema, plain))
-        except OmegaConfBaseException as error:
-            cause = error.__cause__ or error.__context__
-            if isinstance(cause, ConfigError):
-                raise cause from None
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"skpo.{getattr(error, 'full_key', None) or '?'}: {reason}") from None
-        assert isinstance(settings, cls)
+        settings = _read(cls, node, "skpo", RECORDS)
         boundaries = [
             unescaped(item, "skpo.boundaries") if isinstance(item, str) else item for item in settings.boundaries
         ]
@@ -341,18 +318,100 @@ RECORDS: dict[str, type] = {
 """The nodes below ``skpo`` that are records of their own."""
 
 
+@dataclass(frozen=True)
+class PolaritySettings:
+    """Entropy polarity on top of any method's advantages (docs/method.md, section 17); ``method=papo`` turns it on.
+
+    Attributes:
+        enable: reweight the advantages of tokens that expand the policy's entropy against those that contract it.
+        strength: lambda, inside [0, 1): how far weights move from 1; 0 changes no bit and still logs the metrics.
+        target: entropy that the policy is to have, in nats per token above 0, or ``ema``: its own moving average.
+        decay: share of that average that a step keeps, inside [0, 1).
+    """
+
+    enable: bool = False
+    strength: float = 0.5
+    target: Any = "ema"
+    decay: float = 0.9
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work."""
+        for name in ("strength", "decay"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"polarity.{name}: must be inside [0, 1), got {value}")
+        number = type(self.target) in (int, float) and 0 < self.target < math.inf
+        _require(
+            number or self.target == "ema",
+            f"polarity.target: must be ema, or an entropy above 0 in nats per token, got {self.target!r}",
+        )
+
+    @property
+    def entropy(self) -> float | None:
+        """The target as a number; None for the moving average."""
+        return None if self.target == "ema" else float(self.target)
+
+    @classmethod
+    def from_config(cls, node: DictConfig | Mapping[str, Any]) -> "PolaritySettings":
+        """Read the settings in a config's ``polarity`` node.
+
+        Raises:
+            ConfigError: an unknown key, a value of the wrong type, or one out of range.
+        """
+        return _read(cls, node, "polarity", {})
+
+
+_Record = TypeVar("_Record")
+
+
+def _read(cls: type[_Record], node: Any, path: str, records: Mapping[str, type]) -> _Record:
+    """Read a node of the config as a record, which may have ``records`` of its own below."""
+    try:
+        resolve = isinstance(node, DictConfig)
+        plain: Any = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if resolve else node
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"{path}: must be a mapping of settings, is {plain!r}")
+    for name in records:
+        if not isinstance(plain.get(name, {}), Mapping):
+            raise ConfigError(f"{path}.{name}: must be a mapping of settings, is {plain[name]!r}")
+    known = _keys(cls, records)
+    for key in _unknown(plain, known, records):
+        raise ConfigError(f"{path}.{key}: unknown key; known are {', '.join(known)}")
+    try:
+        schema = OmegaConf.structured(cls)
+        for record in (schema, *(schema[name] for name in records)):  # frozen dataclasses come as read-only nodes
+            OmegaConf.set_readonly(record, False)
+        settings = OmegaConf.to_object(OmegaConf.merge(schema, plain))
+    except OmegaConfBaseException as error:
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"{path}.{getattr(error, 'full_key', None) or '?'}: {reason}") from None
+    assert isinstance(settings, cls)
+    return settings
+
+
+def _keys(cls: Any, records: Mapping[str, Any]) -> list[str]:
+    top = [item.name for item in fields(cls) if item.name not in records]
+    return top + [f"{name}.{item.name}" for name, record in records.items() for item in fields(record)]
+
+
+def _unknown(node: Mapping[str, Any], known: Iterable[str], records: Iterable[str]) -> list[str]:
+    given = [key for key in node if key not in set(records)]
+    given += [f"{name}.{key}" for name in records for key in (node.get(name) or {})]
+    return [key for key in given if key not in set(known)]
+
+
 def known_keys() -> list[str]:
     """Return the dotted keys below ``skpo``."""
-    top = [item.name for item in fields(SkpoSettings) if item.name not in RECORDS]
-    return top + [f"{name}.{item.name}" for name, record in RECORDS.items() for item in fields(record)]
+    return _keys(SkpoSettings, RECORDS)
 
 
 def unknown_keys(node: Mapping[str, Any]) -> list[str]:
-    """Return the dotted keys in ``node`` that the settings do not have."""
-    known = set(known_keys())
-    given = [key for key in node if key not in RECORDS]
-    given += [f"{name}.{key}" for name in RECORDS for key in (node.get(name) or {})]
-    return [key for key in given if key not in known]
+    """Return the dotted keys in ``node`` that the settings of ``skpo`` do not have."""
+    return _unknown(node, known_keys(), RECORDS)
 
 
 def default_node() -> dict[str, Any]:

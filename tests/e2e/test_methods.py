@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 
-METHODS = ["grpo", "grpo_curriculum", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
+METHODS = ["grpo", "grpo_curriculum", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo", "papo"]
 
 # Choices that do not touch each other share a launch.
 ABLATIONS = {
@@ -86,6 +86,7 @@ def test_method(method: str, tmp_path: Path) -> None:
         assert "skpo/downstream/reward/mean" in line
         # SPO has one response per prompt, and G times the prompts.
         assert ("skpo/tracker/value/mean" in line) == (method == "spo")
+        assert ("skpo/polarity/entropy" in line) == (method == "papo")
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

@@ -1,4 +1,4 @@
-"""Slow, obvious float64 references of docs/method.md, sections 1 to 9: plain loops without a formula of recipe.skpo.
+"""Slow, obvious float64 references of docs/method.md, sections 1 to 9 and 17: plain loops, no formula of recipe.skpo.
 
 Importing this module also sets how the property tests run: the same examples every time, and no deadline per example,
 because a busy machine is no fault of the code.
@@ -212,6 +212,29 @@ def reference_group_relative(rewards: Sequence[float], groups: Sequence[int], va
         std = math.sqrt(math.fsum((other - mean) ** 2 for other in siblings) / len(siblings))
         result.append((reward - mean) / std)
     return result
+
+
+def reference_slope(logits: Sequence[float], token: int) -> float:
+    """T of a token: how its state's entropy changes per unit of advantage and step, docs/method.md section 17."""
+    total = sum(math.exp(logit) for logit in logits)
+    probs = [math.exp(logit) / total for logit in logits]
+    entropy = -sum(prob * math.log(prob) for prob in probs)
+    own = [prob * (math.log(prob) + entropy) for prob in probs]
+    return sum(prob * value for prob, value in zip(probs, own, strict=True)) - own[token]
+
+
+def reference_reweighted(tokens: Sequence[tuple[float, float]], phase: float, strength: float) -> list[float]:
+    """A' of the (A, T) of a whole step, docs/method.md section 17."""
+    weighted = []
+    for advantage, slope in tokens:
+        if advantage * slope > 0:
+            weighted.append(advantage * (1 + strength * phase))
+        elif advantage * slope < 0:
+            weighted.append(advantage * (1 - strength * phase))
+        else:
+            weighted.append(advantage)
+    before, after = sum(abs(advantage) for advantage, _ in tokens), sum(map(abs, weighted))
+    return [value * before / after for value in weighted] if after else weighted
 
 
 def reference_upstream_objective(row: Row, clip_low: float, clip_high: float) -> tuple[float, Gradient]:

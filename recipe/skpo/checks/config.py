@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from recipe.skpo.checks import ACTOR, ROLLOUT
-from recipe.skpo.checks.engine import check_model_engine, choose_engine, flash_attention_installed
+from recipe.skpo.checks.engine import check_model_engine, check_polarity, choose_engine, flash_attention_installed
 from recipe.skpo.checks.gpus import check_ranks, check_token_budgets
 from recipe.skpo.checks.options import check_options
 from recipe.skpo.checks.paths import nearest_existing
@@ -40,6 +40,13 @@ def check_method_settings(config: DictConfig, overrides: Iterable[str]) -> None:
         match = re.match(r"[+~]{0,2}skpo\.(\w+)", override)
         if match and match[1] in ignored:
             raise ConfigError(f"skpo.{match[1]}: has no effect with method={config.method.name}; leave it out")
+        match = re.match(r"[+~]{0,2}polarity\.(strength|target|decay)", override)
+        if match and not config.polarity.enable:
+            raise ConfigError(f"polarity.{match[1]}: has no effect without polarity.enable=true; give that, too")
+        if match and match[1] == "decay" and config.polarity.target != "ema":
+            raise ConfigError(
+                f"polarity.decay: has no effect with polarity.target={config.polarity.target}; leave it out"
+            )
 
 
 # ---------------------------------------------------------------- numbers
@@ -147,6 +154,7 @@ TRAINERS = {"skpo": "skpo", "spo": "skpo_spo"}
 def check_config(config: DictConfig, settings: SkpoSettings, overrides: Sequence[str] = ()) -> None:
     """Refuse options that are not installed, that nothing would read, or that cannot be trained with together."""
     check_model_engine(config)
+    check_polarity(config)
     choose_engine(config, flash_attention=flash_attention_installed())
     _check_required(config, settings)
     _check_combinations(config, settings)

@@ -1,12 +1,12 @@
 """Which engine computes the actor's rows, by ``packed_attention``, ``share_prefixes`` and ``model_engine``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from recipe.skpo.checks import ACTOR, MODEL, ROLLOUT
+from recipe.skpo.checks import ACTOR, CORRECTION, MODEL, ROLLOUT
 from recipe.skpo.errors import ConfigError
 
 DENSE_MASK_GB = 2
@@ -43,6 +43,13 @@ def flash_attention_installed() -> bool:
 
 def choose_engine(config: DictConfig, flash_attention: bool) -> EngineChoice:
     """Choose the engine by the options and by whether flash-attn is installed; refuse options that contradict."""
+    choice = _choose(config, flash_attention)
+    if choice.device is None and config.polarity.enable:
+        return replace(choice, device="slopes", library="recipe.skpo.engine.slopes")
+    return choice
+
+
+def _choose(config: DictConfig, flash_attention: bool) -> EngineChoice:
     kind, share = config.packed_attention, config.share_prefixes
     if kind not in KINDS:
         raise ConfigError(f"packed_attention: is {kind}, must be one of {', '.join(KINDS)}")
@@ -129,6 +136,20 @@ def sequence_parallel_size(config: Any) -> int:
     """Return the Ulysses ranks per sequence: the larger value, since verl has two options for it."""
     nodes = (f"{ACTOR}.{part}ulysses_sequence_parallel_size" for part in ("", "fsdp_config."))
     return max(1, *(int(OmegaConf.select(config, node) or 1) for node in nodes))
+
+
+def check_polarity(config: DictConfig) -> None:
+    """Refuse entropy polarity where the pass of the old log-probs cannot give it the slopes of the entropy."""
+    actor, model = config.actor_rollout_ref.actor, config.actor_rollout_ref.model
+    reason = None
+    if actor.strategy not in ("fsdp", "fsdp2"):
+        reason = f"{ACTOR}.strategy is {actor.strategy}, and only fsdp and fsdp2 give the slopes of the entropy"
+    elif model.get("use_fused_kernels"):
+        reason = f"{MODEL}.use_fused_kernels is true, which never has the probabilities of the vocabulary"
+    elif config.algorithm.rollout_correction.bypass_mode:
+        reason = f"{CORRECTION}.bypass_mode is true, so that no old log-probs and entropies are computed"
+    if config.polarity.enable and reason is not None:
+        raise ConfigError(f"polarity.enable: is true, but {reason}; set one of them back")
 
 
 ENGINES = {"megatron": "megatron.core", "torchtitan": "torchtitan", "veomni": "veomni"}

@@ -1,4 +1,4 @@
-"""What the config computes, ``${skpo_rows:...}`` and its like, and its node ``skpo``; importing this registers both.
+"""What the config computes, ``${skpo_rows:...}`` and its like, and the settings; importing this registers both.
 
 An error in a resolver reaches the user with the key of whatever is computed.  So each names the key that is wrong.
 """
@@ -19,7 +19,7 @@ from recipe.skpo.checks.environment import needed_cpus
 from recipe.skpo.checks.gpus import gpus_to_use, visible_gpus
 from recipe.skpo.checks.paths import run_name, scratch_folder
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.settings import HALF_LIVES, default_node
+from recipe.skpo.settings import HALF_LIVES, PolaritySettings, default_node
 
 CONFIG = Path(__file__).parents[1] / "config"
 
@@ -140,4 +140,7 @@ for _name, _resolver in _RESOLVERS.items():
     OmegaConf.register_new_resolver(_name, _resolver, replace=True)
 OmegaConf.register_new_resolver("skpo_scratch", scratch_folder, use_cache=True, replace=True)
 
-ConfigStore.instance().store("skpo_settings", {"skpo": default_node()})
+ConfigStore.instance().store(
+    "skpo_settings",
+    {"skpo": default_node(), "polarity": OmegaConf.to_container(OmegaConf.structured(PolaritySettings))},
+)

@@ -1,7 +1,7 @@
 """Entropy polarity: which tokens expand the policy's entropy, and advantages that steer it.
 
 A token of a state with policy pi and entropy H, trained with advantage A, changes that entropy by eta A T + O(eta^2),
-where eta is the step on the logits (docs/method.md, section 16; arXiv 2605.11775; arXiv 2602.03392, theorems 3.2, 3.3):
+where eta is the step on the logits (docs/method.md, section 17; arXiv 2605.11775; arXiv 2602.03392, theorems 3.2, 3.3):
 
     S_v = pi_v (log pi_v + H)        C = sum_v pi_v S_v        T_a = C - S_a        polarity P = A T_a
 

@@ -55,6 +55,7 @@ def unit_of(name: str) -> str:
 
 
 _BOTH, _UP, _DOWN, _TRACKER = "skpo/{upstream,downstream}/", "skpo/upstream/", "skpo/downstream/", "skpo/tracker/"
+_POLARITY, _ON = "skpo/polarity/", "with `polarity.enable`"
 _SPREAD = "{mean,max,min}"
 _IS, _BASELINES = "with `algorithm.rollout_correction`", "with another method than SKPO"
 _KNOWN = "once 32 visits were to prompts seen before, with `skpo.upstream_reward=mc`"
@@ -148,6 +149,40 @@ METRICS = (
     ),
     Metric(f"{_TRACKER}drift/mean", "unit of `skpo.tracker.drift`", "mean drift D since the prompts' previous visits"),
     Metric(f"{_TRACKER}prompts_seen", "prompts", "prompts visited since the start of the run"),
+    # ---- entropy polarity
+    Metric(
+        f"{_POLARITY}entropy", "nats per token", "H, mean entropy of the step's trained tokens before the updates", _ON
+    ),
+    Metric(
+        f"{_POLARITY}target", "nats per token", "the entropy that H is compared with", f"{_ON}, from the second step on"
+    ),
+    Metric(f"{_POLARITY}phi", "-1 to 1", "(target - H) / target; above 0 the entropy is to rise", _ON),
+    Metric(f"{_POLARITY}{{expanding,contracting}}/token_share", "share of tokens", "tokens of the branch", _ON),
+    Metric(
+        f"{_POLARITY}{{expanding,contracting}}/{{advantage_share,advantage_share_after}}",
+        "share of the sum of |A|",
+        "what the branch has of it, before and after the reweighting",
+        _ON,
+    ),
+    Metric(f"{_POLARITY}mean", "", "mean P over the step's trained tokens, before the reweighting", _ON),
+    Metric(
+        f"{_POLARITY}predicted_change",
+        "nats per unit of step on the logits",
+        "the same after it: the change of entropy that is predicted, but for the length of the step",
+        _ON,
+    ),
+    Metric(
+        f"{_POLARITY}entropy_change",
+        "nats per token",
+        "measured change of H since the step before, whose prompts were others",
+        f"{_ON}, from the second step on",
+    ),
+    Metric(
+        f"{_POLARITY}correlation",
+        "",
+        "correlation of predicted and measured changes over the last 50 steps",
+        f"{_ON}, from the fourth step on",
+    ),
     # ---- validation
     Metric(
         "skpo/validation/skip_gap",

@@ -1,7 +1,8 @@
 """What a run shows in numbers: metrics split by role, and the metrics file.
 
 verl's own score and length metrics mix both phases' rows; everything published here is under ``skpo/upstream``,
-``skpo/downstream`` or ``skpo/tracker``.  Names avoid the substrings that verl reduces by (max, min, sum, total).
+``skpo/downstream``, ``skpo/tracker`` or ``skpo/polarity``.  Names avoid the substrings that verl reduces by (max, min,
+sum, total).
 """
 
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from data_prep.untrusted import UntrustedError, parse_json, read_json
+from recipe.skpo.method.polarity import polarity
 from recipe.skpo.method.rows import DOWNSTREAM, UPSTREAM, RolloutRecord, Rows
 from recipe.skpo.method.variance import SegmentVariance
 from recipe.skpo.output.files import write_atomic
@@ -89,6 +91,27 @@ def signal_metrics(signal: SegmentVariance) -> dict[str, float]:
         return {}
     name = "skpo/upstream/signal_to_noise"
     return {name: found.signal_to_noise, f"{name}_low": found.low, f"{name}_high": found.high}
+
+
+def polarity_metrics(advantages: torch.Tensor, reweighted: torch.Tensor, slopes: torch.Tensor) -> dict[str, float]:
+    """Compute the shares of both branches of the polarity, and its mean, over the trained tokens of a step.
+
+    Args:
+        advantages: A, float (tokens,).
+        reweighted: A', (tokens,).
+        slopes: T, (tokens,).
+    """
+    before, after = polarity(advantages, slopes), polarity(reweighted, slopes)
+    result = {"skpo/polarity/mean": float(before.mean()), "skpo/polarity/predicted_change": float(after.mean())}
+    total = advantages.double().abs().sum().clamp(min=1e-30)
+    for name, branch in (("expanding", before > 0), ("contracting", before < 0)):
+        shares = {
+            "token_share": branch.double().mean(),
+            "advantage_share": advantages[branch].double().abs().sum() / total,
+            "advantage_share_after": reweighted[branch].double().abs().sum() / total,
+        }
+        result |= {f"skpo/polarity/{name}/{share}": float(value) for share, value in shares.items()}
+    return result
 
 
 def update_metrics(sums: Mapping[str, float]) -> tuple[dict[str, float], float]:

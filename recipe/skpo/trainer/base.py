@@ -36,19 +36,27 @@ from data_prep.untrusted import one_line
 from recipe.skpo.engine.optimizer import use_own_settings_in_worker
 from recipe.skpo.errors import describe
 from recipe.skpo.method.curriculum import PrioritisedBatches
-from recipe.skpo.method.rows import RowKey, Rows, visit_columns
+from recipe.skpo.method.polarity import reweighted
+from recipe.skpo.method.rows import SLOPE_FIELD, WANT_SLOPES, Ragged, RowKey, Rows, visit_columns
 from recipe.skpo.output.best import Validations
 from recipe.skpo.output.best_effort import BestEffort, BestEffortLogger
 from recipe.skpo.output.collapse import CollapseWarning
 from recipe.skpo.output.console import say
 from recipe.skpo.output.files import write_atomic
-from recipe.skpo.output.metrics import MetricsFile, mean, plain_numbers, read_numbers, rollout_metrics
+from recipe.skpo.output.metrics import (
+    MetricsFile,
+    mean,
+    plain_numbers,
+    polarity_metrics,
+    read_numbers,
+    rollout_metrics,
+)
 from recipe.skpo.output.progress import ProgressLines
 from recipe.skpo.output.tree_table import as_block, log_trees, without_markdown
 from recipe.skpo.output.trees import FOLDER, TreeStore
 from recipe.skpo.rollout.failures import RolloutError, stop_reason
 from recipe.skpo.rollout.manager import RolloutManager
-from recipe.skpo.settings import SkpoSettings
+from recipe.skpo.settings import PolaritySettings, SkpoSettings
 from recipe.skpo.trainer.checkpoints import (
     METRICS_FILE,
     SaveError,
@@ -102,6 +110,7 @@ class BaseTrainer(PPOTrainerSync):
     """Step of the checkpoint that was resumed from, 0 for a fresh start."""
     curriculum = False
     allowed_gap: float | None = None
+    polarity = PolaritySettings()
     keeps_prompts_together = False
     """Whether an update has to see whole prompts."""
     shares_prompts = False
@@ -117,7 +126,8 @@ class BaseTrainer(PPOTrainerSync):
 
     def __init__(self, config: Any) -> None:
         self.settings = SkpoSettings.from_config(config.skpo)
-        self.state = SkpoState(self.settings, config.data.max_response_length)
+        self.polarity = PolaritySettings.from_config(config.polarity)
+        self.state = SkpoState(self.settings, config.data.max_response_length, self.polarity)
         self.allowed_gap = allowed_gap(self.settings.max_logprob_gap, config.actor_rollout_ref.rollout)
         self.output_dir = Path(config.output_dir)
         self.metrics_path = self.output_dir / "metrics.jsonl"
@@ -366,7 +376,10 @@ class BaseTrainer(PPOTrainerSync):
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch.extra_info["force_group_size"] = self._rows_together
-        return super()._compute_old_log_prob(batch, metrics)
+        batch.extra_info[WANT_SLOPES] = self.polarity.enable
+        batch = super()._compute_old_log_prob(batch, metrics)
+        batch.extra_info[WANT_SLOPES] = False
+        return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         batch.extra_info["force_group_size"] = self._rows_together
@@ -384,7 +397,12 @@ class BaseTrainer(PPOTrainerSync):
             names.append("rollout_log_probs")
         if self.settings.tracker.drift == "logratio":
             names.append("responses")
+        if self.polarity.enable:
+            names += ["entropy", SLOPE_FIELD]
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+        if self.polarity.enable:
+            # verl has cut the old log-probs so.
+            data[SLOPE_FIELD] = response_from_nested(data[SLOPE_FIELD], data["old_log_probs"])
         return Rows.read(data, batch.keys, batch.tags)
 
     def _write_back(self, batch: KVBatchMeta, columns: dict[str, torch.Tensor]) -> KVBatchMeta:
@@ -418,6 +436,40 @@ class BaseTrainer(PPOTrainerSync):
             config=self.config.algorithm,
         )
         return advantages.squeeze(-1)
+
+    def _polarised(self, rows: Rows, advantages: torch.Tensor, metrics: dict) -> dict[str, torch.Tensor]:
+        """Reweight the advantages of tokens that expand the entropy against those that contract it.
+
+        Args:
+            rows: the whole step.
+            advantages: of every token, nested (rows, tokens).
+            metrics: gets those below ``skpo/polarity/``.
+
+        Returns:
+            The column ``advantages``; nothing if ``polarity`` is off or no token is trained.
+        """
+        mask = rows.tokens["response_mask"]
+        trained = (mask.values != 0) & rows.valid_mask.repeat_interleave(mask.sizes)
+        if not self.polarity.enable or not trained.any():
+            return {}
+        values = Ragged.of(advantages).values.clone()
+        before, slopes, entropies = (
+            column[trained] for column in (values, rows.tokens[SLOPE_FIELD].values, rows.tokens["entropy"].values)
+        )
+        trajectory, entropy = self.state.entropy, float(entropies.double().mean())
+        target, phase = trajectory.aim, trajectory.phase(entropy)
+        values[trained] = reweighted(before, slopes, phase, self.polarity.strength)
+        metrics.update(polarity_metrics(before, values[trained], slopes))
+        change = trajectory.observe(entropy, metrics["skpo/polarity/predicted_change"])
+        found = {
+            "entropy": entropy,
+            "target": target,
+            "phi": phase,
+            "entropy_change": change,
+            "correlation": trajectory.correlation(),
+        }
+        metrics.update({f"skpo/polarity/{name}": value for name, value in found.items() if value is not None})
+        return {"advantages": Ragged(values, mask.sizes).nested()}
 
     def _importance_weights(self, rows: Rows, metrics: dict) -> dict[str, torch.Tensor]:
         """Return the column of importance weights, pi_old / pi_rollout per token, if rollout correction is on."""

@@ -30,7 +30,8 @@ class BaselineTrainer(BaseTrainer):
         self._log_rollout(rows, tokens.sums() / trained, metrics)
         if self.curriculum:
             self._follow_groups(batch, rows, metrics)
-        return batch
+        columns = self._polarised(rows, tokens.nested(), metrics)
+        return self._write_back(batch, columns) if columns else batch
 
     def _follow_groups(self, batch: KVBatchMeta, rows: Rows, metrics: dict) -> None:
         """Update every prompt's tracker with the mean reward of its group, as SKPO does with a segment's reward."""
@@ -61,4 +62,6 @@ class SpoTrainer(BaselineTrainer):
         drifts = self._observe(batch, rows, visited)
         self._log_rollout(rows, advantages, metrics)
         self._log_trackers(rows, visited, baselines, drifts, metrics)
-        return self._write_back(batch, rows.write_back(advantages) | importance)
+        columns = rows.write_back(advantages)
+        columns |= self._polarised(rows, columns["advantages"], metrics)
+        return self._write_back(batch, columns | importance)

@@ -191,7 +191,7 @@ RULES = (
 
 COMPARED = (
     *("algorithm", "actor_rollout_ref.actor", "actor_rollout_ref.model", "actor_rollout_ref.rollout", "data", "reward"),
-    *("skpo", "model_engine", "share_prefixes", "packed_attention", "full_determinism"),
+    *("skpo", "polarity", "model_engine", "share_prefixes", "packed_attention", "full_determinism"),
 )
 """Parts of the config that a run depends on."""
 

@@ -50,7 +50,9 @@ class SkpoTrainer(BaseTrainer):
         self._log_trackers(rows, rows.segments, baselines, drifts, metrics)
         self._require_boundaries(metrics)
         self._write_trees(batch, rows, advantages, baselines)
-        return self._write_back(batch, rows.write_back(advantages, weights) | importance)
+        columns = rows.write_back(advantages, weights)
+        columns |= self._polarised(rows, columns["advantages"], metrics)
+        return self._write_back(batch, columns | importance)
 
     def _signal_shares(self, rows: Rows, baselines: torch.Tensor, metrics: dict) -> torch.Tensor | float:
         """Measure signal and noise of the segments' rewards; return the factor of each row's advantage.

@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from data_prep.untrusted import one_line, parse_json
+from recipe.skpo.method.polarity import EntropyTrajectory
 from recipe.skpo.method.rows import Visit
 from recipe.skpo.method.segments import fixed_split_position, sample_split_position
 from recipe.skpo.method.tracker import DriftClock, PromptTable
 from recipe.skpo.method.variance import SegmentVariance
 from recipe.skpo.output.files import replacing
-from recipe.skpo.settings import SkpoSettings
+from recipe.skpo.settings import PolaritySettings, SkpoSettings
 
 FILE_NAME = "skpo_state.npz"
 _FORMAT = 5
@@ -136,13 +137,17 @@ class SkpoState:
     Args:
         settings: the run's settings.
         response_budget: longest response in tokens; bounds the assumed length of a prompt never visited.
+        polarity: the settings of that name.
 
     Attributes:
+        entropy: trajectory of the mean entropy; it moves with ``polarity.enable`` alone.
         failures: prompt id to the number of its last visits in a row that left nothing to train on.
     """
 
-    def __init__(self, settings: SkpoSettings, response_budget: int) -> None:
+    def __init__(self, settings: SkpoSettings, response_budget: int, polarity: PolaritySettings | None = None) -> None:
         self.settings = settings
+        polarity = polarity or PolaritySettings()
+        self.entropy = EntropyTrajectory(polarity.entropy, polarity.decay)
         tracker = settings.tracker
         self.prompts = PromptTable(
             min(settings.initial_length, response_budget),
@@ -213,6 +218,7 @@ class SkpoState:
             "visits": self.visits,
             "tokens_generated": self.tokens_generated,
             "failures": self.failures,
+            "entropy": self.entropy.state_dict(),
             "rng": self.rng.bit_generator.state,
         }
         target = folder / FILE_NAME
@@ -249,9 +255,11 @@ class SkpoState:
                 target.load_state_dict({k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)})
             self.rng.bit_generator.state = meta["rng"]
             self.visits, self.tokens_generated = _count(meta, "visits"), _count(meta, "tokens_generated")
-            # Absent from checkpoints of earlier versions.
+            # Both are absent from checkpoints of earlier versions.
             failures = meta.get("failures", {})
             self.failures = {str(prompt_id): _count(failures, prompt_id) for prompt_id in failures}
+            if "entropy" in meta:
+                self.entropy.load_state_dict(meta["entropy"])
         except DAMAGE as error:
             raise _damaged(path, error) from error
 

@@ -17,7 +17,7 @@ from recipe.skpo.checks.config import check_config
 from recipe.skpo.checks.reward import check_reward
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.main import scale_batch_for_spo
-from recipe.skpo.settings import SkpoSettings, TrackerSettings, default_node
+from recipe.skpo.settings import PolaritySettings, SkpoSettings, TrackerSettings, default_node
 from reward_fns import compute_score
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -291,7 +291,7 @@ def test_group_size_and_lengths_carry_over(run_config, run: str) -> None:
 
 # ---------------------------------------------------------------- methods
 
-METHODS = ["skpo", "grpo", "grpo_curriculum", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
+METHODS = ["skpo", "grpo", "grpo_curriculum", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo", "papo"]
 
 # Per method: what its paper has, by the actor's keys as verl reads them; what is not named is GRPO's.
 GRPO = {
@@ -316,6 +316,7 @@ ACTORS = {
     "sapo": {"policy_loss.loss_mode": "sapo", "tau_pos": 1.0, "tau_neg": 1.05},
     "spo": {"loss_agg_mode": "token-mean", "clip_ratio_high": 0.28},
     "rloo": {"loss_agg_mode": "token-mean"},
+    "papo": {"clip_ratio_high": 0.28},
 }
 ESTIMATORS = {"skpo": "skpo", "spo": "skpo", "rloo": "rloo"}
 TRAINERS = {"skpo": "skpo", "spo": "skpo_spo"}
@@ -360,6 +361,7 @@ def test_verl_reads_the_methods_loss(run_config, method: str) -> None:
     assert not actor.use_kl_loss and actor.entropy_coeff == 0
     assert config.algorithm.norm_adv_by_std_in_grpo is (method != "dr_grpo")
     assert config.algorithm.filter_groups.enable is (method == "dapo")
+    assert PolaritySettings.from_config(config.polarity) == PolaritySettings(enable=method == "papo")
 
 
 def test_dapo_filters_groups_and_punishes_overlong_responses(run_config) -> None:
@@ -388,7 +390,7 @@ def test_verls_overlong_punishment_is_built_from_the_config(run_config, model_fo
 def test_methods_differ_in_nothing_but_what_they_are(run_config) -> None:
     """Data, model, schedule, budget of responses and logging are those of SKPO."""
     # verl counts rows per prompt in the critic's node too, which nobody reads.
-    own = {"method", "output_dir", "algorithm", "actor_rollout_ref", "reward", "skpo", "critic"}
+    own = {"method", "output_dir", "algorithm", "actor_rollout_ref", "reward", "skpo", "polarity", "critic"}
     skpo = OmegaConf.to_container(run_config("llama"))
     for method in ACTORS:
         other = OmegaConf.to_container(run_config("llama", f"method={method}"))

@@ -3,15 +3,16 @@
 import pytest
 from omegaconf import OmegaConf, open_dict
 
-from recipe.skpo.checks import ACTOR, CORRECTION, ROLLOUT
+from recipe.skpo.checks import ACTOR, CORRECTION, MODEL, ROLLOUT
 from recipe.skpo.checks.config import METHOD_SETTINGS, check_config, check_method_settings
+from recipe.skpo.checks.engine import check_polarity, choose_engine
 from recipe.skpo.checks.loss import check_loss
 from recipe.skpo.checks.options import UNREAD, UNREAD_BY_SKPO, Unread, check_options
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.main import scale_batch_for_spo
 from recipe.skpo.settings import RECORDS, SkpoSettings, known_keys
 
-METHODS = ["skpo", "grpo", "grpo_curriculum", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo"]
+METHODS = ["skpo", "grpo", "grpo_curriculum", "dr_grpo", "dapo", "gspo", "cispo", "sapo", "spo", "rloo", "papo"]
 
 
 def other(default: object) -> object:
@@ -227,3 +228,76 @@ def test_every_setting_has_a_part_or_is_read_by_every_method() -> None:
     assert len(listed) == len(set(listed))
     assert {key for key in known_keys() if "." not in key} | set(RECORDS) == set(listed) | SHARED
     assert not SHARED & set(listed)
+
+
+# ---------------------------------------------------------------- entropy polarity
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["actor_rollout_ref.model.use_fused_kernels=true"],
+            "polarity.enable: is true, but actor_rollout_ref.model.use_fused_kernels is true, which never has",
+        ),
+        (
+            [f"{CORRECTION}.bypass_mode=true"],
+            f"polarity.enable: is true, but {CORRECTION}.bypass_mode is true, so that no old log-probs",
+        ),
+        (
+            [f"{ACTOR}.strategy=megatron"],
+            f"polarity.enable: is true, but {ACTOR}.strategy is megatron, and only fsdp and fsdp2 give",
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", ["skpo", "papo"])
+def test_polarity_is_refused_where_nothing_gives_the_slopes(
+    method: str, overrides: list[str], said: str, compose_config
+) -> None:
+    chosen = ["platform=cpu", f"method={method}", *overrides]
+    config = compose_config(*chosen, "polarity.enable=true")
+    with pytest.raises(ConfigError) as error:
+        check_config(config, SkpoSettings.from_config(config.skpo))
+    assert str(error.value).startswith(said) and "\n" not in str(error.value)
+    check_polarity(compose_config(*chosen, "polarity.enable=false"))
+
+
+@pytest.mark.parametrize(
+    ("override", "enabled", "said"),
+    [
+        (
+            "polarity.strength=0.3",
+            False,
+            "polarity.strength: has no effect without polarity.enable=true; give that, too",
+        ),
+        ("polarity.target=1.5", False, "polarity.target: has no effect without"),
+        ("polarity.decay=0.5", True, "polarity.decay: has no effect with polarity.target=1.5; leave it out"),
+        ("polarity.enable=false", False, None),
+        ("polarity.strength=0.3", True, None),
+    ],
+)
+def test_an_option_of_polarity_that_nothing_reads_is_refused(
+    override: str, enabled: bool, said: str | None, compose_config
+) -> None:
+    config = compose_config("platform=cpu", f"polarity.enable={str(enabled).lower()}", "polarity.target=1.5")
+    if said is None:
+        check_method_settings(config, [override])
+        return
+    with pytest.raises(ConfigError) as error:
+        check_method_settings(config, [override])
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("packed", "flash_attention", "device", "with_polarity"),
+    [("varlen", False, "packed", "packed"), ("none", False, None, "slopes"), ("auto", True, None, "slopes")],
+)
+def test_polarity_has_an_engine_of_its_own_where_verls_would_compute_the_rows(
+    packed: str, flash_attention: bool, device: str | None, with_polarity: str, compose_config
+) -> None:
+    rows = (f"packed_attention={packed}", "share_prefixes=auto", f"{MODEL}.use_remove_padding=true")
+    for enable, wanted in (("false", device), ("true", with_polarity)):
+        config = compose_config("platform=cpu", *rows, f"polarity.enable={enable}")
+        choice = choose_engine(config, flash_attention=flash_attention)
+        assert choice.device == wanted
+        assert (choice.library is None) == (wanted is None)

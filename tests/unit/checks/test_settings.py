@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from recipe.skpo.errors import ConfigError
-from recipe.skpo.settings import SkpoSettings, TrackerSettings, known_keys, unknown_keys
+from recipe.skpo.settings import PolaritySettings, SkpoSettings, TrackerSettings, known_keys, unknown_keys
 
 
 def test_values_of_a_hydra_node_are_read() -> None:
@@ -217,3 +217,36 @@ def test_known_and_unknown_keys_are_dotted() -> None:
 @pytest.mark.parametrize(("candidates", "count"), [(None, 6), (1, 1), (4, 4), (6, 6)])
 def test_candidates_are_as_many_as_the_group_unless_said_otherwise(candidates: int | None, count: int) -> None:
     assert SkpoSettings(group_size=6, candidates=candidates).candidate_count == count
+
+
+# ---------------------------------------------------------------- polarity
+
+
+@pytest.mark.parametrize(("target", "entropy"), [("ema", None), (2, 2.0), (0.25, 0.25)])
+def test_the_target_of_polarity_is_a_number_or_the_average(target: object, entropy: float | None) -> None:
+    settings = PolaritySettings.from_config(OmegaConf.create({"enable": True, "target": target}))
+    assert (settings.enable, settings.strength, settings.entropy, settings.decay) == (True, 0.5, entropy, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ({"strength": 1}, r"polarity.strength: must be inside \[0, 1\), got 1"),
+        ({"strength": -0.1}, "polarity.strength"),
+        ({"strength": math.nan}, "polarity.strength"),
+        ({"strength": "much"}, "polarity.strength"),
+        ({"decay": 1.0}, "polarity.decay: must be inside"),
+        ({"target": "mean"}, "polarity.target: must be ema, or an entropy above 0 in nats per token, got 'mean'"),
+        ({"target": 0}, "polarity.target"),
+        ({"target": math.inf}, "polarity.target"),
+        ({"target": True}, "polarity.target"),
+        ({"target": None}, "polarity.target"),
+        ({"enable": "perhaps"}, "polarity.enable"),
+        ({"lambda": 0.5}, "polarity.lambda: unknown key; known are enable, strength, target, decay"),
+        ("on", "polarity: must be a mapping of settings"),
+    ],
+)
+def test_values_of_polarity_that_cannot_work_are_refused(node: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{said}") as error:
+        PolaritySettings.from_config(node)
+    assert len(str(error.value).splitlines()) == 1

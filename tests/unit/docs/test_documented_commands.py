@@ -205,9 +205,9 @@ def test_help_names_options_with_their_values_and_what_can_be_chosen(command_lin
         re.findall(r"^  ([a-z_]+(?:\.[a-z_]+)*) {2,}.*\((.+)\)$", said.partition("\nOptions")[2], re.MULTILINE)
     )
     config = compose_config("method=grpo", "skpo.group_size=6")
-    assert len(options) == 15 and options.keys() == readme_options().keys()
+    assert len(options) == 16 and options.keys() == readme_options().keys()
     assert options == {key: str(OmegaConf.select(config, key)) for key in options}
-    assert "cispo, dapo, dr_grpo, grpo, grpo_curriculum, gspo, rloo, sapo, skpo, spo (grpo)" in said
+    assert "cispo, dapo, dr_grpo, grpo, grpo_curriculum, gspo, papo, rloo, sapo, skpo, spo (grpo)" in said
     assert "--cfg job --package skpo" in said and len(said.splitlines()) < 50
 
 

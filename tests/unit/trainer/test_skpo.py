@@ -23,16 +23,20 @@ from recipe.skpo.method.rows import (
     PHASE_FIELD,
     RECORD,
     SEED_FIELD,
+    SLOPE_FIELD,
     SPLIT_FIELD,
     STEP_FIELD,
     UPSTREAM,
+    WANT_SLOPES,
     WEIGHT_FIELD,
     RowKey,
 )
+from recipe.skpo.output.glossary import METRICS
 from recipe.skpo.output.trees import FOLDER, TreeStore, tree_index
+from recipe.skpo.settings import PolaritySettings
 from tests.conftest import write_checkpoint
 from tests.support.queue import Queue
-from tests.support.reference import reference_group_relative, reference_single_stream
+from tests.support.reference import reference_group_relative, reference_reweighted, reference_single_stream
 from tests.support.rows import stored_row
 
 G = 2
@@ -939,3 +943,114 @@ def test_every_trainer_waits_with_a_bound(make_trainer) -> None:
         assert (buffer.filter_groups_metric is not None) == (method == "dapo")
         trainer.agent_loop_manager.failures = {"prompt: A": 1}
         assert buffer.causes() == {"prompt: A": 1}
+
+
+# ---------------------------------------------------------------- entropy polarity
+
+
+def with_slopes(trainer: Any, queue: Queue, rows: list[Stored], seed: int = 0) -> tuple[Any, dict[str, Any]]:
+    """Train a batch whose rows, padding among them, the actor has given entropies and slopes."""
+    rng, metrics = np.random.default_rng(seed), {}
+    batch = trainer._balance_batch(queue.store(rows), metrics)
+    for key in sorted(batch.keys):
+        row = queue.rows[key]
+        if key.startswith("pad"):  # its log-probs are computed once it is there
+            row["old_log_probs"] = torch.zeros(len(row["responses"]))
+        row["entropy"] = torch.tensor(rng.exponential(1.0, len(row["responses"])), dtype=torch.float32)
+        slopes = torch.tensor(rng.normal(0, 0.1, len(row["input_ids"])), dtype=torch.float32)
+        row[SLOPE_FIELD] = slopes  # as the engine returns them, one place before the token
+    return trainer._compute_advantage(batch, metrics), metrics
+
+
+def trained_tokens(queue: Queue, keys: list[str]) -> list[tuple[str, int, float]]:
+    """Key, place in the response and slope of every trained token of real rows."""
+    found = []
+    for key in keys:
+        row = queue.rows[key]
+        start = len(row["prompts"]) - 1
+        for place, trained in enumerate(row["response_mask"].tolist()):
+            if trained and not key.startswith("pad"):
+                found.append((key, place, float(row[SLOPE_FIELD][start + place])))
+    return found
+
+
+@pytest.mark.parametrize("method", ["skpo", "papo", "spo", "rloo", "dr_grpo"])
+def test_polarity_reweights_the_tokens_of_the_whole_step(make_trainer, queue: Queue, method: str) -> None:
+    rows, columns = groups(3, seed=5) if method == "skpo" else rows_of(method, 3), {}
+    for strength in (None, 0.0, 0.8):
+        trainer = make_trainer(method, trees_per_step=0)
+        trainer.polarity = PolaritySettings(enable=strength is not None, strength=strength or 0.0, target=2.0)
+        trainer.state.entropy.target = trainer.polarity.entropy
+        batch, metrics = with_slopes(trainer, queue, copy.deepcopy(rows))
+        columns[strength] = {key: dict(queue.rows[key]) for key in batch.keys if not key.startswith("pad")}
+        padding = [queue.rows[key] for key in batch.keys if key.startswith("pad")]
+        assert padding and not any(row["advantages"].any() for row in padding)
+        assert any(name.startswith("skpo/polarity/") for name in metrics) == (strength is not None)
+    for key, plain in columns[None].items():
+        assert torch.equal(columns[0.0][key]["advantages"], plain["advantages"]), "strength 0 is off, to the bit"
+    tokens = trained_tokens(queue, batch.keys)
+    entropies = [float(queue.rows[key]["entropy"][place]) for key, place, _ in tokens]
+    phase = (2.0 - float(np.mean(entropies))) / 2.0
+    assert metrics["skpo/polarity/phi"] == pytest.approx(phase)
+    before = [(float(columns[None][key]["advantages"][place]), slope) for key, place, slope in tokens]
+    expected = reference_reweighted(before, phase, 0.8)
+    found = [float(columns[0.8][key]["advantages"][place]) for key, place, _ in tokens]
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert sum(map(abs, found)) == pytest.approx(sum(abs(advantage) for advantage, _ in before), rel=1e-6)
+    assert found != pytest.approx([advantage for advantage, _ in before], rel=1e-2)
+    everything = sum(abs(advantage) for advantage, _ in before)
+    for branch, sign in (("expanding", 1), ("contracting", -1)):
+        inside = [number for number, (advantage, slope) in enumerate(before) if sign * advantage * slope > 0]
+        shares = {
+            "token_share": len(inside) / len(before),
+            "advantage_share": sum(abs(before[number][0]) for number in inside) / everything,
+            "advantage_share_after": sum(abs(expected[number]) for number in inside) / everything,
+        }
+        for name, share in shares.items():
+            assert metrics[f"skpo/polarity/{branch}/{name}"] == pytest.approx(share, rel=1e-5)
+    assert metrics["skpo/polarity/mean"] == pytest.approx(np.mean([a * t for a, t in before]), rel=1e-5)
+    assert all(set(columns[0.8][key]) == set(plain) for key, plain in columns[None].items()), "no other column"
+
+
+def test_slopes_are_requested_with_the_old_log_probs_alone(make_trainer, queue: Queue, monkeypatch) -> None:
+    from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+    seen: list[bool] = []
+
+    def old_log_probs(self: Any, batch: Any, metrics: dict) -> Any:
+        seen.append(batch.extra_info[WANT_SLOPES])
+        return batch
+
+    monkeypatch.setattr(PPOTrainerSync, "_compute_old_log_prob", old_log_probs)
+    for method, wanted in (("papo", True), ("grpo", False)):
+        trainer = make_trainer(method)
+        batch = trainer._compute_old_log_prob(queue.store(rows_of(method, 4)), {})
+        assert (seen.pop(), batch.extra_info[WANT_SLOPES]) == (wanted, False), "an update must not pay for them"
+
+
+def test_the_trajectory_of_the_entropy_resumes_from_the_checkpoint(make_trainer, queue: Queue, tmp_path: Path) -> None:
+    def steps(trainer: Any, numbers: range) -> list[dict[str, float]]:
+        said = []
+        for number in numbers:
+            _, metrics = with_slopes(trainer, queue, rows_of("papo", 4), seed=number)
+            said.append({name: value for name, value in metrics.items() if name.startswith("skpo/polarity/")})
+        return said
+
+    whole, part, resumed = make_trainer("papo"), make_trainer("papo"), make_trainer("papo")
+    everything = steps(whole, range(6))
+    steps(part, range(3))
+    part.state.save(tmp_path / "checkpoint")
+    resumed.state.load(tmp_path / "checkpoint")
+    assert steps(resumed, range(3, 6)) == everything[3:]
+    assert everything[0]["skpo/polarity/phi"] == 0 != everything[1]["skpo/polarity/phi"]
+    promised = {name for metric in METRICS for name in metric.names() if name.startswith("skpo/polarity/")}
+    assert set(everything[-1]) == promised
+
+
+def test_a_step_without_a_trained_token_moves_no_trajectory(make_trainer, queue: Queue) -> None:
+    trainer, rows = make_trainer("spo"), rows_of("spo", 4)
+    trainer.polarity = PolaritySettings(enable=True)
+    for _, fields, _ in rows:
+        fields["response_mask"] = torch.zeros_like(fields["response_mask"])
+    _, metrics = with_slopes(trainer, queue, rows)
+    assert trainer.state.entropy.last is None and not any("polarity" in name for name in metrics)
