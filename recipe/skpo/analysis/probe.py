@@ -53,14 +53,13 @@ from recipe.skpo.method.segments import (
     last_boundary,
     sample_split_position,
     select_segment,
-    skip_prompt,
 )
 from recipe.skpo.method.tracker import PromptTable
 from recipe.skpo.method.variance import Parts, nested_parts
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.task.model_files import load_tokenizer
-from recipe.skpo.task.prompts import automatic_bos, problem_tokens
+from recipe.skpo.task.prompts import segment_prompt
 from recipe.skpo.task.run_settings import Chat
 
 SKIP_MODES = ("concat", "chat", "continual")
@@ -197,14 +196,14 @@ class Group:
         right: bool (responses,).
         lengths: tokens of the whole responses, (responses,).
         copied: whether what was generated begins with all of the segment, bool (responses,).
-        text: the first response.
+        first: text of the first response.
     """
 
     rewards: np.ndarray
     right: np.ndarray
     lengths: np.ndarray
     copied: np.ndarray
-    text: str
+    first: str
 
 
 class Probe:
@@ -213,7 +212,6 @@ class Probe:
     def __init__(self, setup: Setup, sizes: Sizes, problems: Sequence[Problem], where: str) -> None:
         self.setup, self.sizes, self.problems = setup, sizes, problems
         self.tokenizer = load_tokenizer(setup.model, setup.chat)
-        self.bos = automatic_bos(self.tokenizer)
         self.prompts = prompts_of(problems, self.tokenizer, where)
         self.judge = Judge(Reward(setup.reward), self.tokenizer)
         self.judge.reward.check_truths(problems, where)
@@ -274,19 +272,12 @@ class Probe:
 
     def responses(self, mode: str, place: Place, segment: Segment, count: int) -> Request:
         """Return the request for the responses to one segment in one skip mode."""
-        tokens, question = list(segment.token_ids), list(self.prompts[place.prompt])
-        most = self.setup.response_length
-        if mode == "concat":
-            prompt = skip_prompt(tokens, question, self.bos)
-        elif mode == "continual":
-            prompt, most = question + tokens, max(1, most - len(tokens))
-        elif mode == "unconditional":
-            prompt = question
-        else:
-            messages = self.problems[place.prompt].messages
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            quote = self.setup.settings.chat_quote.format(segment=text, problem=messages[-1]["content"])
-            prompt = problem_tokens(self.tokenizer, [*messages[:-1], {**messages[-1], "content": quote}])
+        question, messages = self.prompts[place.prompt], self.problems[place.prompt].messages
+        quote, most = self.setup.settings.chat_quote, self.setup.response_length
+        prompt = segment_prompt(mode, segment.token_ids, question, messages, self.tokenizer, quote)
+        if mode == "continual":
+            # The whole response, s included, has the budget of a plain one.
+            most = max(1, most - len(segment.token_ids))
         return self.request(place.key(mode), prompt, most, count)
 
     def group(self, number: int, drawn: Sequence[Completion], mode: str = "", segment: Segment | None = None) -> Group:
@@ -300,7 +291,7 @@ class Probe:
             right=np.array([verdict.right for _, verdict in checked]),
             lengths=np.array([len(ids) for ids in whole]),
             copied=np.array([bool(start) and begins(item.token_ids, start) for item in drawn]),
-            text=checked[0][0],
+            first=checked[0][0],
         )
 
 
@@ -532,9 +523,9 @@ def examples(probe: Probe, drawn: Drawn, count: int = 3) -> list[dict[str, Any]]
     found = []
     for number in range(min(count, len(probe.problems))):
         at = number * probe.sizes.segments
-        texts = {mode: groups[at].text for mode, groups in drawn.modes.items()}
+        texts = {mode: groups[at].first for mode, groups in drawn.modes.items()}
         segment = probe.tokenizer.decode(list(drawn.segments[at].token_ids), skip_special_tokens=True)
-        problem, answers = probe.problems[number], {"q": drawn.plain[number].text} | texts
+        problem, answers = probe.problems[number], {"q": drawn.plain[number].first} | texts
         fields = {"problem": problem.text, "answer": str(problem.ground_truth), "segment": segment}
         found.append({**fields, "responses": answers})
     return found

@@ -47,13 +47,13 @@ from recipe.skpo.evaluation.sampling import (
     draw_stored,
     opened_by_first_draw,
 )
-from recipe.skpo.method.segments import Segment, cut_segment, select_segment, skip_prompt
+from recipe.skpo.method.segments import Segment, cut_segment, select_segment
 from recipe.skpo.task.model_files import load_tokenizer
-from recipe.skpo.task.prompts import automatic_bos, problem_tokens
+from recipe.skpo.task.prompts import segment_prompt
 
 MODES = ("unconditional", "continual", "skip", "quote")
 MEASURES = ("distinct", "all_equal", "length", "accuracy", "well_formed")
-QUOTE = 'Here is the beginning of an attempt:\n"""\n{segment}\n"""\n\n{question}'
+QUOTE = 'Here is the beginning of an attempt:\n"""\n{segment}\n"""\n\n{problem}'
 DRAWS = "draws.jsonl"
 
 
@@ -172,7 +172,6 @@ class Plan:
     ) -> None:
         self.config, self.tokenizer, self.problems = config, tokenizer, problems
         self.prompts = {problem.id: prompt for problem, prompt in zip(problems, prompts, strict=True)}
-        self.bos = automatic_bos(tokenizer)
         self.judge = Judge(Reward(config.asked.reward), tokenizer)
         self.request = partial(Request, n=config.group_size, temperature=config.temperature, top_p=config.top_p)
 
@@ -206,16 +205,11 @@ class Plan:
 
     def prompt(self, mode: str, problem: Problem, segment: Segment) -> tuple[list[int], int]:
         """Return prompt tokens and longest completion of one mode."""
-        limit, ids, question = self.config.max_tokens, list(segment.token_ids), list(self.prompts[problem.id])
-        if mode == "skip":
-            return skip_prompt(ids, question, self.bos), limit
-        if mode == "continual":
-            # The whole response, s included, has the budget of a plain one.
-            return question + ids, max(1, limit - len(ids))
-        quoted = self.tokenizer.decode(ids, skip_special_tokens=True)
-        text = QUOTE.format(segment=quoted, question=problem.text)
-        messages = [*problem.messages[:-1], {"role": problem.messages[-1]["role"], "content": text}]
-        return problem_tokens(self.tokenizer, messages), limit
+        question, skip = self.prompts[problem.id], {"skip": "concat", "quote": "chat"}.get(mode, mode)
+        prompt = segment_prompt(skip, segment.token_ids, question, problem.messages, self.tokenizer, QUOTE)
+        limit = self.config.max_tokens
+        # A whole continual response, s included, has the budget of a plain one.
+        return prompt, max(1, limit - len(segment.token_ids)) if mode == "continual" else limit
 
     def group(
         self,

@@ -32,6 +32,7 @@ from recipe.skpo.evaluation.sampling import Completion
 from recipe.skpo.method.segments import Segment, skip_prompt
 from recipe.skpo.settings import SkpoSettings
 from recipe.skpo.task.model_files import load_tokenizer
+from recipe.skpo.task.prompts import automatic_bos
 from tests.unit.analysis.conftest import FakeSampler
 
 G = 4
@@ -119,7 +120,7 @@ def test_each_mode_asks_as_training_does(make_probe, mode: str) -> None:
     assert (request.n, request.temperature) == (5, 0.6)
     assert request.max_tokens == (24 - len(tokens) if mode == "continual" else 24)
     wanted = {
-        "concat": skip_prompt(tokens, question, probe.bos),
+        "concat": skip_prompt(tokens, question, automatic_bos(probe.tokenizer)),
         "continual": question + list(tokens),
         "unconditional": question,
     }

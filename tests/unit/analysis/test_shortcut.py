@@ -90,13 +90,14 @@ def test_each_mode_puts_the_segment_where_it_belongs(plan_of: Any, bos_model_fol
     assert len({request.key for request in requests}) == len(requests) == 3 + 3 * 2 * 3
     seeds = {request.seed + index for request in requests for index in range(4)}
     assert len(seeds) == 4 * len(requests)
+    bos = plan.tokenizer.bos_token_id
     problem_ids = dict(zip([p.id for p in problems], [list(r.prompt_ids) for r in plan.plain()], strict=True))
     for item in planned:
         question, s = problem_ids[item.problem.id], list(item.segment.token_ids)
         prompt = list(item.request.prompt_ids)
         assert len(s) == item.split
         if item.mode == "skip":
-            assert prompt == skip_prompt(s, question, plan.bos) and prompt[0] == plan.bos
+            assert prompt == skip_prompt(s, question, bos) and prompt[0] == bos
             assert item.request.max_tokens == 40
         elif item.mode == "continual":
             assert prompt == question + s
