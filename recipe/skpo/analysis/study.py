@@ -104,7 +104,7 @@ def _make_chains() -> None:
     from data_prep import arithmetic  # loads reasoning-gym, a second
 
     template = arithmetic.TEMPLATE.with_name("chains.yaml")
-    arithmetic.prepare(_chains(), train=2048, val=256, min_terms=2, max_terms=6, template=template)
+    arithmetic.prepare(_chains(), train=2048, val=256, min_terms=2, max_terms=4, template=template)
 
 
 def _arms() -> dict[str, Arm]:
