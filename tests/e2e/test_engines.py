@@ -63,6 +63,7 @@ def greedy(model: Any, tokenizer: Any, problems: Path) -> list[list[int]]:
     return answers
 
 
+@pytest.mark.timeout(1800)
 def test_lora_trains_syncs_resumes_and_is_evaluated_and_exported(tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

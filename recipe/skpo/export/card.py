@@ -78,10 +78,15 @@ class Card:
             decoding=decoding(run) if run else "",
         )
 
+    @property
+    def hub(self) -> str | None:
+        """Name of the base model on the hub; None for a folder."""
+        base = self._value("actor_rollout_ref.model.path")
+        return base if isinstance(base, str) and HUB_NAME.fullmatch(base) else None
+
     def text(self) -> str:
         """Compose the card, Markdown with the front matter that the hub reads."""
-        base = self._value("actor_rollout_ref.model.path")
-        hub = base if isinstance(base, str) and HUB_NAME.fullmatch(base) else None
+        base, hub = self._value("actor_rollout_ref.model.path"), self.hub
         matter = [f"library_name: {'peft' if self.adapter else 'transformers'}", "pipeline_tag: text-generation"]
         matter += [f"base_model: {hub}"] if hub else []
         matter += ["tags: [skpo, verl, reinforcement-learning]"]
@@ -128,15 +133,16 @@ class Card:
         if not after:
             return
         first = min(step for step in validated if validated[step])
-        before = validated[first] if first < self.step else {}
+        steps = sorted({first, self.step})
         how = f" ({self.decoding})" if self.decoding else ""
-        yield from (f"## Validation{how}", "", f"| data | | step {first} | step {self.step} |", "|---|---|---|---|")
+        yield from (f"## Validation{how}", "", f"| data | | {' | '.join(f'step {step}' for step in steps)} |")
+        yield f"|---|---|{'---|' * len(steps)}"
         for source, numbers in after.items():
             for key, label in LABELS.items():
                 if key in numbers:
-                    earlier = before.get(source, {}).get(key)
-                    was = "" if earlier is None else f"{earlier:.3f}"
-                    yield f"| {shown(source)} | {label} | {was} | {numbers[key]:.3f} |"
+                    found = (validated[step].get(source, {}).get(key) for step in steps)
+                    cells = " | ".join("" if value is None else f"{value:.3f}" for value in found)
+                    yield f"| {shown(source)} | {label} | {cells} |"
         yield ""
 
     def _use(self, hub: str | None) -> Iterator[str]:

@@ -6,13 +6,14 @@ The folder holds the weights in bfloat16, or the LoRA adapter alone, with tokeni
 and a model card.  Nothing is replaced.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.untrusted import one_line
+from data_prep.untrusted import one_line, read_json
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.adapters import has_adapter
 from recipe.skpo.evaluation.models import Checkpoint, filled, find_checkpoint, write_model
@@ -69,6 +70,11 @@ def export(
             load_tokenizer(str(partial_target), settings.chat).save_pretrained(partial_target)
         card = Card.read(actor, settings.config.parent if settings else None, checkpoint.label, adapter)
         write_atomic(partial_target / "README.md", card.text())
+        if adapter and card.hub is not None:
+            # By this, peft and transformers find the base model themselves.
+            path = partial_target / "adapter_config.json"
+            named = read_json(path) | {"base_model_name_or_path": card.hub}
+            write_atomic(path, json.dumps(named, indent=2) + "\n")
     return target
 
 

@@ -78,6 +78,11 @@ def test_a_card_has_method_data_numbers_and_versions(actor: Path) -> None:
     assert "home" not in text and "/me" not in text
 
 
+def test_a_run_without_an_earlier_validation_has_one_column(actor: Path) -> None:
+    MetricsFile(run_of(actor) / "metrics.jsonl", resumed_at=0).log({"val-core/x/acc/mean@1": 0.5}, 4)
+    assert "| data | | step 4 |\n|---|---|---|\n| x | accuracy | 0.500 |\n" in card(actor)
+
+
 def test_the_snippet_of_a_card_is_python_with_the_runs_options(actor: Path) -> None:
     for adapter in (False, True):
         text = card(actor, adapter=adapter)

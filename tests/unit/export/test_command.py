@@ -80,6 +80,8 @@ def lora(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     torch.save(dict(adapted.state_dict()), actor / "model_world_size_1_rank_0.pt")
     (actor / "fsdp_config.json").write_text('{"world_size": 1}')
     (actor / META).write_text(json.dumps({"r": 4, "lora_alpha": 24, "task_type": "CAUSAL_LM"}))
+    config = {"skpo": {}, "actor_rollout_ref": {"model": {"path": "org/base", "lora_rank": 4, "lora_alpha": 24}}}
+    (run / "config.yaml").write_text(json.dumps(config))
     return run, adapted
 
 
@@ -97,6 +99,7 @@ def test_an_adapter_alone_and_merged_answer_as_the_trained_model(lora, tmp_path:
     assert names(whole) == sorted([*FILES, *TOKENIZER])
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 24, sorted(config["target_modules"]))
+    assert config["base_model_name_or_path"] == "org/base"
     torch.manual_seed(0)
     base = LlamaForCausalLM(AutoModelForCausalLM.from_pretrained(whole).config).bfloat16()
     found = {
