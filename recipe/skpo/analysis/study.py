@@ -569,7 +569,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     what.add_argument("--report", action="store_true", help="write tables and figures of what is there, and run none")
     what.add_argument("--redraw", type=Path, metavar="DIR", help="draw figures and tables again from DIR/<arm>.json")
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE", help="of every run, such as platform=gpu")
-    flags = parser.parse_intermixed_args(argv)
+    flags = parser.parse_args(argv)
 
     def command() -> list[Path]:
         if flags.redraw:
