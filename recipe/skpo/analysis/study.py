@@ -519,14 +519,18 @@ def train(config: StudyConfig) -> None:
 
 
 def show(config: StudyConfig) -> None:
-    """Print every cell of the plan with its state and its command."""
-    records = read_records(config.out)
-    with suppress(ConfigError, ValueError):
-        rates = chosen_rates(config)
-    known = {**dict.fromkeys(config.methods, config.rates[0]), **(rates if "rates" in locals() else {})}
-    for cell in [*rate_cells(config), *main_cells(config, known)]:
+    """Print every cell of the plan with its state and its command, and what is left to do.
+
+    A learning rate that is not chosen yet is the first one.
+    """
+    records, rates = read_records(config.out), dict.fromkeys(config.methods, config.rates[0])
+    if records:
+        rates |= chosen_rates(config)
+    cells = [*rate_cells(config), *main_cells(config, rates)]
+    for cell in cells:
         print(f"# {cell.name}: {records[cell].state if cell in records else 'not started'}")
         print(shown(overrides_of(config, cell)))
+    _say(config, f"{len(cells)} cells", len(missing(config, cells)))
 
 
 def report(config: StudyConfig) -> list[Path]:
