@@ -1,7 +1,8 @@
 """One rank of ``test_golden_actor``: ``python -m tests.golden.actor FOLDER RANK RANKS``.
 
 Builds verl's actor as the recipe's config says, without Ray, lets it make the updates of FOLDER/rows.pt and writes
-parameters and gradients as they were before each optimizer step to FOLDER/updates.pt.
+parameters and gradients as they were before each optimizer step to FOLDER/updates.pt.  Before them it computes old
+log-probs with entropy slopes; those of this rank's rows go to FOLDER/slopes-RANK.pt, unless the engine has none.
 """
 
 import importlib
@@ -25,7 +26,7 @@ from verl.utils import tensordict_utils  # noqa: E402
 from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
 from verl.workers.engine_workers import ActorRolloutRefWorker  # noqa: E402
 
-from recipe.skpo.method.rows import PHASE_FIELD, WEIGHT_FIELD  # noqa: E402
+from recipe.skpo.method.rows import PHASE_FIELD, SLOPE_FIELD, WANT_SLOPES, WEIGHT_FIELD  # noqa: E402
 from recipe.skpo.trainer.objective import skpo_loss  # noqa: E402
 from tests.golden.batches import nested  # noqa: E402
 
@@ -87,6 +88,13 @@ def main(folder: Path, rank: int, ranks: int) -> None:
     start = {name: tensor.detach().clone() for name, tensor in engine.module.state_dict().items()}
     per_rank = len(job["rows"]) // ranks
     own = job["rows"][rank * per_rank : (rank + 1) * per_rank]
+    data = stored(own)
+    temperature = config.actor_rollout_ref.rollout.temperature
+    options = {"calculate_entropy": True, "compute_loss": False, "temperature": temperature, WANT_SLOPES: True}
+    tensordict_utils.assign_non_tensor(data, **options, **next(iter(job["variants"].values()))["batching"])
+    output = worker.compute_log_prob(data)
+    if SLOPE_FIELD in output:
+        torch.save(list(output[SLOPE_FIELD].unbind()), folder / f"slopes-{rank}.pt")
     updates = {}
     for name, options in job["variants"].items():
         engine.module.load_state_dict(start)

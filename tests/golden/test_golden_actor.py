@@ -21,7 +21,7 @@ from recipe.skpo.method.loss_weights import loss_weights
 from recipe.skpo.method.segments import skip_prompt
 from recipe.skpo.trainer.order import minibatch_of_rows, minibatch_order
 from tests.e2e.tiny import make_model
-from tests.support.reference import reference_group_relative, reference_single_stream
+from tests.support.reference import reference_group_relative, reference_single_stream, reference_slope
 from tests.support.rows import make_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -247,12 +247,24 @@ def rows_of(visits: list[Visit], ranks: int, whole: bool) -> list[dict[str, Any]
     return stored
 
 
+def assert_slopes(model: Any, rows: list[dict[str, Any]], found: list[torch.Tensor]) -> None:
+    """The slopes that the actor returned, one place before each token of a response, are those of separate rows."""
+    for row, slopes in zip(rows, found, strict=True):
+        ids = torch.cat([row["prompt"], row["response"]])
+        with torch.no_grad():
+            logits = (model(ids[None]).logits[0] / TEMPERATURE).tolist()
+        places = range(len(row["prompt"]) - 1, len(ids) - 1)
+        expected = [reference_slope(logits[place], int(ids[place + 1])) for place in places]
+        assert slopes[places.start : places.stop].tolist() == pytest.approx(expected, rel=1e-3, abs=1e-7)
+
+
 @pytest.mark.parametrize(
     ("ranks", "device", "variants"),
     [
         pytest.param(1, "cuda", VARIANTS, marks=pytest.mark.nightly),  # as in test_golden_batch.py, without an engine
         (2, "cuda", VARIANTS),
         (2, "packed", PACKED),
+        pytest.param(1, "slopes", {"dynamic": VARIANTS["dynamic"]}, marks=pytest.mark.nightly),
         pytest.param(1, "shared_prefix", SHARED, marks=pytest.mark.nightly),
     ],
 )
@@ -286,6 +298,9 @@ def test_the_gradient_of_verls_actor_is_that_of_the_paper(
     torch.save(job, tmp_path / "rows.pt")
     preloaded.run_ranks("tests.golden.actor", *((str(tmp_path), str(rank), str(ranks)) for rank in range(ranks)))
 
+    if device != "cuda":
+        found = [row for rank in range(ranks) for row in torch.load(tmp_path / f"slopes-{rank}.pt")]
+        assert_slopes(model, rows, found)
     updates = torch.load(tmp_path / "updates.pt")
     assert list(updates) == list(variants)
     for name, records in updates.items():

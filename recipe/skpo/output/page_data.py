@@ -41,6 +41,7 @@ LARGEST_CURVES, LARGEST_CONFIG, LARGEST_HEADLINE, LARGEST_MEANINGS = 1_500_000, 
 """Bytes of these parts; trees get the rest."""
 
 UPSTREAM, DOWNSTREAM, TRACKER, TIMES = "skpo/upstream/", "skpo/downstream/", "skpo/tracker/", "timing_s/"
+POLARITY = "skpo/polarity/"
 
 CURVES: list[tuple[str, list[tuple[str, str]]]] = [
     ("Reward and baseline", [("reward", f"{DOWNSTREAM}reward/mean"), ("baseline", f"{UPSTREAM}baseline/mean")]),
@@ -81,6 +82,22 @@ CURVES: list[tuple[str, list[tuple[str, str]]]] = [
     ("Reward under [s, q] minus held-out reward", [("gap", "skpo/validation/skip_gap")]),
     ("Policy KL of a step", [("", "skpo/policy_kl")]),
     ("Entropy", [("", "actor/entropy")]),
+    ("Entropy and its target", [("entropy", f"{POLARITY}entropy"), ("target", f"{POLARITY}target")]),
+    ("Phase of the entropy, phi", [("", f"{POLARITY}phi")]),
+    (
+        "Sum of |A| by polarity",
+        [
+            ("expanding", f"{POLARITY}expanding/advantage_share"),
+            ("expanding, reweighted", f"{POLARITY}expanding/advantage_share_after"),
+            ("contracting", f"{POLARITY}contracting/advantage_share"),
+            ("contracting, reweighted", f"{POLARITY}contracting/advantage_share_after"),
+        ],
+    ),
+    (
+        "Mean polarity",
+        [("before the reweighting", f"{POLARITY}mean"), ("after it", f"{POLARITY}predicted_change")],
+    ),
+    ("Predicted against measured changes of the entropy", [("correlation", f"{POLARITY}correlation")]),
     ("Gradient norm", [("norm", "actor/grad_norm")]),
     ("Rollout against actor", [("", "skpo/rollout_actor_logprob_gap/mean")]),
     ("Value tracker", [("value", f"{TRACKER}value/mean")]),
