@@ -141,6 +141,28 @@ def draw_implicit_advantage(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def draw_polarity(words: pd.DataFrame, bins: pd.DataFrame, shown: int = 12) -> Figure:
+    """Draw the words that expand and contract the entropy most, and the predicted against the measured change."""
+    figure, (bars, scatter) = _figure(1, 2, height=4.2)
+    ends = [words[words["polarity"] < 0].tail(shown).iloc[::-1], words[words["polarity"] > 0].head(shown).iloc[::-1]]
+    for number, (name, rows) in enumerate(zip(("contracting", "expanding"), ends, strict=True)):
+        places = [place + number * (len(ends[0]) + 1) for place in range(len(rows))]
+        labels = [_plain(repr(str(text))) for text in rows["text"]]
+        bars.barh(places, rows["polarity"], color=COLORS[1 - number], label=name)
+        for place, label, value in zip(places, labels, rows["polarity"], strict=True):
+            side: dict[str, Any] = {"ha": "right" if value > 0 else "left", "va": "center", "fontsize": 7}
+            bars.annotate(label, (0, place), (-3 if value > 0 else 3, 0), textcoords="offset points", **side)
+    bars.set_yticks([])
+    _label(bars, "Words by polarity", "mean P = A T, nats per unit of step", "")
+    errors = bins["change_se"].fillna(0)
+    scatter.errorbar(bins["polarity"], bins["change"], yerr=errors, fmt="o", color=COLORS[0], capsize=2, markersize=4)
+    scatter.axhline(0, color=COLORS[6], linewidth=0.8)
+    scatter.axvline(0, color=COLORS[6], linewidth=0.8)
+    _label(scatter, "One update", "predicted: P, mean of a bin of tokens", "measured change of the entropy, nats")
+    _legend(bars, loc="lower right")
+    return figure
+
+
 CURVES = {
     "skpo/downstream/reward/mean": ("Downstream reward", "mean reward"),
     "actor/entropy": ("Entropy of the policy", "nats per token"),
