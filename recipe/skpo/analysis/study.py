@@ -287,6 +287,7 @@ def _on_a_gpu(runs: int) -> tuple[str, ...]:
         # Given, it is not measured: a measurement fails where another run frees memory meanwhile
         f"{vllm}.kv_cache_memory_bytes={(24 // runs) << 30}",
         "+ray_kwargs.ray_init.include_dashboard=false",
+        "skpo.poll_interval_s=0.1",
     )
 
 
