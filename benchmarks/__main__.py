@@ -1,4 +1,4 @@
-"""All measurements, or one of them: ``python -m benchmarks [rollout|engine|recipe|scale|update|threads [OPTIONS]]``.
+"""All measurements, or one of them: ``python -m benchmarks [NAME [OPTIONS]]``.
 
     rollout    SKPO, GRPO and two-batch SKPO on clusters in virtual time, at the paper's shape among others
     engine     the same methods on this machine's vLLM, with the embedded model and task
@@ -6,6 +6,7 @@
     scale      how the cost of each part grows, and its share of a large step
     update     one actor update with and without share_prefixes
     threads    an actor update beside an idle thread pool, by number of threads and OpenMP's wait policy
+    programs   answers to programming problems judged per second
 
 Each prints Markdown tables and writes every single number to outputs/benchmarks/<name>.json; ``--help`` behind a name
 lists its options.  Without a name all run in turn with their defaults, each in a process of its own.
@@ -16,7 +17,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-PARTS = ("rollout", "engine", "recipe", "scale", "update", "threads")
+PARTS = ("rollout", "engine", "recipe", "scale", "update", "threads", "programs")
 
 
 def main(argv: Sequence[str]) -> int:

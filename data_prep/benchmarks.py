@@ -8,6 +8,8 @@ Problems that are in more than one benchmark are kept and counted: each benchmar
     python -m data_prep.benchmarks --out DIR [--names aime24 math500 ...] [--source FILE_OR_FOLDER] [--template boxed]
 """
 
+import random
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -79,6 +81,36 @@ def choice_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
     return Problem(data_source, f"{text_field(fields, 'question')}\n{listed}", letter, ability="multiple choice")
 
 
+def gpqa_problem(fields: Mapping[str, Any], data_source: str) -> Problem:
+    """Convert the fields `Question`, `Correct Answer` and `Incorrect Answer 1` to 3; the question draws their order."""
+    question, right = text_field(fields, "Question"), text_field(fields, "Correct Answer")
+    options = [right, *(text_field(fields, f"Incorrect Answer {number}") for number in (1, 2, 3))]
+    if len(set(options)) < len(options):
+        raise RowError("the right answer is among the wrong ones, or two of those are the same")
+    random.Random(question).shuffle(options)
+    answer = LETTERS[options.index(right)]
+    return choice_problem({"question": question, "options": options, "answer": answer}, data_source)
+
+
+_TARGET = re.compile(r"\(([A-Z])\)")
+_OPTION = re.compile(r"^\(([A-Z])\) ", re.MULTILINE)
+
+
+def bbh_problem(fields: Mapping[str, Any], data_source: str) -> Problem | None:
+    """Convert the fields `input`, which ends with its options, and `target`, "(B)".
+
+    Returns:
+        None for tasks without options, or with more than ten.
+    """
+    question, target = text_field(fields, "input"), _TARGET.fullmatch(text_field(fields, "target"))
+    listed = _OPTION.findall(question.rpartition("Options:")[2])
+    if target is None or len(listed) > len(LETTERS):
+        return None
+    if target[1] not in listed:
+        raise RowError(f"field 'target' is {target[0]}, not one of the options {', '.join(listed) or '(none)'}")
+    return Problem(data_source, question, target[1], ability="multiple choice")
+
+
 TEST = {"test": "test"}
 TEST_IN_TRAIN = {"test": "train"}
 """On the hub, some benchmarks are one split called train."""
@@ -100,6 +132,16 @@ BENCHMARKS = {
             hub_config="OE_TO_maths_en_COMP",
         ),
         Source("mmlu_pro", "TIGER-Lab/MMLU-Pro", "TIGER-Lab/MMLU-Pro", choice_problem, "choice", splits=TEST),
+        Source(
+            "gpqa",
+            "Idavidrein/gpqa",
+            "Idavidrein/gpqa",
+            gpqa_problem,
+            "choice",
+            splits=TEST_IN_TRAIN,
+            hub_config="gpqa_diamond",
+        ),
+        Source("bbh", "lukaemon/bbh", "lukaemon/bbh", bbh_problem, "choice", splits=TEST),
         *(
             Source(name, hub, hub, convert, code.TEMPLATE, splits=TEST)
             for name, hub, convert in (

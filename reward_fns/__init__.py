@@ -36,7 +36,7 @@ MATH_SOURCES = frozenset(
         *("math", "amc23", "minerva_math", "olympiadbench", "own/math"),
     }
 )  # and everything that starts with "aime"
-CHOICE_SOURCES = frozenset({"TIGER-Lab/MMLU-Pro", "own/choice"})
+CHOICE_SOURCES = frozenset({"TIGER-Lab/MMLU-Pro", "Idavidrein/gpqa", "lukaemon/bbh", "own/choice"})
 CODE_SOURCES = frozenset(
     {
         *("livecodebench/code_generation_lite", "openai/openai_humaneval", "evalplus/humanevalplus"),

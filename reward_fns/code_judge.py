@@ -195,9 +195,8 @@ class CodeJudge:
             for attempt in range(2):  # a server that died, for example killed from outside, is replaced once
                 server = self.server(options.sandbox)
                 try:
-                    if tests.kind == "assert":
-                        return self._asserted(server, program, tests, options)
-                    return self._compared(server, program, tests, options)
+                    judge = {"stdin": self._printed, "call": self._called, "assert": self._asserted}[tests.kind]
+                    return judge(server, program, tests, options)
                 except (EOFError, OSError) as error:
                     with self._lock:
                         if self._servers.get(options.sandbox) is server:
@@ -209,34 +208,35 @@ class CodeJudge:
                         raise SandboxError(f"the sandbox ended twice while a program ran ({error})") from error
         raise AssertionError("unreachable")
 
-    def _compared(self, server: Server, program: str, tests: CodeTests, options: RunOptions) -> Verdict:
+    def _printed(self, server: Server, program: str, tests: CodeTests, options: RunOptions) -> Verdict:
+        """Run the program again for every input."""
         cpu = 0.0
-        for given, *expected in tests.tests:
-            request: dict[str, Any] = {"role": tests.kind, "program": program}
-            if tests.kind == "stdin":
-                request["stdin"] = given
-            else:
-                request |= {"entry": tests.names[0], "arguments": given}
-            with server.open(b"run") as connection:
-                _ask(connection, request, options)
-                ended = _answer(connection)
+        for given, expected in tests.tests:
+            ended = _run(server, {"role": "stdin", "program": program, "stdin": given}, options)
             cpu += ended.cpu
             if ended.failure is not None:
                 return ended.failure
-            text = ended.output.decode("utf-8", "replace")
-            if tests.kind == "stdin":
-                right = same_output(text, expected[0], tests.tolerance)
-            else:
-                try:
-                    value = json.loads(text)
-                    right = any(same_value(value, one, tests.tolerance) for one in expected)
-                except (ValueError, RecursionError):
-                    return "error"
-            if not right:
+            if not same_output(ended.output.decode("utf-8", "replace"), expected, tests.tolerance):
                 return "wrong answer"
             if cpu > ALL_TESTS * options.seconds:
                 return "time-out"
         return "passed"
+
+    def _called(self, server: Server, program: str, tests: CodeTests, options: RunOptions) -> Verdict:
+        """Run the program once and call its function with all arguments in turn."""
+        calls = [given for given, *_ in tests.tests]
+        request = {"role": "call", "program": program, "entry": tests.names[0], "calls": calls}
+        ended = _run(server, request, options, ALL_TESTS)
+        lines = ended.output.decode("utf-8", "replace").split("\n")[:-1]
+        # A wrong result before the end of the run is the first test that failed.
+        for line, (_, *expected) in zip(lines, tests.tests, strict=False):
+            try:
+                value = json.loads(line)
+                if not any(same_value(value, one, tests.tolerance) for one in expected):
+                    return "wrong answer"
+            except (ValueError, RecursionError):
+                return "error"
+        return ended.failure or ("passed" if len(lines) == len(calls) else "error")
 
     def _asserted(self, server: Server, program: str, tests: CodeTests, options: RunOptions) -> Verdict:
         """Run the program and its tests in two sandboxes that a socket links."""
@@ -248,7 +248,7 @@ class CodeJudge:
             _ask(serving, {"role": "serve", "setup": tests.setup, "program": program}, options)
             record = {"role": "assert", "setup": tests.setup, "tests": tests.tests, "names": list(tests.names)}
             # Longer, so that it is the program that runs out of time.
-            _ask(asserting, record, options, wall=WALL * options.seconds + 1)
+            _ask(asserting, record, options, more_seconds=1)
             asserted = _answer(asserting)
             if asserted.how == "exited" and asserted.output in (PASSED, WRONG):
                 return "passed" if asserted.output == PASSED else "wrong answer"
@@ -256,17 +256,32 @@ class CodeJudge:
         return "time-out" if "time" in (served.how, asserted.how) else "error"
 
 
-def _ask(connection: socket.socket, request: Mapping[str, Any], options: RunOptions, wall: float | None = None) -> None:
-    wall = wall or WALL * options.seconds
+def _run(server: Server, request: Mapping[str, Any], options: RunOptions, tests: int = 1) -> Ended:
+    with server.open(b"run") as connection:
+        _ask(connection, request, options, tests)
+        return _answer(connection)
+
+
+def _ask(
+    connection: socket.socket,
+    request: Mapping[str, Any],
+    options: RunOptions,
+    tests: int = 1,
+    more_seconds: float = 0,
+) -> None:
+    """Send a request; `tests` is how many times the seconds of a test the whole run may take."""
+    wall = WALL * options.seconds + more_seconds
     limits = {
         "seconds": options.seconds,
         "wall_seconds": wall,
+        "all_seconds": tests * options.seconds,
+        "all_wall_seconds": tests * wall,
         "memory": options.memory_mb * 2**20,
         "processes": MOST_PROCESSES,
         "output": LARGEST_OUTPUT,
         "files": LARGEST_FILES,
     }
-    connection.settimeout(math.ceil(wall + GRACE_SECONDS))
+    connection.settimeout(math.ceil(tests * wall + GRACE_SECONDS))
     send(connection, json.dumps({**request, "limits": limits}).encode())
 
 

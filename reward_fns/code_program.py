@@ -97,14 +97,13 @@ def _whole(request: Mapping[str, Any]) -> None:
 
 
 def _called(request: Mapping[str, Any]) -> None:
-    """Call one function, of a class `Solution` if there is one, and write its result as JSON."""
+    """Call one function, of a class `Solution` if there is one, and write its results as lines of JSON."""
     names = _main_module(request["program"])
     owner = names.get("Solution")
     entry = request["entry"]
     function = getattr(owner(), entry) if isinstance(owner, type) and hasattr(owner, entry) else names[entry]
-    result = json.dumps(function(*request["arguments"]), default=_as_json)
-    with open(RESULT, "w", encoding="utf-8") as file:
-        file.write(result)
+    for arguments in request["calls"]:
+        os.write(RESULT, f"{json.dumps(function(*arguments), default=_as_json)}\n".encode())
 
 
 def _as_json(value: Any) -> Any:

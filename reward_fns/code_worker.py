@@ -233,8 +233,9 @@ class Limits:
     """Limits of one run.
 
     Attributes:
-        seconds: processor time of all processes together.
-        wall_seconds: wall-clock time.
+        seconds: processor time of all processes together; in the role "call" from one result to the next.
+        wall_seconds: wall-clock time, in the same way.
+        all_seconds, all_wall_seconds: of the whole run.
         memory: bytes beyond those of an idle interpreter, of each process and of all together.
         processes: processes and threads.
         output, files: bytes of output, and of all files in `/tmp`.
@@ -242,6 +243,8 @@ class Limits:
 
     seconds: float
     wall_seconds: float
+    all_seconds: float
+    all_wall_seconds: float
     memory: int
     processes: int
     output: int
@@ -313,14 +316,15 @@ class Guard:
         ended = os.pidfd_open(child)
         for descriptor in (ended, out, self.connection.fileno()):
             poll.register(descriptor, select.POLLIN)
-        deadline = time.monotonic() + self.limits.wall_seconds
-        cpu, wait = 0.0, 0.002
+        limits, cpu, begun, wait = self.limits, 0.0, 0.0, 0.002
+        end = time.monotonic() + limits.all_wall_seconds
+        deadline = time.monotonic() + limits.wall_seconds
         while True:
             events = {descriptor for descriptor, _ in poll.poll(1000 * wait)}
             wait = min(2 * wait, POLL_SECONDS)
             if out in events and not self._read_output(out):
                 poll.unregister(out)
-            if len(self.output) > self.limits.output:
+            if len(self.output) > limits.output:
                 return "output", cpu
             if self.connection.fileno() in events:
                 return "abandoned", cpu
@@ -328,9 +332,12 @@ class Guard:
                 return "exited", cpu
             now, memory = self._used(child)
             cpu = max(cpu, now)
-            if cpu > self.limits.seconds or time.monotonic() > deadline:
+            if out in events and self.request["role"] == "call":
+                begun, deadline = cpu, time.monotonic() + limits.wall_seconds
+            late = time.monotonic() > min(deadline, end)
+            if late or cpu - begun > limits.seconds or cpu > limits.all_seconds:
                 return "time", cpu
-            if memory > self.limits.memory:
+            if memory > limits.memory:
                 return "memory", cpu
 
     def _read_output(self, out: int) -> bool:
@@ -409,7 +416,7 @@ class Guard:
         os.setsid()
         os.umask(0o077)
         for kind, amount in {
-            resource.RLIMIT_CPU: int(limits.seconds) + 2,
+            resource.RLIMIT_CPU: int(limits.all_seconds) + 2,
             resource.RLIMIT_AS: self.address_space + limits.memory,
             resource.RLIMIT_NPROC: limits.processes + (0 if self.namespaces else _tasks_of_user()),
             resource.RLIMIT_FSIZE: limits.files,

@@ -220,7 +220,8 @@ class Choices:
                 return f"{_plain(Path(str(files[0])).stem)}-{short_digest(files)}"
         # Validation files do not change what is trained.
         names = ("source", "template", "train_rows", "skip_bad", "prepare.seed")
-        keys = [f"data.{name}" for name in (*names, "prompt", "answer", "check", "system", "split")]
+        of_mine, of_code = ("prompt", "answer", "check", "system", "split"), ("from_date", "until_date")
+        keys = [f"data.{name}" for name in (*names, *of_mine, *of_code)]
         given = {key: OmegaConf.select(config, key) for key in keys if overridden(key, self.overrides)}
         for key in given.keys() & set(NAMES):
             given[key] = _absolute(given[key], caller(), must_exist=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import recipe, update
+from benchmarks import programs, recipe, update
 
 
 def test_without_a_name_all_parts_run_and_the_first_failure_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,3 +79,12 @@ def test_shared_prompts_are_computed_once(tmp_path: Path, capsys: pytest.Capture
     assert computed["separate rows"] >= 8 * 27 > computed["shared prompts"] >= 2 * (24 + 3 * 3)
     assert content["settings"]["model"] == "random"
     assert "| shared prompts |" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- programs
+
+
+def test_answers_of_every_kind_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert programs.main(["--answers=4", f"--out={tmp_path / 'programs.json'}"]) == 0
+    assert set(json.loads((tmp_path / "programs.json").read_text())["seconds"]) == set(programs.KINDS)
+    assert "| 8 assertions |" in capsys.readouterr().out

@@ -249,6 +249,16 @@ def test_the_tiny_model_trains_on_its_own_task_unless_data_is_given(compose_conf
     assert mine.actor_rollout_ref.rollout.max_model_len <= tiny.CONTEXT_TOKENS
 
 
+def test_programs_are_generated_or_prepared_from_a_source_within_days(compose_config) -> None:
+    config = compose_config("model=tiny", "data=code", "data.from_date=2024-08-01")
+    assert (config.data.prepare.name, config.data.prepare.from_date) == ("code", "2024-08-01")
+    assert config.output_dir != "outputs/tiny-code-skpo"
+    generated = compose_config("model=tiny", "data=code")
+    assert generated.output_dir == "outputs/tiny-code-skpo" and generated.data.prepared != config.data.prepared
+    assert generated.data.max_prompt_length == 320 and generated.data.val_rows == 8
+    check(generated)
+
+
 def test_the_answer_format_reaches_the_reward(compose_config) -> None:
     from verl.trainer.ppo.reward import get_custom_reward_fn
 

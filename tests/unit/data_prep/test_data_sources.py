@@ -592,10 +592,47 @@ def test_mmlu_pro_lists_its_options_and_its_letter_is_the_answer() -> None:
             convert({**row, **change})
 
 
+GPQA = {"Question": "Why?", "Correct Answer": "Since."} | {f"Incorrect Answer {n}": f"No {n}" for n in (1, 2, 3)}
+BBH = {"input": "Which?\nOptions:\n(A) this\n(B) that (A)\n(C) none", "target": "(B)"}
+
+
+def test_gpqa_draws_the_order_of_its_answers_by_the_question() -> None:
+    convert = benchmarks.BENCHMARKS["gpqa"].problem
+    letters = set()
+    for number in range(40):
+        problem = convert({**GPQA, "Question": f"Why {number}?"})
+        assert problem == convert({**GPQA, "Question": f"Why {number}?"})
+        question, *options = problem.question.splitlines()
+        assert question == f"Why {number}?" and len(options) == 4
+        assert f"({problem.answer}) Since." in options
+        letters.add(problem.answer)
+        assert compute_score(problem.data_source, f"\\boxed{{{problem.answer}}}", problem.answer)["acc"] == 1.0
+    assert letters == set("ABCD")
+    for change, message in (
+        ({"Incorrect Answer 2": None}, "'Incorrect Answer 2' is missing"),
+        ({"Incorrect Answer 2": "Since."}, "among the wrong ones"),
+    ):
+        with pytest.raises(RowError, match=message):
+            convert({**GPQA, **change})
+
+
+def test_bbh_keeps_the_tasks_with_options() -> None:
+    convert = benchmarks.BENCHMARKS["bbh"].problem
+    problem = convert(BBH)
+    assert problem is not None and (problem.answer, problem.question) == ("B", BBH["input"])
+    many = "Options:\n" + "\n".join(f"({letter}) x" for letter in "ABCDEFGHIJK")
+    for other in ({"target": "valid"}, {"target": "True"}, {"input": many, "target": "(A)"}):
+        assert convert({**BBH, **other}) is None
+    for change in ({"target": "(D)"}, {"input": "Which?"}):
+        with pytest.raises(RowError, match="not one of the options"):
+            convert({**BBH, **change})
+
+
 def test_every_benchmark_has_a_reward_and_a_template() -> None:
     row = {"problem": "p", "question": "p", "answer": "1", "final_answer": ["1"]}
     special = {"mmlu_pro": {"answer": "A", "options": ["x"]}, "gsm8k": {"answer": "#### 1"}}
     (task, *_), _ = tasks(1)
+    special |= {"gpqa": GPQA, "bbh": BBH}
     special |= {name: make(task, task.program)[0] for name, make in SCHEMAS.items()}
     for name, source in benchmarks.BENCHMARKS.items():
         problem = source.problem(row | special.get(name, {}))

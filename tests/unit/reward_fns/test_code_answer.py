@@ -175,6 +175,9 @@ def parts(value):
         ("def most(x):\n    return x[-1]", MOST, "wrong answer"),
         ("def least(x):\n    return min(x)", MOST, "error"),
         ("def most(x):\n    return {max(x)}", MOST, "error"),
+        ("def most(x):\n    while len(x) < 2: pass\n    return max(x)", MOST, "time-out"),
+        ("import os\ndef most(x):\n    if len(x) < 2: os._exit(0)\n    return max(x)", MOST, "error"),
+        ("import os\nos.write(4, b'3\\n2.5\\n' * 2)\ndef most(x):\n    return max(x)", MOST, "error"),
         (PAIR, PAIRS, "passed"),
         (PAIR.replace("+ pair.right", "- pair.right"), PAIRS, "wrong answer"),
         (PAIR.replace("raise ValueError", "raise KeyError"), PAIRS, "error"),
@@ -199,7 +202,7 @@ def test_a_program_sees_neither_the_environment_nor_the_files_of_this_process(mo
         "import os\ndef f():\n    return [sorted(os.listdir('/')), os.listdir('/tmp'), os.getuid(), os.getpid(),"
         "\n        sorted(map(int, os.listdir('/proc/self/fd')))[:-1], sorted(os.environ)]"
     )
-    request = {"role": "call", "program": seen, "entry": "f", "arguments": []}
+    request = {"role": "call", "program": seen, "entry": "f", "calls": [[]]}
     with code_judge._judge.server("namespaces").open(b"run") as connection:
         code_judge._ask(connection, request, RunOptions())
         root, temporary, user, process, files, variables = json.loads(code_judge._answer(connection).output)
