@@ -185,3 +185,28 @@ def test_it_continues_after_a_checkpoint() -> None:
 def test_a_damaged_trajectory_is_refused(change: dict) -> None:
     with pytest.raises(ValueError, match="trajectory of the entropy"):
         EntropyTrajectory().load_state_dict({"average": 1.0, "last": [1.0, 0.0], "changes": []} | change)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_entropies_of_three_trainings_part_towards_their_targets(seed: int) -> None:
+    """A softmax policy of eight states learns random rewards by the policy gradient; only the target differs."""
+    rewards = torch.tensor(np.random.default_rng(seed).normal(size=(8, 12)))
+    found = []
+    for target in (None, 8.0, 0.5):  # off, above and below what the policy has at any time before it is certain
+        generator, logits = torch.Generator().manual_seed(seed), torch.zeros(8, 12, dtype=torch.float64)
+        trajectory, curve = EntropyTrajectory(target=target), []
+        for _ in range(100):
+            log_probs = logits.log_softmax(-1)
+            labels = torch.multinomial(log_probs.exp(), 16, replacement=True, generator=generator)
+            given = rewards.gather(1, labels)
+            advantages = ((given - given.mean(1, keepdim=True)) / (given.std(1, keepdim=True) + 1e-8)).flatten()
+            rows = log_probs.repeat_interleave(16, dim=0)
+            curve.append(float(torch.special.entr(log_probs.exp()).sum(-1).mean()))
+            if target is not None:
+                slopes = entropy_slopes(rows, labels.flatten())
+                advantages = reweighted(advantages, slopes, trajectory.phase(curve[-1]), 0.9)
+            ascent = torch.nn.functional.one_hot(labels.flatten(), 12) - rows.exp()
+            logits = logits + 0.01 * (advantages.unsqueeze(-1) * ascent).reshape(8, 16, 12).sum(1)
+        found.append(float(np.mean(curve)))
+    off, above, below = found
+    assert above > off + 0.1 and below < off - 0.05, found
