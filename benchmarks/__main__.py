@@ -5,6 +5,7 @@
     recipe     the recipe's own Python against its limits
     scale      how the cost of each part grows, and its share of a large step
     update     one actor update with and without share_prefixes
+    slopes     log-probs of a micro-batch with and without entropy slopes
     threads    an actor update beside an idle thread pool, by number of threads and OpenMP's wait policy
     programs   answers to programming problems judged per second
 
@@ -17,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-PARTS = ("rollout", "engine", "recipe", "scale", "update", "threads", "programs")
+PARTS = ("rollout", "engine", "recipe", "scale", "update", "slopes", "threads", "programs")
 
 
 def main(argv: Sequence[str]) -> int:

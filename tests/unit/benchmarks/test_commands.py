@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import programs, recipe, update
+from benchmarks import programs, recipe, slopes, update
 
 
 def test_without_a_name_all_parts_run_and_the_first_failure_is_the_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,3 +88,15 @@ def test_answers_of_every_kind_are_judged(tmp_path: Path, capsys: pytest.Capture
     assert programs.main(["--answers=4", f"--out={tmp_path / 'programs.json'}"]) == 0
     assert set(json.loads((tmp_path / "programs.json").read_text())["seconds"]) == set(programs.KINDS)
     assert "| 8 assertions |" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- entropy slopes
+
+
+def test_both_passes_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = ["--vocabulary=31", "--width=8", "--tokens=20", "--repeats=2"]
+    assert slopes.main([*shape, f"--out={tmp_path / 'slopes.json'}"]) == 0
+    found = json.loads((tmp_path / "slopes.json").read_text())["seconds"]
+    assert [len(values) for values in found.values()] == [2, 2]
+    said = capsys.readouterr().out
+    assert all(name in said for name in found)
