@@ -146,10 +146,10 @@ class Card:
         yield ""
 
     def _use(self, hub: str | None) -> Iterator[str]:
-        yield from ("## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "")
+        yield from ("## Use", "", "```python", *(["from peft import PeftModel"] if self.adapter else []))
+        yield from ("from transformers import AutoModelForCausalLM, AutoTokenizer", "")
         yield 'folder = "."  # this folder, or the name of its repository'
         if self.adapter:
-            yield from ("from peft import PeftModel", "")
             yield f"base = AutoModelForCausalLM.from_pretrained({hub or '<base model>'!r})"
             yield "model = PeftModel.from_pretrained(base, folder)"
         else:

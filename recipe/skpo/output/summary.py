@@ -187,7 +187,7 @@ def _best(output_dir: Path) -> str | None:
         return None
     validations, best = kept
     after = sum(step > best for step in validations.values)
-    since = f", {after} validations ago" if after else ""
+    since = f", {after} validation{'s' if after > 1 else ''} ago" if after else ""
     return f"step {best}{since}: {one_line(validations.name)} {validations.values[best]:.3f}"
 
 

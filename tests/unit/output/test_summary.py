@@ -159,6 +159,15 @@ def test_summary_shows_the_numbers_before_and_after_and_where_everything_lies(tm
     assert row(text, "three trees") == [str(tmp_path / "sample_trees.txt")]
 
 
+def test_the_best_step_is_named_where_it_was_kept(tmp_path: Path) -> None:
+    folder, metric = run(tmp_path), f"val-core/{SOURCE}/acc/mean@1"
+    assert "\n  best " not in summary(folder)
+    OmegaConf.save(OmegaConf.create({"trainer": {"keep_best": metric}}), folder / "config.yaml")
+    assert f"\n  best         step 2, 1 validation ago: {metric} 0.900\n" in summary(folder)
+    MetricsFile(folder / "metrics.jsonl", resumed_at=4).log(validation(0.95), step=10)
+    assert f"\n  best         step 10: {metric} 0.950\n" in summary(folder)
+
+
 def test_a_source_that_was_not_there_before_has_no_number_before(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl", resumed_at=0)
     file.log(validation(0.1), step=0)
