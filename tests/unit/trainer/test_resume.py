@@ -57,11 +57,11 @@ def test_a_checkpoint_of_another_format_is_refused_before_anything_starts(config
     path = checkpoints / "global_step_10" / FILE_NAME
     with np.load(path) as archive:
         arrays = dict(archive)
-    arrays["meta"] = np.array(str(arrays["meta"]).replace('"format": 4', '"format": 2'))
+    arrays["meta"] = np.array(str(arrays["meta"]).replace('"format": 5', '"format": 2'))
     np.savez(path, **arrays)
     with pytest.raises(StateError) as error:
         resume(config)
-    assert one_line(error).startswith(f"{path}: has format 2, this version of verl-skpo reads 3 and 4; resume with")
+    assert one_line(error).startswith(f"{path}: has format 2, this version of verl-skpo reads 3 to 5; resume with")
 
 
 def test_without_a_marker_verl_starts_again(config, checkpoints: Path) -> None:
