@@ -1,6 +1,9 @@
 """The growth of costs: the arithmetic, and no exponent that is 1 becomes another."""
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from benchmarks import recipe, scale
 
@@ -38,8 +41,18 @@ def test_the_reference_step_is_computed_and_only_the_trainers_parts_are_added() 
     assert lines[4].endswith("| 3.02 s (5.0%) | 5 s (8.3%) |")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the command: where torch takes a second thread, at some size, other jobs are waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.nightly
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("part", scale.PARTS, ids=lambda part: part.name)
 def test_nothing_grows_faster_than_its_size(part: scale.Part) -> None:
     growth = scale.measured(part, 5)
