@@ -13,7 +13,7 @@ import pytest
 from recipe.skpo.output.glossary import METRICS, TERMS_OF_THE_LOSS, described
 from recipe.skpo.output.metrics import read_lines
 from recipe.skpo.output.trees import read_trees, tree_index
-from tests.e2e.tiny import CLOSES, OPENS, overrides, score_of_answer
+from tests.e2e.tiny import CLOSES, OPENS, REWARD, overrides, score_of_answer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(900)]
 
@@ -62,9 +62,12 @@ TERMS = [
 """Terms of verl's own loss."""
 
 
-def train(folder: Path, *arguments: str, thinks: bool = False) -> list[dict[str, float]]:
-    """Train the tiny model and return the metrics of its steps."""
-    command = [sys.executable, "-m", "recipe.skpo.main", *overrides(folder, thinks), *arguments]
+def train(folder: Path, *arguments: str, thinks: bool = False, own_data: bool = True) -> list[dict[str, float]]:
+    """Train the tiny model, on its own data or other, and return the metrics of its steps."""
+    given = overrides(folder, thinks)
+    if not own_data:
+        given = [each for each in given if not re.match(r"data(=|\.train_files|\.val_files)", each)]
+    command = [sys.executable, "-m", "recipe.skpo.main", *given, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     lines = read_lines(folder / "out/metrics.jsonl")
@@ -87,6 +90,20 @@ def test_method(method: str, tmp_path: Path) -> None:
         # SPO has one response per prompt, and G times the prompts.
         assert ("skpo/tracker/value/mean" in line) == (method == "spo")
         assert ("skpo/polarity/entropy" in line) == (method == "papo")
+
+
+def test_programs_are_run_in_the_sandbox_during_a_training(tmp_path: Path) -> None:
+    arguments = ["data=code", "data.template=plain", "data.max_prompt_length=200", "data.val_rows=8"]
+    arguments += [f"{REWARD}.name=score_of_program", f"data.prepared={tmp_path}/code"]
+    steps = train(tmp_path, *arguments, "trainer.total_training_steps=2", own_data=False)
+    assert [line["step"] for line in steps] == [1, 2]
+    for line in steps:
+        assert line["actor/grad_norm"] > 0
+        assert line["skpo/prompts_dropped"] == 0
+        # Half of the programs are right ones.
+        assert -1 < line["skpo/downstream/reward/mean"] < 1
+    validated = [line for line in read_lines(tmp_path / "out/metrics.jsonl") if "val-core/skpo/code/acc/mean@1" in line]
+    assert 0 < validated[-1]["val-core/skpo/code/acc/mean@1"] < 1
 
 
 @pytest.mark.parametrize("name", ABLATIONS)

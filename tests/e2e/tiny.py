@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import reward_fns
 from data_prep.schema import Row, write_parquet
+from reward_fns.code_tests import read_tests
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -87,6 +89,17 @@ def compute_score(
     """Right where the response has an even number of characters: a coin that a random model can win."""
     correct = len(solution_str) % 2 == 0
     return {"score": 1.0 if correct else -1.0, "acc": float(correct), "well_formed": 1.0}
+
+
+def score_of_program(
+    data_source: str, solution_str: str, ground_truth: str, extra_info: object = None, **kwargs: object
+) -> dict[str, float | str]:
+    """The recipe's own reward of a program, which a random model cannot write: a right one after an even text."""
+    tests = read_tests(ground_truth)
+    known = {str(given): result for (given,), result in tests.tests}
+    found = f"{known!r}[str(value)]" if len(solution_str) % 2 == 0 else "None"
+    program = f"```python\ndef {tests.names[0]}(value):\n    return {found}\n```\n"
+    return reward_fns.compute_score(data_source, program, ground_truth)
 
 
 def score_of_answer(
