@@ -205,7 +205,8 @@ def page(result: Mapping[str, Any]) -> str:
             ],
         ),
         '<p class="hint">The other K - G responses of a segment are a noisy truth, so that the measured shares are too '
-        "low. The expected ones are simulated with the measured values and signal to noise.</p>",
+        "low. An estimate of 0 is not right: a mean of G rewards often equals that of a single earlier visit. The "
+        "expected shares are simulated with the measured values and signal to noise.</p>",
         "<h2>Thresholds</h2>",
         _table(["", ""], [[name, f"{value:g}"] for name, value in judged["thresholds"].items()]),
         "<h2>Examples</h2>",

@@ -129,6 +129,7 @@ _RESOLVERS: dict[str, Callable[..., Any]] = {
     "skpo_half_life": lambda drift: HALF_LIVES.get(drift, 8.0),
     # A value that was given under its former name, else the default.
     "skpo_given": lambda value, default: default if value is None else value,
+    "skpo_largest": lambda *values: max(value for value in values if value is not None),
     "skpo_digest": digest,
     "skpo_own_data": lambda model: OWN_DATA.get(model, "arithmetic"),
     "skpo_tiny": tiny.folder_name,

@@ -55,7 +55,12 @@ class EngineConfig:
         }
         if self.platform == "cpu":
             # vLLM's CPU default block of 128 tokens is longer than a short prompt: nothing would ever be shared.
-            return arguments | {"enforce_eager": True, "block_size": 32}
+            arguments |= {"enforce_eager": True, "block_size": 32}
+            if self.max_model_len:
+                # A prompt is read whole, as in training; without a limit its length is not known here.
+                arguments["enable_chunked_prefill"] = False
+                arguments["max_num_batched_tokens"] = max(self.max_num_batched_tokens, self.max_model_len)
+            return arguments
         return arguments | {"gpu_memory_utilization": self.gpu_memory_utilization}
 
     def open(self, model: str) -> "VllmSampler":

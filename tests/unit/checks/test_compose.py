@@ -123,6 +123,12 @@ def test_presets_change_the_objective_and_the_candidates(run_config) -> None:
     check(run_config("cpu", "preset=small_batch"))
 
 
+@pytest.mark.parametrize(("prompt", "tokens"), [(96, 4096), (5000, 5000 + 12 + 24)])
+def test_a_cpu_reads_prompts_whole(run_config, prompt: int, tokens: int) -> None:
+    rollout = run_config("cpu", f"data.max_prompt_length={prompt}").actor_rollout_ref.rollout
+    assert (rollout.enable_chunked_prefill, rollout.max_num_batched_tokens) == (False, tokens)
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_skpo_is_what_verl_is_told_to_run(run_config, run: str) -> None:
     config = run_config(run)

@@ -185,8 +185,12 @@ def test_vllm_is_asked_prompt_by_prompt(fake_vllm: None) -> None:
 def test_cpu_engine_has_the_values_of_the_platforms_config(compose_config: Any) -> None:
     rollout = compose_config("platform=cpu").actor_rollout_ref.rollout
     arguments = EngineConfig(platform="cpu").arguments()
+    whole = EngineConfig(platform="cpu", max_model_len=5000).arguments()
     for name in ("enforce_eager", "max_num_batched_tokens", "logprobs_mode", "dtype"):
         assert arguments[name] == rollout[name]
+    assert "enable_chunked_prefill" not in arguments
+    assert whole["enable_chunked_prefill"] is rollout.enable_chunked_prefill is False
+    assert whole["max_num_batched_tokens"] == whole["max_model_len"] == 5000
     assert arguments["block_size"] == rollout.engine_kwargs.vllm.block_size
     assert "gpu_memory_utilization" not in arguments and arguments["max_model_len"] is None
     gpu = EngineConfig(platform="gpu").arguments()
