@@ -198,7 +198,7 @@ def _make_root(sources: dict[str, int | None], devices: dict[str, int]) -> None:
         else:
             _bind(source, target)
     for name in ("proc", "tmp", "dev"):
-        os.mkdir(f"{root}/{name}")
+        Path(f"{root}/{name}").mkdir(exist_ok=True)  # Python may lie below /tmp
     for name, source in devices.items():
         _bind(source, Path(f"{root}/dev/{name}"))
     links = {"fd": "/proc/self/fd", "stdin": "/proc/self/fd/0", "stdout": "/proc/self/fd/1", "shm": "/tmp"}
@@ -410,7 +410,10 @@ class Guard:
             maps = {"setgroups": "deny", "uid_map": f"{USER} {USER} 1", "gid_map": f"{USER} {USER} 1"}
             for name, line in maps.items():
                 Path(f"/proc/self/{name}").write_text(line, encoding="utf-8")
+            python = {name: os.open(f"/tmp/{name}", os.O_PATH) for name in os.listdir("/tmp")}
             mount("tmp", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={limits.files},nr_inodes=1000,mode=0700")
+            for name, source in python.items():
+                _bind(source, Path("/tmp", name))
         os.chdir(self.folder)
         os.environ.update(HOME=self.folder, TMPDIR=self.folder)
         os.setsid()
