@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import reward_fns
-from data_prep import tiny as policy
 from data_prep.schema import Row, write_parquet
 from reward_fns.code_tests import read_tests
 
@@ -15,10 +14,48 @@ REWARD = "reward.custom_reward_function"
 OPENS, CLOSES = "<think>", "</think>"
 
 
-def make_model(folder: Path) -> Path:
-    """Write a Llama of about 100,000 random parameters whose tokens are bytes; returns the folder."""
-    policy.prepare(folder, policy.Settings(documents=0, width=64, feed_forward=128, layers=2))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+def make_model(folder: Path, thinks: bool = False) -> Path:
+    """Write a Llama of about 100,000 parameters with a byte-level tokenizer of 260 tokens; returns the folder.
+
+    One that ``thinks`` has both marks of a thought as tokens, and closes a thought after about eight tokens.
+    """
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    specials = ["<s>", "</s>", "<pad>", "<unk>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*specials, *letters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.add_tokens([OPENS, CLOSES] if thinks else [])
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        tie_word_embeddings=not thinks,
+    )
+    model = LlamaForCausalLM(config).float()
+    if thinks:
+        with torch.no_grad():
+            # All hidden states share a direction, which raises the logit of the closing mark.
+            model.model.embed_tokens.weight[:, 0] = 1.0
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids(CLOSES), 0] = 0.45
+    model.save_pretrained(folder)
     return folder
 
 
