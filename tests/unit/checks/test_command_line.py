@@ -65,8 +65,8 @@ REFUSED = {
     # groups
     "platform=tpu": "platform: 'tpu' is unknown; known are cpu, gpu",
     "method=baseline": "method: 'baseline' is unknown; known are cispo, ",
-    "data=prepared": "data: 'prepared' is unknown; known are arithmetic, code, dapo_math, files, gsm8k, math, mine, steps",
-    "data=legacy_data": "data: 'legacy_data' is unknown; known are arithmetic, code, dapo_math, files, gsm8k, math, mine, steps",
+    "data=prepared": "data: 'prepared' is unknown; known are arithmetic, code, ",
+    "data=legacy_data": "data: 'legacy_data' is unknown; known are arithmetic, code, ",
     "model=hf_model": "model: 'hf_model' is unknown; known are llama3_2_3b_instruct, qwen2_5_math_7b, smollm2_135m",
     "output_dir=~nobody_here/x": "output_dir: ~nobody_here/x names the home folder of an unknown user; give its path",
     "method=null": "method=null: a group needs the name of one of its choices",
