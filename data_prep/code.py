@@ -127,7 +127,7 @@ def pickled_text(content: bytes) -> str:
     """Return the text that a pickle holds, read by its opcodes and never executed.
 
     Raises:
-        ValueError: it is no pickle, or one of anything but a text.
+        ValueError: it is not the pickle of one text.
     """
     texts = []
     for opcode, argument, _ in pickletools.genops(content):
@@ -153,7 +153,7 @@ def within(first: str | None, last: str | None) -> Convert:
 
     def in_window(fields: Mapping[str, Any], data_source: str) -> Problem | None:
         try:
-            # Other schemas have no such field: a window is for none of them.
+            # Other schemas have no such field, so they take no dates.
             day = date.fromisoformat(text_field(fields, "contest_date")[:10])
         except ValueError as error:
             raise RowError(f"field 'contest_date' is not a date ({error})") from error

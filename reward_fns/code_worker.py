@@ -39,7 +39,7 @@ PDEATHSIG, SET_DUMPABLE, SET_SECCOMP, CAPBSET_DROP, NO_NEW_PRIVS, CHILD_SUBREAPE
 USER = 1000
 """User and group inside the sandbox."""
 UNUSED_USERS = (1_000_000, 60_000)
-"""First of 10,000 users outside, as one of whom programs of root run: root has no limit of processes."""
+"""Programs that root judges run as one of 10,000 users from here on: no limit of processes binds root itself."""
 SYSTEM = (
     "/usr",
     "/bin",

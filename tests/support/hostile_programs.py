@@ -821,7 +821,7 @@ FAKES = [
         ASSERTED,
     ),
     Hostile(
-        "return an object of no plain type",
+        "return an object that is not of a plain type",
         (ERROR,),
         """
         class X:

@@ -2,7 +2,7 @@
 
 import argparse
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,9 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from recipe.skpo.evaluation.results import CONFIG_NAME, Parser, json_bytes
+from recipe.skpo.evaluation.engine import EngineConfig
+from recipe.skpo.evaluation.options import add_flags, add_model_flags, model_settings, read_flags
+from recipe.skpo.evaluation.results import CONFIG_NAME, Parser, json_bytes, run_cli
 from recipe.skpo.output.files import write_atomic
 
 
@@ -22,6 +24,36 @@ def parser_of(name: str, description: str | None) -> Parser:
 def add_out(parser: argparse.ArgumentParser, help: str = "folder for picture, numbers and config") -> None:
     """Add the flag ``--out``."""
     parser.add_argument("--out", type=Path, required=True, help=help)
+
+
+def sampling_command(
+    name: str,
+    description: str | None,
+    kind: type[Any],
+    run: Callable[[Any, Path], list[Path]],
+    argv: Sequence[str] | None,
+) -> int:
+    """Run an analysis that samples from a model; returns the exit code.
+
+    Args:
+        name: of the command.
+        description: its help.
+        kind: dataclass of its options, with ``model``, ``engine`` and ``asked``.
+        run: the analysis.
+        argv: its arguments; None for those of the process.
+    """
+    parser = parser_of(name, description)
+    add_out(parser, "folder for draws, picture, numbers and config")
+    add_flags(parser, kind)
+    add_model_flags(parser)
+    add_flags(parser, EngineConfig, "vLLM")
+    flags = parser.parse_args(argv)
+
+    def command() -> list[Path]:
+        asked = model_settings(flags, flags.model)
+        return run(read_flags(kind, flags, engine=read_flags(EngineConfig, flags), asked=asked), flags.out)
+
+    return run_cli(command)
 
 
 def rendered(figure: Figure, suffix: str, name: str) -> bytes:

@@ -18,22 +18,18 @@ import numpy as np
 import pandas as pd
 
 from data_prep.untrusted import one_line
-from recipe.skpo.analysis.common import add_out, parser_of, write_results
+from recipe.skpo.analysis.common import sampling_command, write_results
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.engine import FREE, EngineConfig
 from recipe.skpo.evaluation.options import (
     JUDGING,
     ModelSettings,
-    add_flags,
-    add_model_flags,
     check_options,
-    model_settings,
     option,
-    read_flags,
     require,
 )
 from recipe.skpo.evaluation.problems import Judge, Reward, prompts_of, read_problems
-from recipe.skpo.evaluation.results import check_same_config, run_cli
+from recipe.skpo.evaluation.results import check_same_config
 from recipe.skpo.evaluation.sampling import Request, Sampler, draw_stored, opened_by_first_draw, request_seed
 from recipe.skpo.task.model_files import load_tokenizer
 
@@ -271,18 +267,7 @@ def run(config: PolarityConfig, out: Path, open_sampler: Callable[[], Sampler] |
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = parser_of("polarity", __doc__)
-    add_out(parser, "folder for draws, picture, numbers and config")
-    add_flags(parser, PolarityConfig)
-    add_model_flags(parser)
-    add_flags(parser, EngineConfig, "vLLM")
-    flags = parser.parse_args(argv)
-
-    def command() -> list[Path]:
-        asked = model_settings(flags, flags.model)
-        return run(read_flags(PolarityConfig, flags, engine=read_flags(EngineConfig, flags), asked=asked), flags.out)
-
-    return run_cli(command)
+    return sampling_command("polarity", __doc__, PolarityConfig, run, argv)
 
 
 if __name__ == "__main__":

@@ -23,21 +23,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recipe.skpo.analysis.common import add_out, parser_of, write_results
+from recipe.skpo.analysis.common import sampling_command, write_results
 from recipe.skpo.evaluation.engine import FREE, EngineConfig
 from recipe.skpo.evaluation.options import (
     JUDGING,
     ModelSettings,
-    add_flags,
-    add_model_flags,
     check_options,
-    model_settings,
     option,
-    read_flags,
     require,
 )
 from recipe.skpo.evaluation.problems import Judge, Problem, Reward, prompts_of, read_problems
-from recipe.skpo.evaluation.results import check_same_config, run_cli
+from recipe.skpo.evaluation.results import check_same_config
 from recipe.skpo.evaluation.sampling import (
     SEED_BOUND,
     Completion,
@@ -319,18 +315,7 @@ def run(config: ShortcutConfig, out: Path, open_sampler: Callable[[], Sampler] |
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    parser = parser_of("shortcut", __doc__)
-    add_out(parser, "folder for draws, picture, numbers and config")
-    add_flags(parser, ShortcutConfig)
-    add_model_flags(parser)
-    add_flags(parser, EngineConfig, "vLLM")
-    flags = parser.parse_args(argv)
-
-    def command() -> list[Path]:
-        asked = model_settings(flags, flags.model)
-        return run(read_flags(ShortcutConfig, flags, engine=read_flags(EngineConfig, flags), asked=asked), flags.out)
-
-    return run_cli(command)
+    return sampling_command("shortcut", __doc__, ShortcutConfig, run, argv)
 
 
 if __name__ == "__main__":

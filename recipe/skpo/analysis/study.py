@@ -8,7 +8,6 @@ a kill: finished cells are skipped, the others resume.  docs/evidence.md has wha
     python -m recipe.skpo.analysis.study --redraw docs/evidence
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -94,8 +93,12 @@ class Arm:
 _VALIDATION = "actor_rollout_ref.rollout.val_kwargs"
 
 
+def _cache() -> Path:
+    return Path(os.environ.get("SKPO_CACHE", ".cache")).expanduser()
+
+
 def _chains() -> Path:
-    return Path(os.environ.get("SKPO_CACHE", ".cache")).expanduser() / "chains"
+    return _cache() / "chains"
 
 
 def _make_chains() -> None:
@@ -294,6 +297,11 @@ def _on_a_gpu(runs: int) -> tuple[str, ...]:
 def shown(overrides: Sequence[str]) -> str:
     """Return a training as it is typed."""
     return shlex.join(["bash", "run_skpo.sh", *overrides])
+
+
+def elsewhere(overrides: Sequence[str], arm: str, out: Path) -> list[str]:
+    """Return a training's arguments with the paths that they have by default: results are read on other machines."""
+    return [text.replace(f"{out}/", f"{_out_of(arm)}/").replace(f"{_cache()}/", ".cache/") for text in overrides]
 
 
 # ---------------------------------------------------------------- records
@@ -560,8 +568,8 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-def _out(flags: argparse.Namespace) -> Path:
-    return flags.out or Path(f"outputs/study-{flags.arm}")
+def _out_of(arm: str) -> Path:
+    return Path(f"outputs/study-{arm}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -581,7 +589,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from recipe.skpo.analysis.study_results import redraw
 
             return redraw(flags.redraw)
-        config = read_flags(StudyConfig, flags, out=_out(flags), overrides=tuple(flags.overrides))
+        config = read_flags(StudyConfig, flags, out=flags.out or _out_of(flags.arm), overrides=tuple(flags.overrides))
         if flags.list:
             show(config)
             return []
@@ -593,7 +601,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = run_cli(command)
         if code == 0 and not flags.redraw and not flags.list:
-            code = int(any(record.state == "failed" for record in read_records(_out(flags)).values()))
+            code = int(
+                any(record.state == "failed" for record in read_records(flags.out or _out_of(flags.arm)).values())
+            )
         return code
     except KeyboardInterrupt:
         print("stopped; the same command resumes", file=sys.stderr)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from data_prep.untrusted import read_json
 from recipe.skpo.analysis.compare import Groups, curves_of, held_out_metrics, table_of, text_of, values_of
-from recipe.skpo.analysis.study import METHODS, REFERENCE, RUNS, read_records, shown
+from recipe.skpo.analysis.study import METHODS, REFERENCE, RUNS, elsewhere, read_records, shown
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.options import require
 from recipe.skpo.evaluation.results import json_bytes
@@ -74,7 +74,7 @@ def collect(arm: str, out: Path) -> dict[str, Any]:
                 "ended": record.ended,
                 "error": record.error,
                 "launches": record.launches,
-                "command": shown(record.overrides),
+                "command": shown(elsewhere(record.overrides, arm, out)),
                 "problems": dict(counted),
                 "decoding": how,
                 "steps": steps,

@@ -82,7 +82,7 @@ def _actor(checkpoint: Checkpoint) -> Path:
     """Return the folder ``global_step_N/actor`` of a checkpoint.
 
     Raises:
-        ConfigError: it is a model of no run.
+        ConfigError: the model does not come from a run.
     """
     folder = (checkpoint.shards or Path(checkpoint.model)).resolve()
     actor = folder.parent if folder.name == "huggingface" else folder

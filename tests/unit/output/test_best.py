@@ -27,7 +27,7 @@ def validations(given: str, *values: float) -> Validations:
         (ACC, (0.5,), 0, 0),
         (ACC, (0.1, 0.5, 0.3, 0.4), 1, 2),
         (f"-{ACC}", (0.1, 0.5, 0.05, 0.4), 2, 1),
-        (ACC, (0.5, 0.5, 0.5), 0, 2),  # as good is no gain
+        (ACC, (0.5, 0.5, 0.5), 0, 2),  # an equal value is not a gain
         (ACC, (math.nan, 0.5, math.nan), 1, 1),
         (ACC, (math.nan, math.nan), None, 2),
     ],
