@@ -116,14 +116,19 @@ def _arms() -> dict[str, Arm]:
             overrides=(
                 "model=tiny",
                 "data=steps",
-                "trainer.max_actor_ckpt_to_keep=1",
+                # So that a run draws a prompt three times, about as often as the paper's: trackers need earlier visits
+                "data.train_max_samples=256",
+                "data.train_batch_size=16",
+                "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+                "trainer.val_before_train=true",
+                "trainer.test_freq=20",
                 "trainer.logger=[console]",
                 f"{_VALIDATION}.temperature=1.0",
                 f"{_VALIDATION}.n=4",
             ),
             methods=tuple(METHODS),
             seeds=(1, 2, 3, 4, 5),
-            tokens=750_000,
+            tokens=250_000,
             rates=(7.5e-5, 1.5e-4, 3e-4),
         ),
         "smollm2": Arm(
