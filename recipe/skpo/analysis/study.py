@@ -48,22 +48,24 @@ class Method:
         title: in tables and figures.
         overrides: what makes it.
         draws_by: the seeds that choose its prompts and samples.
+        rate_of: the method that it is a variant of, whose learning rate it takes; empty if it has its own.
     """
 
     title: str
     overrides: tuple[str, ...]
     draws_by: tuple[str, ...] = ("skpo.seed",)
+    rate_of: str = ""
 
 
 METHODS = {
     "grpo": Method("GRPO", ("method=grpo",), ("skpo.seed", "data.seed")),
-    "grpo_curriculum": Method("GRPO, SKPO's curriculum", ("method=grpo_curriculum",)),
+    "grpo_curriculum": Method("GRPO, SKPO's curriculum", ("method=grpo_curriculum",), rate_of="grpo"),
     "spo": Method("SPO", ("method=spo",)),
     "skpo": Method("SKPO", ("method=skpo",)),
-    "weight_up": Method("SKPO, weight_up 0.05", ("method=skpo", "skpo.weight_up=0.05")),
-    "shrinkage": Method("SKPO, shrinkage", ("method=skpo", "skpo.upstream.shrinkage=true")),
-    "no_skip": Method("SKPO w/o skip", ("method=skpo", "skpo.skip=unconditional")),
-    "no_mc": Method("SKPO w/o MC", ("method=skpo", "skpo.upstream_reward=own")),
+    "weight_up": Method("SKPO, weight_up 0.05", ("method=skpo", "skpo.weight_up=0.05"), rate_of="skpo"),
+    "shrinkage": Method("SKPO, shrinkage", ("method=skpo", "skpo.upstream.shrinkage=true"), rate_of="skpo"),
+    "no_skip": Method("SKPO w/o skip", ("method=skpo", "skpo.skip=unconditional"), rate_of="skpo"),
+    "no_mc": Method("SKPO w/o MC", ("method=skpo", "skpo.upstream_reward=own"), rate_of="skpo"),
 }
 REFERENCE = "grpo"
 """The method that the others are compared with."""
@@ -116,19 +118,18 @@ def _arms() -> dict[str, Arm]:
             overrides=(
                 "model=tiny",
                 "data=steps",
-                # So that a run draws a prompt three times, about as often as the paper's: trackers need earlier visits
-                "data.train_max_samples=256",
-                "data.train_batch_size=16",
-                "actor_rollout_ref.actor.ppo_mini_batch_size=16",
+                # So that prompts come back: trackers need earlier visits
+                "data.train_max_samples=128",
+                "data.train_batch_size=8",
+                "actor_rollout_ref.actor.ppo_mini_batch_size=4",
                 "trainer.val_before_train=true",
-                "trainer.test_freq=20",
                 "trainer.logger=[console]",
                 f"{_VALIDATION}.temperature=1.0",
-                f"{_VALIDATION}.n=4",
+                f"{_VALIDATION}.n=2",
             ),
             methods=tuple(METHODS),
             seeds=(1, 2, 3, 4, 5),
-            tokens=250_000,
+            tokens=80_000,
             rates=(7.5e-5, 1.5e-4, 3e-4),
         ),
         "smollm2": Arm(
@@ -191,7 +192,7 @@ class StudyConfig:
     seeds: tuple[int, ...] = option((), "of the comparison, such as 1,2,3")
     tokens: int = option(0, "that each run generates; 0 for the arm's", least=0)
     rates: tuple[float, ...] = option((), "learning rates to choose from; a single one is taken as it is")
-    rate_seeds: tuple[int, ...] = option((101, 102), "on which learning rates are chosen")
+    rate_seeds: tuple[int, ...] = option((101,), "on which learning rates are chosen")
     parallel: int = option(1, "runs side by side; they share the machine's cores, or its GPU", least=1)
     limit: float = option(0.0, "seconds after which a run is stopped where it is; 0 for none", least=0)
     only: tuple[str, ...] = option((), "cells to run, by name (--list)")
@@ -253,7 +254,8 @@ def rate_cells(config: StudyConfig) -> list[Cell]:
     """List the cells on which learning rates are chosen; seed by seed, so that a study cut short has each method."""
     if not config.chooses:
         return []
-    return [Cell(name, rate, seed) for seed in config.rate_seeds for name in config.methods for rate in config.rates]
+    own = [name for name in config.methods if METHODS[name].rate_of not in config.methods]
+    return [Cell(name, rate, seed) for seed in config.rate_seeds for name in own for rate in config.rates]
 
 
 def main_cells(config: StudyConfig, rates: dict[str, float]) -> list[Cell]:
@@ -429,7 +431,7 @@ def run_cells(config: StudyConfig, cells: Sequence[Cell], chooses: Callable[[Cel
                 seconds = time.monotonic() - one.started
                 if config.limit and seconds >= config.limit and not one.stopping:
                     one.stopping = True
-                    one.process.send_signal(signal.SIGINT)
+                    one.process.send_signal(signal.SIGTERM)
                 elif config.limit and seconds >= config.limit + _GRACE_S:
                     _kill(one.process)
                 if one.process.poll() is not None:
@@ -473,9 +475,9 @@ def _end(config: StudyConfig, one: _Running) -> Record:
 
 
 def _stop(running: Sequence[_Running]) -> None:
-    """Interrupt the runs and wait: each shuts its Ray down, and its checkpoint says where it resumes."""
+    """Terminate the runs and wait: each shuts its Ray down, and its checkpoint says where it resumes."""
     for one in running:
-        one.process.send_signal(signal.SIGINT)
+        one.process.send_signal(signal.SIGTERM)  # a shell may have them ignore Ctrl-C
     deadline = time.monotonic() + _GRACE_S
     for one in running:
         with suppress(subprocess.TimeoutExpired):
@@ -514,7 +516,8 @@ def chosen_rates(config: StudyConfig) -> dict[str, float]:
         return dict.fromkeys(config.methods, config.rates[0])
     from recipe.skpo.analysis.study_results import best_rates, collect
 
-    return best_rates(collect(config.arm, config.out))
+    rates = best_rates(collect(config.arm, config.out))
+    return {name: rates[of] for name in config.methods if (of := METHODS[name].rate_of or name) in rates}
 
 
 def train(config: StudyConfig) -> None:
