@@ -12,7 +12,6 @@ would exit with is raised.
 
 import os
 import re
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -214,7 +213,7 @@ def _run(module: str, arguments: Sequence[str], show: bool, variables: dict[str,
                 break
             except KeyboardInterrupt:
                 interrupted = True
-                process.send_signal(signal.SIGINT)
+                process.terminate()  # a shell may have it ignore Ctrl-C
         code = process.wait()
     finally:
         if process.poll() is None:

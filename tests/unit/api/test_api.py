@@ -82,7 +82,7 @@ def test_a_refusal_of_the_real_command_is_raised(monkeypatch) -> None:
 
 
 def test_an_interrupt_ends_the_training_and_then_the_caller(python: Any, tmp_path: Path, capsys) -> None:
-    python(f'trap "echo saved; exit 130" INT; touch {tmp_path}/begun; while :; do sleep 0.05; done')
+    python(f'trap "echo saved; exit 143" TERM; touch {tmp_path}/begun; while :; do sleep 0.05; done')
 
     def interrupt() -> None:
         while not (tmp_path / "begun").exists():
