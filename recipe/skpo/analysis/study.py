@@ -123,14 +123,15 @@ def _arms() -> dict[str, Arm]:
                 "data.train_batch_size=8",
                 "actor_rollout_ref.actor.ppo_mini_batch_size=4",
                 "trainer.val_before_train=true",
+                "trainer.test_freq=1000",
                 "trainer.logger=[console]",
                 f"{_VALIDATION}.temperature=1.0",
                 f"{_VALIDATION}.n=2",
             ),
             methods=tuple(METHODS),
             seeds=(1, 2, 3, 4, 5),
-            tokens=80_000,
-            rates=(7.5e-5, 1.5e-4, 3e-4),
+            tokens=50_000,
+            rates=(3.75e-5, 7.5e-5, 1.5e-4),
         ),
         "smollm2": Arm(
             overrides=(

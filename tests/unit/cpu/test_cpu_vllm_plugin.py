@@ -1,10 +1,11 @@
-"""The vLLM side: a linear layer that can take a second set of weights. No engine is started."""
+"""The vLLM side: a linear layer that can take a second set of weights, a wait that sleeps. No engine is started."""
 
 import inspect
 from typing import Any
 
 SCRIPT = """
-import os, torch
+import os, time, torch
+from vllm.distributed.device_communicators import shm_broadcast
 from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from recipe.skpo.cpu.vllm_plugin import OVERRIDE, register
 
@@ -40,11 +41,15 @@ for weight in weights:
     sync(layer, method, weight)
     assert torch.equal(layer.weight, weight)
     assert output_is_right(layer, method, weight)
+began = time.monotonic()
+for _ in range(50):
+    shm_broadcast.sched_yield()
+assert time.monotonic() - began >= 0.005, "engine and worker still spin while they wait for each other"
 print("all good")
 """
 
 
-def test_weights_can_be_synced_again_and_again(run_python: Any) -> None:
+def test_weights_can_be_synced_again_and_again_and_a_wait_sleeps(run_python: Any) -> None:
     result = run_python(SCRIPT, VLLM_TARGET_DEVICE="cpu", OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.endswith("all good\n")
