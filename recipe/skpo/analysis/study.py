@@ -216,6 +216,10 @@ class StudyConfig:
         """Whether there are learning rates to choose from."""
         return len(self.rates) > 1
 
+    def rate_of(self, method: str) -> str:
+        """Return the method whose learning rate a method takes: its own, unless it is a variant of a studied one."""
+        return of if (of := METHODS[method].rate_of) in self.methods else method
+
 
 @dataclass(frozen=True, order=True)
 class Cell:
@@ -255,7 +259,7 @@ def rate_cells(config: StudyConfig) -> list[Cell]:
     """List the cells on which learning rates are chosen; seed by seed, so that a study cut short has each method."""
     if not config.chooses:
         return []
-    own = [name for name in config.methods if METHODS[name].rate_of not in config.methods]
+    own = [name for name in config.methods if config.rate_of(name) == name]
     return [Cell(name, rate, seed) for seed in config.rate_seeds for name in own for rate in config.rates]
 
 
@@ -518,7 +522,7 @@ def chosen_rates(config: StudyConfig) -> dict[str, float]:
     from recipe.skpo.analysis.study_results import best_rates, collect
 
     rates = best_rates(collect(config.arm, config.out))
-    return {name: rates[of] for name in config.methods if (of := METHODS[name].rate_of or name) in rates}
+    return {name: rates[of] for name in config.methods if (of := config.rate_of(name)) in rates}
 
 
 def train(config: StudyConfig) -> None:

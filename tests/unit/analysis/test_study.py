@@ -91,6 +91,14 @@ def test_a_study_chooses_rates_compares_and_skips_what_is_finished(
     assert set(launches(out).values()) == {2}, "another budget is another plan"
 
 
+def test_a_variant_takes_the_rate_of_its_method_if_that_is_studied(tmp_path: Path, training: None) -> None:
+    chosen = {f"skpo-lr{rate}-seed101" for rate in ("0.0001", "0.0002")}
+    assert run(tmp_path / "both", "--methods", "skpo,weight_up", "--seeds", "1") == 0
+    assert set(launches(tmp_path / "both")) == chosen | {"skpo-lr0.0002-seed1", "weight_up-lr0.0002-seed1"}
+    assert run(tmp_path / "alone", "--methods", "weight_up", "--seeds", "1") == 0
+    assert {name.replace("skpo", "weight_up") for name in chosen} < set(launches(tmp_path / "alone"))
+
+
 def test_a_failed_run_is_named_leaves_the_others_and_is_tried_again(
     tmp_path: Path, training: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
