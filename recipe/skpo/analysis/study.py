@@ -25,6 +25,7 @@ from typing import Any
 from data_prep.untrusted import read_json
 from recipe.skpo.analysis.common import parser_of
 from recipe.skpo.errors import ConfigError
+from recipe.skpo.evaluation.engine import detected_platform
 from recipe.skpo.evaluation.options import add_flags, check_options, option, read_flags, require
 from recipe.skpo.evaluation.results import run_cli
 from recipe.skpo.output.files import write_atomic
@@ -288,7 +289,7 @@ def overrides_of(config: StudyConfig, cell: Cell) -> list[str]:
 
 def _platform(config: StudyConfig) -> str:
     chosen = [text.partition("=")[2] for text in config.overrides if text.startswith("platform=")]
-    return [os.environ.get("SKPO_PLATFORM", "cpu"), *chosen][-1]
+    return chosen[-1] if chosen else detected_platform()
 
 
 def _on_a_gpu(runs: int) -> tuple[str, ...]:
