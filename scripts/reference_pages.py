@@ -149,7 +149,12 @@ def sandbox() -> str:
     mib = 2**20
     limits = [
         ["processor time of a test", f"{RunOptions.seconds:g} s", "of all its processes together", "`code_seconds`"],
-        ["time of a test", f"{code_judge.WALL} x `code_seconds`", "wall clock; of calls, from one result to the next", ""],
+        [
+            "time of a test",
+            f"{code_judge.WALL} x `code_seconds`",
+            "wall clock; of calls, from one result to the next",
+            "",
+        ],
         ["all tests of a program", f"{code_judge.ALL_TESTS} x `code_seconds`", "processor time", ""],
         [
             "memory",
@@ -171,16 +176,17 @@ This page is written by `python scripts/reference_pages.py`.
 
 ## The sandbox
 
-`code_sandbox=namespaces`, the default, is made of the kernel's namespaces: it needs no package and no rights of root. A program has
+`code_sandbox=namespaces`, the default, is made of the kernel's namespaces: it needs no package and no rights of root.
+A program has
 
 - a user of its own without capabilities. If the run is root's, the program runs as an unused user outside;
 - a root folder with the system's programs and libraries and Python's modules, all read-only, and an empty `/tmp` of its
   own. Home folders, `/etc`, `/var`, `/sys`, the project and the data are not there;
 - process numbers of its own: it sees no process but its children. When its first process ends, the kernel ends all;
 - no network: `socket` is refused, and there is no interface. Shared memory and message queues are its own;
-- none of your environment variables but PATH, the locale and LD_LIBRARY_PATH, and no open file of the judging process;
-- {len(code_worker.refused_calls())} system calls refused: those that trace, mount, enter namespaces, keep memory outside a
-  process, or load code into the kernel.
+- none of your environment variables but PATH, the locale and LD_LIBRARY_PATH, and none of the judge's open files;
+- {len(code_worker.refused_calls())} system calls refused: those that trace, mount, enter namespaces, keep memory
+  outside a process, or load code into the kernel.
 
 Each input of a program is run in a sandbox of its own, all calls of a function in one. Where the kernel or a container
 does not allow namespaces, the run stops before it begins and says what to change.

@@ -141,10 +141,14 @@ def _last_part(value: str) -> str:
 
 def _seeds(groups: Groups) -> dict[str, str]:
     """Map a run's name to its seed; a run that records none has one of its own."""
-    runs = [run for members in groups.values() for run in members]
-    varied = (name for name in SEEDS if len({run.settings.get(name) for run in runs} - {None}) > 1)
-    chosen = next(varied, SEEDS[0])
-    return {run.name: run.settings.get(chosen, run.name) for run in runs}
+
+    def varied(runs: Sequence[RecordedRun], otherwise: str) -> str:
+        return next((name for name in SEEDS if len({run.settings.get(name) for run in runs} - {None}) > 1), otherwise)
+
+    of_all = varied([run for members in groups.values() for run in members], SEEDS[0])
+    return {
+        run.name: run.settings.get(varied(members, of_all), run.name) for members in groups.values() for run in members
+    }
 
 
 # ---------------------------------------------------------------- numbers
@@ -157,31 +161,32 @@ def held_out_metrics(groups: Groups) -> list[str]:
     return sorted(name for name in names if name.endswith(first))
 
 
-def values_of(groups: Groups, metrics: Sequence[str], x: str = "tokens") -> pd.DataFrame:
+def values_of(groups: Groups, metrics: Sequence[str], x: str = "tokens", at: float | None = None) -> pd.DataFrame:
     """Read metrics of every run where all runs that logged them can be compared.
 
     Args:
         groups: of ``read_groups``.
         metrics: names in ``metrics.jsonl``, or ``held-out <source>: accuracy``.
         x: step, tokens or seconds.
+        at: the place; None for the largest that every run has.
 
     Returns:
-        One row per metric and run: ``group``, ``run``, ``seed``; ``at``, the largest place that every run has; the
-        ``value`` there, linear between two that were logged; ``low`` and ``high``, Wilson's 95% interval over the
+        One row per metric and run: ``group``, ``run``, ``seed``; ``at``; the ``value`` there, linear between two that
+        were logged; ``low`` and ``high``, Wilson's 95% interval over the
         ``problems`` of an accuracy, else NaN; ``first`` and ``last`` value of the run, and ``end``, the last one's
         place.  No row for a run that did not log the metric over ``x``.
     """
     rows, seeds = [], _seeds(groups)
     runs = [(group, run) for group, members in groups.items() for run in members]
     for metric in metrics:
-        at, values = at_equal([run for _, run in runs], metric, x)
+        place, values = at_equal([run for _, run in runs], metric, x, at)
         for (group, run), value in zip(runs, values, strict=True):
             if value is None:
                 continue
             places, logged = run.course(metric, x)
             problems = run.problems_of(metric)
             low, high = wilson_interval(value, problems) if problems and 0 <= value <= 1 else (math.nan, math.nan)
-            found = (at, logged[0], value, low, high, problems, logged[-1], places[-1])
+            found = (place, logged[0], value, low, high, problems, logged[-1], places[-1])
             rows.append((metric, group, run.name, seeds[run.name], *found))
     columns = ["metric", "group", "run", "seed", "at", "first", "value", "low", "high", "problems", "last", "end"]
     return pd.DataFrame(rows, columns=columns)

@@ -28,6 +28,7 @@ from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.engine import detected_platform
 from recipe.skpo.evaluation.options import add_flags, check_options, option, read_flags, require
 from recipe.skpo.evaluation.results import run_cli
+from recipe.skpo.export.card import without_paths
 from recipe.skpo.output.files import write_atomic
 
 _POLL_S = 0.2
@@ -207,6 +208,8 @@ class StudyConfig:
         defaults = _arms()[self.arm]
         for name in ("methods", "seeds", "tokens", "rates"):
             object.__setattr__(self, name, getattr(self, name) or getattr(defaults, name))
+        for name in ("methods", "seeds", "rates", "rate_seeds", "only"):
+            object.__setattr__(self, name, tuple(dict.fromkeys(getattr(self, name))))
         unknown = [name for name in self.methods if name not in METHODS]
         require(not unknown, f"--methods {','.join(unknown)}: must be of {', '.join(METHODS)}")
         both = sorted({*self.seeds} & {*self.rate_seeds})
@@ -248,9 +251,10 @@ class Cell:
         Raises:
             ConfigError: it is not one.
         """
+        method, _, rest = name.partition("-lr")
+        rate, _, seed = rest.rpartition("-seed")
         with suppress(ValueError):
-            method, rate, seed = name.rsplit("-", 2)
-            cell = cls(method, float(rate.removeprefix("lr")), int(seed.removeprefix("seed")))
+            cell = cls(method, float(rate), int(seed))
             if method in METHODS and cell.name == name:
                 return cell
         raise ConfigError(f"--only {name}: is not a cell; such a name is {cls('skpo', 1.5e-4, 1).name} (--list)")
@@ -312,9 +316,11 @@ def shown(overrides: Sequence[str]) -> str:
     return shlex.join(["bash", "run_skpo.sh", *overrides])
 
 
-def elsewhere(overrides: Sequence[str], arm: str, out: Path) -> list[str]:
-    """Return a training's arguments with the paths that they have by default: results are read on other machines."""
-    return [text.replace(f"{out}/", f"{_out_of(arm)}/").replace(f"{_cache()}/", ".cache/") for text in overrides]
+def elsewhere(texts: Sequence[str], arm: str, record: "Record") -> list[str]:
+    """Return what is said of a run with the paths that it has by default: results are read on other machines."""
+    run = next(text.partition("=")[2] for text in record.overrides if text.startswith("output_dir="))
+    default = f"{_out_of(arm)}/{RUNS}/{record.cell.name}"
+    return [without_paths(text.replace(run, default).replace(f"{_cache()}/", ".cache/")) for text in texts]
 
 
 # ---------------------------------------------------------------- records
@@ -326,7 +332,6 @@ class Record:
 
     Attributes:
         cell: which.
-        chooses: it serves to choose a learning rate.
         overrides: of its last launch.
         code: exit code; None while it runs, or if the study was killed meanwhile.
         limit: seconds after which it was stopped; 0 if it was not.
@@ -336,7 +341,6 @@ class Record:
     """
 
     cell: Cell
-    chooses: bool
     overrides: tuple[str, ...]
     code: int | None = None
     limit: float = 0.0
@@ -372,25 +376,32 @@ def read_records(out: Path) -> dict[Cell, Record]:
 
 
 def missing(config: StudyConfig, cells: Sequence[Cell]) -> list[Cell]:
-    """Return the cells that have not ended with the arguments of this plan."""
-    records = read_records(config.out)
+    """Return the cells that have not ended.
 
-    def ended(cell: Cell) -> bool:
+    Raises:
+        ConfigError: one was started with other arguments: its run would go on with those of this plan.
+    """
+    records, left = read_records(config.out), []
+    for cell in cells:
         record = records.get(cell)
+        if record is not None:
+            now = _apart_from_the_machine(overrides_of(config, cell))
+            other = sorted(_apart_from_the_machine(record.overrides) ^ now)
+            require(
+                not other, f"{config.out}: has {cell.name} with other settings ({', '.join(other)}); give another --out"
+            )
         if record is None or not record.ended or record.limit not in (0, config.limit):
-            return False
-        return _apart_from_the_machine(record.overrides) == _apart_from_the_machine(overrides_of(config, cell))
-
-    return [cell for cell in cells if not ended(cell)]
+            left.append(cell)
+    return left
 
 
-def _apart_from_the_machine(overrides: Sequence[str]) -> list[str]:
+def _apart_from_the_machine(overrides: Sequence[str]) -> set[str]:
     """Leave out what may differ between the launches of one study."""
-    return [text for text in overrides if not text.lstrip("+").startswith(_OF_THE_MACHINE)]
+    return {text for text in overrides if not text.lstrip("+").startswith(_OF_THE_MACHINE)}
 
 
 _OF_THE_MACHINE = (
-    *("output_dir=", "platform=", "ray_kwargs."),
+    *("output_dir=", "platform=", "ray_kwargs.", "skpo.poll_interval_s="),
     *("actor_rollout_ref.rollout.gpu_memory_utilization=", "actor_rollout_ref.rollout.engine_kwargs."),
 )
 
@@ -416,13 +427,12 @@ def environment_of(config: StudyConfig) -> dict[str, str]:
     return {"SKPO_NUM_THREADS": str(share), "PYTHONUNBUFFERED": "1"} | dict(os.environ)
 
 
-def run_cells(config: StudyConfig, cells: Sequence[Cell], chooses: Callable[[Cell], bool], later: int = 0) -> None:
+def run_cells(config: StudyConfig, cells: Sequence[Cell], later: int = 0) -> None:
     """Train the cells that have not ended, ``config.parallel`` at a time; a failed one leaves the others alone.
 
     Args:
         config: the plan.
         cells: in the order in which they are started.
-        chooses: whether a cell serves to choose a learning rate.
         later: cells of the plan that follow these.
     """
     waiting, running = missing(config, cells), list[_Running]()
@@ -431,7 +441,7 @@ def run_cells(config: StudyConfig, cells: Sequence[Cell], chooses: Callable[[Cel
         while waiting or running:
             while waiting and len(running) < config.parallel:
                 cell = waiting.pop(0)
-                running.append(_start(config, cell, chooses(cell)))
+                running.append(_start(config, cell))
                 _say(config, f"started {cell.name}", len(waiting) + len(running) + later)
             for one in list(running):
                 seconds = time.monotonic() - one.started
@@ -451,9 +461,9 @@ def run_cells(config: StudyConfig, cells: Sequence[Cell], chooses: Callable[[Cel
         _stop(running)
 
 
-def _start(config: StudyConfig, cell: Cell, chooses: bool) -> _Running:
+def _start(config: StudyConfig, cell: Cell) -> _Running:
     before = read_records(config.out).get(cell)
-    record = Record(cell, chooses, tuple(overrides_of(config, cell)), launches=before.launches + 1 if before else 1)
+    record = Record(cell, tuple(overrides_of(config, cell)), launches=before.launches + 1 if before else 1)
     record.write(config.out)
     with (config.out / LOGS / f"{cell.name}.log").open("ab") as log:
         process = subprocess.Popen(
@@ -516,29 +526,30 @@ def _say(config: StudyConfig, text: str, left: int) -> None:
 def chosen_rates(config: StudyConfig) -> dict[str, float]:
     """Return each method's learning rate: the one with the highest held-out number on the seeds for that.
 
-    A method none of whose runs ended is left out.
+    A method is left out while one of these runs has not ended.
     """
     if not config.chooses:
         return dict.fromkeys(config.methods, config.rates[0])
     from recipe.skpo.analysis.study_results import best_rates, collect
 
-    rates = best_rates(collect(config.arm, config.out))
-    return {name: rates[of] for name in config.methods if (of := config.rate_of(name)) in rates}
+    rates = best_rates(collect(config, {}))
+    waiting = {cell.method for cell in missing(config, rate_cells(config))}
+    ready = {name: config.rate_of(name) for name in config.methods}
+    return {name: rates[of] for name, of in ready.items() if of in rates and of not in waiting}
 
 
 def train(config: StudyConfig) -> None:
     """Run the plan, stage by stage."""
     _arms()[config.arm].prepare()
     if config.only:
-        cells = [Cell.of(name) for name in config.only]
-        run_cells(config, cells, lambda cell: cell.seed in config.rate_seeds)
+        run_cells(config, [Cell.of(name) for name in config.only])
         return
     first = rate_cells(config)
-    run_cells(config, first, lambda _: True, later=len(config.seeds) * len(config.methods))
+    run_cells(config, first, later=len(config.seeds) * len(config.methods))
     rates = chosen_rates(config)
     if first:
         print("learning rates: " + ", ".join(f"{name} {rate:g}" for name, rate in rates.items()), flush=True)
-    run_cells(config, main_cells(config, rates), lambda _: False)
+    run_cells(config, main_cells(config, rates))
 
 
 def show(config: StudyConfig) -> None:
@@ -560,7 +571,7 @@ def report(config: StudyConfig) -> list[Path]:
     """Write results, tables and figures of what has been trained so far."""
     from recipe.skpo.analysis.study_results import collect, draw, page_of, write
 
-    results = collect(config.arm, config.out)
+    results = collect(config, chosen_rates(config))
     text = page_of(results)
     print(text)
     page = config.out / f"{config.arm}.md"
@@ -570,16 +581,20 @@ def report(config: StudyConfig) -> list[Path]:
 
 @contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Let SIGTERM end the study as Ctrl-C does, so that its runs are stopped too."""
+    """Let SIGTERM, and SIGHUP unless it is ignored, end the study as Ctrl-C does, so that its runs are stopped too."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    former = signal.signal(signal.SIGTERM, interrupt)
+    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in former.items():
+        if number == signal.SIGTERM or handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _out_of(arm: str) -> Path:

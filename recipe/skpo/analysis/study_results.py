@@ -15,7 +15,7 @@ import pandas as pd
 
 from data_prep.untrusted import read_json
 from recipe.skpo.analysis.compare import Groups, curves_of, held_out_metrics, table_of, text_of, values_of
-from recipe.skpo.analysis.study import METHODS, REFERENCE, RUNS, elsewhere, read_records, shown
+from recipe.skpo.analysis.study import METHODS, REFERENCE, RUNS, StudyConfig, elsewhere, read_records, shown
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.options import require
 from recipe.skpo.evaluation.results import json_bytes
@@ -43,20 +43,28 @@ DRAWN = ("skpo/downstream/all_equal_share", "skpo/downstream/length/mean", "acto
 # ---------------------------------------------------------------- the file
 
 
-def collect(arm: str, out: Path) -> dict[str, Any]:
+def collect(config: StudyConfig, rates: Mapping[str, float]) -> dict[str, Any]:
     """Read every run of a study, finished or not.
 
+    Args:
+        config: the plan.
+        rates: each method's learning rate, as far as it is known.
+
     Returns:
-        ``arm``; the ``machine``; one entry per cell with its record and its ``steps``, of ``thinned``.
+        ``arm``; the ``machine``; the ``plan``: what is compared, and on what learning rates were chosen; one entry per
+        cell with its record and its ``steps``, of ``thinned``.
 
     Raises:
         ConfigError: nothing has been started.
     """
-    records = read_records(out)
-    require(bool(records), f"{out}: holds no run of a study; name its folder by --out")
+    records = read_records(config.out)
+    require(bool(records), f"{config.out}: holds no run of a study; name its folder by --out")
+    chosen_from = config.rates if config.chooses else ()
+    plan = {"rates": rates, "seeds": config.seeds, "chosen_from": chosen_from, "rate_seeds": config.rate_seeds}
     cells = []
     for cell, record in records.items():
-        folder = out / RUNS / cell.name
+        folder = config.out / RUNS / cell.name
+        command, error = elsewhere([shown(record.overrides), record.error], config.arm, record)
         steps: list[dict[str, float]] = []
         counted: Mapping[str, int] = {}
         how = ""
@@ -69,18 +77,17 @@ def collect(arm: str, out: Path) -> dict[str, Any]:
                 "method": cell.method,
                 "rate": cell.rate,
                 "seed": cell.seed,
-                "chooses": record.chooses,
                 "state": record.state,
                 "ended": record.ended,
-                "error": record.error,
+                "error": error,
                 "launches": record.launches,
-                "command": shown(elsewhere(record.overrides, arm, out)),
+                "command": command,
                 "problems": dict(counted),
                 "decoding": how,
                 "steps": steps,
             }
         )
-    return {"arm": arm, "machine": machine(), "cells": cells}
+    return {"arm": config.arm, "machine": machine(), "plan": plan, "cells": cells}
 
 
 def machine() -> str:
@@ -139,15 +146,23 @@ class StoredRun(RecordedRun):
 
 
 def groups_of(results: Mapping[str, Any], chooses: bool) -> dict[str, list[RecordedRun]]:
-    """Group the runs that ended, by method and learning rate, in the order of ``METHODS``.
+    """Group the runs of the plan that ended, by method and learning rate, in the order of ``METHODS``.
+
+    A run that was stopped before its first validation in training is in no group.
 
     Args:
         results: of ``collect``.
         chooses: those on which learning rates were chosen, or those that are compared.
     """
     groups: dict[tuple[str, float], list[RecordedRun]] = defaultdict(list)
+    plan = results["plan"]
     for cell in results["cells"]:
-        if cell["ended"] and cell["chooses"] == chooses and cell["steps"]:
+        method, rate, seed = cell["method"], cell["rate"], cell["seed"]
+        if chooses:
+            planned = rate in plan["chosen_from"] and seed in plan["rate_seeds"]
+        else:
+            planned = rate == plan["rates"].get(method) and seed in plan["seeds"]
+        if planned and cell["ended"] and any(held_out(line) and line.get(TOKENS) for line in cell["steps"]):
             settings = {"skpo.seed": str(cell["seed"])}
             run = StoredRun(Path(cell["name"]), cell["name"], settings, cell["steps"], cell["problems"])
             groups[cell["method"], cell["rate"]].append(run)
@@ -198,8 +213,7 @@ def _accuracy(groups: Groups) -> pd.DataFrame:
 
 def _quantities(groups: Groups, at: float) -> str:
     """Tabulate the other metrics at the tokens of the accuracies: mean and half of its 95% interval."""
-    values = values_of(groups, list(QUANTITIES))
-    table = table_of(values)
+    table = table_of(values_of(groups, list(QUANTITIES), at=at))
     rows = []
     for group in groups:
         row = [group]

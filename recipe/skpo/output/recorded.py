@@ -82,16 +82,25 @@ class RecordedRun:
         return [place for place, _ in found], [value for _, value in found]
 
 
-def at_equal(runs: Sequence[RecordedRun], metric: str, unit: str) -> tuple[float, list[float | None]]:
-    """Read a metric where all runs that logged it can be compared: at the largest place that every one of them has.
+def at_equal(
+    runs: Sequence[RecordedRun], metric: str, unit: str, at: float | None = None
+) -> tuple[float, list[float | None]]:
+    """Read a metric where all runs that logged it can be compared.
+
+    Args:
+        runs: to be compared.
+        metric: its name.
+        unit: step, tokens or seconds.
+        at: the place to read it at; None for the largest that every run has.
 
     Returns:
         The place, NaN if no run logged the metric over ``unit``; each run's value there, linear between the two that
-        were logged around it, None of a run that had logged none by then.
+        were logged around it.  Before the first that was logged it is None, but of a place that is given the first.
     """
     courses = [run.course(metric, unit) for run in runs]
-    at = min((places[-1] for places, _ in courses if places), default=math.nan)
-    begun = [bool(places) and places[0] <= at for places, _ in courses]
+    given = at is not None
+    at = at if at is not None else min((places[-1] for places, _ in courses if places), default=math.nan)
+    begun = [bool(places) and (given or places[0] <= at) for places, _ in courses]
     return at, [float(np.interp(at, *course)) if there else None for there, course in zip(begun, courses, strict=True)]
 
 

@@ -148,6 +148,14 @@ def test_intervals_are_over_seeds_and_of_one_run_over_problems(tmp_path: Path) -
     assert apart.difference_high - apart.difference == pytest.approx(half)
 
 
+def test_each_group_has_the_seed_that_its_own_runs_vary(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        write(tmp_path / f"grpo{seed}", course(0.5 + seed / 10), config("grpo", 1, data_seed=seed))
+        write(tmp_path / f"skpo{seed}", course(0.4 + seed / 10), config("skpo", seed))
+    table = rows(command.compare(sorted(tmp_path.iterdir())))
+    assert (table["grpo"].seeds, table["skpo"].seeds, table["skpo"].pairs) == (2, 2, 2)
+
+
 def test_runs_of_one_seed_count_once(tmp_path: Path) -> None:
     seeds = {"a": 1, "b": 1, "c": 2}
     folders = [
@@ -279,7 +287,7 @@ def test_the_documented_lines_of_python_compare_runs(tmp_path: Path, monkeypatch
     document = (REPOSITORY / "docs/analysis.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(from pathlib .*?)^```", document, re.DOTALL | re.MULTILINE)
     for method in ("grpo", "skpo"):
-        write(tmp_path / f"outputs/study/{method}", course(0.5), config(method))
+        write(tmp_path / f"outputs/smollm2_135m-arithmetic-{method}", course(0.5), config(method))
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "docs/analysis.md", "exec"), {})
     assert "skpo" in capsys.readouterr().out

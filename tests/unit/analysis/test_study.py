@@ -31,12 +31,12 @@ method, rate = given["method"], float(given["actor_rollout_ref.actor.optim.lr"])
 seed, tokens = int(given["skpo.seed"]), int(given["budget.tokens"])
 if given.get("skpo.skip") and len((folder / "launches").read_text().split()) == 1:
     print("a line of a library")
-    sys.exit("error: the disk is full")
-if pathlib.Path(given.get("hold", "none")).is_file() and method == "spo":
-    time.sleep(60)
+    sys.exit(f"error: {folder}: the disk is full")
+held = pathlib.Path(given.get("hold", "none")).is_file() and method == "spo"
 gain = (0.2 if method == "grpo" else 0.1) * (1 - abs(rate - 2e-4) * 2000) + 0.01 * seed
 with (folder / "metrics.jsonl").open("w") as file:
-    for step in range(11):
+    # The last step is not validated.
+    for step in range(4 if held else 12):
         line = {"step": step}
         if step:
             line |= {"skpo/tokens/generated": tokens / 10, "actor/entropy": 1.0, "timing_s/step": 2.0}
@@ -44,6 +44,7 @@ with (folder / "metrics.jsonl").open("w") as file:
         if step % 5 == 0:
             line["val-core/a/task/acc/mean@4"] = 0.4 + gain * step / 10
         file.write(json.dumps(line) + "\\n")
+time.sleep(60 if held else 0)
 '''
 
 
@@ -57,7 +58,7 @@ def training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(out: Path, *more: str) -> int:
-    sizes = ["--methods", "grpo,spo", "--seeds", "1,2,3", "--rate-seeds", "101", "--rates", "1e-4,2e-4"]
+    sizes = ["--methods", "grpo,spo", "--seeds", "1,2,3,1", "--rate-seeds", "101", "--rates", "1e-4,2e-4"]
     return study.main([*sizes, "--tokens", "1000", "--parallel", "4", "--out", str(out), *more])
 
 
@@ -79,7 +80,8 @@ def test_a_study_chooses_rates_compares_and_skips_what_is_finished(
     # 0.2 and 0.1 at the end, and 0.01 per seed: mean 0.62 and 0.52, the paired difference without spread
     row = next(line for line in said.splitlines() if line.startswith("| SPO, lr 0.0002 | 3 | 0.400 | 0.520"))
     assert "| -0.100 | -0.100 to -0.100 (3 pairs of seeds) |" in row
-    assert "| GRPO, lr 0.0002 | 0.500 +- 0.000 | 38.000" in said
+    assert "Training at 1,000 generated tokens" in said
+    assert "| GRPO, lr 0.0002 | 0.500 +- 0.000 | 38.000" in said, "of the steps before that validation"
 
     results = (out / "tiny.json").read_bytes()
     assert str(tmp_path).encode() not in results, "results are published"
@@ -87,8 +89,22 @@ def test_a_study_chooses_rates_compares_and_skips_what_is_finished(
     assert launches(out) == dict.fromkeys(chosen | compared, 1), "nothing is trained again"
     assert (out / "tiny.json").read_bytes() == results
 
-    assert run(out, "--tokens", "2000") == 0
-    assert set(launches(out).values()) == {2}, "another budget is another plan"
+    assert run(out, "--only", "grpo-lr2.5e-05-seed1") == 0
+    said = capsys.readouterr().out
+    assert row in said and "GRPO, lr 2.5e-05" not in said, "what is not of the plan is in no mean"
+    assert "| `grpo-lr2.5e-05-seed1` | finished | 11 | 1,100 |" in said
+
+
+@pytest.mark.parametrize("flags", [["--tokens", "500"], ["skpo.group_size=4"]])
+def test_the_runs_of_another_plan_are_refused(
+    tmp_path: Path, training: None, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = (tmp_path, "--methods", "grpo", "--seeds", "1", "--rates", "2e-4")
+    assert run(*given) == 0
+    assert run(*given, *flags) == 1
+    setting = flags[-1] if "=" in flags[-1] else "budget.tokens=1000, budget.tokens=500"
+    assert f"has grpo-lr0.0002-seed1 with other settings ({setting}); give another --out" in capsys.readouterr().err
+    assert launches(tmp_path) == {"grpo-lr0.0002-seed1": 1}
 
 
 def test_a_variant_takes_the_rate_of_its_method_if_that_is_studied(tmp_path: Path, training: None) -> None:
@@ -99,14 +115,23 @@ def test_a_variant_takes_the_rate_of_its_method_if_that_is_studied(tmp_path: Pat
     assert {name.replace("skpo", "weight_up") for name in chosen} < set(launches(tmp_path / "alone"))
 
 
+def test_no_method_is_compared_before_its_rate_is_chosen_from_all(tmp_path: Path, training: None) -> None:
+    assert run(tmp_path, "--methods", "grpo,no_skip", "--seeds", "1") == 1
+    assert "no_skip-lr0.0001-seed101" in launches(tmp_path) and "grpo-lr0.0002-seed1" in launches(tmp_path)
+    assert not [name for name in launches(tmp_path) if name.startswith("no_skip") and name.endswith("seed1")]
+    run(tmp_path, "--methods", "grpo,no_skip", "--seeds", "1")
+    assert "no_skip-lr0.0002-seed1" in launches(tmp_path)
+
+
 def test_a_failed_run_is_named_leaves_the_others_and_is_tried_again(
     tmp_path: Path, training: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert run(out, "--methods", "grpo,no_skip", "--rates", "2e-4") == 1
     said = capsys.readouterr().out
-    assert "failed no_skip-lr0.0002-seed1, 0 s: error: the disk is full" in said
-    assert "| `no_skip-lr0.0002-seed1` | failed error: the disk is full | 0 | 0 | 0 |  |" in said
+    assert f"failed no_skip-lr0.0002-seed1, 0 s: error: {out}/runs/no_skip-lr0.0002-seed1: the disk is full" in said
+    failed = "failed error: outputs/study-tiny/runs/no_skip-lr0.0002-seed1: the disk is full"
+    assert f"| `no_skip-lr0.0002-seed1` | {failed} | 0 | 0 | 0 |  |" in said
     assert "| GRPO, lr 0.0002 | 3 |" in said
     assert run(out, "--methods", "grpo,no_skip", "--rates", "2e-4") == 0
     said = capsys.readouterr().out
@@ -137,8 +162,9 @@ def test_a_run_is_stopped_at_its_limit_and_counts_as_it_is(
     for _ in range(2):
         assert run(*arguments) == 0
         said = capsys.readouterr().out
-        assert "| `spo-lr0.0002-seed1` | stopped after 1 s | 0 |" in said
-        assert "| GRPO, lr 0.0002 | 1 |" in said
+        assert "| `spo-lr0.0002-seed1` | stopped after 1 s | 3 |" in said
+        assert "| GRPO, lr 0.0002 | 1 |" in said and "| SPO, lr 0.0002 |" not in said
+        assert "Training at 1,000 generated tokens" in said, "a run validated only before it began moves no table"
     assert launches(out) == {"grpo-lr0.0002-seed1": 1, "spo-lr0.0002-seed1": 1}
     hold.unlink()
     assert run(out, "--rates", "2e-4", "--seeds", "1", f"hold={hold}") == 0
