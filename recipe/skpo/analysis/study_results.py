@@ -3,7 +3,6 @@
 import math
 import platform
 import re
-import subprocess
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ import pandas as pd
 from data_prep.untrusted import read_json
 from recipe.skpo.analysis.compare import Groups, curves_of, held_out_metrics, table_of, text_of, values_of
 from recipe.skpo.analysis.study import METHODS, REFERENCE, RUNS, StudyConfig, elsewhere, read_records, shown
+from recipe.skpo.devices import query_gpus
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.options import require
 from recipe.skpo.evaluation.results import json_bytes
@@ -92,12 +92,8 @@ def collect(config: StudyConfig, rates: Mapping[str, float]) -> dict[str, Any]:
 
 def machine() -> str:
     """Name this machine's GPU, or its processor."""
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    with suppress(OSError):
-        found = subprocess.run(query, capture_output=True, encoding="utf-8", errors="replace", check=False)
-        names = [line.strip() for line in found.stdout.splitlines() if line.strip()]
-        if found.returncode == 0 and names:
-            return f"{len(names)} x {names[0]}"
+    if names := query_gpus("name"):
+        return f"{len(names)} x {names[0].strip()}"
     model = platform.machine()
     with suppress(OSError):
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
