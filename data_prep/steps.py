@@ -14,7 +14,6 @@ rest is for the pretraining of the model (`data_prep.tiny`). So no seed and no s
     python -m data_prep.steps --out DIR [--train N] [--val N] [--seed S]
 """
 
-import argparse
 import hashlib
 import random
 import sys
@@ -23,14 +22,14 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.arithmetic import Expression
-from data_prep.command import run
+from data_prep.command import generated, run
 from data_prep.pipeline import Problem, write_split
 from data_prep.schema import DataError
 
 DATA_SOURCE = "skpo/steps"
 TRAIN_ROWS = 2048
 VAL_ROWS = 256
-MOST_ROWS = 100_000
+MOST_ROWS = 25_000  # of 30,343 that exist for train and 30,841 for val, the last of which take minutes to draw
 TERMS = 5
 LARGEST_OPERAND = 9
 LARGEST_TOTAL = 99
@@ -74,7 +73,7 @@ def prepare(out: Path, *, train: int = TRAIN_ROWS, val: int = VAL_ROWS, seed: in
     shares: dict[Share, int] = {"val": val, "train": train}
     for split, rows in shares.items():
         if not 1 <= rows <= MOST_ROWS:
-            raise DataError(f"--{split} {rows}: must be 1 to {MOST_ROWS}")
+            raise DataError(f"--{split} {rows}: must be 1 to {MOST_ROWS}, since about 30,000 problems exist")
     paths: dict[str, Path] = {}
     for split, rows in shares.items():
         drawn: dict[Expression, None] = {}  # a set that keeps the order
@@ -90,12 +89,8 @@ def prepare(out: Path, *, train: int = TRAIN_ROWS, val: int = VAL_ROWS, seed: in
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code, 1 with one line on stderr if the request cannot be met."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.steps", description="Sums solved in writing.")
-    parser.add_argument("--out", type=Path, required=True, help="folder for train.parquet and val.parquet")
-    parser.add_argument("--train", type=int, default=TRAIN_ROWS, help="training rows (default %(default)s)")
-    parser.add_argument("--val", type=int, default=VAL_ROWS, help="held-out rows (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="default %(default)s")
-    return run(lambda: prepare(**vars(parser.parse_args(argv))))
+    options = generated("steps", "Sums solved in writing.", TRAIN_ROWS, VAL_ROWS)
+    return run(lambda: prepare(**vars(options.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import steps
+from data_prep.command import run
 from data_prep.model_folder import ModelError, make_once
 from data_prep.schema import progress
-from data_prep.untrusted import error_line
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 USER, ASSISTANT = "<|user|>", "<|assistant|>"
@@ -88,9 +88,12 @@ def prepare(out: Path, settings: Settings | None = None) -> Path:
     Concurrent processes wait for one another.
 
     Raises:
-        ModelError: `out` is something else.
+        ModelError: `out` is something else, or fewer documents than an update takes.
     """
-    return make_once(out, partial(write, settings or Settings()), DISK_BYTES)
+    settings = settings or Settings()
+    if settings.documents and settings.documents < settings.batch:
+        raise ModelError(f"--documents {settings.documents}: must be 0, or {settings.batch} or more")
+    return make_once(out, partial(write, settings), DISK_BYTES)
 
 
 def write(settings: Settings, folder: Path) -> None:
@@ -258,12 +261,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=Settings.seed, help="default %(default)s")
     parser.add_argument("--documents", type=int, default=Settings.documents, help="default %(default)s")
     given = parser.parse_args(argv)
-    try:
-        print(prepare(given.out, Settings(seed=given.seed, documents=given.documents)))
-    except ModelError as error:
-        print(error_line(error), file=sys.stderr)
-        return 1
-    return 0
+    return run(lambda: print(prepare(given.out, Settings(seed=given.seed, documents=given.documents))))
 
 
 if __name__ == "__main__":

@@ -150,6 +150,7 @@ def test_every_existing_problem_can_be_had_and_the_impossible_is_refused(tmp_pat
         ({"val": 0}, "need"),
         ({"min_terms": 3, "max_terms": 2}, "need"),
         ({"min_terms": 0}, "need"),
+        ({"max_terms": 21}, "need 1 <= min-terms <= max-terms <= 20"),
     ):
         with pytest.raises(DataError, match=message):
             arithmetic.prepare(tmp_path, **arguments)

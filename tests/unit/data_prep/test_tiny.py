@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep import steps, tiny
+from data_prep import arithmetic, steps, tiny
 from recipe.skpo.method.segments import skip_prompt, split_bounds
 from recipe.skpo.task.prompts import automatic_bos, problem_tokens
 from reward_fns import compute_score
@@ -78,9 +78,18 @@ def test_train_val_and_pretraining_share_no_problem(seed: int, tmp_path: Path) -
     assert not asked["train"] & asked["val"] and not (asked["train"] | asked["val"]) & learned
 
 
-def test_an_impossible_number_of_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert steps.main(["--out", str(tmp_path), "--val", "0"]) == 1
-    assert capsys.readouterr().err == f"error: --val 0: must be 1 to {steps.MOST_ROWS}\n"
+def test_an_impossible_number_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exist = arithmetic.count_expressions(steps.TERMS, steps.TERMS) / 16
+    assert exist * 0.9 > steps.MOST_ROWS, "the last draws would not end"
+    rows = f"must be 1 to {steps.MOST_ROWS}, since about 30,000 problems exist"
+    for module, option, number, said in (
+        (steps, "--val", 0, rows),
+        (steps, "--train", steps.MOST_ROWS + 1, rows),
+        (tiny, "--documents", -1, "must be 0, or 64 or more"),
+        (tiny, "--documents", 63, "must be 0, or 64 or more"),
+    ):
+        assert module.main(["--out", str(tmp_path / "out"), option, str(number)]) == 1
+        assert capsys.readouterr().err == f"error: {option} {number}: {said}\n"
     assert not list(tmp_path.iterdir())
 
 
