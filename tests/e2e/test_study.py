@@ -1,4 +1,4 @@
-"""Two cells of a study, side by side, through the real stack."""
+"""Two cells of the study of the tiny model, side by side, through the real stack: the policy learns."""
 
 from pathlib import Path
 
@@ -6,23 +6,27 @@ import pytest
 
 from data_prep.untrusted import read_json
 from recipe.skpo.analysis import study
-from tests.e2e.tiny import overrides
 
-pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.e2e, pytest.mark.nightly, pytest.mark.timeout(1500)]
+
+GAINS = {"grpo": 0.1, "skpo": 0.05}
+"""Least gain in held-out accuracy: about half of the smallest of six seeds (docs/evidence.md)."""
 
 
-def test_two_cells_train_to_their_budget_and_are_compared(
+def test_two_cells_train_to_their_budget_learn_and_are_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    plan = ["--methods", "grpo_curriculum,skpo", "--seeds", "1", "--rates", "1e-3", "--tokens", "300"]
-    given = [*plan, "--parallel", "2", "--out", str(tmp_path / "out"), *overrides(tmp_path), "trainer.test_freq=1"]
+    plan = ["--methods", ",".join(GAINS), "--seeds", "101", "--rate-seeds", "1", "--rates", "7.5e-5"]
+    given = [*plan, "--parallel", "2", "--out", str(tmp_path / "out"), "platform=cpu"]
     assert study.main(given) == 0, capsys.readouterr().out
     for cell in read_json(tmp_path / "out/tiny.json")["cells"]:
-        assert cell["state"] == "finished" and cell["problems"] == {"tiny": 16}
-        tokens = [line["skpo/tokens/generated"] for line in cell["steps"] if line["step"]]
-        assert sum(tokens[:-1]) < 300 <= sum(tokens), "it ends with the step that spends the budget"
+        assert cell["state"] == "finished" and cell["problems"] == {"skpo/steps": 256}
+        first, last = cell["steps"]
+        assert last["skpo/tokens/generated"] >= 50_000, "it ends with the step that spends the budget"
+        accuracy = "val-core/skpo/steps/acc/mean@2"
+        assert last[accuracy] > first[accuracy] + GAINS[cell["method"]]
     said = capsys.readouterr().out
-    assert "| GRPO, SKPO's curriculum, lr 0.001 | 1 |" in said and "| SKPO, lr 0.001 | 1 |" in said
+    assert "| GRPO, lr 7.5e-05 | 1 |" in said and "| SKPO, lr 7.5e-05 | 1 |" in said
     assert study.main(given) == 0
     assert "started" not in capsys.readouterr().out
