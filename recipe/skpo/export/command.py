@@ -10,6 +10,8 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,14 @@ from recipe.skpo.task.run_settings import run_settings
 _MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".txt")
 """Ends of the names of files that are copied where a checkpoint has the whole model; no code, and no links."""
 
-_STALE = ["*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json"]
-"""What an upload removes from a repository if the folder does not have it: weights of an earlier export."""
+_LOADED = (
+    *("*.safetensors", "*.bin", "*.index.json", "config.json", "generation_config.json", "adapter_config.json"),
+    *("tokenizer*", "*.model", "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    "chat_template.*",
+)
+"""Names, at the top of a repository, by which transformers, peft and vLLM load a model."""
+_TEMPLATES = "additional_chat_templates/"
+"""The one folder that transformers reads too."""
 
 
 def export(
@@ -124,19 +132,32 @@ def open_hub(name: str) -> Any:
 def push(hub: Any, folder: Path, name: str, public: bool = False) -> str:
     """Upload a folder as a model, private unless it is to be ``public``; return its address.
 
-    A repository of this name that is there keeps its visibility and its history; weights of an earlier export that the
-    folder does not have are removed by the same commit.
+    A repository of this name that is there keeps its visibility and its history.  Of its files, those by which another
+    model would be loaded are removed by the same commit; files of the user stay, and so do folders.
 
     Raises:
         ConfigError: the hub refuses, or cannot be reached.
     """
     address = _asked(lambda: hub.create_repo(repo_id=name, private=not public, exist_ok=True))
-    _asked(
-        lambda: hub.upload_folder(
-            repo_id=name, folder_path=folder, commit_message="Export of verl-skpo", delete_patterns=_STALE
+
+    def upload() -> None:
+        # The hub's patterns would find these names in folders too.  What is uploaded is not removed.
+        there = [path for path in hub.list_repo_files(repo_id=name) if _is_loaded(path)]
+        hub.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            commit_message="Export of verl-skpo",
+            delete_patterns=[escape(path) for path in there],
         )
-    )
+
+    _asked(upload)
     return str(address)
+
+
+def _is_loaded(path: str) -> bool:
+    """Tell whether a file of a repository would be part of the model."""
+    at_top = "/" not in path and any(fnmatchcase(path, pattern) for pattern in _LOADED)
+    return at_top or path.startswith(_TEMPLATES)
 
 
 def _asked(request: Callable[[], Any]) -> Any:
@@ -173,7 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             try:
                 print(push(hub, folder, flags.push, flags.public))
             except ConfigError as error:
-                raise ConfigError(f"{error}; {folder} is whole: `hf upload {flags.push} {folder}` uploads it") from None
+                by_hand = f"`hf upload {flags.push} {folder}` uploads it and removes nothing"
+                raise ConfigError(f"{error}; {folder} is whole: {by_hand}") from None
         return [folder]
 
     return run_cli(command)

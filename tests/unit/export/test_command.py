@@ -95,7 +95,7 @@ def test_an_adapter_alone_and_merged_answer_as_the_trained_model(lora, tmp_path:
         with adapted.disable_adapter():
             other = (adapted(torch.arange(30)[None]).logits - expected).abs().max()
     adapter, whole = (export(run, tmp_path / name, "4", name == "adapter") for name in ("adapter", "whole"))
-    assert names(adapter) == sorted(["README.md", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER])
+    assert names(adapter) == sorted(ADAPTER)
     assert names(whole) == sorted([*FILES, *TOKENIZER])
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["target_modules"]) == (4, 24, sorted(config["target_modules"]))
@@ -180,6 +180,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     made = create_autospec(huggingface_hub.HfApi, instance=True)
     made.create_repo.return_value = "https://huggingface.co/me/model"
+    made.list_repo_files.return_value = [".gitattributes"]
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made)
     return made
 
@@ -195,7 +196,27 @@ def test_a_folder_is_uploaded_private_unless_told_otherwise(
     hub.create_repo.assert_called_once_with(repo_id="me/model", private=not flags, exist_ok=True)
     ((), sent) = hub.upload_folder.call_args
     assert (sent["repo_id"], sent["folder_path"]) == ("me/model", tmp_path)
-    assert "*.safetensors" in sent["delete_patterns"] and "*" not in sent["delete_patterns"]
+
+
+ADAPTER = ["README.md", "adapter_config.json", "adapter_model.safetensors", *TOKENIZER]
+OF_ANOTHER_BASE = [
+    *("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "tokenizer.model"),
+    *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
+    "additional_chat_templates/tool_use.jinja",
+]
+OF_THE_USER = [".gitattributes", "LICENSE.txt", "scores.json", "step_4/config.json", "step_4/model.safetensors"]
+
+
+@pytest.mark.parametrize("uploaded", [[*FILES, *TOKENIZER], ADAPTER])
+def test_an_upload_leaves_nothing_by_which_another_model_is_loaded(hub, tmp_path: Path, uploaded: list[str]) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = {*FILES, *ADAPTER, *OF_ANOTHER_BASE, *OF_THE_USER}
+    hub.list_repo_files.return_value = sorted(there)
+    push(hub, tmp_path, "me/model")
+    patterns = hub.upload_folder.call_args.kwargs["delete_patterns"]
+    removed = set(filter_repo_objects(there, allow_patterns=patterns))
+    assert (there - removed) | set(uploaded) == {*uploaded, *OF_THE_USER}
 
 
 def test_without_a_login_nothing_is_converted(hub, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -216,6 +237,7 @@ def test_an_upload_that_fails_says_that_the_folder_is_whole(hub, tmp_path: Path,
     monkeypatch.setattr(command, "export", lambda run, to, *options: Path(to))
     hub.upload_folder.side_effect = OSError("connection reset")
     assert main(["run", "--to", str(tmp_path), "--push", "me/model"]) == 1
-    assert f"{tmp_path} is whole: `hf upload me/model {tmp_path}` uploads it" in capsys.readouterr().err
+    by_hand = f"`hf upload me/model {tmp_path}` uploads it and removes nothing"
+    assert f"{tmp_path} is whole: {by_hand}" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="connection reset"):
         push(hub, tmp_path, "me/model")
