@@ -390,6 +390,14 @@ def thinking_run(folder: Path, model: Path, reward: dict[str, Any] | None = None
     return folder
 
 
+def move_checkpoints(run: Path, elsewhere: Path) -> None:
+    """Let the checkpoints of a run lie elsewhere, as ``trainer.default_local_dir`` does."""
+    (run / "checkpoints").rename(elsewhere)
+    config = json.loads((run / "config.yaml").read_text())
+    config["output_dir"], config.setdefault("trainer", {})["default_local_dir"] = str(run), str(elsewhere)
+    (run / "config.yaml").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="session")
 def preloaded() -> Any:
     """Run scripts in processes of their own that have the heavy packages imported."""

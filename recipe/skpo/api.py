@@ -27,7 +27,7 @@ from recipe.skpo.errors import ConfigError, RunError
 from recipe.skpo.export.command import export
 from recipe.skpo.output.best import kept_best
 from recipe.skpo.output.page_data import run_steps
-from recipe.skpo.output.run_folder import FOLDER_NOTE, marked_step
+from recipe.skpo.output.run_folder import FOLDER_NOTE, checkpoints_of, marked_step
 from recipe.skpo.output.summary import render_tree
 from recipe.skpo.output.tree_html import tree_html
 from recipe.skpo.output.trees import read_trees, tree_index
@@ -152,7 +152,7 @@ class Run:
         """
         number: int | str | None = step
         if step is None:
-            number = marked_step(self.folder / "checkpoints")
+            number = marked_step(checkpoints_of(self.folder))
         elif step == "best" and (kept := kept_best(self.folder)) is not None:
             number = kept[1]
         out = self.folder / f"evaluation/step_{number}"

@@ -39,7 +39,7 @@ from recipe.skpo.evaluation.scores import Answered, markdown, score
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.redaction import reject_secret_overrides
 from recipe.skpo.task.model_files import load_tokenizer
-from recipe.skpo.task.run_settings import Chat, run_settings
+from recipe.skpo.task.run_settings import Chat, RunSettings, run_settings
 
 # ---------------------------------------------------------------- benchmarks
 
@@ -99,13 +99,9 @@ def read_benchmark(name: str, path: Path, tokenizer: Any, limit: int) -> Benchma
 # ---------------------------------------------------------------- draw, check, write
 
 
-def as_trained(config: EvaluationConfig, checkpoint: Checkpoint) -> EvaluationConfig:
-    """Fill in what the config leaves to the run: template, its options, arguments of the reward function.
-
-    Raises:
-        ConfigError: the run's config cannot be read.
-    """
-    run, reward = run_settings(checkpoint.shards or checkpoint.model), config.reward
+def as_trained(config: EvaluationConfig, run: RunSettings | None) -> EvaluationConfig:
+    """Fill in what the config leaves to the run: template, its options, arguments of the reward function."""
+    reward = config.reward
     chat = chat_of(run, config.custom_chat_template, config.chat_template_kwargs)
     same = run is not None and (run.reward_path, run.reward_name) == (reward.path, reward.name)
     if run is not None and not same:
@@ -160,7 +156,9 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
     files = benchmark_files(config)
     counts = {name: config.responses(name) for name in files}
     checkpoint = find_checkpoint(config.checkpoint, config.trusted_globals, config.step)
-    config = as_trained(config, checkpoint)
+    # By the name given: the checkpoints may lie elsewhere than the run's folder.
+    settings = run_settings(config.checkpoint)
+    config = as_trained(config, settings)
     chat = Chat(config.custom_chat_template, dict(config.chat_template_kwargs or {}))
     tokenizer = load_tokenizer(checkpoint.model, chat)
     benchmarks = [read_benchmark(name, path, tokenizer, config.max_prompt_length) for name, path in files.items()]
@@ -187,7 +185,7 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
     judge = Judge(reward, tokenizer)
     length, temperature, top_p = config.max_response_length, config.temperature, config.top_p
     scores, written = [], []
-    with opened_by_first_draw(lambda: (open_sampler or engine.open)(merged_model(checkpoint, out))) as sample:
+    with opened_by_first_draw(lambda: (open_sampler or engine.open)(merged_model(checkpoint, out, settings))) as sample:
         for benchmark in benchmarks:
             name, k = benchmark.name, counts[benchmark.name]
             requests = [

@@ -18,9 +18,9 @@ from recipe.skpo.evaluation.adapters import META, has_adapter, keep_adapter
 from recipe.skpo.evaluation.options import require
 from recipe.skpo.isolation.pickles import check_pickles
 from recipe.skpo.output.best import kept_best
-from recipe.skpo.output.run_folder import MARKER, marked_step, stored_checkpoints
+from recipe.skpo.output.run_folder import MARKER, checkpoints_of, marked_step, stored_checkpoints
 from recipe.skpo.task.model_files import count_parameters
-from recipe.skpo.task.run_settings import run_settings
+from recipe.skpo.task.run_settings import RunSettings
 
 ACCEPTED = (
     "give a Hugging Face folder or name, a verl FSDP checkpoint (.../global_step_N) or the folder of a run that has one"
@@ -56,15 +56,16 @@ def find_checkpoint(given: str, trusted: Sequence[str] = (), step: str | None = 
     Raises:
         ConfigError: it is none of these, not whole, or would run more than verl saves; naming the place.
     """
-    folder = Path(given).expanduser()
-    if step is not None:
-        folder = _checkpoint_of_step(folder, step)
+    place = Path(given).expanduser()
+    folder = place if step is None else _checkpoint_of_step(place, step)
     if not folder.exists():
         hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given)
         require(hub is not None, f"checkpoint: {given} does not exist; {ACCEPTED}")
         return Checkpoint(label=given.rsplit("/", 1)[1], model=given, shards=None, identity=given)
     if step is None:
-        folder = _latest(folder)
+        folder = _latest(place)
+    if not folder.is_relative_to(place):
+        print(f"note: {place} has its checkpoints in {one_line(folder.parent)}")
     if (folder / "actor").is_dir():
         folder = folder / "actor"
     if (folder / "fsdp_config.json").is_file():
@@ -79,27 +80,28 @@ def _checkpoint_of_step(folder: Path, step: str) -> Path:
     Raises:
         ConfigError: naming the checkpoints that are there.
     """
-    run = folder.parent if folder.name == "checkpoints" else folder
-    there = stored_checkpoints(run / "checkpoints")
-    require(bool(there), f"step: is {one_line(step)}, but {folder} is not the folder of a run with checkpoints")
+    place = checkpoints_of(folder)
+    there = stored_checkpoints(folder) or stored_checkpoints(place)
+    none = f"{folder} has no checkpoints in {one_line(place)}; give the folder of a run"
+    require(bool(there), f"step: is {one_line(step)}, but {none}")
     if step == "best":
-        kept = kept_best(run)
+        kept = kept_best(folder.parent if folder.name == "checkpoints" else folder)
         number = kept[1] if kept else None
-        why = f"{run} keeps no best checkpoint: it needs trainer.keep_best when it is trained, and a validation"
+        why = f"{folder} keeps no best checkpoint, as a run does that is trained with trainer.keep_best and validated"
     else:
         number = int(step) if step.isdecimal() else None
-        why = f"{run} has no checkpoint {one_line(step)}"
+        why = f"{folder} has no checkpoint {one_line(step)}"
     require(number in there, f"step: {why}; give one of {', '.join(map(str, there))}")
     return there[number]  # type: ignore[index]  # required
 
 
 def _latest(folder: Path) -> Path:
     """Return the latest checkpoint below a run's folder; any other folder as it is."""
-    for root in (folder, folder / "checkpoints"):
+    for root in (folder, checkpoints_of(folder)):
         step = marked_step(root)
         if step is not None:
             path = root / f"global_step_{step}"
-            marker = f"checkpoint: {root / MARKER}"
+            marker = f"checkpoint: {one_line(root / MARKER)}"
             require(path.is_dir(), f"{marker} names {path.name}, which is not there; name another one")
             return path
     return folder
@@ -156,10 +158,11 @@ def _files_digest(files: Sequence[Path]) -> str:
     return hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:16]
 
 
-def merged_model(checkpoint: Checkpoint, beside: Path) -> str:
+def merged_model(checkpoint: Checkpoint, beside: Path, run: RunSettings | None = None) -> str:
     """Return the Hugging Face folder of a checkpoint; an FSDP checkpoint is merged unless that was done before.
 
-    The merged model goes into ``merged`` beside the folder ``beside``, under the checkpoint's label and identity.
+    The merged model goes into ``merged`` beside the folder ``beside``, under the checkpoint's label and identity, and
+    the config of its ``run`` with it.
 
     Raises:
         ConfigError: verl's merger cannot read the checkpoint.
@@ -172,7 +175,6 @@ def merged_model(checkpoint: Checkpoint, beside: Path) -> str:
     print(f"merging {checkpoint.shards} into {target}", flush=True)
     with filled(target) as partial_target:
         write_model(checkpoint, partial_target)
-        run = run_settings(checkpoint.shards)
         if run is not None:
             # Whoever is given the merged folder asks the model as the run did.
             shutil.copyfile(run.config, partial_target / run.config.name)

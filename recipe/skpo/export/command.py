@@ -73,7 +73,7 @@ def export(
             _copy_model(Path(checkpoint.model), partial_target)
         else:
             write_model(checkpoint, partial_target, adapter)
-        settings = run_settings(actor)
+        settings = run_settings(folder)
         if settings is not None and settings.chat.custom_chat_template:
             load_tokenizer(str(partial_target), settings.chat).save_pretrained(partial_target)
         card = Card.read(actor, settings.config.parent if settings else None, checkpoint.label, adapter)

@@ -13,7 +13,7 @@ from typing import Any
 from data_prep.untrusted import UntrustedError, one_line, read_yaml
 from recipe.skpo.errors import RunError
 from recipe.skpo.output.metrics import read_lines
-from recipe.skpo.output.run_folder import stored_checkpoints
+from recipe.skpo.output.run_folder import checkpoints_of, stored_checkpoints
 
 
 class Validations:
@@ -68,7 +68,7 @@ def kept_best(run: Path) -> tuple[Validations, int] | None:
     """Read which checkpoint of a run is the best one.
 
     Args:
-        run: its folder, with the checkpoints in ``checkpoints``.
+        run: its folder.
 
     Returns:
         Its validations and the best step that has a checkpoint; None where there is none, or where
@@ -81,5 +81,5 @@ def kept_best(run: Path) -> tuple[Validations, int] | None:
     if not isinstance(metric, str):
         return None
     validations = Validations(metric).read(run / "metrics.jsonl")
-    best = validations.best(stored_checkpoints(run / "checkpoints"))
+    best = validations.best(stored_checkpoints(checkpoints_of(run)))
     return None if best is None else (validations, best)

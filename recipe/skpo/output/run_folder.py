@@ -1,8 +1,9 @@
-"""The checkpoints in a run's folder, by verl's names."""
+"""The checkpoints of a run, by verl's names."""
 
 import re
 from pathlib import Path
 
+from data_prep.untrusted import UntrustedError, read_yaml
 from recipe.skpo.errors import ConfigError
 
 MARKER = "latest_checkpointed_iteration.txt"
@@ -21,6 +22,19 @@ def by_step(folder: Path, pattern: str) -> dict[int, Path]:
 def log_file(output_dir: str | Path) -> Path:
     """Return where all that a run's processes print is kept."""
     return Path(output_dir) / "logs" / "run.log"
+
+
+def checkpoints_of(run: Path) -> Path:
+    """Return where the checkpoints of a run are: in its folder, unless ``trainer.default_local_dir`` is elsewhere."""
+    try:
+        config = read_yaml(run / "config.yaml")
+        output_dir, place = Path(config["output_dir"]), Path(config["trainer"]["default_local_dir"])
+    except (UntrustedError, OSError, KeyError, TypeError):
+        return run / "checkpoints"
+    if place.is_relative_to(output_dir):
+        return run / place.relative_to(output_dir)  # the run may have been moved since
+    # A model that was merged from a checkpoint has a copy of the config, and is not the run.
+    return run / "checkpoints" if (run / "config.json").is_file() else place
 
 
 def stored_checkpoints(folder: Path) -> dict[int, Path]:

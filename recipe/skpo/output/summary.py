@@ -15,7 +15,7 @@ from recipe.skpo.output.best import kept_best
 from recipe.skpo.output.collapse import collapse
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.metrics import mean, read_lines, read_steps
-from recipe.skpo.output.run_folder import stored_checkpoints
+from recipe.skpo.output.run_folder import checkpoints_of, stored_checkpoints
 from recipe.skpo.output.trees import read_trees, spread, tree_index
 
 LABELS = {
@@ -142,7 +142,7 @@ def summary(output_dir: Path, minutes: float | None = None) -> str:
     text += [f"  {name:<12} {words}" for name, words in _answers(lines).items()]
     if warned := collapse(read_steps(output_dir / "metrics.jsonl")):
         text.append(f"  {'warning':<12} {warned}")
-    checkpoints = list(stored_checkpoints(output_dir / "checkpoints").values())
+    checkpoints = list(stored_checkpoints(checkpoints_of(output_dir)).values())
     trees = write_sample_trees(output_dir)
     places = {
         "best": _best(output_dir),

@@ -16,7 +16,7 @@ from recipe.skpo import api
 from recipe.skpo.api import Run, train
 from recipe.skpo.errors import ConfigError, RunError
 from recipe.skpo.output.run_folder import FOLDER_NOTE
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, move_checkpoints
 from tests.support.report_run import HARM, make_hostile_run, make_run
 
 PYTHON = """#!/bin/sh
@@ -103,16 +103,19 @@ def test_the_command_notes_its_folder_once_nothing_is_refused(command_line, tmp_
     assert note.read_text() == launched.config.output_dir == str(tmp_path / "mine")
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize(("step", "number", "asked"), [(None, 4, "None"), (2, 2, "2"), ("best", 2, "best")])
 def test_an_evaluation_is_of_a_stored_checkpoint_and_returns_its_table(
-    step: Any, number: Any, asked: str, python: Any, tmp_path: Path
+    step: Any, number: Any, asked: str, python: Any, tmp_path: Path, elsewhere: bool
 ) -> None:
     folder = tmp_path / "a run"
     for stored in (2, 4):
         (folder / f"checkpoints/global_step_{stored}").mkdir(parents=True)
     (folder / "checkpoints/latest_checkpointed_iteration.txt").write_text("4")
-    (folder / "config.yaml").write_text("trainer: {keep_best: acc}")
+    (folder / "config.yaml").write_text('{"trainer": {"keep_best": "acc"}}')
     (folder / "metrics.jsonl").write_text('{"step": 2, "acc": 0.5}\n{"step": 4, "acc": 0.4}\n')
+    if elsewhere:
+        move_checkpoints(folder, tmp_path / "disk")
     out = folder / f"evaluation/step_{number}"
     table = '{"benchmarks": [{"benchmark": "mine", "avg": 0.5}]}'
     given = python(f"mkdir -p '{out}'; echo '{table}' > '{out}/table.json'")

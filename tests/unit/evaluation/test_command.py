@@ -23,7 +23,7 @@ from recipe.skpo.evaluation.config import read_config
 from recipe.skpo.evaluation.models import find_checkpoint, merged_model
 from recipe.skpo.output.run_folder import MARKER
 from reward_fns.code_tests import CodeTests
-from tests.conftest import thinking_run
+from tests.conftest import move_checkpoints, thinking_run
 from tests.unit.analysis.conftest import FakeSampler
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -373,8 +373,13 @@ def test_defaults_are_the_papers_counts_and_the_cpu_configs_sizes(compose_config
 # ---------------------------------------------------------------- settings of the run
 
 
-def test_a_run_is_evaluated_with_its_own_template_and_reward(command, model: Path, tmp_path: Path, capsys) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_run_is_evaluated_with_its_own_template_and_reward(
+    command, model: Path, tmp_path: Path, capsys, elsewhere: bool
+) -> None:
     run = thinking_run(tmp_path / "run", model)
+    if elsewhere:
+        move_checkpoints(run, tmp_path / "disk")
     code, (sampler,), _ = command(f"checkpoint={run}", "output_dir=out", "max_prompt_length=70")
     assert code == 0
     prompts = [sampler.tokenizer.decode(prompt) for call in sampler.calls for prompt in call["prompts"]]
@@ -460,18 +465,34 @@ def test_a_checkpoint_is_chosen_by_its_number_or_as_the_best(run_copy: Path) -> 
 
     assert (found(None), found("3"), found("6")) == tuple(f"run-global_step_{step}" for step in (6, 3, 6))
     for step, message in (
-        ("best", f"step: {run_copy} keeps no best checkpoint: it needs trainer.keep_best when it is trained, and a"),
+        ("best", f"step: {run_copy} keeps no best checkpoint, as a run does that is trained with trainer.keep_best"),
         ("4", f"step: {run_copy} has no checkpoint 4; give one of 3, 6"),
         ("last", f"step: {run_copy} has no checkpoint last; give one of 3, 6"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             found(step)
-    with pytest.raises(ConfigError, match=r"is not the folder of a run with checkpoints"):
+    with pytest.raises(ConfigError, match=r"global_step_3/checkpoints; give the folder of a run$"):
         found("3", root / "global_step_3")
     (run_copy / "config.yaml").write_text(json.dumps({"trainer": {"keep_best": f"-{metric}"}}))
     lines = [{"step": step, metric: value} for step, value in ((0, 0.1), (3, 0.2), (6, 0.3))]
     (run_copy / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert found("best") == found("best", root) == "run-global_step_3"
+
+
+def test_checkpoints_elsewhere_are_found_by_their_run(run_copy: Path, model: Path, tmp_path: Path, capsys) -> None:
+    disk, metric = tmp_path / "disk", "val-core/x/acc/mean@1"
+    (run_copy / "config.yaml").write_text(json.dumps({"trainer": {"keep_best": metric}}))
+    move_checkpoints(run_copy, disk)
+    (run_copy / "metrics.jsonl").write_text(json.dumps({"step": 3, metric: 0.5}))
+    for step in (None, "3", "best"):
+        checkpoint = find_checkpoint(str(run_copy), step=step)
+        assert checkpoint == find_checkpoint(str(disk / "global_step_3"))
+        assert capsys.readouterr().out == f"note: {run_copy} has its checkpoints in {disk}\n"
+    shutil.copyfile(run_copy / "config.yaml", model / "config.yaml")
+    assert find_checkpoint(str(model)).model == str(model), "merged from a checkpoint of the run"
+    shutil.rmtree(disk)
+    with pytest.raises(ConfigError, match=f"has no checkpoints in {disk}; give the folder of a run"):
+        find_checkpoint(str(run_copy), step="3")
 
 
 def test_merged_weights_are_the_trained_ones_in_bfloat16(trained: Path, tmp_path: Path, capfd) -> None:
@@ -536,7 +557,7 @@ def test_checkpoint_with_a_whole_model_is_not_merged(run_copy: Path, tmp_path: P
 def test_trained_checkpoint_is_evaluated(
     command, trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def merge(checkpoint: Any, beside: Path) -> str:
+    def merge(checkpoint: Any, beside: Path, run: Any) -> str:
         assert beside.parent == Path("outputs/evaluation")
         return "merged one"
 

@@ -18,6 +18,7 @@ from recipe.skpo.evaluation import models
 from recipe.skpo.evaluation.adapters import META
 from recipe.skpo.export import command
 from recipe.skpo.export.command import export, main, open_hub, push
+from tests.conftest import move_checkpoints
 
 FILES = ["README.md", "config.json", "generation_config.json", "model.safetensors"]
 TOKENIZER = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
@@ -125,13 +126,16 @@ def test_a_checkpoint_with_the_whole_model_is_copied_without_code_and_links(run_
     check_files(target, tmp_path)
 
 
-def test_the_runs_own_template_is_in_the_tokenizer(run_copy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_the_runs_own_template_is_in_the_tokenizer(run_copy: Path, tmp_path: Path, elsewhere: bool) -> None:
     from transformers import AutoTokenizer
 
     described = run_copy / "checkpoints/global_step_3/actor/huggingface"
     save_file({"weight": np.zeros(3, dtype=np.float32)}, described / "model.safetensors")
     model = {"custom_chat_template": "mine {{ messages[0]['content'] }}"}
     (run_copy / "config.yaml").write_text(json.dumps({"skpo": {}, "actor_rollout_ref": {"model": model}}))
+    if elsewhere:
+        move_checkpoints(run_copy, tmp_path / "disk")
     tokenizer = AutoTokenizer.from_pretrained(export(run_copy, tmp_path / "model"))
     assert tokenizer.apply_chat_template([{"role": "user", "content": "q"}], tokenize=False) == "mine q"
 

@@ -22,6 +22,7 @@ from recipe.skpo.output.summary import (
     write_sample_trees,
 )
 from recipe.skpo.output.trees import FOLDER, TreeStore
+from tests.conftest import move_checkpoints
 
 SOURCE = "skpo/arithmetic"
 
@@ -157,6 +158,13 @@ def test_summary_shows_the_numbers_before_and_after_and_where_everything_lies(tm
     assert row(text, "checkpoint") == [str(tmp_path / "checkpoints" / "global_step_10")]  # not by the alphabet
     assert row(text, "metrics") == [str(tmp_path / "metrics.jsonl")]
     assert row(text, "three trees") == [str(tmp_path / "sample_trees.txt")]
+
+
+def test_a_checkpoint_elsewhere_is_named(tmp_path: Path) -> None:
+    folder = run(tmp_path / "run")
+    (folder / "config.yaml").write_text("{}")
+    move_checkpoints(folder, tmp_path / "disk")
+    assert row(summary(folder), "checkpoint") == [str(tmp_path / "disk/global_step_10")]
 
 
 def test_the_best_step_is_named_where_it_was_kept(tmp_path: Path) -> None:
