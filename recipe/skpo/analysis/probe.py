@@ -49,6 +49,7 @@ from recipe.skpo.evaluation.sampling import (
 from recipe.skpo.main import Command, check, prepare, refusing, run_command
 from recipe.skpo.method.segments import (
     Segment,
+    begins_with,
     cut_segment,
     last_boundary,
     sample_split_position,
@@ -290,14 +291,9 @@ class Probe:
             rewards=np.array([verdict.score for _, verdict in checked], dtype=np.float64),
             right=np.array([verdict.right for _, verdict in checked]),
             lengths=np.array([len(ids) for ids in whole]),
-            copied=np.array([bool(start) and begins(item.token_ids, start) for item in drawn]),
+            copied=np.array([bool(start) and begins_with(item.token_ids, start) for item in drawn]),
             first=checked[0][0],
         )
-
-
-def begins(token_ids: Sequence[int], start: Sequence[int]) -> bool:
-    """Return whether these tokens begin with all of ``start``."""
-    return tuple(token_ids[: len(start)]) == tuple(start)
 
 
 @dataclass(frozen=True)
@@ -349,7 +345,7 @@ def draw(probe: Probe, store: Path, sample: Callable[[Sequence[Request]], list[l
         plain=[probe.group(number, items) for number, items in enumerate(plain)],
         chance=np.array(
             [
-                np.mean([begins(item.token_ids, segment.token_ids) for item in plain[place.prompt]])
+                np.mean([begins_with(item.token_ids, segment.token_ids) for item in plain[place.prompt]])
                 for place, segment in zip(places, chosen, strict=True)
             ]
         ),

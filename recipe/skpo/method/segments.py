@@ -182,6 +182,11 @@ def select_segment(deviations: Sequence[float], selection: str = "median", step:
     raise ValueError(f"selection must be median, extreme, first or random, got {selection!r}")
 
 
+def begins_with(token_ids: Sequence[int], segment_ids: Sequence[int]) -> bool:
+    """Return whether what was generated begins with all of the segment: a copy of s."""
+    return tuple(token_ids[: len(segment_ids)]) == tuple(segment_ids)
+
+
 def skip_prompt(segment_ids: Sequence[int], problem_ids: Sequence[int], bos_token_id: int | None = None) -> list[int]:
     """Return the skip-connected prompt [s, q]: the tokens of s, then the tokens of the templated problem.
 

@@ -40,7 +40,7 @@ from recipe.skpo.method.rows import (
     RowKey,
     TokenCounts,
 )
-from recipe.skpo.method.segments import Segment, cut_segment, last_boundary, select_segment, skip_prompt
+from recipe.skpo.method.segments import Segment, begins_with, cut_segment, last_boundary, select_segment, skip_prompt
 from recipe.skpo.rollout.admission import Clock
 from recipe.skpo.rollout.client import CLOCK, cached_tokens
 from recipe.skpo.rollout.failures import RolloutError, cause_of
@@ -188,8 +188,8 @@ class SkpoAgentLoopWorker(RolloutWorker):
             for response in siblings
         ]
         times = (upstream_done - started, time.perf_counter() - upstream_done)
-        segment = list(candidates[chosen].segment.token_ids)
-        copies = [response.response_ids[opened:][: len(segment)] == segment for response in responses]
+        segment = candidates[chosen].segment.token_ids
+        copies = [begins_with(response.response_ids[opened:], segment) for response in responses]
         written = len(scored[0].response_ids) - len(candidates[chosen].output.token_ids) if completed else 0
         copied_share = sum(copies) / len(copies)
         upstream = self._segment_row(problem_ids, candidates, chosen, split_position, times, written, copied_share)

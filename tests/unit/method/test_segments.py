@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recipe.skpo.method.segments import (
+    begins_with,
     cut_segment,
     fixed_split_position,
     last_boundary,
@@ -258,3 +259,13 @@ def test_the_bos_of_the_problem_moves_to_the_front_of_the_skip_prompt() -> None:
     assert skip_prompt(segment, problem, bos_token_id=0) == [0, 5, 7]
     skip_prompt(segment, problem).append(9)
     assert (segment, problem) == ([5], [0, 7]), "its arguments stay"
+
+
+# ---------------------------------------------------------------- copies
+
+
+@pytest.mark.parametrize(
+    ("response", "copied"), [((1, 2, 3), True), ([1, 2], True), ((1,), False), ((1, 3, 2), False), ((), False)]
+)
+def test_a_copy_begins_with_all_of_the_segment(response: Sequence[int], copied: bool) -> None:
+    assert begins_with(response, (1, 2)) is copied
