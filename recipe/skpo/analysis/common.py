@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from recipe.skpo.evaluation.engine import EngineConfig
 from recipe.skpo.evaluation.options import add_flags, add_model_flags, model_settings, read_flags
-from recipe.skpo.evaluation.results import CONFIG_NAME, Parser, json_bytes, run_cli
+from recipe.skpo.evaluation.results import CONFIG_NAME, Parser, json_bytes, plain, run_cli
 from recipe.skpo.output.files import write_atomic
+from recipe.skpo.task.digests import model_digest
 
 
 def parser_of(name: str, description: str | None) -> Parser:
@@ -54,6 +55,16 @@ def sampling_command(
         return run(read_flags(kind, flags, engine=read_flags(EngineConfig, flags), asked=asked), flags.out)
 
     return run_cli(command)
+
+
+def with_weights(config: Any, models: Mapping[str, str]) -> dict[str, Any]:
+    """Return a config as it is stored, with the digest of each model: its path stays when its weights are replaced.
+
+    Args:
+        config: of a command that samples.
+        models: name to folder or hub name, whose tokenizers have been loaded (``model_digest``).
+    """
+    return {**plain(config), "weights": {name: model_digest(model) for name, model in models.items()}}
 
 
 def rendered(figure: Figure, suffix: str, name: str) -> bytes:

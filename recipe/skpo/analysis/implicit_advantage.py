@@ -28,7 +28,7 @@ import pandas as pd
 from data_prep.schema import prompt_id
 from data_prep.untrusted import one_line, parse_json
 from recipe.skpo.analysis import endpoint
-from recipe.skpo.analysis.common import add_out, parser_of, write_results
+from recipe.skpo.analysis.common import add_out, parser_of, with_weights, write_results
 from recipe.skpo.analysis.endpoint import ChatRequest, EndpointConfig, ask_stored
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation import engine as engines
@@ -151,13 +151,14 @@ def sample(config: SampleConfig, out: Path, open_sampler: Callable[[str], Sample
     Draws are stored per method.  ``open_sampler`` makes a sampler of a checkpoint folder; None starts vLLM.
     """
     judging = [name.replace("asked.", f"asked.{method}.") for name in JUDGING for method in config.asked]
-    check_same_config(out, config, (*engines.FREE, *judging))
+    asked = {method: config.asked.get(method, ModelSettings()) for method in config.methods}
+    tokenizers = {method: load_tokenizer(folder, asked[method].chat) for method, folder in config.methods.items()}
+    check_same_config(out, with_weights(config, config.methods), (*engines.FREE, *judging))
     problems, where = read_problems(config.data, "--data", config.problems), f"--data {config.data}"
     rows: list[dict[str, Any]] = []
     for method, folder in config.methods.items():
-        asked = config.asked.get(method, ModelSettings())
-        tokenizer = load_tokenizer(folder, asked.chat)
-        judge = Judge(Reward(asked.reward), tokenizer)
+        tokenizer = tokenizers[method]
+        judge = Judge(Reward(asked[method].reward), tokenizer)
         judge.reward.check_truths(problems, where)
         prompts = prompts_of(problems, tokenizer, where)
         requests = [
@@ -295,12 +296,15 @@ def states_of(response: Response, positions: int) -> list[State]:
 
 
 def continue_locally(
-    config: MeasureConfig, states: Sequence[State], store: Path, open_sampler: Callable[[str], Sampler] | None = None
+    config: MeasureConfig,
+    states: Sequence[State],
+    tokenizer: Any,
+    store: Path,
+    open_sampler: Callable[[str], Sampler] | None = None,
 ) -> dict[str, list[Completion]]:
     """Draw K continuations per state from a model on this machine; the partial response is a hard prefix."""
     assert config.model is not None and config.engine is not None
     engine, model = config.engine, config.model
-    tokenizer = load_tokenizer(model, config.asked.chat)
     problems = {state.problem.chat: state.problem for state in states}
     prompts = dict(zip(problems, prompts_of(list(problems.values()), tokenizer, "--responses"), strict=True))
     requests = []
@@ -432,12 +436,16 @@ def measure(
         f"{len(kept)} of {len(everything)} problems have a correct response of every method; "
         f"{len(states)} distinct states of {len(shared) * config.positions}"
     )
+    local = {} if config.model is None else {"model": config.model}
+    tokenizer = load_tokenizer(config.model, config.asked.chat) if config.model is not None else None
+    drawn_with = with_weights(config, local)
     # Continuations are found again by what they continue, whatever file and position it comes from.
-    check_same_config(out, config, (*engines.FREE, *endpoint.FREE, *JUDGING, "responses", "positions", "data_source"))
+    free = (*engines.FREE, *endpoint.FREE, *JUDGING, "responses", "positions", "data_source")
+    check_same_config(out, drawn_with, free)
     if config.endpoint is not None:
         continuations = continue_remotely(config, states, out / CONTINUATIONS, confirm)
     else:
-        continuations = continue_locally(config, states, out / CONTINUATIONS, open_sampler)
+        continuations = continue_locally(config, states, tokenizer, out / CONTINUATIONS, open_sampler)
     table = tabulate(shared, config.positions, state_values(states, continuations, reward))
     figure, found = draw_implicit_advantage(table), summary(table, len(states))
     for method in dict.fromkeys(response.method for response in shared):
@@ -446,7 +454,7 @@ def measure(
         print(
             f"{method:<14} value {numbers['value']:+.3f}   advantage {numbers['advantage']:+.3f}, by quarter {quarters}"
         )
-    return write_results(out, "implicit_advantage", config, found, {"by_position": table}, figure)
+    return write_results(out, "implicit_advantage", drawn_with, found, {"by_position": table}, figure)
 
 
 def _named(text: str) -> tuple[str, str]:

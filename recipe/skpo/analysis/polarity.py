@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep.untrusted import one_line
-from recipe.skpo.analysis.common import sampling_command, write_results
+from recipe.skpo.analysis.common import sampling_command, with_weights, write_results
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.engine import FREE, EngineConfig
 from recipe.skpo.evaluation.options import (
@@ -88,7 +88,7 @@ def rows_of(config: PolarityConfig, out: Path, open_sampler: Callable[[], Sample
     prompts = prompts_of(problems, tokenizer, where)
     judge = Judge(Reward(config.asked.reward), tokenizer)
     judge.reward.check_truths(problems, where)
-    check_same_config(out, config, (*FREE, *JUDGING, "lr"))
+    check_same_config(out, with_weights(config, {"model": config.model}), (*FREE, *JUDGING, "lr"))
     requests = [
         Request(
             problem.id,
@@ -262,7 +262,8 @@ def run(config: PolarityConfig, out: Path, open_sampler: Callable[[], Sampler] |
         f"{found['correlation_of_bins']:.3f} over bins; same sign in {found['same_sign_share']:.1%}"
     )
     tables = {"bins": bins, "words": words}
-    return write_results(out, "polarity", config, found, tables, draw_polarity(words[words["count"] >= COMMON], bins))
+    figure = draw_polarity(words[words["count"] >= COMMON], bins)
+    return write_results(out, "polarity", with_weights(config, {"model": config.model}), found, tables, figure)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from recipe.skpo.analysis.common import sampling_command, write_results
+from recipe.skpo.analysis.common import sampling_command, with_weights, write_results
 from recipe.skpo.evaluation.engine import FREE, EngineConfig
 from recipe.skpo.evaluation.options import (
     JUDGING,
@@ -300,7 +300,8 @@ def run(config: ShortcutConfig, out: Path, open_sampler: Callable[[], Sampler] |
         f"--max-model-len: {context} is below the {needed} tokens of the longest problem ({longest}), segment and "
         f"response; raise it or lower --max-tokens",
     )
-    check_same_config(out, config, (*FREE, *JUDGING))
+    drawn_with = with_weights(config, {"model": config.model})
+    check_same_config(out, drawn_with, (*FREE, *JUDGING))
     with opened_by_first_draw(open_sampler or (lambda: config.engine.open(config.model))) as sample:
         groups = collect(plan, out / DRAWS, sample)
     rows, means = tabulate(groups, config.shares)
@@ -310,7 +311,7 @@ def run(config: ShortcutConfig, out: Path, open_sampler: Callable[[], Sampler] |
             f"{mode:<14} distinct {values['distinct']:.2f}   all equal {values['all_equal']:.2f}   "
             f"length {values['length']:.1f}   accuracy {values['accuracy']:.3f}"
         )
-    return write_results(out, "shortcut", config, averages, {"means": means, "groups": rows}, draw_shortcut(means))
+    return write_results(out, "shortcut", drawn_with, averages, {"means": means, "groups": rows}, draw_shortcut(means))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

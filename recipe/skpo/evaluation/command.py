@@ -38,6 +38,7 @@ from recipe.skpo.evaluation.sampling import (
 from recipe.skpo.evaluation.scores import Answered, markdown, score
 from recipe.skpo.output.files import write_atomic
 from recipe.skpo.output.redaction import reject_secret_overrides
+from recipe.skpo.task.digests import model_digest
 from recipe.skpo.task.model_files import load_tokenizer
 from recipe.skpo.task.run_settings import Chat, RunSettings, run_settings
 
@@ -170,7 +171,7 @@ def run(config: EvaluationConfig, open_sampler: Callable[[str], Sampler] | None 
         # What the draws depend on: a benchmark more, or another reward, can use the same folder.
         names = ("temperature", "top_p", "max_response_length", "seed", "chat_template_kwargs", "custom_chat_template")
         drawn_with = {name: getattr(config, name) for name in names} | {
-            "weights": checkpoint.identity,
+            "weights": checkpoint.identity or model_digest(checkpoint.model),
             "data": benchmark.digest,
             "k": counts[benchmark.name],
             "engine": config.engine,

@@ -63,26 +63,31 @@ class EngineConfig:
             return arguments
         return arguments | {"gpu_memory_utilization": self.gpu_memory_utilization}
 
-    def open(self, model: str) -> "VllmSampler":
-        """Start vLLM with a model's folder or name."""
-        return VllmSampler(self, model)
+    def open(self, model: str, **more: Any) -> "VllmSampler":
+        """Start vLLM with a model's folder or name; ``more`` are further arguments of ``vllm.LLM``."""
+        return VllmSampler(self, model, **more)
 
 
 class VllmSampler:
     """vLLM's offline engine.
 
     Raises:
-        ConfigError: vLLM is not installed.
+        ConfigError: vLLM is not installed, or does not take the further arguments ``more``.
     """
 
-    def __init__(self, config: EngineConfig, model: str) -> None:
+    def __init__(self, config: EngineConfig, model: str, **more: Any) -> None:
         config.apply_platform()
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         try:
             from vllm import LLM
         except ImportError as error:
             raise ConfigError(f"vLLM cannot be imported ({error}); install the platform's requirements") from error
-        self._llm: Any = LLM(model=model, **config.arguments())
+        try:
+            self._llm: Any = LLM(model=model, **(config.arguments() | more))
+        except TypeError as error:
+            if not more:
+                raise
+            raise ConfigError(f"vLLM does not take one of {', '.join(more)} ({error}); leave it out") from error
 
     def sample(self, requests: Sequence[Request]) -> list[list[Completion]]:
         """See ``Sampler.sample``."""
@@ -93,6 +98,7 @@ class VllmSampler:
                 n=request.n,
                 temperature=request.temperature,
                 top_p=request.top_p,
+                top_k=request.top_k,
                 max_tokens=request.max_tokens,
                 # vLLM gives child i of a request with n > 1 the seed + i.
                 seed=request.seed,

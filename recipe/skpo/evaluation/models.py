@@ -35,7 +35,7 @@ class Checkpoint:
         label: short name for files and tables.
         model: Hugging Face folder or name; of an FSDP checkpoint the one with its config and tokenizer.
         shards: FSDP checkpoint folder that has to be merged, else None.
-        identity: differs when the weights do: digest of names, sizes and times of their files, or the hub's name.
+        identity: differs when the weights do: digest of names, sizes and times of their files; empty for a hub's name.
     """
 
     label: str
@@ -61,7 +61,7 @@ def find_checkpoint(given: str, trusted: Sequence[str] = (), step: str | None = 
     if not folder.exists():
         hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", given)
         require(hub is not None, f"checkpoint: {given} does not exist; {ACCEPTED}")
-        return Checkpoint(label=given.rsplit("/", 1)[1], model=given, shards=None, identity=given)
+        return Checkpoint(label=given.rsplit("/", 1)[1], model=given, shards=None, identity="")
     if step is None:
         folder = _latest(place)
     if not folder.is_relative_to(place):

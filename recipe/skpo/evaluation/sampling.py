@@ -10,13 +10,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol
 
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.output.metrics import json_lines
+from recipe.skpo.task.digests import value_digest
 
 SEED_BOUND = 2**31 - 1
 
@@ -51,6 +52,7 @@ class Request:
         n: completions; 1 if ``temperature`` is 0.
         temperature: 0 is greedy.
         top_p: share of the probability mass that is sampled from.
+        top_k: so many of the likeliest tokens are sampled from; -1 is all.
     """
 
     key: str
@@ -60,6 +62,12 @@ class Request:
     n: int
     temperature: float
     top_p: float
+    top_k: int = -1
+
+    @property
+    def digest(self) -> str:
+        """Differs if anything but the key does: another prompt, another tokenizer, other sampling."""
+        return value_digest(asdict(replace(self, key="")))[:16]
 
 
 def request_seed(seed: int, name: str, count: int) -> int:
@@ -99,14 +107,22 @@ def opened_by_first_draw(open_sampler: Callable[[], Sampler]) -> Iterator[Draw]:
 # ---------------------------------------------------------------- stored draws
 
 
-def append_completions(path: Path, drawn: Mapping[str, Sequence[Completion]]) -> None:
+def append_completions(
+    path: Path, drawn: Mapping[str, Sequence[Completion]], requests: Mapping[str, str] | None = None
+) -> None:
     """Append completions to a store, one line per key, and wait until they are on disk.
 
     A last line cut short by a kill is ended first, so that the next one is not joined to it.
+
+    Args:
+        path: the store.
+        drawn: key to completions.
+        requests: key to the digest of its request; a key that says what was asked needs none.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    asked = {key: {"request": digest} for key, digest in (requests or {}).items()}
     lines = [
-        json.dumps({"key": key, "completions": [asdict(completion) for completion in completions]}) + "\n"
+        json.dumps({"key": key, **asked.get(key, {}), "completions": [asdict(item) for item in completions]}) + "\n"
         for key, completions in drawn.items()
     ]
     with path.open("ab+") as file:
@@ -125,12 +141,20 @@ def read_completions(path: Path) -> dict[str, list[Completion]]:
     Raises:
         ConfigError: the file is not a store.
     """
+    return {key: completions for key, (completions, _) in _read_store(path).items()}
+
+
+def _read_store(path: Path) -> dict[str, tuple[list[Completion], str | None]]:
+    """Read completions and digest of the request by key; None if the line has no digest."""
     try:
         return {
-            line["key"]: [
-                Completion(tuple(item["token_ids"]), item["text"], item["finish_reason"], tuple(item["logprobs"]))
-                for item in line["completions"]
-            ]
+            line["key"]: (
+                [
+                    Completion(tuple(item["token_ids"]), item["text"], item["finish_reason"], tuple(item["logprobs"]))
+                    for item in line["completions"]
+                ],
+                line.get("request"),
+            )
             for line in json_lines(path)
         }
     except (KeyError, TypeError) as error:
@@ -152,23 +176,30 @@ def draw_stored(
 
     Raises:
         ValueError: two requests with one key.
-        ConfigError: the store holds another number of completions per prompt.
+        ConfigError: the store holds another number of completions per prompt, or those of another request.
     """
     if len({request.key for request in requests}) != len(requests):
         raise ValueError(f"{store}: two requests have the same key")
-    stored = read_completions(store)
+    in_store = _read_store(store)
     for request in requests:
-        count = len(stored.get(request.key, ()))
-        if count not in (0, request.n):
+        completions, digest = in_store.get(request.key, ([], None))
+        if len(completions) not in (0, request.n):
             raise ConfigError(
-                f"{store}: holds {count} completions of {request.key!r}, this command draws {request.n}; give another "
-                f"output folder"
+                f"{store}: holds {len(completions)} completions of {request.key!r}, this command draws {request.n}; "
+                f"give another output folder"
             )
+        # A line without a digest is an older one.
+        if digest not in (None, request.digest):
+            raise ConfigError(
+                f"{store}: the completions of {request.key!r} are of another prompt or sampling, because the data, the "
+                f"tokenizer or an option has changed; give another output folder"
+            )
+    stored = {key: completions for key, (completions, _) in in_store.items()}
     calls = [requests[start : start + prompts_per_call] for start in range(0, len(requests), prompts_per_call)]
     missing = [call for call in calls if any(request.key not in stored for request in call)]
     for number, call in enumerate(missing, start=1):
         new = {request.key: drawn for request, drawn in zip(call, sample(call), strict=True)}
-        append_completions(store, new)
+        append_completions(store, new, {request.key: request.digest for request in call})
         stored |= new
         report(f"{store.name}: {number} of {len(missing)} calls drawn")
     return {request.key: stored[request.key] for request in requests}

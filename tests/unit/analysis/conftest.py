@@ -1,11 +1,13 @@
 """A sampler without a model, and a parquet of small problems."""
 
 import random
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from data_prep.schema import Row, write_parquet
 from recipe.skpo.evaluation.engine import EngineConfig
@@ -65,6 +67,18 @@ class FakeSampler:
 
     def close(self) -> None:
         self.closed = True
+
+
+@pytest.fixture
+def own_model(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of ``model_folder`` whose weights a test may replace by ``replace_weights``."""
+    return shutil.copytree(model_folder, tmp_path / "model")
+
+
+def replace_weights(model: Path) -> None:
+    """Put other weights of the same names and shapes at the same path."""
+    (path,) = model.glob("*.safetensors")
+    save_file({name: values + 1 for name, values in load_file(path).items()}, path)
 
 
 @pytest.fixture

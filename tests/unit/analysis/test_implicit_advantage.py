@@ -34,7 +34,7 @@ from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.problems import Problem
 from recipe.skpo.evaluation.sampling import Completion
 from recipe.skpo.task.model_files import load_tokenizer
-from tests.unit.analysis.conftest import SOURCE, FakeSampler, engine, reward
+from tests.unit.analysis.conftest import SOURCE, FakeSampler, engine, replace_weights, reward
 
 
 def problem(number: int = 1) -> Problem:
@@ -219,6 +219,30 @@ def test_sample_keeps_the_first_correct_responses_of_each_method(
     # The methods' draws are independent: same model, other seeds.
     assert {r.text for r in responses if r.method == "one"} != {r.text for r in responses if r.method == "two"}
     sample(config, tmp_path / "out", lambda folder: pytest.fail("everything is stored"))
+
+
+def test_other_weights_at_the_same_path_are_another_model(
+    tmp_path: Path, own_model: Path, model_folder: Path, problems_file: Path
+) -> None:
+    sampler = FakeSampler(load_tokenizer(str(own_model)), lambda prompt, seed: "#### 2")
+    drawing = SampleConfig(
+        methods={"one": str(model_folder), "two": str(own_model)}, data=problems_file, engine=engine()
+    )
+    measuring = measure_config(write(tmp_path / "r.jsonl", [row("a"), row("b")]), own_model)
+
+    def draw() -> None:
+        sample(drawing, tmp_path / "drawn", lambda _: sampler)
+
+    def value() -> None:
+        measure(measuring, tmp_path / "measured", no_question, lambda _: sampler)
+
+    draw()
+    value()
+    replace_weights(own_model)
+    with pytest.raises(ConfigError, match=r"made with weights.two='\w+', now"):
+        draw()
+    with pytest.raises(ConfigError, match=r"made with weights.model='\w+', now"):
+        value()
 
 
 def measure_config(path: Path, model: Path, **changes: Any) -> MeasureConfig:

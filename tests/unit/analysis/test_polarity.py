@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from recipe.skpo.analysis import polarity
 from recipe.skpo.analysis.polarity import PolarityConfig, Row, binned, main, measure, rows_of, run, summary, words_of
 from recipe.skpo.errors import ConfigError
-from tests.unit.analysis.conftest import FakeSampler, engine
+from tests.unit.analysis.conftest import FakeSampler, engine, replace_weights
 
 
 def config(model: Path, data: Path, **changes: Any) -> PolarityConfig:
@@ -126,6 +126,16 @@ def test_the_command_writes_picture_and_numbers_and_draws_once(
     calls = len(sampler.calls)
     again = run(config(tiny_model_folder, problems_file, lr=1e-5), tmp_path / "out", lambda: sampler)
     assert len(sampler.calls) == calls and again == files, "another update of the same draws"
+
+
+def test_other_weights_at_the_same_path_are_another_model(own_model, problems_file, tmp_path) -> None:
+    sampler = FakeSampler(AutoTokenizer.from_pretrained(own_model), answer)
+    rows_of(config(own_model, problems_file), tmp_path / "out", lambda: sampler)
+    replace_weights(own_model)
+    with pytest.raises(
+        ConfigError, match=r"made with weights.model='\w+', now it is '\w+'; give another output folder"
+    ):
+        rows_of(config(own_model, problems_file), tmp_path / "out", lambda: sampler)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from recipe.skpo.evaluation.sampling import Completion, read_completions
 from recipe.skpo.method.segments import skip_prompt
 from recipe.skpo.task.model_files import load_tokenizer
 from tests.conftest import thinking_run
-from tests.unit.analysis.conftest import FakeSampler, engine
+from tests.unit.analysis.conftest import FakeSampler, engine, replace_weights
 
 
 def answer(prompt: str, seed: int) -> str:
@@ -198,6 +198,16 @@ def test_killed_run_resumes_and_ends_the_same(tmp_path: Path, model_folder: Path
     assert killed.closed and len(again.calls) == len(whole.calls) - 2
     for name in ("shortcut.json", "groups.csv", "means.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_other_weights_at_the_same_path_are_another_model(tmp_path: Path, own_model: Path, problems_file: Path) -> None:
+    sampler = FakeSampler(load_tokenizer(str(own_model)), answer)
+    run(config(own_model, problems_file), tmp_path / "out", lambda: sampler)
+    replace_weights(own_model)
+    with pytest.raises(
+        ConfigError, match=r"made with weights.model='\w+', now it is '\w+'; give another output folder"
+    ):
+        run(config(own_model, problems_file), tmp_path / "out", lambda: sampler)
 
 
 def test_another_config_does_not_mix_with_stored_draws(tmp_path: Path, model_folder: Path, problems_file: Path) -> None:

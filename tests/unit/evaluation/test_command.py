@@ -180,6 +180,11 @@ def test_other_draws_are_not_mixed_in(command, model: Path, data: Path, capsys: 
         name = override.split("=")[0].split(".")[0]
         error = capsys.readouterr().err
         assert f"out/sums/config.json: was made with {name}=" in error and "give another output folder" in error
+    tokenizer = evaluate.load_tokenizer(str(model))
+    tokenizer.chat_template = f"Now: {tokenizer.chat_template}"
+    tokenizer.save_pretrained(model)
+    assert command("output_dir=out")[0] == 1
+    assert "are of another prompt or sampling, because the data, the tokenizer or an" in capsys.readouterr().err
     save_file({"weight": np.ones(4, dtype=np.float32)}, model / "model.safetensors")
     assert command("output_dir=out")[0] == 1
     assert "was made with weights=" in capsys.readouterr().err

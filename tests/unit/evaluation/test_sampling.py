@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -71,6 +72,7 @@ def test_draws_are_in_order_and_stored_as_plain_json_lines(store: Path) -> None:
     assert sampler.calls == [[0, 100], [200, 300], [400]]
     assert json.loads(store.read_text(encoding="utf-8").splitlines()[3]) == {
         "key": "p3",
+        "request": requests()[3].digest,
         "completions": [
             {"token_ids": [i], "text": f"t{i}", "finish_reason": "stop", "logprobs": [-0.5]} for i in (300, 301)
         ],
@@ -112,11 +114,28 @@ def test_store_keeps_every_character(store: Path) -> None:
 def test_stores_and_requests_that_do_not_fit_are_refused(store: Path, drawn: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds 2 completions of 'p0', this command draws 3"):
         draw(store, n=3)
+    changed = [replace(request, prompt_ids=(7,)) for request in requests()]
+    with pytest.raises(ConfigError, match="completions of 'p0' are of another prompt or sampling"):
+        draw_stored(changed, store, CountingSampler(fail_at=0).sample, report=lambda _: None)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     with pytest.raises(ConfigError, match="is not a store"):
         draw(tmp_path / "metrics.jsonl")
     with pytest.raises(ValueError, match="same key"):
         draw_stored([*requests(1), *requests(1)], store, CountingSampler().sample)
+
+
+@pytest.mark.parametrize("change", [{"max_tokens": 1}, {"seed": 1}, {"temperature": 0.5}, {"top_p": 0.5}, {"top_k": 9}])
+def test_a_request_has_another_digest_where_anything_but_its_key_differs(change: dict[str, Any]) -> None:
+    request = requests(1)[0]
+    assert replace(request, key="other").digest == request.digest != replace(request, **change).digest
+
+
+def test_a_store_of_an_earlier_version_is_read(store: Path, drawn: Any) -> None:
+    lines = [json.loads(line) for line in store.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        del line["request"]
+    store.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert draw(store) == drawn
 
 
 def test_a_sampler_is_opened_once_by_its_first_draw_and_closed_whatever_happens() -> None:
@@ -169,11 +188,12 @@ def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_vllm_is_asked_prompt_by_prompt(fake_vllm: None) -> None:
-    sampler = EngineConfig(platform="gpu", max_model_len=99).open("m")
-    assert (FakeEngine.arguments["model"], FakeEngine.arguments["max_model_len"]) == ("m", 99)
-    drawn = sampler.sample([Request("a", (1, 2), 5, 10, 2, 0.7, 0.9), Request("b", (3,), 6, 20, 2, 0.7, 0.9)])
+    sampler = EngineConfig(platform="gpu", max_model_len=99).open("m", max_num_seqs=3, kv_cache_dtype="fp8")
+    expected = {"model": "m", "max_model_len": 99, "max_num_seqs": 3, "kv_cache_dtype": "fp8"}
+    assert FakeEngine.arguments.items() >= expected.items()
+    drawn = sampler.sample([Request("a", (1, 2), 5, 10, 2, 0.7, 0.9, 40), Request("b", (3,), 6, 20, 2, 0.7, 0.9, 40)])
     assert drawn == [[Completion((7,), "seven", "length", (-0.25,))] * 2] * 2
-    shared = {"n": 2, "temperature": 0.7, "top_p": 0.9, "logprobs": 0}
+    shared = {"n": 2, "temperature": 0.7, "top_p": 0.9, "top_k": 40, "logprobs": 0}
     assert [(prompt, vars(asked)) for prompt, asked in FakeEngine.asked] == [
         ([1, 2], shared | {"max_tokens": 5, "seed": 10}),
         ([3], shared | {"max_tokens": 6, "seed": 20}),
