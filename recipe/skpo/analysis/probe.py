@@ -3,10 +3,10 @@
     python -m recipe.skpo.analysis.probe [probe.<size>=<n> ...] <the overrides of a training>
 
 Per prompt, plain responses; segments as training takes them (split position, candidates, selection), half of them from
-the lower and half from the upper half of the split range; K responses to each [s, q], and G in the other skip modes.
-From these: signal to noise of the segments' rewards, accuracy and length under [s, q] against q, copies of s, groups of
-equal rewards, signs of the upstream advantage.  Writes ``probe.html``, ``probe.json`` and the draws; a killed probe
-resumes.  docs/method.md, section 16.
+the lower and half from the upper half of the split range (``split=fixed``: from its two ends); K responses to each
+[s, q], and G in the other skip modes.  From these: signal to noise of the segments' rewards, accuracy and length under
+[s, q] against q, copies of s, groups of equal rewards, signs of the upstream advantage.  Writes ``probe.html``,
+``probe.json`` and the draws; a killed probe resumes.  docs/method.md, section 16.
 
 Sizes: probe.prompts, probe.segments (S, even), probe.continuations (K, at least 2 G), probe.seed, and probe.out, the
 folder.  64 x 8 x 64; on the CPU platform 32 x 8 x 16.
@@ -24,6 +24,7 @@ import numpy as np
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from recipe.skpo.analysis.common import with_weights
 from recipe.skpo.analysis.probe_page import page, verdict
 from recipe.skpo.analysis.sign_consistency import (
     Prompts,
@@ -33,6 +34,9 @@ from recipe.skpo.analysis.sign_consistency import (
     signs,
     upstream_scores,
 )
+from recipe.skpo.checks import MODEL, ROLLOUT
+from recipe.skpo.checks.options import Unread, check_unread
+from recipe.skpo.checks.reward import BOUNDED
 from recipe.skpo.errors import ConfigError
 from recipe.skpo.evaluation.engine import FREE, EngineConfig
 from recipe.skpo.evaluation.options import RewardFunction, require
@@ -51,6 +55,7 @@ from recipe.skpo.method.segments import (
     Segment,
     begins_with,
     cut_segment,
+    fixed_split_position,
     last_boundary,
     sample_split_position,
     select_segment,
@@ -69,6 +74,37 @@ VISITS = (0, 1, 4)
 SIMULATED = 4000
 """Prompts of the simulation of signs."""
 PREFIX = "probe."
+_ITSELF = "the probe calls the reward function itself, one response at a time"
+_ADAPTER = "the probe draws from the weights without an adapter; merge it into them, or leave it out"
+UNREAD_BY_PROBE = [
+    Unread("skpo.upstream_reward", "mc", "the probe measures the mean of the responses' rewards; leave it out"),
+    Unread("data.custom_cls.path", None, "the probe reads the rows of the files themselves; leave it out"),
+    Unread("reward.reward_manager.source", "register", f"{_ITSELF}; leave it out"),
+    Unread("reward.reward_manager.name", "naive", _ITSELF, refused=False),
+    Unread(f"{MODEL}.lora_adapter_path", None, _ADAPTER),
+    Unread(f"{MODEL}.lora.adapter_path", None, _ADAPTER),
+    Unread(
+        "trainer.resume_from_path",
+        None,
+        f"the probe draws from {MODEL}.path; export the checkpoint and give its folder there",
+        refused=False,
+    ),
+    Unread(f"{MODEL}.external_lib", None, "the probe's processes do not import it", refused=False),
+    Unread(f"{ROLLOUT}.quantization", None, "the probe draws from the weights as they are", refused=False),
+    Unread(f"{ROLLOUT}.qat.enable", False, "the probe draws from the weights as they are", refused=False),
+    Unread(
+        f"{ROLLOUT}.agent.agent_loop_manager_class",
+        "recipe.skpo.rollout.manager.SkpoAgentLoopManager",
+        "the probe draws as this one does; leave it out",
+    ),
+    Unread(f"{ROLLOUT}.agent.custom_async_server.path", None, "the probe asks vLLM itself; leave it out"),
+]
+"""Options of a training that would change what it draws, and that the probe does not read."""
+UNREAD_IF_GIVEN = {
+    "skpo.initial_length": "split positions are shares of the mean length of the prompt's plain responses",
+    "skpo.seed": "the seed of every draw is probe.seed",
+}
+"""The same for options whose default is the model's own or does not matter."""
 CONFIG = Path(__file__).parents[1] / "config"
 
 
@@ -122,22 +158,29 @@ class Setup:
     Attributes:
         model: folder or name.
         settings: the training's node ``skpo``.
-        temperature, top_p: of every response.
+        temperature, top_p, top_k: of every response.
         response_length, max_model_len: the training's limits in tokens.
+        tokenizer: folder or name of the tokenizer.
+        trust_remote_code: of model and tokenizer.
         chat: template and its options.
         reward: the training's reward.
         engine: how the model is served.
+        vllm: further arguments of vLLM.
     """
 
     model: str
     settings: SkpoSettings
     temperature: float
     top_p: float
+    top_k: int
     response_length: int
     max_model_len: int
+    tokenizer: str
+    trust_remote_code: bool
     chat: Chat
     reward: RewardFunction
     engine: EngineConfig
+    vllm: dict[str, Any]
 
     @classmethod
     def of(cls, config: DictConfig, settings: SkpoSettings) -> "Setup":
@@ -146,7 +189,11 @@ class Setup:
         rollout, reward = actor.rollout, config.reward.custom_reward_function
         kwargs: Any = [
             OmegaConf.to_container(node) if OmegaConf.is_dict(node) else {}
-            for node in (config.data.get("apply_chat_template_kwargs"), reward.get("reward_kwargs"))
+            for node in (
+                config.data.get("apply_chat_template_kwargs"),
+                reward.get("reward_kwargs"),
+                rollout.engine_kwargs.get("vllm"),
+            )
         ]
         own = {"num_threads": platform.num_threads, "kv_cache_gib": platform.kv_cache_gib}
         return cls(
@@ -154,8 +201,11 @@ class Setup:
             settings=settings,
             temperature=rollout.temperature,
             top_p=rollout.top_p,
-            response_length=config.data.max_response_length,
+            top_k=-1 if rollout.top_k is None else rollout.top_k,
+            response_length=rollout.response_length,
             max_model_len=rollout.max_model_len,
+            tokenizer=actor.model.get("tokenizer_path") or actor.model.path,
+            trust_remote_code=bool(actor.model.get("trust_remote_code")),
             chat=Chat(actor.model.get("custom_chat_template"), kwargs[0]),
             reward=RewardFunction(reward.path, reward.name, kwargs[1]),
             engine=EngineConfig(
@@ -169,7 +219,72 @@ class Setup:
                 prompts_per_call=32,
                 **(own if platform.name == "cpu" else {}),
             ),
+            # verl leaves out what is null, and raw_logprobs is vLLM's own default.
+            vllm={"logprobs_mode": rollout.logprobs_mode or "raw_logprobs"}
+            | {name: value for name, value in kwargs[2].items() if value is not None},
         )
+
+    def load_tokenizer(self) -> Any:
+        """Load the tokenizer with the training's chat template."""
+        return load_tokenizer(self.tokenizer, self.chat, trust_remote_code=self.trust_remote_code)
+
+    def open(self) -> Sampler:
+        """Start vLLM."""
+        return self.engine.open(self.model, **({"trust_remote_code": self.trust_remote_code} | self.vllm))
+
+
+@dataclass(frozen=True)
+class Data:
+    """The problems that the training draws from.
+
+    Attributes:
+        files: parquet files.
+        prompt_key: column of the prompts.
+        most: rows that the training takes; all if not above 0.
+        seed: of these rows; None takes the first ones.
+        longest: tokens of a prompt, where longer ones are left out; None where there are none.
+    """
+
+    files: tuple[str, ...]
+    prompt_key: str = "prompt"
+    most: int = -1
+    seed: int | None = None
+    longest: int | None = None
+
+    @classmethod
+    def of(cls, config: DictConfig, seed: int) -> "Data":
+        """Read a training's config; without a seed of its own, its choice of rows is as good as any of ``seed``."""
+        data = config.data
+        own = seed if data.seed is None else data.seed
+        return cls(
+            files=(data.train_files,) if isinstance(data.train_files, str) else tuple(data.train_files),
+            prompt_key=data.prompt_key,
+            most=data.get("train_max_samples", -1),
+            seed=own if data.shuffle else None,
+            longest=data.max_prompt_length if data.filter_overlong_prompts else None,
+        )
+
+    @property
+    def where(self) -> str:
+        """Begin a message about the files."""
+        return f"data.train_files: {', '.join(self.files)}"
+
+    def problems(self, setup: Setup) -> list[Problem]:
+        """Read the problems that verl's data set keeps: first so many of the rows, of them those not too long."""
+        every = [
+            problem
+            for file in self.files
+            for problem in read_problems(Path(file), "data.train_files:", prompt_key=self.prompt_key)
+        ]
+        if 0 < self.most < len(every):
+            rows = np.arange(self.most)
+            if self.seed is not None:
+                rows = np.random.default_rng(self.seed).choice(len(every), self.most, replace=False)
+            every = [every[row] for row in sorted(rows)]
+        if self.longest is None:
+            return every
+        prompts = prompts_of(every, setup.load_tokenizer(), self.where)
+        return [problem for problem, ids in zip(every, prompts, strict=True) if len(ids) <= self.longest]
 
 
 # ---------------------------------------------------------------- draws
@@ -177,10 +292,18 @@ class Setup:
 
 @dataclass(frozen=True)
 class Place:
-    """One segment's place: number of its prompt, its own number, and its split position t in tokens."""
+    """One segment's place.
+
+    Attributes:
+        prompt: number of its prompt.
+        number: its own.
+        step: step of the training that it stands for, by which ``split=fixed`` and ``selection=extreme`` alternate.
+        split: its split position t in tokens.
+    """
 
     prompt: int
     number: int
+    step: int
     split: int
 
     def key(self, kind: str) -> str:
@@ -212,7 +335,7 @@ class Probe:
 
     def __init__(self, setup: Setup, sizes: Sizes, problems: Sequence[Problem], where: str) -> None:
         self.setup, self.sizes, self.problems = setup, sizes, problems
-        self.tokenizer = load_tokenizer(setup.model, setup.chat)
+        self.tokenizer = setup.load_tokenizer()
         self.prompts = prompts_of(problems, self.tokenizer, where)
         self.judge = Judge(Reward(setup.reward), self.tokenizer)
         self.judge.reward.check_truths(problems, where)
@@ -227,7 +350,8 @@ class Probe:
                 f"to a prompt of {len(prompt)} tokens; raise it"
             )
         seed = request_seed(self.sizes.seed, key, count)
-        return Request(key, tuple(prompt), most, seed, count, self.setup.temperature, self.setup.top_p)
+        how = (self.setup.temperature, self.setup.top_p, self.setup.top_k)
+        return Request(key, tuple(prompt), most, seed, count, *how)
 
     def plain(self) -> list[Request]:
         """Return one request per problem for G responses to q."""
@@ -237,35 +361,45 @@ class Probe:
     def places(self, lengths: Sequence[float]) -> list[Place]:
         """Draw the split positions, given the mean plain length of each problem in tokens.
 
-        The first half of a problem's segments is from the lower half of the split range, the rest from the upper half.
+        The first half of a problem's segments is from the lower half of the split range, the rest from the upper half;
+        with ``split=fixed`` from the lower end, which odd steps take, and from the upper end.
         """
         settings, count = self.setup.settings, self.sizes.segments
-        middle = (settings.split_low + settings.split_high) / 2
-        halves = [(settings.split_low, middle), (middle, settings.split_high)]
-        return [
-            Place(prompt, number, sample_split_position(length, self.rng, *halves[number >= count // 2]))
-            for prompt, length in enumerate(lengths)
-            for number in range(count)
-        ]
+        low, high = settings.split_low, settings.split_high
+        halves = [(low, (low + high) / 2), ((low + high) / 2, high)]
+        places = []
+        for prompt, length in enumerate(lengths):
+            for number in range(count):
+                upper, step = number >= count // 2, number + 1
+                if settings.split == "fixed":
+                    step = 2 * number + 1 + upper
+                    split = fixed_split_position(length, step, low, high)
+                else:
+                    split = sample_split_position(length, self.rng, *halves[upper])
+                places.append(Place(prompt, number, step, split))
+        return places
 
     def candidates(self, place: Place) -> Request:
         """Return the request for a segment's candidates."""
         count = self.setup.settings.candidate_count
         return self.request(place.key("candidates"), self.prompts[place.prompt], place.split, count)
 
-    def segment(self, place: Place, drawn: Sequence[Completion]) -> Segment:
-        """Cut and choose as training does."""
+    def cut(self, place: Place, drawn: Sequence[Completion]) -> list[Segment]:
+        """Cut the candidates as training does."""
         settings, boundary = self.setup.settings, None
         if settings.split == "boundary_token":
             texts = [item for item in settings.boundaries if isinstance(item, str)]
             ids = [item for item in settings.boundaries if isinstance(item, int)]
             boundary = partial(last_boundary, boundary_ids=ids, boundary_texts=texts, decode=self.decode)
-        cut = [
+        return [
             cut_segment(item.token_ids, item.logprobs, place.split, item.finish_reason == "stop", boundary)
             for item in drawn
         ]
-        deviations = [segment.deviation for segment in cut]
-        return cut[select_segment(deviations, settings.selection, place.number + 1, self.sizes.seed + place.number)]
+
+    def choose(self, place: Place, cut: Sequence[Segment]) -> Segment:
+        """Choose among a place's candidates as training does."""
+        deviations, selection = [segment.deviation for segment in cut], self.setup.settings.selection
+        return cut[select_segment(deviations, selection, place.step, self.sizes.seed + place.number)]
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Decode without clean-up, so that the text of a prefix is a prefix of the text."""
@@ -286,7 +420,13 @@ class Probe:
         start = segment.token_ids if segment is not None else ()
         opening = start if mode == "continual" else ()
         whole = [[*opening, *item.token_ids] for item in drawn]
-        checked = [self.judge(self.problems[number], self.prompts[number], ids) for ids in whole]
+        problem = self.problems[number]
+        checked = [self.judge(problem, self.prompts[number], ids) for ids in whole]
+        for _, found in checked:
+            require(
+                -1 <= found.score <= 1,
+                f"reward: returned {found.score:g} for problem {problem.id}, and method=skpo {BOUNDED}; scale it",
+            )
         return Group(
             rewards=np.array([verdict.score for _, verdict in checked], dtype=np.float64),
             right=np.array([verdict.right for _, verdict in checked]),
@@ -325,10 +465,14 @@ def draw(probe: Probe, store: Path, sample: Callable[[Sequence[Request]], list[l
 
     plain = drawn(probe.plain())
     places = probe.places([float(np.mean([len(item.token_ids) for item in items])) for items in plain])
-    chosen = [
-        probe.segment(place, items)
-        for place, items in zip(places, drawn([probe.candidates(place) for place in places]), strict=True)
-    ]
+    candidates = drawn([probe.candidates(place) for place in places])
+    cut = [probe.cut(place, items) for place, items in zip(places, candidates, strict=True)]
+    require(
+        settings.split != "boundary_token" or any(segment.at_boundary for segments in cut for segment in segments),
+        f"skpo.boundaries: none of {settings.boundaries} is in any candidate, so that skpo.split=boundary_token cuts "
+        f"as skpo.split=adaptive does; name what the model writes",
+    )
+    chosen = [probe.choose(place, segments) for place, segments in zip(places, cut, strict=True)]
     modes: dict[str, dict[int, Group]] = {}
     # The other modes are asked about one segment of each half of the split range.
     few = [at for at, place in enumerate(places) if place.number in (0, sizes.segments // 2)]
@@ -530,9 +674,17 @@ def examples(probe: Probe, drawn: Drawn, count: int = 3) -> list[dict[str, Any]]
 # ---------------------------------------------------------------- the command
 
 
-def chosen_problems(files: Sequence[str], sizes: Sizes) -> list[Problem]:
-    """Draw the problems of a probe from the training files, in their order."""
-    every = [problem for file in files for problem in read_problems(Path(file), "data.train_files:")]
+def check_read(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse options of the training that the probe would ignore, or say that they have no effect on it."""
+    check_unread(config, UNREAD_BY_PROBE)
+    for name in dict.fromkeys(override.lstrip("+").partition("=")[0] for override in overrides):
+        if name in UNREAD_IF_GIVEN:
+            print(f"note: {name} has no effect on the probe: {UNREAD_IF_GIVEN[name]}")
+
+
+def chosen_problems(data: Data, setup: Setup, sizes: Sizes) -> list[Problem]:
+    """Draw the problems of a probe from those of the training, in their order."""
+    every = data.problems(setup)
     count = min(sizes.prompts, len(every))
     require(count >= 2, f"data.train_files: {len(every)} problem is too few for a probe; give two or more")
     places = np.random.default_rng(sizes.seed).choice(len(every), count, replace=False)
@@ -540,25 +692,25 @@ def chosen_problems(files: Sequence[str], sizes: Sizes) -> list[Problem]:
 
 
 def run(
-    setup: Setup, sizes: Sizes, files: Sequence[str], out: Path, open_sampler: Callable[[], Sampler] | None = None
+    setup: Setup, sizes: Sizes, data: Data, out: Path, open_sampler: Callable[[], Sampler] | None = None
 ) -> list[Path]:
     """Draw, measure, judge, write; returns the files.  ``open_sampler`` None starts vLLM."""
-    problems = chosen_problems(files, sizes)
-    probe = Probe(setup, sizes, problems, f"data.train_files: {', '.join(files)}")
-    asked = {"setup": setup, "sizes": replace(sizes, out=None), "files": list(files)}
+    problems = chosen_problems(data, setup, sizes)
+    probe = Probe(setup, sizes, problems, data.where)
+    asked = {"setup": setup, "sizes": replace(sizes, out=None), "data": data}
     judging = [f"setup.reward.reward_kwargs.{name}" for name in setup.reward.reward_kwargs]
     ours = ("weight_up", "weight_down", "upstream.shrinkage")
     free = (*(f"setup.{name}" for name in FREE), *judging, *(f"setup.settings.{name}" for name in ours))
-    check_same_config(out, asked, free)
-    with opened_by_first_draw(open_sampler or (lambda: setup.engine.open(setup.model))) as sample:
+    check_same_config(out, with_weights(asked, {"model": setup.model}), free)
+    with opened_by_first_draw(open_sampler or setup.open) as sample:
         drawn = draw(probe, out / "draws.jsonl", sample)
     numbers = measure(drawn, setup, sizes)
     drawn_sizes = {"prompts": len(problems), "segments": sizes.segments, "continuations": sizes.continuations}
     result: dict[str, Any] = {
         "model": setup.model,
-        "data": list(files),
+        "data": list(data.files),
         "sizes": drawn_sizes | {"group_size": setup.settings.group_size},
-        "verdict": verdict(numbers),
+        "verdict": verdict(numbers, setup.settings),
         "numbers": numbers,
         "examples": examples(probe, drawn),
     }
@@ -587,12 +739,11 @@ def main() -> None:
             require(
                 config.method.name == "skpo", f"method: is {config.method.name}; leave it out, the probe is of skpo"
             )
+            check_read(config, command.overrides)
             sizes = Sizes.of(own, config.platform.name, settings.group_size)
             prepare(config, command)
-            files = config.data.train_files
             out = Path(sizes.out or f"{config.output_dir}-probe")
-            names = [files] if isinstance(files, str) else list(files)
-            for path in run(Setup.of(config, settings), sizes, names, out):
+            for path in run(Setup.of(config, settings), sizes, Data.of(config, sizes.seed), out):
                 print(path)
 
     run_command(job)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from recipe.skpo.settings import SkpoSettings
+
 NOISY, CLEAR = 0.5, 1.0
 """Signal to noise below which four fifths of the variance of a segment's reward are noise, above which half is not."""
 UNREAD = 0.1
@@ -14,6 +16,8 @@ COPIED = 0.5
 """Share of copies, beyond chance, from which siblings hardly differ where s stands."""
 EQUAL = 0.75
 """Share of groups with equal rewards from which few prompts teach anything downstream."""
+FEW = 3
+"""Candidates of which the median is as good as that of more, where segments hardly differ."""
 
 THRESHOLDS = {
     "signal to noise: mostly noise below": NOISY,
@@ -25,15 +29,17 @@ THRESHOLDS = {
 }
 
 
-def verdict(numbers: Mapping[str, Any]) -> dict[str, Any]:
+def verdict(numbers: Mapping[str, Any], settings: SkpoSettings) -> dict[str, Any]:
     """Judge the numbers of ``probe.measure``.
+
+    A change is one that the settings take and do not have yet.
 
     Returns:
         ``headline``, ``findings`` and ``changes``, sentences; ``thresholds``.
     """
     read = _reads(numbers)
-    told, headline, changes = _signal(numbers)
-    findings, more = _groups(numbers)
+    told, headline, changes = _signal(numbers, settings)
+    findings, more = _groups(numbers, settings)
     if read:
         headline = "Not as it is: the model does not answer [s, q] as well as q, so that training may collapse."
     return {
@@ -44,7 +50,7 @@ def verdict(numbers: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _signal(numbers: Mapping[str, Any]) -> tuple[str, str, list[str]]:
+def _signal(numbers: Mapping[str, Any], settings: SkpoSettings) -> tuple[str, str, list[str]]:
     found = numbers["signal"]
     ratio, low, high = (found[name] for name in ("signal_to_noise", "low", "high"))
     if ratio != ratio:  # NaN
@@ -58,26 +64,36 @@ def _signal(numbers: Mapping[str, Any]) -> tuple[str, str, list[str]]:
         f"from -1 to 1), a mean of G rewards by {found['noise']:.3f} around it: signal to noise {ratio:.2f} "
         f"(95% interval {low:.2f} to {high:.2f})."
     )
-    less = [
-        f"skpo.weight_up={numbers['token_share']:.2g} (the segment's share of the trained tokens) or "
-        f"skpo.upstream.shrinkage=true; preset=small_batch sets the former",
-        "skpo.candidates=3: which of the candidates is the segment hardly matters",
-    ]
+    lighter, fewer = _lighter(numbers, settings), []
+    if settings.candidate_count > FEW:
+        fewer = [f"skpo.candidates={FEW}: which of the candidates is the segment hardly matters"]
+    split = _range(numbers)
     if high < NOISY:
-        return told, "Mostly noise: a segment's reward says little about the segment.", less + _range(numbers)
+        return told, "Mostly noise: a segment's reward says little about the segment.", [*lighter, *fewer, *split]
     if low > CLEAR:
-        return told, "A clear signal: segments differ by more than the noise of their rewards.", _range(numbers)
+        return told, "A clear signal: segments differ by more than the noise of their rewards.", split
     if low > NOISY:
         return (
             told,
             "Some signal: segments differ, by about as much as their rewards are noisy.",
-            less[:1] + _range(numbers),
+            [*lighter, *split],
         )
     return (
         told,
         f"Not decided: the interval of the signal to noise holds {NOISY:g}.",
-        ["probe.prompts, probe.continuations: raise them to decide", *less[:1], *_range(numbers)],
+        ["probe.prompts, probe.continuations: raise them to decide", *lighter, *split],
     )
+
+
+def _lighter(numbers: Mapping[str, Any], settings: SkpoSettings) -> list[str]:
+    """Say how a noisy upstream objective gets less weight; empty if it has that already."""
+    share = f"{numbers['token_share']:.2g}"
+    if settings.upstream.shrinkage or settings.weight_up <= float(share):
+        return []
+    return [
+        f"skpo.weight_up={share} (the segment's share of the trained tokens) or skpo.upstream.shrinkage=true; "
+        f"preset=small_batch sets the former"
+    ]
 
 
 def _range(numbers: Mapping[str, Any]) -> list[str]:
@@ -126,7 +142,7 @@ def _other_mode(numbers: Mapping[str, Any]) -> str:
     return f"skpo.skip={best}: accuracy {others[best]:.3f} on the same prompts{warning}"
 
 
-def _groups(numbers: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def _groups(numbers: Mapping[str, Any], settings: SkpoSettings) -> tuple[list[str], list[str]]:
     modes, chance, mode = numbers["modes"], numbers["copy_chance"], numbers["skip"]
     own, findings, changes = modes[mode], [], []
     findings.append(
@@ -143,7 +159,8 @@ def _groups(numbers: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         f"{own['all_equal_share']:.0%} of the groups of G have equal rewards, which teach nothing downstream."
     )
     if own["all_equal_share"] > EQUAL:
-        changes.append("data: choose problems that the model solves sometimes, or keep skpo.curriculum.enable=true")
+        keep = "keep" if settings.curriculum.enable else "set"
+        changes.append(f"data: choose problems that the model solves sometimes, and {keep} skpo.curriculum.enable=true")
     return findings, changes
 
 

@@ -134,13 +134,7 @@ UNREAD = [
 
 def check_options(config: DictConfig, overrides: Iterable[str] = ()) -> None:
     """Refuse options and overrides of groups that nothing would read, and say which others have no effect."""
-    for option in [*UNREAD, *(UNREAD_BY_SKPO if config.method.name == "skpo" else [])]:
-        value = OmegaConf.select(config, option.path)
-        if value is None or value == option.default or any(OmegaConf.select(config, path) for path in option.read_with):
-            continue
-        if option.refused:
-            raise ConfigError(f"{option.path}: is {value}, but {option.reason}")
-        print(f"note: {option.path}={value} has no effect: {option.reason}")
+    check_unread(config, [*UNREAD, *(UNREAD_BY_SKPO if config.method.name == "skpo" else [])])
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
         for group, lacking, switch in (("critic", "critic", "enable"), ("distillation", "teacher", "enabled")):
@@ -154,6 +148,17 @@ def check_options(config: DictConfig, overrides: Iterable[str] = ()) -> None:
         raise ConfigError(sentence)
     for sentence in _remarks(config):
         print(f"note: {sentence}")
+
+
+def check_unread(config: DictConfig, options: Iterable[Unread]) -> None:
+    """Refuse those of the options that are not at their default, or say that they have no effect."""
+    for option in options:
+        value = OmegaConf.select(config, option.path)
+        if value is None or value == option.default or any(OmegaConf.select(config, path) for path in option.read_with):
+            continue
+        if option.refused:
+            raise ConfigError(f"{option.path}: is {value}, but {option.reason}")
+        print(f"note: {option.path}={value} has no effect: {option.reason}")
 
 
 def _contradictions(config: DictConfig) -> Iterator[str]:

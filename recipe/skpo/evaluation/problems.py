@@ -50,23 +50,23 @@ class Problem:
         return json.dumps(self.messages)
 
 
-def read_problems(path: Path, option: str, count: int | None = None) -> list[Problem]:
+def read_problems(path: Path, option: str, count: int | None = None, prompt_key: str = "prompt") -> list[Problem]:
     """Read the first ``count`` problems of a parquet file (``data_prep.schema``); None reads all.
 
     Raises:
         DataError: naming file, row or column, and the fix; ``option`` is what named the file.
     """
     try:
-        check_parquet(path, role="val")
+        check_parquet(path, role="val", prompt_key=prompt_key)
     except DataError as error:
         raise DataError(str(error).replace("data.val_files:", option, 1)) from None
-    columns = {"id", "data_source", "prompt", "reward_model", "extra_info"} & set(pq.read_schema(path).names)
+    columns = {"id", "data_source", prompt_key, "reward_model", "extra_info"} & set(pq.read_schema(path).names)
     table = pq.read_table(path, columns=sorted(columns))
     return [
         Problem(
             row["id"],
             row["data_source"],
-            tuple({"role": message["role"], "content": message["content"]} for message in row["prompt"]),
+            tuple({"role": message["role"], "content": message["content"]} for message in row[prompt_key]),
             row["reward_model"]["ground_truth"],
             dict(row.get("extra_info") or {}),
         )
