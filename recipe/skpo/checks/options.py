@@ -86,6 +86,7 @@ UNREAD_BY_SKPO = [
 UNREAD = [
     Unread("critic.enable", False, "no method here has a critic"),
     Unread("distillation.enabled", False, "no method here has a teacher"),
+    Unread(f"{ROLLOUT}.repetition_penalty", 1.0, "verl's requests name a penalty of 1 by themselves; leave it out"),
     Unread(f"{ACTOR}.calculate_sum_pi_squared", False, "it would be computed and thrown away"),
     Unread(f"{ACTOR}.use_prefix_grouper", False, "verl's V1 trainer does not read it; set share_prefixes=true"),
     Unread(f"{ACTOR}.freeze_vision_tower", False, "there are no images"),
@@ -220,10 +221,12 @@ def _remarks(config: DictConfig) -> Iterator[str]:
             f"has skpo.downstream_aggregation"
         )
     if config.skpo.curriculum.enable and "curriculum" in config.method.uses:
+        cut = config.data.get("train_max_samples", -1) > 0
+        effect = "chooses the prompts of data.train_max_samples alone" if cut else "has no effect"
         if not config.data.shuffle:
-            yield "data.shuffle=false has no effect: skpo.curriculum draws the prompts; set its enable to false"
+            yield f"data.shuffle=false {effect}: skpo.curriculum draws the prompts; set its enable to false"
         if config.data.seed not in (1, None):
-            yield f"data.seed={config.data.seed} has no effect: skpo.curriculum draws the prompts by skpo.seed"
+            yield f"data.seed={config.data.seed} {effect}: skpo.curriculum draws the prompts by skpo.seed"
 
 
 def _nucleus(rollout: DictConfig) -> str:

@@ -182,11 +182,12 @@ def test_options_that_contradict_each_other_are_refused(overrides: list[str], se
         (f"{ROLLOUT}.top_k=50", "top_k=50 is obeyed by vLLM alone"),
         (RAW, "d(s) is measured at temperature 1, not 0.6"),
         ("data.shuffle=false", "skpo.curriculum draws the prompts"),
-        ("data.seed=7", "skpo.curriculum draws the prompts by skpo.seed"),
+        ("data.seed=7", "data.seed=7 chooses the prompts of data.train_max_samples alone"),
+        ("data.train_max_samples=-1 data.seed=7", "data.seed=7 has no effect: skpo.curriculum draws the prompts"),
     ],
 )
 def test_what_is_honoured_in_one_place_only_is_said(override: str, sentence, compose_config, capsys) -> None:
-    check_options(compose_config("platform=cpu", override))
+    check_options(compose_config("platform=cpu", *override.split()))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == (sentence is not None)
     assert all(line.startswith("note: ") and sentence in line for line in lines)
