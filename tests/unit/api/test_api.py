@@ -89,9 +89,14 @@ def test_an_interrupt_ends_the_training_and_then_the_caller(python: Any, tmp_pat
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(KeyboardInterrupt):
-        train()
+    # A job in the background ignores Ctrl-C.
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            train()
+    finally:
+        signal.signal(signal.SIGINT, former)
     assert capsys.readouterr().out == "saved\n"
 
 

@@ -107,7 +107,6 @@ OPEN_KEYS = [
     "+data.apply_chat_template_kwargs.enable_thinking=false",
     "+data.chat_template_func=mine",
     f"+{ROLLOUT}.engine_kwargs.vllm.swap_space=1",
-    f"+{ROLLOUT}.repetition_penalty=1.1",
     f"+{ROLLOUT}.custom.mine=1",
     f"+{MODEL}.override_config.attention_dropout=0.1",
     "+ray_kwargs.ray_init.namespace=mine",
