@@ -120,7 +120,7 @@ def _arms() -> dict[str, Arm]:
             overrides=(
                 "model=tiny",
                 "data=steps",
-                # So that prompts come back: trackers need earlier visits
+                # So few that some come back within a run: trackers need earlier visits
                 "data.train_max_samples=128",
                 "data.train_batch_size=8",
                 "actor_rollout_ref.actor.ppo_mini_batch_size=4",

@@ -37,7 +37,7 @@ OVERRIDE = FunctionOverride(
 )
 
 _NAP_S = 1e-4
-"""A hundredth of what one token of the embedded models takes."""
+"""Far below the tens of milliseconds that a token takes here."""
 
 
 def _sleeping(original: Callable[..., Any]) -> Callable[..., Any]:
