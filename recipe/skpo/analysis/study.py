@@ -255,7 +255,7 @@ class Cell:
         rate, _, seed = rest.rpartition("-seed")
         with suppress(ValueError):
             cell = cls(method, float(rate), int(seed))
-            if method in METHODS and cell.name == name:
+            if method in METHODS and cell.name == name and 0 < cell.rate < 1 and cell.seed >= 0:
                 return cell
         raise ConfigError(f"--only {name}: is not a cell; such a name is {cls('skpo', 1.5e-4, 1).name} (--list)")
 

@@ -149,8 +149,9 @@ def test_only_runs_one_cell_and_list_runs_none(
     assert not out.exists() and said.count("bash run_skpo.sh model=tiny") == 10
     assert run(out, "--only", "spo-lr0.0003-seed7") == 0
     assert launches(out) == {"spo-lr0.0003-seed7": 1}
-    assert run(out, "--only", "sppo-lr0.0003-seed7") == 1
-    assert "sppo-lr0.0003-seed7: is not a cell" in capsys.readouterr().err
+    for name in ("sppo-lr0.0003-seed7", "skpo-lrnan-seed7", "skpo-lr0.0003-seed-7"):
+        assert run(out, "--only", name) == 1
+        assert f"{name}: is not a cell" in capsys.readouterr().err
 
 
 def test_a_run_is_stopped_at_its_limit_and_counts_as_it_is(
